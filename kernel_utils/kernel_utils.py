@@ -1338,7 +1338,7 @@ def position_limit(backbone):
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
             first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            limit = min(limit, module.num_embeddings - first)
+            limit = min(limit, module.num_embeddings - max(first, getattr(module, "offset", 0)))  # BART from 2
     return limit
 
 

@@ -6,15 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import random
 
-import kernel_utils as ku
 import pandas as pd
 import pytest
 import tokenizers
 import torch
 import transformers
 
+import kernel_utils as ku
+
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
-SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # pad id 0; the models with a padding_idx are configured for it
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # pad id 0
 SMALL = dict(vocab_size=len(WORDS) + len(SPECIAL) + 2, pad_token_id=0)
 BERT_LIKE = dict(
     SMALL,
@@ -29,7 +30,10 @@ BERT_LIKE = dict(
 ARCHITECTURES = {
     "bert": ("BertConfig", BERT_LIKE),
     "roberta": ("RobertaConfig", dict(BERT_LIKE, type_vocab_size=1)),
-    "distilbert": ("DistilBertConfig", dict(SMALL, dim=32, n_layers=4, n_heads=4, hidden_dim=48, max_position_embeddings=160)),
+    "distilbert": (
+        "DistilBertConfig",
+        dict(SMALL, dim=32, n_layers=4, n_heads=4, hidden_dim=48, max_position_embeddings=160),
+    ),
     "albert": ("AlbertConfig", dict(BERT_LIKE, embedding_size=16)),
     "electra": ("ElectraConfig", dict(BERT_LIKE, embedding_size=16)),
     "deberta": ("DebertaConfig", dict(BERT_LIKE, relative_attention=True, pos_att_type=["c2p", "p2c"])),
@@ -51,22 +55,36 @@ ARCHITECTURES = {
     "longformer": ("LongformerConfig", dict(BERT_LIKE, attention_window=16)),
     "modernbert": (
         "ModernBertConfig",
-        dict(BERT_LIKE, global_attn_every_n_layers=2, local_attention=16, cls_token_id=2, sep_token_id=3,
-             bos_token_id=2, eos_token_id=3, reference_compile=False),
+        dict(
+            BERT_LIKE,
+            global_attn_every_n_layers=2,
+            local_attention=16,
+            cls_token_id=2,
+            sep_token_id=3,
+            bos_token_id=2,
+            eos_token_id=3,
+            reference_compile=False,
+        ),
     ),
     "t5": ("T5Config", dict(SMALL, d_model=32, num_layers=4, num_heads=4, d_ff=48, d_kv=8)),
     "bart": (
         "BartConfig",
-        dict(SMALL, d_model=32, encoder_layers=4, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-             encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=160, bos_token_id=2, eos_token_id=3,
-             decoder_start_token_id=3, forced_eos_token_id=3),
+        dict(
+            SMALL,
+            d_model=32,
+            encoder_layers=4,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=160,
+            bos_token_id=2,
+        ),
     ),
-    "gpt2": ("GPT2Config", dict(SMALL, n_embd=32, n_layer=4, n_head=4, n_positions=160, bos_token_id=2, eos_token_id=3)),
-    "llama": (
-        "LlamaConfig",
-        dict(BERT_LIKE, num_key_value_heads=2, bos_token_id=2, eos_token_id=3),
-    ),
-}  # fmt: skip
+    "gpt2": ("GPT2Config", dict(SMALL, n_embd=32, n_layer=4, n_head=4, n_positions=160, bos_token_id=2)),
+    "llama": ("LlamaConfig", dict(BERT_LIKE, num_key_value_heads=2, bos_token_id=2, eos_token_id=3)),
+}
 
 
 def make_tokenizer(cls_first=True):
