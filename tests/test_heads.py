@@ -1,0 +1,184 @@
+"""Every entry of HEADS meets the same contract; each pooling equals its formula in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import kernel_utils as ku
+
+WIDTH, N_STATES, LENGTHS = 12, 5, [7, 1, 4, 9]
+
+
+def make_head(name, cls_last=False, **settings):
+    torch.manual_seed(0)
+    return ku.HEADS[name](ku.Shape(WIDTH, N_STATES, cls_last), ku.Config(head=name, **settings)).eval()
+
+
+def make_states(seed=0):
+    """Random states (4, 9, WIDTH) of every layer, with large values where there is padding, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    states = [torch.randn(len(LENGTHS), max(LENGTHS), WIDTH, generator=generator) for _ in range(N_STATES)]
+    return tuple(state.masked_fill(~mask[..., None], 50.0) for state in states), mask.long()
+
+
+def row(states, i):
+    """The tokens of row i in each state, without padding, as arrays."""
+    return [state[i, : LENGTHS[i]].numpy() for state in states]
+
+
+@pytest.mark.parametrize("cls_last", [False, True])
+@pytest.mark.parametrize("name", ku.HEADS)
+def test_padding_never_changes_the_features(name, cls_last):
+    head, (states, mask) = make_head(name, cls_last), make_states()
+    together = head(states, mask)
+    for i, n in enumerate(LENGTHS):
+        alone = head(tuple(state[i : i + 1, :n] for state in states), mask[i : i + 1, :n])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+    padded = head(tuple(F.pad(state, (0, 0, 0, 100), value=-50.0) for state in states), F.pad(mask, (0, 100)))
+    torch.testing.assert_close(together, padded, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ku.HEADS)
+def test_features_have_the_size_that_the_head_states(name):
+    head, (states, mask) = make_head(name), make_states()
+    assert head(states, mask).shape == (len(LENGTHS), head.size)
+
+
+@pytest.mark.parametrize("name", ku.HEADS)
+def test_every_parameter_of_a_head_gets_a_gradient(name):
+    head, (states, mask) = make_head(name).train(), make_states()
+    states = tuple(state.requires_grad_() for state in states)
+    (head(states, mask) * torch.randn(head.size)).sum().backward()
+    silent = [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", ku.HEADS)
+def test_features_are_finite_under_bf16_autocast_and_on_negative_states(name):
+    head, (states, mask) = make_head(name), make_states()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(states, mask).isfinite().all()
+    assert head(tuple(-state.abs() for state in states), mask).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ku.HEADS)
+def test_a_saved_head_loads_to_the_same_features(name, tmp_path):
+    head, (states, mask) = make_head(name), make_states()
+    ku.save_model(head, str(tmp_path / "head.safetensors"))
+    torch.manual_seed(1)
+    other = ku.HEADS[name](ku.Shape(WIDTH, N_STATES), ku.Config(head=name)).eval()
+    ku.load_model(other, str(tmp_path / "head.safetensors"))
+    assert torch.equal(head(states, mask), other(states, mask))
+
+
+def layer_norm(x):
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+
+FORMULAS = {
+    "cls": lambda s: s[-1][0],
+    "mean": lambda s: s[-1].mean(0),
+    "max": lambda s: s[-1].max(0),
+    "meanmax": lambda s: np.concatenate([s[-1].mean(0), s[-1].max(0)]),
+    "gem": lambda s: np.mean(np.maximum(s[-1], 1e-6) ** 3, axis=0) ** (1 / 3),
+    "concat": lambda s: np.concatenate([layer_norm(state[0]) for state in s[-4:]]),
+    "weighted": lambda s: np.mean([layer_norm(state[0]) for state in s], axis=0),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_fresh_head_equals_its_formula(name):
+    head, (states, mask) = make_head(name), make_states()
+    expected = np.stack([FORMULAS[name](row(states, i)) for i in range(len(LENGTHS))])
+    np.testing.assert_allclose(head(states, mask).detach().numpy(), expected, atol=1e-5)
+
+
+def test_cls_takes_the_last_real_token_where_the_classification_token_is_last():
+    head, (states, mask) = make_head("cls", cls_last=True), make_states()
+    expected = np.stack([row(states, i)[-1][-1] for i in range(len(LENGTHS))])
+    np.testing.assert_array_equal(head(states, mask).numpy(), expected)
+
+
+def test_weighted_averages_layers_by_softmax_of_its_weights_times_the_factor():
+    head, (states, mask) = make_head("weighted", weighted_pool="mean"), make_states()
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.5])
+    head.weights.data, head.factor.data = weights, torch.tensor([1.7])
+    share = np.exp(weights.numpy()) / np.exp(weights.numpy()).sum()
+    expected = [
+        1.7 * sum(w * layer_norm(s.mean(0)) for w, s in zip(share, row(states, i), strict=True))
+        for i in range(len(LENGTHS))
+    ]
+    np.testing.assert_allclose(head(states, mask).detach().numpy(), np.stack(expected), atol=1e-5)
+
+
+def test_attention_weights_tokens_by_softmax_of_its_scores():
+    head, (states, mask) = make_head("attention"), make_states()
+    w1, b1, w2 = (p.detach().numpy() for p in head.parameters())
+    expected = []
+    for i in range(len(LENGTHS)):
+        tokens = row(states, i)[-1]
+        scores = (np.tanh(tokens @ w1.T + b1) @ w2.T)[:, 0]
+        share = np.exp(scores) / np.exp(scores).sum()
+        expected.append(share @ tokens)
+    np.testing.assert_allclose(head(states, mask).detach().numpy(), np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernels", "channels"), [((2, 2), (256, 1)), ((3,), (8,)), ((5, 2, 3), (6, 4, 2))])
+def test_conv1d_slides_its_kernels_over_the_tokens_with_zeros_around_them(kernels, channels):
+    head, (states, mask) = make_head("conv1d", conv_kernels=kernels, conv_channels=channels), make_states()
+    expected = []
+    for i in range(len(LENGTHS)):
+        x = row(states, i)[-1]
+        for n, conv in enumerate(head.convs):
+            weight, bias = conv.weight.detach().numpy(), conv.bias.detach().numpy()
+            k = weight.shape[2]
+            x = np.pad(np.maximum(x, 0) if n else x, (((k - 1) // 2, k // 2), (0, 0)))
+            x = np.stack([np.einsum("kc,ock->o", x[t : t + k], weight) + bias for t in range(len(x) - k + 1)])
+        expected.append(x.max(0))
+    np.testing.assert_allclose(head(states, mask).detach().numpy(), np.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "directions"), [("lstm", 1), ("bilstm", 2), ("gru", 1)])
+def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, directions):
+    head, (states, mask) = make_head(name, rnn_size=6), make_states()
+    assert head.size == 6 * directions
+    for i, n in enumerate(LENGTHS):
+        outputs, _ = head.rnn(states[-1][i : i + 1, :n])  # without packing: nothing to pack
+        expected = outputs[0, -1, :6] if directions == 1 else torch.cat([outputs[0, -1, :6], outputs[0, 0, 6:]])
+        torch.testing.assert_close(head(states, mask)[i], expected, atol=1e-6, rtol=0)
+
+
+def test_concat_of_more_layers_than_there_are_is_refused():
+    with pytest.raises(ku.ConfigError, match="concat_layers must be at most the backbone's 4 layers, got 5"):
+        make_head("concat", concat_layers=5)
+
+
+def test_a_head_is_added_by_one_class():
+    @ku.register(ku.HEADS, "median")
+    class MedianHead(torch.nn.Module):
+        def __init__(self, shape, cfg):
+            super().__init__()
+            self.size = shape.width
+
+        def forward(self, states, mask):
+            hidden = states[-1].masked_fill(mask.unsqueeze(-1) == 0, float("nan"))
+            return hidden.nanmedian(1).values
+
+    try:
+        assert ku.Config(head="median").head == "median"
+        with pytest.raises(
+            ku.ConfigError, match=r"head must be one of .*median; got 'medan' \(did you mean median\?\)"
+        ):
+            ku.Config(head="medan")
+        states, mask = make_states()
+        expected = [torch.from_numpy(row(states, i)[-1]).median(0).values for i in range(len(LENGTHS))]
+        torch.testing.assert_close(make_head("median")(states, mask), torch.stack(expected))
+    finally:
+        del ku.HEADS["median"]
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match=r"'mean' is taken by kernel_utils\.MeanHead"):
+        ku.register(ku.HEADS, "mean")(ku.MaxHead)

@@ -1,0 +1,441 @@
+"""The training loop, run folders, prediction and submissions, on a tiny backbone."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_texts, train_frame
+
+import kernel_utils as ku
+
+CPU = torch.device("cpu")
+QUIET = {"say": lambda text: None}
+
+
+def fold_data(cfg, frame=None, n_outputs=1):
+    frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
+    folder = ku.find_backbone(cfg.backbone)
+    tokenizer = ku.load_tokenizer(folder)
+    targets = ku.encode_targets(frame, cfg, ku.class_labels(frame, cfg))
+    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
+    return ku.Data(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs)
+
+
+def resolved(cfg):
+    return cfg.resolved(ku.load_config(cfg.backbone, cfg))
+
+
+def run(cfg):
+    """Read, fold and train; the run folder, its record and its out-of-fold table."""
+    train, _, _ = ku.read_competition(cfg)
+    folder = ku.train(ku.make_folds(train, cfg), cfg)
+    record = json.loads((folder / "record.json").read_text())
+    return folder, record, pd.read_csv(folder / "oof.csv", dtype={"id": str})
+
+
+def one_step(tiny, loss, steps=1, rate=0.1, **settings):
+    """Loss and gradient norm of the last of some optimiser steps over the first seven rows, and the weights then."""
+    task = "multiclass" if loss == "cross_entropy" else "regression"
+    cfg = resolved(tiny(task=task, loss=loss, epochs=1, **settings))
+    frame = train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6)
+    if task == "multiclass":
+        frame["target"] = ["a", "b", "c"] * 8
+    data = fold_data(cfg, frame, n_outputs=3 if task == "multiclass" else 1)
+    targets = torch.from_numpy(data.targets)
+    targets = targets.float() if targets.is_floating_point() else targets
+    torch.manual_seed(0)
+    loss = ku.LOSSES[loss](cfg, data.n_outputs)
+    model = ku.build_model(cfg, data.folder, loss, data.tokenizer, targets, **QUIET)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rows = np.arange(7)
+    for _ in range(steps):
+        value, norm = ku.optimizer_step(model, rows, data.tokens, targets, optimizer, scaler, torch.float32, cfg)
+    return value, norm, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("loss", ku.LOSSES)
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(loss, micro, tiny):
+    value, norm, weights = one_step(tiny, loss)
+    value_m, norm_m, weights_m = one_step(tiny, loss, micro_batch_size=micro)
+    torch.testing.assert_close((value_m, norm_m), (value, norm), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights_m, weights, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ku.LOSSES)
+def test_the_step_follows_the_gradient_of_the_logged_loss(loss, tiny):
+    """With plain gradient descent a small step lowers the loss by the rate times the squared gradient norm."""
+    rate = 1e-4
+    before, norm, _ = one_step(tiny, loss, clip_norm=0, steps=1, rate=rate)
+    after, _, _ = one_step(tiny, loss, clip_norm=0, steps=2, rate=rate)
+    assert (before - after).item() == pytest.approx(rate * norm.item() ** 2, rel=0.05)
+
+
+def test_clipping_bounds_the_gradient_norm_of_the_step(tiny):
+    _, norm, free = one_step(tiny, "mse", clip_norm=0)
+    _, reported, clipped = one_step(tiny, "mse", clip_norm=0.01)
+    assert reported == norm > 0.01
+    start = one_step_start(tiny)
+    assert (clipped - start).norm() == pytest.approx(0.1 * 0.01, rel=1e-2)
+    assert (free - start).norm() == pytest.approx(0.1 * norm.item(), rel=1e-2)
+
+
+def one_step_start(tiny):
+    cfg = resolved(tiny())
+    data = fold_data(cfg, train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6))
+    torch.manual_seed(0)
+    targets = torch.from_numpy(data.targets).float()
+    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, targets, **QUIET)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("linear", lambda p: 1 - p),
+        ("cosine", lambda p: (1 + math.cos(math.pi * p)) / 2),
+        ("constant", lambda p: 1.0),
+    ],
+)
+def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
+    cfg = resolved(tiny(schedule=schedule, warmup=0.2, llrd=0.5, lr=0.01))
+    logged = []
+    data = fold_data(cfg)
+    ku.train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
+    rates = [entry["lr"] for entry in logged if "loss" in entry]
+    assert len(rates) == 30
+    for step, lr in enumerate(rates):
+        factor = (step + 1) / 6 if step < 6 else after((step - 6) / 24)
+        expected = {"embeddings": 0.5**4, "head": 0.1, **{f"layer {i}": 0.5 ** (4 - i) for i in range(1, 5)}}
+        assert lr == pytest.approx({depth: 0.01 * factor * share for depth, share in expected.items()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (dict(), {5, 10, 15}),
+        (dict(evals_per_epoch=2), {2, 5, 8, 10, 12, 15}),
+        (dict(evals_per_epoch=9), set(range(1, 16))),
+        (dict(eval_steps=4), {4, 8, 12, 15}),
+        (dict(eval_steps=100), {15}),
+    ],
+)
+def test_evaluations_come_as_set_and_always_at_the_end(settings, steps):
+    assert ku.evaluation_steps(5, ku.Config(epochs=3, **settings)) == steps
+
+
+def test_training_learns_eight_rows_by_heart(tiny):
+    cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0))
+    frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
+    logged = []
+    ku.train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert np.mean(losses[-4:]) < 0.02 * np.mean(losses[:4])
+
+
+def test_the_first_prediction_is_the_mean_of_the_training_targets(tiny):
+    cfg = resolved(tiny())
+    data = fold_data(cfg)
+    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.full((4, 1), 7.25), **QUIET)
+    assert model.output.bias.item() == 7.25
+
+
+def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(tiny):
+    cfg = resolved(tiny(head_dropout=0.5, dropout_samples=4))
+    data = fold_data(cfg)
+    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
+    batch = data.tokens.batch(np.arange(3), CPU)
+    outputs = model.train()(**batch)
+    assert outputs.shape == (4, 3, 1) and not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(model.eval()(**batch), model(**batch)) and model(**batch).shape == (3, 1)
+
+
+def test_predictions_come_in_the_order_of_the_rows_whatever_the_batches(tiny):
+    cfg = resolved(tiny())
+    data = fold_data(cfg, train_frame(24).assign(fold=0))
+    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET).train()
+    alone = [ku.predict(model, data.tokens, cfg, [i])[0] for i in range(24)]
+    for budget in (8, 40, 10_000):
+        got = ku.predict(model, data.tokens, ku.dataclasses.replace(cfg, batch_tokens=budget))
+        np.testing.assert_allclose(got, alone, atol=1e-5)
+    some = [5, 0, 17]
+    np.testing.assert_allclose(ku.predict(model, data.tokens, cfg, some), np.array(alone)[some], atol=1e-5)
+    assert model.training
+
+
+def test_two_runs_with_one_seed_give_identical_files_and_another_seed_does_not(tiny):
+    settings = dict(head_dropout=0.1, backbone_dropout=0.1)
+    first, second = (run(tiny(run_name=name, **settings))[0] for name in ("a", "b"))
+    other, _, _ = run(tiny(run_name="c", seed=1, **settings))
+    assert (first / "oof.csv").read_bytes() == (second / "oof.csv").read_bytes()
+    weights = [(folder / "fold1" / "model.safetensors").read_bytes() for folder in (first, second, other)]
+    assert weights[0] == weights[1] != weights[2]
+    assert (first / "oof.csv").read_bytes() != (other / "oof.csv").read_bytes()
+
+
+def test_a_fold_trained_alone_equals_the_fold_of_a_whole_run(tiny):
+    _, _, whole = run(tiny(run_name="whole"))
+    _, record, alone = run(tiny(run_name="alone", run_folds="1"))
+    assert [fold["fold"] for fold in record["folds"]] == [1]
+    pd.testing.assert_frame_equal(alone, whole[whole["fold"] == 1].reset_index(drop=True))
+
+
+def test_a_run_folder_holds_what_the_design_says(tiny):
+    folder, record, oof = run(tiny(run_name="run"))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"record.json", "oof.csv", "log.jsonl", "curves.png", "oof.png", "fold0", "fold1", "tokenizer"}
+    assert {path.name for path in (folder / "fold0").iterdir()} == {"model.safetensors", "config.json"}
+    assert list(oof.columns) == ["id", "fold", "target", "prediction", "prediction_best", "prediction_last"]
+    assert record["status"] == "complete" and record["rows"] == len(oof) == 40
+    assert oof["id"].is_unique and set(oof["id"]) == set(train_frame()["id"])
+    assert {"versions", "device", "threads", "seconds", "tokens_per_second"} <= set(record)
+    for kind in ("best", "last"):
+        error = oof["target"] - oof[f"prediction_{kind}"]
+        assert record["oof"][kind] == pytest.approx(math.sqrt((error**2).mean()))
+        by_fold = (error**2).groupby(oof["fold"]).mean() ** 0.5
+        assert [fold[kind]["score"] for fold in record["folds"]] == pytest.approx(list(by_fold))
+        assert record["oof"][f"{kind}_fold_sd"] == pytest.approx(by_fold.std())
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["fold"] == 0 and "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_the_saved_weights_predict_what_the_chosen_checkpoint_predicted(checkpoint, tiny):
+    cfg = tiny(run_name="run", checkpoint=checkpoint, epochs=4, evals_per_epoch=3, lr=0.02, metric="mae")
+    folder, record, oof = run(cfg)
+    assert any(fold["best"]["step"] < fold["last"]["step"] for fold in record["folds"])
+    assert oof["prediction"].equals(oof[f"prediction_{checkpoint}"])
+    loaded, frame = ku.load_run(folder), train_frame()
+    tokens = ku.tokenize_frame(frame, loaded.tokenizer, loaded.cfg)
+    for fold in (0, 1):
+        ku.load_model(loaded.model, folder / f"fold{fold}" / "model.safetensors")
+        rows = np.flatnonzero(oof["fold"] == fold)
+        got = ku.predict(loaded.model, tokens, loaded.cfg, rows)[:, 0]
+        np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-5)
+    steps = [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "mae" in line]
+    for fold in record["folds"]:
+        scores = {line["step"]: line["mae"] for line in steps if line["fold"] == fold["fold"]}
+        assert fold["best"] == {"score": min(scores.values()), "step": min(scores, key=scores.get)}
+        assert fold["last"]["step"] == max(scores)
+
+
+TASKS = {
+    "multi-target": (dict(target_columns="target,other"), {"target", "other"}, ["target", "other"]),
+    "binary": (dict(task="binary"), None, None),
+    "multiclass": (dict(task="multiclass", reinit_layers=1, llrd=0.9), {"low", "mid", "top"}, ["low", "mid", "top"]),
+    "multilabel": (dict(task="multilabel", target_columns="a,b", metric="f1_macro"), {"a", "b"}, ["a", "b"]),
+}
+
+
+def task_frame(name):
+    frame = train_frame(60)
+    rank = frame["target"].rank(method="first")
+    if name == "multi-target":
+        return frame.assign(other=-frame["target"])
+    if name == "binary":
+        return frame.assign(target=np.where(rank > 30, "yes", "no"))
+    if name == "multiclass":
+        return frame.assign(target=np.select([rank <= 20, rank <= 40], ["low", "mid"], "top"))
+    return frame.assign(a=(rank > 30).astype(int), b=(rank % 2 == 0).astype(int)).drop(columns="target")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_from_the_table_to_a_submission(task, tiny, competition):
+    settings, suffixes, _ = TASKS[task]
+    task_frame(task).to_csv(competition / "train.csv", index=False)
+    cfg = tiny(run_name=task, **settings)
+    test = pd.read_csv(competition / "test.csv", dtype=str)
+    columns = sorted(suffixes) if suffixes else ["target"]
+    test[["id"]].assign(**dict.fromkeys(columns, 0)).to_csv(competition / "sample_submission.csv", index=False)
+    folder, record, oof = run(cfg)
+    predicted = [f"prediction_{name}" for name in columns] if suffixes else ["prediction"]
+    assert set(predicted) <= set(oof.columns)
+    _, test, sample = ku.read_competition(cfg)
+    submission = ku.predict_test(folder, test, sample)
+    assert list(submission.columns) == ["id", *columns]
+    values = submission[columns].to_numpy()
+    assert np.isfinite(values).all() and values.std() > 0
+    if task != "multi-target":
+        assert ((values > 0) & (values < 1)).all()
+    if task == "multiclass":
+        np.testing.assert_allclose(values.sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(oof[predicted].sum(axis=1), 1, atol=1e-5)
+    metric = record["oof"]["metric"]
+    assert metric == {"multi-target": "mcrmse", "binary": "auc", "multiclass": "accuracy"}.get(task, "f1_macro")
+
+
+def test_a_multiclass_submission_with_one_column_holds_the_likeliest_label(tiny, competition):
+    task_frame("multiclass").to_csv(competition / "train.csv", index=False)
+    cfg = tiny(task="multiclass")
+    folder, _, _ = run(cfg)
+    _, test, sample = ku.read_competition(cfg)
+    labels = ku.predict_test(folder, test, sample)["target"]
+    probabilities = ku.predict_run(ku.load_run(folder), test)
+    by_id = dict(zip(test["id"], np.array(["low", "mid", "top"])[probabilities.argmax(1)], strict=True))
+    assert list(labels) == [by_id[i] for i in sample["id"]]
+
+
+def test_a_prediction_is_the_mean_of_the_folds(tiny):
+    folder, _, _ = run(tiny(run_name="run"))
+    loaded, texts = ku.load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
+    tokens = ku.tokenize_frame(texts, loaded.tokenizer, loaded.cfg)
+    each = []
+    for fold in (0, 1):
+        ku.load_model(loaded.model, folder / f"fold{fold}" / "model.safetensors")
+        each.append(ku.predict(loaded.model, tokens, loaded.cfg))
+    np.testing.assert_allclose(ku.predict_run(loaded, texts), np.mean(each, axis=0), atol=1e-6)
+    assert not np.allclose(each[0], each[1])
+
+
+@pytest.fixture
+def finished(tiny):
+    """A loaded run and the ids, predictions and sample of a submission."""
+    cfg = tiny(run_name="run", run_folds="0")
+    folder, _, _ = run(cfg)
+    _, test, sample = ku.read_competition(cfg)
+    return ku.load_run(folder), test["id"], np.arange(10.0)[:, None], sample
+
+
+def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_path):
+    loaded, ids, predictions, sample = finished
+    ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+    written = pd.read_csv(tmp_path / "s.csv", dtype={"id": str})
+    assert list(written.columns) == ["id", "target"] and list(written["id"]) == list(sample["id"])
+    assert list(written["target"]) == [predictions[list(ids).index(i), 0] for i in sample["id"]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda i, p, s: (i, np.where(p == 3, np.nan, p), s), "1 predictions are not finite, the first for id '003'"),
+        (lambda i, p, s: (i, p, s.iloc[1:]), "the ids of sample_submission.csv and of the predictions differ"),
+        (lambda i, p, s: (i, p, s.assign(other=0)), "has columns target, other; the run predicts target"),
+    ],
+)
+def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil, message, finished, tmp_path):
+    loaded, *rest = finished
+    (tmp_path / "s.csv").write_text("old")
+    ids, predictions, sample = spoil(*rest)
+    with pytest.raises(ku.DataError, match=message):
+        ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+    assert (tmp_path / "s.csv").read_text() == "old"
+
+
+def test_a_complete_run_is_never_overwritten_and_a_broken_one_is_replaced(tiny):
+    cfg = tiny(run_folds="0")
+    first, _, _ = run(cfg)
+    second, _, _ = run(cfg)
+    assert second.name == first.name + "-2"
+    with pytest.raises(ku.ConfigError, match="holds a complete run; choose another name or delete it"):
+        run(tiny(run_name=first.name))
+    record = json.loads((second / "record.json").read_text())
+    (second / "record.json").write_text(json.dumps(record | {"status": "running"}))
+    (second / "left over").write_text("")
+    third, _, _ = run(cfg)
+    assert third == second and not (second / "left over").exists()
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tiny, tmp_path):
+    (tmp_path / "runs" / "thesis").mkdir(parents=True)
+    (tmp_path / "runs" / "thesis" / "chapter.txt").write_text("ten years of work")
+    with pytest.raises(ku.ConfigError, match="exists and is not a run folder"):
+        run(tiny(run_name="thesis"))
+    assert (tmp_path / "runs" / "thesis" / "chapter.txt").read_text() == "ten years of work"
+
+
+def test_an_unfinished_run_is_not_loaded(tiny):
+    folder, record, _ = run(tiny(run_name="run", run_folds="0"))
+    (folder / "record.json").write_text(json.dumps(record | {"status": "running"}))
+    with pytest.raises(ku.ConfigError, match="the run did not finish"):
+        ku.load_run(folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny):
+    with pytest.raises(FloatingPointError, match="fold 0, step 1: the loss is nan"):
+
+        @ku.register(ku.LOSSES, "broken")
+        class Broken(ku.MseLoss):
+            def __call__(self, raw, target):
+                return super().__call__(raw, target) * math.nan
+
+        try:
+            run(tiny(loss="broken"))
+        finally:
+            del ku.LOSSES["broken"]
+
+
+def test_a_loss_of_ones_own_trains_by_its_name(tiny):
+    @ku.register(ku.LOSSES, "log_cosh")
+    class LogCosh(ku.MseLoss):
+        def __call__(self, raw, target):
+            return torch.log(torch.cosh(raw - target)).mean(1)
+
+    try:
+        _, record, _ = run(tiny(loss="log_cosh", run_folds="0"))
+        assert record["parts"]["loss"].endswith("LogCosh")
+    finally:
+        del ku.LOSSES["log_cosh"]
+
+
+def test_the_default_rate_follows_the_width_and_is_recorded(tiny):
+    for width, lr in ((384, 1e-4), (768, 2e-5), (1024, 1e-5)):
+        config = ku.transformers.BertConfig(hidden_size=width)
+        assert ku.Config().resolved(config).lr == lr
+        assert ku.Config(lr=3e-3).resolved(config).lr == 3e-3
+    _, record, _ = run(tiny(run_folds="0"))
+    expected = {"loss": "mse", "metric": "rmse", "lr": 1e-4, "backbone_dropout": 0.0}
+    assert record["resolved"] == expected and record["settings"]["lr"] == 0.0
+
+
+def test_without_a_tracker_wandb_is_not_imported_and_where_it_is_missing_the_error_says_so(tiny, monkeypatch):
+    run(tiny(run_folds="0"))
+    assert "wandb" not in sys.modules
+    monkeypatch.setattr(ku.importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(ku.ConfigError, match="tracker wandb needs the package wandb"),
+        ku.open_log(tiny(tracker="wandb"), "."),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_wandb_logs_offline_and_asks_for_no_login(tiny, tmp_path):
+    pytest.importorskip("wandb")
+    cfg = tiny(run_folds="0", tracker="wandb", run_name="tracked")
+    script = (
+        "import sys, json, kernel_utils as ku\n"
+        "cfg = ku.Config.from_dict(json.loads(sys.argv[1]))\n"
+        "train, _, _ = ku.read_competition(cfg)\n"
+        "ku.train(ku.make_folds(train, cfg), cfg)\n"
+    )
+    settings = json.dumps(cfg.to_dict())
+    environment = {k: v for k, v in ku.os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(ku.Path(ku.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, settings],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    files = list((tmp_path / "runs" / "tracked" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["auto", "fp16", "bf16", "fp32"])
+def test_a_gpu_learns_what_the_cpu_learns_in_every_precision(precision, tiny):
+    cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0, precision=precision))
+    frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
+    logged = []
+    ku.train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert np.mean(losses[-4:]) < 0.05 * np.mean(losses[:4])
