@@ -1640,8 +1640,9 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
         say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
     freeze(model, cfg)
     if cfg.gradient_checkpointing:
+        enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         try:
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable({"use_reentrant": False})
         except ValueError as error:
             raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
     return model
@@ -1862,6 +1863,7 @@ def write_steps(entries, fold, per_epoch, log):
     losses = torch.stack([loss for _, loss, _, _ in entries]).tolist()
     norms = torch.stack([norm for _, _, norm, _ in entries]).tolist()
     for (step, _, _, rates), loss, norm in zip(entries, losses, norms, strict=True):
+        norm = norm if math.isfinite(norm) else None  # fp16: the scaler skips such a step
         log({"fold": fold, "step": step, "epoch": step / per_epoch, "loss": loss, "grad_norm": norm, "lr": rates})
         if not math.isfinite(loss):
             raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; lower lr, or set precision fp32")

@@ -265,8 +265,8 @@ def test_a_registered_name_cannot_be_taken_by_another_part():
 
 
 def test_the_settings_cell_of_a_notebook_sets_values():
-    assert from_cells('# Settings\nhead: str = "conv1d"  # help\nepochs = 7').head == "conv1d"
-    assert from_cells('# Settings\nhead: str = "conv1d"  # help\nepochs = 7').epochs == 7
+    cell = '# Settings\nhead: str = "conv1d"  # help\nepochs = 7'
+    assert from_cells(cell) == ku.Config(head="conv1d", epochs=7)
 
 
 def test_papermills_cell_overrides_the_settings_cell_and_leaves_the_rest():

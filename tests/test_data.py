@@ -1,0 +1,552 @@
+"""Reading and checking a competition, where it is found, and its folds."""
+
+import csv
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import kernel_utils as ku
+
+TRAIN = "id,excerpt,target\na,a cat sat,1.5\nb,the dog ran,-2\nc,a red hat,0\n"
+ONE_LABEL = "id,excerpt,target\na,a cat,1\nb,a hat,1\n"
+TEST = "id,excerpt\nx,a cat\ny,a dog\n"
+SAMPLE = "id,target\ny,0\nx,0\n"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Function: texts of the three files and settings -> Config that reads them."""
+
+    def config(train=TRAIN, test=None, sample=None, **settings):
+        for name, text in (("train", train), ("test", test), ("sample_submission", sample)):
+            if text is not None:
+                content = text if isinstance(text, bytes) else text.encode()
+                (tmp_path / f"{name}.csv").write_bytes(content)
+        return ku.Config(data_dir=str(tmp_path), **settings)
+
+    return config
+
+
+def refusal(cfg):
+    with pytest.raises(ku.DataError) as error:
+        ku.read_competition(cfg)
+    return str(error.value)
+
+
+def test_the_commonlit_layout_is_read_by_default(competition):
+    train, test, sample = ku.read_competition(ku.Config(data_dir=str(competition)))
+    with open(competition / "train.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert train["id"].tolist() == [row["id"] for row in rows]
+    assert train["excerpt"].tolist() == [row["excerpt"] for row in rows]
+    assert train["target"].tolist() == [float(row["target"]) for row in rows]
+    assert (len(test), len(sample)) == (10, 10)
+
+
+def test_any_column_names_are_read_by_setting(data):
+    cfg = data(
+        "key,body,more,score\n1,a cat,a dog,3\n2,a hat,a mat,4\n",
+        id_column="key",
+        text_column="body",
+        pair_column="more",
+        target_columns="score",
+    )
+    train, test, sample = ku.read_competition(cfg)
+    assert train[["key", "body", "more", "score"]].to_numpy().tolist() == [
+        ["1", "a cat", "a dog", 3.0],
+        ["2", "a hat", "a mat", 4.0],
+    ]
+    assert test is None and sample is None
+
+
+@pytest.mark.parametrize("name", ["007", "1e5", "0x1F", "1.0", "NA", "null", "12345678901234567890", " a"])
+def test_an_id_is_kept_as_the_text_that_stands_in_the_file(data, name):
+    cfg = data(TRAIN + f"{name},a mat,1\n", TEST + f"{name},a mat\n", SAMPLE + f"{name},0\n")
+    train, test, sample = ku.read_competition(cfg)
+    assert train["id"].iloc[-1] == test["id"].iloc[-1] == sample["id"].iloc[-1] == name
+
+
+@pytest.mark.parametrize("text", ["NA", "nan", "None", "null", "N/A"])
+def test_a_text_that_pandas_takes_for_a_gap_is_a_text(data, text):
+    assert ku.read_train(data(TRAIN + f"d,{text},1\n"))["excerpt"].iloc[-1] == text
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\n\n").encode(),
+    ],
+    ids=["BOM", "CRLF", "BOM and CRLF", "blank lines"],
+)
+def test_the_way_a_file_was_saved_does_not_change_what_is_read(data, encode):
+    train, test, _ = ku.read_competition(data(encode(TRAIN), encode(TEST), encode(SAMPLE)))
+    assert train.columns.tolist() == ["id", "excerpt", "target"]
+    assert train.to_numpy().tolist() == [["a", "a cat sat", 1.5], ["b", "the dog ran", -2.0], ["c", "a red hat", 0.0]]
+    assert test.to_numpy().tolist() == [["x", "a cat"], ["y", "a dog"]]
+
+
+def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
+    assert ku.read_train(data(TRAIN + 'd,"a ""cat"", or\na dog",1\n'))["excerpt"].iloc[-1] == 'a "cat", or\na dog'
+
+
+@pytest.mark.parametrize(
+    "train, settings, parts",
+    [
+        ("id,excerpt,target\n", {}, ["no rows"]),
+        ("", {}, ["CSV"]),
+        ("id,excerpt,target\na,caf\xe9,1\n".encode("latin-1"), {}, ["UTF-8"]),
+        (TRAIN + "d,a mat, red,1\n", {}, ["line 5"]),
+        (TRAIN, dict(text_column="exerpt"), ["'exerpt' (did you mean excerpt?)", "id, excerpt, target"]),
+        (TRAIN, dict(target_columns="target,other"), ["'other'"]),
+        (TRAIN, dict(prefix="{grade} "), ["'grade'"]),
+        (TRAIN, dict(fold_kind="group", group_column="author"), ["'author'"]),
+        (TRAIN + "b,a mat,1\n", {}, ["column id", "each id once", "row 4", "'b'"]),
+        (TRAIN + "d,,1\n", {}, ["column excerpt", "a text", "row 4 (id d)", "''"]),
+        (TRAIN + "d, \t,1\n", {}, ["column excerpt", "a text", "row 4 (id d)"]),
+        (TRAIN + "d,12.5,1\n", {}, ["column excerpt", "a text, not a number", "row 4 (id d)", "'12.5'"]),
+        (TRAIN + "d,a mat,nan\n", {}, ["column target", "a finite number", "row 4 (id d)", "'nan'"]),
+        (TRAIN + "d,a mat,-inf\n", {}, ["column target", "a finite number", "row 4 (id d)", "'-inf'"]),
+        (TRAIN + "d,a mat,\n", {}, ["column target", "a finite number", "row 4 (id d)", "''"]),
+        (TRAIN + 'd,a mat,"1,5"\n', {}, ["column target", "a finite number", "row 4 (id d)", "'1,5'"]),
+        (TRAIN + "d,a mat\n", {}, ["column target", "row 4 (id d)"]),
+        (TRAIN, dict(task="multilabel"), ["column target", "0 or 1", "row 1 (id a)", "'1.5'", "'-2'"]),
+        (TRAIN + "d,a mat,\n", dict(task="multiclass"), ["column target", "a label", "row 4 (id d)"]),
+        (TRAIN, dict(task="binary"), ["column target", "binary", "two labels", "got 3"]),
+        ("id,excerpt,target\na,a cat,1\nb,a hat,1\n", dict(task="binary"), ["column target", "two labels", "got 1"]),
+        (
+            "id,excerpt,target\na,a cat,1\nb,a hat,1\n",
+            dict(task="multiclass"),
+            ["column target", "two or more", "got 1"],
+        ),
+    ],
+)
+def test_an_error_in_train_names_file_column_row_expectation_and_value(data, tmp_path, train, settings, parts):
+    message = refusal(data(train, **settings))
+    assert [part for part in [str(tmp_path / "train.csv"), *parts] if part not in message] == []
+
+
+def test_the_second_text_of_a_pair_is_checked_too(data):
+    message = refusal(data("id,excerpt,more,target\na,a cat,,1\n", pair_column="more"))
+    assert "column more" in message and "row 1 (id a)" in message
+
+
+def test_each_of_several_targets_is_checked(data):
+    message = refusal(data("id,excerpt,p,q\na,a cat,1,x\nb,a dog,y,2\n", target_columns="p,q"))
+    assert "column p" in message and "row 2 (id b): 'y'" in message
+    assert "column q" in message and "row 1 (id a): 'x'" in message
+
+
+def test_all_problems_of_a_file_come_in_one_error(data):
+    message = refusal(data(TRAIN + "a,,inf\n"))
+    assert all(part in message for part in ("each id once", "expected a text", "expected a finite number"))
+
+
+def test_many_bad_rows_are_counted_and_the_first_three_shown(data):
+    message = refusal(data("id,excerpt,target\n" + "".join(f"r{i},a cat,x{i}\n" for i in range(7))))
+    assert re.findall(r"row (\d+)", message) == ["1", "2", "3"] and "and 4 more" in message
+
+
+def test_a_missing_train_csv_is_named_with_what_is_there(tmp_path):
+    (tmp_path / "tain.csv").write_text(TRAIN)
+    message = refusal(ku.Config(data_dir=str(tmp_path)))
+    assert all(part in message for part in ("train.csv is not in", str(tmp_path), "tain.csv"))
+
+
+def test_a_data_dir_that_is_no_folder_is_named(tmp_path):
+    assert str(tmp_path / "nowhere") in refusal(ku.Config(data_dir=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    "test, sample, parts",
+    [
+        ("id,text\nx,a cat\n", None, ["test.csv", "'excerpt'", "id, text"]),
+        ("id,excerpt\nx,a cat\nx,a dog\n", None, ["test.csv", "column id", "each id once", "row 2", "'x'"]),
+        (TEST + "z,a hat\n", SAMPLE, ["sample_submission.csv", "lacks 1 ids", "'z'"]),
+        (TEST, SAMPLE + "z,0\n", ["test.csv", "lacks 1 ids", "'z'"]),
+        (TEST, "key,target\nx,0\ny,0\n", ["sample_submission.csv", "'id'", "key, target"]),
+        ("id,excerpt\n007,a cat\n", "id,target\n7,0\n", ["'007'", "'7'"]),
+    ],
+)
+def test_an_error_in_test_or_sample_names_the_file_and_what_differs(data, test, sample, parts):
+    message = refusal(data(TRAIN, test, sample))
+    assert [part for part in parts if part not in message] == []
+
+
+def test_test_and_sample_may_be_in_another_order(data):
+    _, test, sample = ku.read_competition(data(TRAIN, TEST, SAMPLE))
+    assert test["id"].tolist() == ["x", "y"] and sample["id"].tolist() == ["y", "x"]
+
+
+def test_an_empty_test_text_is_warned_of_once_with_its_file_and_count(data):
+    with pytest.warns(UserWarning, match=r"test\.csv: 2 empty texts") as caught:
+        _, test, _ = ku.read_competition(data(TRAIN, "id,excerpt\nx,\ny,a dog\nz,  \n"))
+    assert len([w for w in caught if "empty" in str(w.message)]) == 1
+    assert test["id"].tolist() == ["x", "y", "z"]
+
+
+def test_test_texts_without_gaps_give_no_warning(data, recwarn):
+    ku.read_competition(data(TRAIN, TEST, SAMPLE))
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("head", ["mean", "conv1d"])
+def test_an_empty_test_text_is_predicted(data, backbone_folder, head):
+    folder = backbone_folder("bert")
+    cfg = data(TRAIN, "id,excerpt\nx,\ny,a dog\n", head=head, backbone=str(folder), max_length=16)
+    with pytest.warns(UserWarning, match="empty"):
+        _, test, _ = ku.read_competition(cfg)
+    tokenizer = ku.load_tokenizer(folder)
+    model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
+    predictions = ku.predict(model, ku.tokenize_frame(test, tokenizer, cfg), cfg)
+    assert predictions.shape == (2, 1) and np.isfinite(predictions).all()
+
+
+def test_several_regression_targets_become_columns_of_numbers(data):
+    cfg = data("id,excerpt,p,q\na,a cat,1,0.5\nb,a dog,-2,1e-1\n", target_columns="p, q")
+    assert ku.encode_targets(ku.read_train(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
+
+
+def test_label_sets_become_columns_of_zeros_and_ones(data):
+    cfg = data("id,excerpt,p,q\na,a cat,1,0\nb,a dog,0.0,1\n", task="multilabel", target_columns="p,q")
+    assert ku.encode_targets(ku.read_train(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "task, labels, classes, encoded",
+    [
+        ("binary", ["1", "0", "1"], ["0", "1"], [[1.0], [0.0], [1.0]]),
+        ("binary", ["yes", "no", "no"], ["no", "yes"], [[1.0], [0.0], [0.0]]),
+        ("binary", ["10", "9", "9"], ["9", "10"], [[1.0], [0.0], [0.0]]),
+        ("multiclass", ["10", "9", "-1"], ["-1", "9", "10"], [2, 1, 0]),
+        ("multiclass", ["pear", "apple", "fig"], ["apple", "fig", "pear"], [2, 0, 1]),
+        ("multiclass", ["2", "10", "none"], ["10", "2", "none"], [1, 0, 2]),
+    ],
+)
+def test_labels_are_ordered_as_numbers_or_as_text_and_encoded_in_that_order(data, task, labels, classes, encoded):
+    text = "id,excerpt,target\n" + "".join(f"r{i},a cat,{label}\n" for i, label in enumerate(labels))
+    cfg = data(text, task=task)
+    train = ku.read_train(cfg)
+    assert ku.class_labels(train, cfg) == classes
+    assert ku.encode_targets(train, cfg, classes).tolist() == encoded
+
+
+def numbered(n):
+    return "id,excerpt,target\n" + "".join(f"r{i},a cat,{i}\n" for i in range(n))
+
+
+def drawn(data, train, **settings):
+    return ku.read_train(data(train, max_rows=20, **settings))["id"].tolist()
+
+
+def test_max_rows_draws_so_many_rows_and_keeps_their_order(data):
+    ids = drawn(data, numbered(100))
+    assert len(set(ids)) == 20 and ids == sorted(ids, key=lambda name: int(name[1:]))
+    assert ids != [f"r{i}" for i in range(20)]
+
+
+def test_max_rows_depends_on_fold_seed_and_neither_on_seed_nor_on_row_order(data):
+    ids = drawn(data, numbered(100))
+    assert drawn(data, numbered(100), seed=5) == ids
+    assert set(drawn(data, numbered(100), fold_seed=1)) != set(ids)
+    header, *rows = numbered(100).splitlines()
+    assert set(drawn(data, "\n".join([header, *reversed(rows)]) + "\n")) == set(ids)
+
+
+@pytest.mark.parametrize("max_rows", [0, 3, 50])
+def test_max_rows_of_0_or_more_than_there_are_means_all(data, max_rows):
+    assert len(ku.read_train(data(max_rows=max_rows))) == 3
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """Function: paths under input/ -> a made Kaggle root with those files."""
+    root = tmp_path / "kaggle"
+    monkeypatch.setenv("KAGGLE_ROOT", str(root))
+
+    def make(*paths):
+        (root / "input").mkdir(parents=True)
+        for path in paths:
+            (root / "input" / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / "input" / path).write_text(TRAIN)
+        return root / "input"
+
+    return make
+
+
+@pytest.mark.parametrize("folder", ["commonlit", "competitions/commonlit"])
+def test_on_kaggle_the_attached_competition_is_found_in_both_mount_layouts(kaggle, folder):
+    root = kaggle(f"{folder}/train.csv", "datasets/me/weights/vocab.txt", "other/notes.csv")
+    assert ku.find_data("", "train.csv") == root / folder
+    assert ku.read_train(ku.Config())["id"].tolist() == ["a", "b", "c"]
+
+
+def test_several_attached_competitions_are_an_error_that_lists_them(kaggle):
+    root = kaggle("first/train.csv", "competitions/second/train.csv", "third/other.csv")
+    message = refusal(ku.Config())
+    assert str(root / "first") in message and str(root / "competitions/second") in message
+    assert "several" in message and "data_dir" in message and "third" not in message
+
+
+def test_on_kaggle_without_a_competition_the_error_lists_what_is_attached(kaggle):
+    root = kaggle("datasets/me/texts/rows.csv")
+    message = refusal(ku.Config())
+    assert "train.csv" in message and "data_dir" in message and str(root / "datasets/me/texts") in message
+
+
+def test_on_kaggle_with_nothing_attached_the_sample_is_not_taken(kaggle):
+    kaggle()
+    assert "nothing" in refusal(ku.Config())
+
+
+def test_a_data_dir_wins_over_the_attached_competition(kaggle, data):
+    kaggle("commonlit/train.csv")
+    assert ku.read_train(data("id,excerpt,target\nmine,a cat,1\n"))["id"].tolist() == ["mine"]
+
+
+def test_off_kaggle_an_empty_data_dir_means_the_sample(monkeypatch, tmp_path):
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    train, test, sample = ku.read_competition(ku.Config())
+    assert len(train) >= 160 and len(test) >= 40 and set(test["id"]) == set(sample["id"])
+
+
+def fold_frame(n=100, seed=0):
+    """Rows with a number, a class with shares 5:3:2, and one of 20 authors."""
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "id": [f"{i:03d}" for i in range(n)],
+            "excerpt": "a cat",
+            "target": rng.uniform(-3, 1, n),
+            "label": rng.choice(list("xxxxxyyyzz"), n),
+            "author": [f"author {a}" for a in rng.integers(0, 20, n)],
+        }
+    )
+
+
+KINDS = [
+    dict(fold_kind="stratified"),
+    dict(fold_kind="plain"),
+    dict(fold_kind="group", group_column="author"),
+    dict(fold_kind="stratified_group", group_column="author"),
+    dict(fold_kind="stratified", task="multiclass", target_columns="label"),
+]
+KIND_NAMES = ["stratified", "plain", "group", "stratified_group", "classes"]
+
+
+def folds_by_id(frame, **settings):
+    made = ku.make_folds(frame, ku.Config(**settings))
+    return dict(zip(made["id"], made["fold"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_every_row_is_in_one_of_n_folds(kind):
+    folds = folds_by_id(fold_frame(), n_folds=4, **kind)
+    assert len(folds) == 100 and set(folds.values()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_making_folds_keeps_the_rows_as_they_are(kind):
+    frame = fold_frame()
+    made = ku.make_folds(frame, ku.Config(**kind))
+    pd.testing.assert_frame_equal(made.drop(columns="fold"), fold_frame())
+    pd.testing.assert_frame_equal(frame, fold_frame())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_folds_depend_neither_on_seed_nor_on_row_order(kind):
+    folds = folds_by_id(fold_frame(), **kind)
+    assert folds_by_id(fold_frame(), seed=7, **kind) == folds
+    assert folds_by_id(fold_frame().sample(frac=1, random_state=3), **kind) == folds
+    assert folds_by_id(fold_frame().iloc[::-1].reset_index(drop=True), **kind) == folds
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_folds_depend_on_fold_seed(kind):
+    assert folds_by_id(fold_frame(), fold_seed=1, **kind) != folds_by_id(fold_frame(), **kind)
+
+
+def test_folds_depend_on_the_ids():
+    frame = fold_frame()
+    renamed = frame.assign(id="new " + frame["id"])
+    assert list(folds_by_id(renamed).values()) != list(folds_by_id(frame).values())
+
+
+def test_plain_folds_are_of_equal_size_and_not_blocks_of_rows():
+    folds = list(folds_by_id(fold_frame(102), fold_kind="plain").values())
+    assert sorted(Counter(folds).values()) == [20, 20, 20, 21, 21]
+    assert folds != sorted(folds)
+
+
+@pytest.mark.parametrize("kind", ["group", "stratified_group"])
+def test_a_group_stays_in_one_fold(kind):
+    made = ku.make_folds(fold_frame(200), ku.Config(fold_kind=kind, group_column="author"))
+    assert len(made[["author", "fold"]].drop_duplicates()) == made["author"].nunique() == 20
+
+
+def test_stratified_group_folds_share_the_classes_more_evenly_than_group_folds():
+    frame = fold_frame(400).assign(author=lambda f: f["label"] + (f.index % 10).astype(str))
+    uneven = {}
+    for kind in ("group", "stratified_group"):
+        cfg = ku.Config(fold_kind=kind, group_column="author", task="multiclass", target_columns="label")
+        shares = pd.crosstab(ku.make_folds(frame, cfg)["fold"], frame["label"], normalize="index")
+        uneven[kind] = shares.std().sum()
+    assert uneven["stratified_group"] < 0.5 * uneven["group"]
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_stratified_folds_share_each_class_to_one_row(task):
+    frame = fold_frame(103).assign(target=lambda f: f["label"].replace("z", "y") if task == "binary" else f["label"])
+    made = ku.make_folds(frame, ku.Config(task=task))
+    counts = pd.crosstab(made["fold"], made["target"])
+    assert (counts.max() - counts.min()).max() <= 1
+
+
+def test_stratified_folds_share_each_frequent_label_set_to_one_row():
+    rng = np.random.default_rng(0)
+    frame = fold_frame(120).assign(p=rng.integers(0, 2, 120) * 1.0, q=rng.integers(0, 2, 120) * 1.0)
+    made = ku.make_folds(frame, ku.Config(task="multilabel", target_columns="p,q"))
+    counts = pd.crosstab(made["fold"], made["p"].astype(str) + made["q"].astype(str))
+    assert counts.shape == (5, 4) and (counts.max() - counts.min()).max() <= 1
+
+
+def equal_width_bins(values, n_bins):
+    position = (values - values.min()) / (values.max() - values.min()) * n_bins
+    return np.minimum(np.floor(position), n_bins - 1).astype(int)
+
+
+@pytest.mark.parametrize("n, n_bins", [(63, 6), (64, 7), (100, 7), (128, 8)])
+def test_stratified_folds_share_each_of_the_articles_bins_to_one_row(n, n_bins):
+    assert n_bins == math.floor(1 + math.log2(n))
+    values = np.random.default_rng(n).uniform(-3, 1, n)
+    bins = equal_width_bins(values, n_bins)
+    assert Counter(bins).most_common()[-1][1] >= 3
+    frame = fold_frame(n).assign(target=values)
+    assert ku.strata(frame, ku.Config(n_folds=3)).tolist() == bins.tolist()
+    counts = pd.crosstab(ku.make_folds(frame, ku.Config(n_folds=3))["fold"], bins)
+    assert (counts.max() - counts.min()).max() <= 1
+
+
+def test_several_targets_are_binned_by_the_mean_of_their_standard_scores():
+    rng = np.random.default_rng(1)
+    frame = fold_frame().assign(p=rng.uniform(0, 1, 100), q=rng.uniform(0, 1000, 100))
+    scores = sum((frame[c].to_numpy() - np.mean(frame[c])) / np.std(frame[c]) for c in "pq")
+    found = ku.strata(frame, ku.Config(target_columns="p,q", n_folds=2))
+    expected = equal_width_bins(scores, 7)
+    frequent = np.isin(expected, [b for b, count in Counter(expected).items() if count > 5])
+    assert frequent.sum() > 80 and len(set(found)) >= 5
+    assert found[frequent].tolist() == expected[frequent].tolist()
+
+
+@pytest.mark.parametrize(
+    "per_bin, merged",
+    [
+        ([6, 1, 4, 3, 2], [6, 5, 5]),
+        ([1, 1, 6, 7, 1], [8, 8]),
+        ([8, 0, 0, 0, 8], [8, 8]),
+        ([13, 1, 0, 1, 1], [13, 3]),
+        ([14, 0, 0, 1, 1], [16]),
+    ],
+)
+def test_rare_bins_are_merged_with_a_neighbour_until_each_has_a_row_for_every_fold(per_bin, merged):
+    middle = np.concatenate([b + 0.5 + np.linspace(-0.3, 0.3, count) for b, count in enumerate(per_bin) if count])
+    ends = np.concatenate([[0.0], middle[1:-1], [5.0]])
+    strata = ku.strata(fold_frame(16).assign(target=ends), ku.Config(n_folds=3))
+    assert [count for _, count in sorted(Counter(strata.tolist()).items())] == merged
+    assert (np.diff(strata) >= 0).all()
+
+
+@pytest.mark.parametrize("n", [5, 20, 333])
+def test_skewed_targets_make_no_stratum_smaller_than_the_number_of_folds(n):
+    frame = fold_frame(n).assign(target=np.random.default_rng(n).exponential(1, n) ** 2)
+    assert min(Counter(ku.strata(frame, ku.Config()).tolist()).values()) >= 5
+    assert set(folds_by_id(frame).values()) == {0, 1, 2, 3, 4}
+
+
+def test_targets_that_are_all_equal_still_make_folds():
+    assert sorted(Counter(folds_by_id(fold_frame(10).assign(target=0.1)).values()).values()) == [2, 2, 2, 2, 2]
+
+
+def test_rare_label_sets_are_stratified_together():
+    frame = fold_frame(40).assign(p=[1.0] * 20 + [0.0] * 20, q=[1.0, 1.0] + [0.0] * 34 + [1.0] * 4)
+    strata = ku.strata(frame, ku.Config(task="multilabel", target_columns="p,q"))
+    assert sorted(Counter(strata.tolist()).values()) == [6, 16, 18]
+
+
+@pytest.mark.parametrize("column", [["0", "1", "0", "3"], [0, 1, 0, 3], [0.0, 1.0, 0.0, 3.0]])
+def test_a_given_fold_column_wins(column):
+    frame = fold_frame(4).assign(fold=column)
+    made = ku.make_folds(frame, ku.Config(n_folds=5, fold_kind="plain"))
+    assert made["fold"].tolist() == [0, 1, 0, 3]
+
+
+@pytest.mark.parametrize("bad", ["-1", "0.5", "", "x", "inf"])
+def test_a_given_fold_that_is_no_fold_number_is_an_error_with_its_row(data, bad):
+    cfg = data(f"id,excerpt,target,fold\na,a cat,1,0\nb,a dog,2,1\nc,a hat,2,{bad}\n")
+    with pytest.raises(ku.DataError) as error:
+        ku.make_folds(ku.read_train(cfg), cfg)
+    parts = ("train.csv", "column fold", "a fold number", "row 3 (id c)", repr(bad))
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_a_given_fold_column_with_one_fold_is_an_error():
+    with pytest.raises(ku.DataError, match="column fold: expected two or more folds, got one"):
+        ku.make_folds(fold_frame(4).assign(fold="0"), ku.Config())
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_a_label_in_one_fold_only_is_an_error_with_its_column_and_rows(task):
+    frame = fold_frame(6).assign(target=["x", "x", "x", "x", "y", "y"], fold=[0, 1, 0, 1, 1, 1])
+    with pytest.raises(ku.DataError, match=r"column target: label 'y' \(2 rows\) is in one fold only"):
+        ku.make_folds(frame, ku.Config(task=task))
+
+
+def test_a_label_of_a_label_set_in_one_fold_only_is_an_error_with_its_column():
+    frame = fold_frame(4).assign(p=[0.0, 1.0, 1.0, 0.0], q=[1.0, 0.0, 1.0, 0.0], fold=[0, 0, 1, 1])
+    ku.make_folds(frame, ku.Config(task="multilabel", target_columns="p,q"))
+    with pytest.raises(ku.DataError, match=r"column q: label 1\.0 \(1 rows\)"):
+        ku.make_folds(frame.assign(q=[1.0, 0.0, 0.0, 0.0]), ku.Config(task="multilabel", target_columns="p,q"))
+
+
+def test_a_label_with_a_single_row_is_an_error_of_made_folds_too():
+    frame = fold_frame(50).assign(target=["rare"] + ["x", "y"] * 24 + ["x"])
+    with pytest.raises(ku.DataError, match=r"label 'rare' \(1 rows\) is in one fold only"):
+        ku.make_folds(frame, ku.Config(task="multiclass"))
+
+
+def test_a_regression_target_in_one_fold_only_is_no_error():
+    ku.make_folds(fold_frame(4).assign(target=[1.0, 2.0, 3.0, 4.0], fold=[0, 0, 1, 1]), ku.Config())
+
+
+@pytest.mark.parametrize(
+    "n, settings, parts",
+    [
+        (4, {}, ["4 rows", "5 folds"]),
+        (4, dict(fold_kind="plain"), ["4 rows", "5 folds"]),
+        (200, dict(fold_kind="group", group_column="author", n_folds=21), ["20 groups", "21 folds"]),
+    ],
+)
+def test_too_few_rows_or_groups_for_the_folds_are_an_error(n, settings, parts):
+    with pytest.raises(ku.DataError) as error:
+        ku.make_folds(fold_frame(n), ku.Config(**settings))
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize("asked, expected", [("all", [0, 1, 2]), ("2,0", [0, 2]), ("1,1", [1])])
+def test_run_folds_asks_for_all_or_for_numbers(asked, expected):
+    frame = ku.make_folds(fold_frame(), ku.Config(n_folds=3))
+    assert ku.asked_folds(frame, ku.Config(n_folds=3, run_folds=asked)) == expected
+
+
+def test_a_fold_that_does_not_exist_is_refused_before_training_with_those_that_do():
+    with pytest.raises(ku.ConfigError) as error:
+        ku.make_folds(fold_frame(), ku.Config(n_folds=3, run_folds="0,3"))
+    assert all(part in str(error.value) for part in ("run_folds", "0, 1, 2", "'0,3'"))
