@@ -36,8 +36,6 @@ import os
 import platform
 import random
 import re
-import resource
-import shutil
 import sys
 import time
 import warnings
@@ -92,11 +90,11 @@ def register(table, name):
 class KitError(ValueError):
     """A mistake the user can mend. Notebooks show the message alone, without a traceback."""
 
+    title = "cannot go on:"
+
     def __init__(self, problems):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n  ".join([self.title, *self.problems]))
-
-    title = "cannot go on:"
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
         return [f"{type(self).__name__}: {self}"]
@@ -148,7 +146,10 @@ def as_text(value):
 def as_ints(value):
     if isinstance(value, str):
         value = value.split(",")
-    return tuple(as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    numbers = tuple(as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    if not numbers:
+        raise ValueError
+    return numbers
 
 
 def as_folds(value):
@@ -206,7 +207,8 @@ class Settings:
                 object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
             except ValueError as problem:
                 problems.append(str(problem))
-        problems += [] if problems else self.conflicts()
+                object.__setattr__(self, field.name, field.default)
+        problems += self.conflicts()
         if problems:
             raise ConfigError(problems)
 
@@ -234,42 +236,44 @@ class Settings:
     def from_notebook(cls, namespace):
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
-        Settings are what those two cells bind: the last cell run that begins `# Settings` and the
-        last that begins `# Parameters` (papermill's wording), in the order they ran. Other cells
-        never count. A notebook exported to a script is read from its file.
+        Settings are what two cells bind: the last one run whose first line begins `# Settings` and the last
+        whose first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never
+        count. A notebook exported to a script is read from its file.
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
-            for title in ("# Settings", "# Parameters"):
-                if source.lstrip().startswith(title):
-                    last[title] = (position, source)
+            if kind := settings_kind(source):
+                last[kind] = (position, source)
         cells = [source for _, source in sorted(last.values())]
         if not cells and "__file__" in namespace:
-            cells = settings_blocks(Path(namespace["__file__"]).read_text(encoding="utf-8"))
+            script = Path(namespace["__file__"]).read_text(encoding="utf-8")
+            cells = list(filter(settings_kind, re.split(CELL_MARKS, script, flags=re.MULTILINE)))
         if not cells:
             raise ConfigError("no settings cell has run; its first line must begin '# Settings'")
         settings = {}
         for source in cells:
             scope = dict(namespace)
             exec(source, scope)
-            settings.update({name: scope[name] for name in bound_names(ast.parse(source))})
+            settings.update({name: scope[name] for name in bound_names(source) if name in scope})
         return cls.from_dict(settings)
 
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
-def bound_names(tree):
-    """Names that the top-level lines `a = 1` or `a: int = 1` of a parsed cell bind."""
-    lines = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    targets = [t for line in lines for t in getattr(line, "targets", [getattr(line, "target", None)])]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
 
 
-def settings_blocks(script):
-    """The settings cells of a script exported from a notebook, as sources."""
-    cells = re.split(r"^# (?:In\[.*\]:|%%.*|\+.*)$", script, flags=re.MULTILINE)
-    return [cell for cell in map(str.strip, cells) if cell.startswith(("# Settings", "# Parameters"))]
+def settings_kind(source):
+    """Which of the two settings cells a source is, if any."""
+    first = source.strip().partition("\n")[0].strip()
+    return "settings" if first.startswith("# Settings") else "parameters" if first == "# Parameters" else None
+
+
+def bound_names(source):
+    """Names that a cell assigns to."""
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
 
 
 TASKS = {  # task -> (default loss, default metric)
@@ -277,6 +281,14 @@ TASKS = {  # task -> (default loss, default metric)
     "binary": ("bce", "auc"),
     "multiclass": ("cross_entropy", "accuracy"),
     "multilabel": ("bce", "auc"),
+}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+FOLD_KINDS = {
+    "stratified": sklearn.model_selection.StratifiedKFold,
+    "plain": sklearn.model_selection.KFold,
+    "group": sklearn.model_selection.GroupKFold,
+    "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -295,11 +307,7 @@ class Config(Settings):
     max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
     n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
     run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=FOLDS)
-    fold_kind: str = option(
-        "stratified",
-        "stratified, plain, group or stratified_group",
-        ("stratified", "plain", "group", "stratified_group"),
-    )
+    fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", FOLD_KINDS)
     group_column: str = option("", "column whose values stay in one fold, for group folds")
     fold_seed: int = option(0, "seed of the folds", low=0)
     # text
@@ -308,35 +316,25 @@ class Config(Settings):
     prefix: str = option("", "text put before each text; {column} inserts a column, new [words] become tokens")
     # model
     backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
-    head: str = option(
-        "mean",
-        "cls, mean, max, meanmax, conv1d, lstm, bilstm, gru, concat, weighted, attention or gem",
-        HEADS,
-    )
+    head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
     conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1)
     conv_channels: tuple = option((256, 1), "conv1d: channels of each convolution", low=1)
     rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1)
     concat_layers: int = option(4, "concat: number of last layers", low=1)
     weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
     head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
-    dropout_samples: int = option(
-        1, "dropout masks whose losses are averaged (multi-sample dropout); 1 means off", low=1
-    )
+    dropout_samples: int = option(1, "dropout masks whose losses are averaged; 1 means off", low=1)
     backbone_dropout: float = option(
-        -1.0, "dropout inside the backbone; -1 means 0 for regression, else its own", low=-1, high=0.99
+        -1.0, "dropout of the backbone; -1: 0 in regression, else its own", low=-1, high=0.99
     )
     reinit_layers: int = option(0, "re-initialise this many last layers", low=0)
     freeze_layers: int = option(0, "keep this many first layers as they are", low=0)
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
-    attention: str = option(
-        "",
-        "attention of transformers: eager, sdpa, ...; empty means its choice",
-        ("eager", "sdpa", "flash_attention_2"),
-    )
+    attention: str = option("", "eager, sdpa or flash_attention_2; empty means transformers' choice", ATTENTIONS)
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
-    label_smoothing: float = option(0.0, "cross_entropy: share of the target spread over all classes", low=0, high=0.99)
+    label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
     metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
     epochs: int = option(3, "passes over the training folds", low=1)
     batch_size: int = option(16, "rows of an optimiser step", low=1)
@@ -349,9 +347,7 @@ class Config(Settings):
     schedule: str = option("cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES)
     warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
-    precision: str = option(
-        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
-    )
+    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
     # evaluation and records
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
     eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
@@ -446,9 +442,12 @@ def listing(paths):
 def find_data(data_dir, marker):
     """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
     if data_dir:
-        if not Path(data_dir).is_dir():
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
             raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
-        return Path(data_dir)
+        if not (folder / marker).is_file():
+            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {listing(sorted(os.listdir(folder)))}")
+        return folder
     if on_kaggle():
         root = kaggle_root() / "input"
         found = sorted([*root.glob(f"competitions/*/{marker}"), *root.glob(f"*/{marker}")])
@@ -495,6 +494,10 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def read_record(run):
+    return json.loads((Path(run) / "record.json").read_text())
+
+
 def write_atomic(path, write):
     """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
@@ -510,12 +513,10 @@ def read_table(path, columns):
     """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path.name} is not in {path.parent}; there: {listing(sorted(os.listdir(path.parent)))}"
-        ) from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError(f"{path}: not a UTF-8 CSV file with a header ({error})") from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(f"{path}: the rows have more cells than the header has columns")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
@@ -605,6 +606,37 @@ def read_test(cfg, data_dir):
     return test, sample
 
 
+def class_labels(frame, cfg):
+    """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
+    if cfg.task not in ("binary", "multiclass"):
+        return []
+    labels = set(frame[cfg.targets[0]])
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
+    return sorted(labels, key=float if numbers else str)
+
+
+def output_names(cfg, classes):
+    """A name for every column of predictions: classes of a multiclass task, else target columns."""
+    return classes if cfg.task == "multiclass" else cfg.targets
+
+
+def suffixed(kind, name, names):
+    """Column of a table for one of several outputs; without a suffix where there is one output."""
+    return kind if len(names) == 1 else f"{kind}_{name}"
+
+
+def submission_columns(sample, cfg, classes):
+    """Columns of the sample submission besides the id. DataError where a run with these settings cannot fill them.
+
+    One column takes any single output or the likeliest class; several must be the targets or the classes.
+    """
+    columns, names = [name for name in sample.columns if name != cfg.id_column], output_names(cfg, classes)
+    single = len(columns) == 1 and (len(names) == 1 or cfg.task == "multiclass")
+    if not single and set(columns) != set(names):
+        raise DataError(f"sample_submission.csv has columns {listing(columns)}; the settings predict {listing(names)}")
+    return columns
+
+
 def read_competition(cfg):
     """(train, test, sample submission) frames, checked; the last two are None where there is no file.
 
@@ -612,16 +644,10 @@ def read_competition(cfg):
     """
     train = read_train(cfg)
     test, sample = read_test(cfg, find_data(cfg.data_dir, "train.csv"))
+    if sample is not None:
+        submission_columns(sample, cfg, class_labels(train, cfg))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
     return train, test, sample
-
-
-def class_labels(frame, cfg):
-    """Labels of a binary or multiclass task in order: as numbers where all are whole numbers, else as text."""
-    if cfg.task not in ("binary", "multiclass"):
-        return []
-    labels = set(frame[cfg.targets[0]])
-    return sorted(labels, key=int if all(re.fullmatch(r"[+-]?\d+", label) for label in labels) else str)
 
 
 def encode_targets(frame, cfg, classes):
@@ -664,7 +690,7 @@ def strata(frame, cfg):
 def make_folds(frame, cfg):
     """`frame` with a column `fold`. It depends on `fold_seed` and the ids, not on `seed` or row order.
 
-    Kinds: stratified (see `strata`), plain, group, stratified_group, through scikit-learn. A column
+    Kinds: stratified (see `strata`), plain, group, stratified_group, by scikit-learn. A column
     `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
     since the model that validates on it would never have seen it.
     """
@@ -676,21 +702,18 @@ def make_folds(frame, cfg):
             raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
         print("folds are those of the column 'fold'")
     else:
-        order = np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))
-        name = {"stratified": "StratifiedKFold", "plain": "KFold", "group": "GroupKFold"}
-        splitter = getattr(sklearn.model_selection, name.get(cfg.fold_kind, "StratifiedGroupKFold"))
-        groups = frame[cfg.group_column].to_numpy()[order] if "group" in cfg.fold_kind else None
-        units = len(frame) if groups is None else len(set(groups))
-        if units < cfg.n_folds:
-            raise DataError(
-                f"train.csv: {units} {'rows' if groups is None else 'groups'} cannot make {cfg.n_folds} folds"
-            )
-        folds = np.empty(len(frame))
-        split = splitter(cfg.n_folds, shuffle=True, random_state=cfg.fold_seed).split
-        with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
-            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            for fold, (_, rows) in enumerate(split(order, strata(frame, cfg)[order], groups)):
-                folds[order[rows]] = fold
+        ordered = frame.iloc[np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))]
+        groups = ordered[cfg.group_column].to_numpy() if "group" in cfg.fold_kind else None
+        splitter = FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
+        fold_of = pd.Series(0, index=ordered.index)
+        try:
+            with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
+                warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+                for fold, (_, rows) in enumerate(splitter.split(ordered, strata(ordered, cfg), groups)):
+                    fold_of.iloc[rows] = fold
+        except ValueError as error:
+            raise DataError(f"train.csv, {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
+        folds = fold_of.loc[frame.index].to_numpy()
     frame = frame.assign(fold=folds.astype(int))
     asked_folds(frame, cfg)
     problems = []
@@ -765,11 +788,12 @@ class Tokens:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def find_run(part, whole, start):
+def find_part(part, whole, start):
+    """Where the list `part` stands in the list `whole`, from `start` on."""
     for i in range(start, len(whole) - len(part) + 1):
         if whole[i : i + len(part)] == part:
             return i
-    raise KitError(f"the tokenizer changes a text it adds special tokens to: {part} is not in {whole}")
+    raise KitError(f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}")
 
 
 def template(tokenizer, pair):
@@ -782,7 +806,7 @@ def template(tokenizer, pair):
     gaps, text_types, end = [], [], 0
     for probe in probes:
         part = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-        start = find_run(part, ids, end)
+        start = find_part(part, ids, end)
         gaps.append((ids[end:start], types[end:start]))
         text_types.append(types[start])
         end = start + len(part)
@@ -799,42 +823,50 @@ def cut(ids, room, truncation):
     return ids[:head] + ids[len(ids) - (room - head) :]
 
 
-def tokenize(texts, tokenizer, cfg, pairs=None):
+def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     """Token ids of every text (or pair), special tokens included, at most `max_length` each, as `Tokens`.
 
-    Of a pair that is too long, the longer text is cut first. A text without any token becomes one
-    end-of-text token, so that every row has something to pool.
+    A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is cut
+    first. A text without any token becomes one end-of-text token, so that every row has something to pool.
     """
     gaps, text_types = template(tokenizer, pairs is not None)
-    columns = [texts] if pairs is None else [texts, pairs]
-    columns = [tokenizer(list(c), add_special_tokens=False, verbose=False)["input_ids"] for c in columns]
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and (total := sum(len(ids) for c in columns for ids in c)):
-        share = sum(ids.count(unknown) for c in columns for ids in c) / total
-        if share > 0.5:
-            raise KitError(
-                f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are {tokenizer.unk_token}"
-            )
+
+    def encode(column):
+        return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
+
+    columns = [encode(texts)] if pairs is None else [encode(texts), encode(pairs)]
+    starts = [[]] * len(columns[0]) if prefixes is None else encode(prefixes)
     room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
+    if room <= (longest := max(map(len, starts), default=0)):
+        raise ConfigError(f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens")
     spare = next((i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
     all_ids, all_types = [], []
-    for row in zip(*columns, strict=True):
+    for start, *row in zip(starts, *columns, strict=True):
         rooms = [room]
         if pairs is not None:
-            rooms[:] = [room - min(len(row[1]), max(room // 2, room - len(row[0])))]
-            rooms.append(room - rooms[0])
+            second = min(len(row[1]), max(room // 2, room - len(start) - len(row[0])), room - len(start))
+            rooms = [room - second, second]
         ids, types = list(gaps[0][0]), list(gaps[0][1])
         for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
-            kept = cut(text, space, cfg.truncation)
+            kept = [*start, *cut(text, space - len(start), cfg.truncation)]
             ids += [*kept, *gap[0]]
             types += [*([text_type] * len(kept)), *gap[1]]
+            start = []
         all_ids.append(ids or [spare])
         all_types.append(types or [0])
     typed = "token_type_ids" in tokenizer.model_input_names
     return Tokens(all_ids, all_types if typed else None, tokenizer.pad_token_id or 0)
 
 
-def prefixes(frame, cfg):
+def check_vocabulary(tokens, tokenizer):
+    """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
+    if tokenizer.unk_token_id is not None:
+        share = (tokens.ids == tokenizer.unk_token_id).mean()
+        if share > 0.5:
+            raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
+
+
+def make_prefixes(frame, cfg):
     """`cfg.prefix` for every row, columns filled in."""
     columns = prefix_columns(cfg)
     parts = re.split(r"\{[^{}]+\}", cfg.prefix)
@@ -844,7 +876,7 @@ def prefixes(frame, cfg):
 
 def add_prefix_tokens(tokenizer, frame, cfg):
     """Make a special token of every [word] in the prefixes that the tokenizer lacks; returns the new ones."""
-    words = sorted({word for text in set(prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)})
+    words = sorted({word for text in set(make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)})
     if len(words) > 1000:
         raise ConfigError(f"prefix {cfg.prefix!r} makes {len(words)} new tokens, such as {words[0]}: at most 1000")
     known = tokenizer.get_vocab()
@@ -855,8 +887,10 @@ def add_prefix_tokens(tokenizer, frame, cfg):
 
 def tokenize_frame(frame, tokenizer, cfg):
     """`tokenize` for the text columns of a frame, with the prefix."""
-    texts = [before + text for before, text in zip(prefixes(frame, cfg), frame[cfg.text_column], strict=True)]
-    return tokenize(texts, tokenizer, cfg, frame[cfg.pair_column].tolist() if cfg.pair_column else None)
+    pairs = frame[cfg.pair_column].tolist() if cfg.pair_column else None
+    return tokenize(
+        frame[cfg.text_column].tolist(), tokenizer, cfg, pairs, make_prefixes(frame, cfg) if cfg.prefix else None
+    )
 
 
 def plan_batches(lengths, batch_size, rng, bucket_batches=1):
@@ -890,8 +924,8 @@ def plan_prediction(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `states`, a tuple of L + 1 tensors (B, T, H), embeddings first, and `mask` (B, T), and
-# returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
+# A head gets `states`, a tuple of L + 1 float32 tensors (B, T, H), embeddings first, and `mask` (B, T),
+# and returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
 # the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
 
 
@@ -906,17 +940,16 @@ class Shape(NamedTuple):
 def cls_token(state, mask, shape):
     """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
     if not shape.cls_last:
-        return state[:, 0].float()
-    return state[torch.arange(len(state), device=state.device), mask.sum(1) - 1].float()
+        return state[:, 0]
+    return state[torch.arange(len(state), device=state.device), mask.sum(1) - 1]
 
 
 def masked_mean(state, mask):
-    m = mask.unsqueeze(-1).float()  # (B, T, 1)
-    return (state.float() * m).sum(1) / m.sum(1).clamp(min=1)  # (B, H)
+    m = mask.unsqueeze(-1)  # (B, T, 1)
+    return (state * m).sum(1) / m.sum(1)  # (B, H)
 
 
 def masked_max(state, mask):
-    state = state.float()
     return state.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(1)  # (B, H)
 
 
@@ -984,7 +1017,7 @@ class Conv1dHead(nn.Module):
         self.size = widths[-1]
 
     def forward(self, states, mask):
-        m = mask.unsqueeze(1).to(states[-1].dtype)  # (B, 1, T)
+        m = mask.unsqueeze(1)  # (B, 1, T)
         x = states[-1].transpose(1, 2)  # (B, H, T)
         for i, conv in enumerate(self.convs):
             k = conv.kernel_size[0]
@@ -994,7 +1027,7 @@ class Conv1dHead(nn.Module):
 
 
 class RecurrentHead(nn.Module):
-    """Final state of a recurrent layer that runs over the tokens alone (packed), in float32."""
+    """Final state of a recurrent layer that runs over the real tokens alone (packed)."""
 
     def __init__(self, shape, cfg, layer, bidirectional=False):
         super().__init__()
@@ -1002,11 +1035,9 @@ class RecurrentHead(nn.Module):
         self.size = cfg.rnn_size * (2 if bidirectional else 1)
 
     def forward(self, states, mask):
-        with torch.autocast(mask.device.type, enabled=False):
-            packed = nn.utils.rnn.pack_padded_sequence(
-                states[-1].float(), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
-            )
-            _, final = self.rnn(packed)
+        lengths = mask.sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(states[-1], lengths, batch_first=True, enforce_sorted=False)
+        _, final = self.rnn(packed)
         final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
         return final.transpose(0, 1).flatten(1)  # (B, directions * R)
 
@@ -1087,9 +1118,9 @@ class AttentionHead(nn.Module):
         self.score = nn.Linear(shape.width, 1, bias=False)  # softmax ignores a bias
 
     def forward(self, states, mask):
-        scores = self.score(torch.tanh(self.hidden(states[-1]))).squeeze(-1).float()  # (B, T)
+        scores = self.score(torch.tanh(self.hidden(states[-1]))).squeeze(-1)  # (B, T)
         weights = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.unsqueeze(-1) * states[-1].float()).sum(1)  # (B, H)
+        return (weights.unsqueeze(-1) * states[-1]).sum(1)  # (B, H)
 
 
 @register(HEADS, "gem")
@@ -1102,7 +1133,7 @@ class GemHead(nn.Module):
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, states, mask):
-        return masked_mean(states[-1].float().clamp(min=1e-6) ** self.power, mask) ** (1 / self.power)
+        return masked_mean(states[-1].clamp(min=1e-6) ** self.power, mask) ** (1 / self.power)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1121,21 +1152,22 @@ PACKAGES = {  # hub name -> (installed package that carries the weights, folder 
 
 
 def is_backbone(folder):
-    weights = any(next(folder.glob(f"*.{kind}"), None) for kind in ("safetensors", "bin"))
+    weights = any(next(folder.glob(name), None) for name in ("*.safetensors", "pytorch_model*.bin"))
     return (folder / "config.json").is_file() and weights
 
 
 def short_name(name):
-    """The last part of a path or hub name, as Kaggle spells it: lower case, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower())
+    """The last part of a path or hub name that has a letter (a version has none), as Kaggle spells it."""
+    parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
+    return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
 def packaged_backbone(name):
     """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {short_name(key): value for key, value in PACKAGES.items()}
-    if short_name(name) not in known:
+    known = {alias.lower(): value for key, value in PACKAGES.items() for alias in (key, Path(key).name)}
+    if name.lower() not in known:
         return None, "none is known for this name"
-    package, folder, hashes = known[short_name(name)]
+    package, folder, hashes = known[name.lower()]
     spec = importlib.util.find_spec(package)
     if spec is None:
         return None, f"{package} is not installed"
@@ -1169,7 +1201,8 @@ def find_backbone(name):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
     inputs = [folder for folder in attached("config.json") if is_backbone(folder)]
-    fitting = [folder for folder in inputs if short_name(name) in map(short_name, folder.parts)]
+    names = {folder: {short_name(part) for part in folder.relative_to(kaggle_root()).parts} for folder in inputs}
+    fitting = [folder for folder in inputs if not path.is_absolute() and short_name(name) in names[folder]]
     if len(fitting) > 1:
         raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {listing(fitting)}")
     if fitting:
@@ -1205,14 +1238,15 @@ def set_dropout(config, rate):
 @contextlib.contextmanager
 def quiet_transformers():
     """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
-    level = transformers.logging.get_verbosity()
+    level, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def model_class(config):
@@ -1222,12 +1256,12 @@ def model_class(config):
 
 
 def load_config(folder, cfg):
+    """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    if cfg.backbone_dropout >= 0:
-        set_dropout(config, cfg.backbone_dropout)
+    old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
-    return config
+    return config, old
 
 
 def encoder_only(model):
@@ -1248,7 +1282,10 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
 
     Raises KitError for weights that the checkpoint lacks; says which it has to spare.
     """
-    config = load_config(folder, cfg)
+    config, old = load_config(folder, cfg)
+    if old:
+        was = ", ".join(f"{name} {rate}" for name, rate in old.items())
+        say(f"backbone dropout {cfg.backbone_dropout:g}, was {was}")
     with quiet_transformers():
         model, info = model_class(config).from_pretrained(
             folder,
@@ -1272,7 +1309,7 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
 
 def empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
-    config = load_config(folder, cfg)
+    config, _ = load_config(folder, cfg)
     return encoder_only(model_class(config).from_config(config, dtype=torch.float32, **attention_option(cfg)))
 
 
@@ -1575,9 +1612,9 @@ def qwk(target, prediction):
 
 
 def improves(metric_name, new, old):
-    """Whether a score beats the best so far; None is no score yet, NaN never beats one."""
-    if old is None or math.isnan(old):
-        return True
+    """Whether a score beats the best so far. NaN never beats a number."""
+    if math.isnan(old):
+        return not math.isnan(new)
     return new < old if METRICS[metric_name].better == "lower" else new > old
 
 
@@ -1603,6 +1640,10 @@ class TextModel(nn.Module):
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
         self.output = nn.Linear(self.head.size, loss.width)
         if self.head.size == 1:  # conv1d's one channel is a prediction already: keep its scale and sign
+            if loss.width > 1:
+                raise ConfigError(
+                    f"{cfg.head} gives one feature for {loss.width} outputs; set conv_channels, as 256,64"
+                )
             nn.init.ones_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
@@ -1613,15 +1654,21 @@ class TextModel(nn.Module):
         Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs.
         """
         types = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types)
+        try:
+            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise KitError(f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32") from None
         states = (*out.hidden_states[:-1], out.last_hidden_state)  # L + 1 of (B, T, H); the last one normed
         if len(states) != self.shape.n_states or states[-1].shape[1] != input_ids.shape[1]:
             name = type(self.backbone).__name__
             raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
-        features = self.head(states, attention_mask)  # (B, D)
-        if self.training and self.samples > 1:
-            return torch.stack([self.output(self.dropout(features)).float() for _ in range(self.samples)])
-        return self.output(self.dropout(features)).float()
+        with torch.autocast(input_ids.device.type, enabled=False):  # float32, whatever the backbone ran in
+            features = self.head(tuple(state.float() for state in states), attention_mask)  # (B, D)
+            if self.training and self.samples > 1:
+                return torch.stack([self.output(self.dropout(features)) for _ in range(self.samples)])
+            return self.output(self.dropout(features))
 
 
 def build_model(cfg, folder, loss, tokenizer, targets, say=print):
@@ -1634,8 +1681,11 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     if cfg.max_length > limit:
         raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
     model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer))
+    start = loss.start(targets)
+    if start.shape != model.output.bias.shape:
+        raise KitError(f"loss {cfg.loss}: start must give {loss.width} values, gave shape {tuple(start.shape)}")
     with torch.no_grad():
-        model.output.bias.copy_(loss.start(targets))
+        model.output.bias.copy_(start)
     if cfg.reinit_layers:
         say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
     freeze(model, cfg)
@@ -1760,6 +1810,9 @@ class Data(NamedTuple):
     n_outputs: int
 
 
+NOT_FINITE = "lower lr, or set precision fp32"
+
+
 def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg):
     """One update from the rows of one optimiser batch. Returns its loss and gradient norm, on the device.
 
@@ -1771,19 +1824,22 @@ def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg):
         with autocast(device, dtype):
             raw = model(**tokens.batch(part, device))
         target = targets[torch.from_numpy(part).to(device)]
-        samples = raw if raw.dim() == 3 else raw[None]  # (S, B, K)
-        share = sum(model.loss(sample, target).sum() for sample in samples) / (len(samples) * len(rows))
+        values = torch.stack([model.loss(sample, target) for sample in (raw if raw.dim() == 3 else raw[None])])
+        if values.shape[1:] != (len(part),):
+            raise KitError(
+                f"loss {cfg.loss} must give a value for each of {len(part)} rows, gave {tuple(values.shape[1:])}"
+            )
+        share = values.mean(0).sum() / len(rows)
         scaler.scale(share).backward()
         mean += share.detach()
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
-    mean.requires_grad_()
-    loss = model.loss.outer(mean)
+    loss = model.loss.outer(mean.requires_grad_())
     if loss is not mean:  # chain rule: the gradients so far are those of the mean
         (slope,) = torch.autograd.grad(loss, mean)
         torch._foreach_mul_([p.grad for p in parameters], slope)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_norm or math.inf)
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # in fp16 it skips a step whose gradients are not finite
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach(), norm
@@ -1829,21 +1885,23 @@ def train_fold(data, fold, cfg, log, say=print):
             model.train()
             for batch in plan_batches(data.tokens.lengths[train_rows], cfg.batch_size, rng, cfg.bucket_batches):
                 rates = {group["depth"]: group["lr"] for group in optimizer.param_groups}
+                scale = scaler.get_scale()
                 batch_loss, norm = optimizer_step(
                     model, train_rows[batch], data.tokens, targets, optimizer, scaler, dtype, cfg
                 )
-                with warnings.catch_warnings():  # a step that the scaler skipped still counts
-                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                if scaler.get_scale() >= scale:  # else the scaler skipped the step
                     scheduler.step()
                 step += 1
                 entries.append((step, batch_loss, norm, rates))
                 bar.update()
                 if step not in when:
                     continue
-                write_steps(entries, fold, per_epoch, log)
+                write_steps(entries, fold, per_epoch, log, skips=scaler.is_enabled())
                 seconds["train"] += time.perf_counter() - started
                 started = time.perf_counter()
                 last = dict(predictions=predict(model, data.tokens, cfg, rows), step=step)
+                if not np.isfinite(last["predictions"]).all():
+                    raise FloatingPointError(f"fold {fold}, step {step}: predictions are not finite; {NOT_FINITE}")
                 last["score"] = METRICS[cfg.metric](data.targets[rows], last["predictions"])
                 if better := best is None or improves(cfg.metric, last["score"], best["score"]):
                     best = last
@@ -1858,15 +1916,17 @@ def train_fold(data, fold, cfg, log, say=print):
     return model, dict(fold=fold, rows=rows, best=best, last=last, steps=step, seconds=seconds)
 
 
-def write_steps(entries, fold, per_epoch, log):
-    """Log the optimiser steps since the last evaluation and forget them: one copy from the device for all."""
+def write_steps(entries, fold, per_epoch, log, skips):
+    """Log the optimiser steps since the last evaluation and forget them: one copy from the device for all.
+
+    `skips` says that a step may be not finite, since the scaler left it out.
+    """
     losses = torch.stack([loss for _, loss, _, _ in entries]).tolist()
     norms = torch.stack([norm for _, _, norm, _ in entries]).tolist()
     for (step, _, _, rates), loss, norm in zip(entries, losses, norms, strict=True):
-        norm = norm if math.isfinite(norm) else None  # fp16: the scaler skips such a step
         log({"fold": fold, "step": step, "epoch": step / per_epoch, "loss": loss, "grad_norm": norm, "lr": rates})
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; lower lr, or set precision fp32")
+        if not (skips or math.isfinite(loss)):
+            raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; {NOT_FINITE}")
     entries.clear()
 
 
@@ -1882,7 +1942,6 @@ def new_figure(width, height):
 
 def save_figure(figure, path):
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
-    return figure
 
 
 def plot_curves(run):
@@ -1890,9 +1949,7 @@ def plot_curves(run):
 
     Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
     """
-    run = Path(run)
-    record = json.loads((run / "record.json").read_text())
-    log = pd.read_json(run / "log.jsonl", lines=True)
+    record, log = read_record(run), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
@@ -1900,64 +1957,67 @@ def plot_curves(run):
         color = f"C{fold % 10}"
         steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
         left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
-        smooth = steps["loss"].ewm(span=max(5, len(steps) // 10)).mean()
-        left.plot(steps["step"], smooth, color=color, label=f"fold {fold}")
+        left.plot(steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color)
         right.plot(evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}")
         best = evaluations[evaluations["best"] == 1].tail(1)
         right.plot(best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10)
     left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
     right.set(xlabel="optimiser step", ylabel=f"validation {name}")
     right.legend(fontsize="small")
-    figure.suptitle(
-        f"{run.name}: {name} {record['oof']['last']:.4f} last, {record['oof']['best']:.4f} best", fontsize="medium"
-    )
-    return save_figure(figure, run / "curves.png")
+    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
+    figure.suptitle(f"{run.name}: {name} {scores}", fontsize="medium")
+    save_figure(figure, run / "curves.png")
+
+
+def plot_points(oof, names):
+    """Predictions against targets, a panel for each output and a colour for each fold."""
+    figure = new_figure(4.5 * len(names), 4.5)
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        target, prediction = oof[suffixed("target", name, names)], oof[suffixed("prediction", name, names)]
+        for fold, rows in oof.groupby("fold").groups.items():
+            color = f"C{fold % 10}"
+            axis.scatter(target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}")
+        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
+        axis.legend(fontsize="small")
+    return figure
+
+
+def plot_shares(shares, rows, columns, xlabel, ylabel):
+    """A matrix of shares from 0 to 1 as colours, with numbers where there is room."""
+    size = min(3 + 0.6 * len(rows), 20)
+    figure = new_figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    for (i, j), share in np.ndenumerate(shares) if len(rows) <= 25 else ():
+        axis.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    return figure
 
 
 def plot_oof(run):
-    """Out-of-fold predictions against the truth, as oof.png: points for regression, shares of each true class
-    for classes, and shares of each label's cells for multilabel."""
-    run = Path(run)
-    record = json.loads((run / "record.json").read_text())
-    oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if record["classes"] else None)
-    settings, names = record["settings"], record["outputs"]
-    if settings["task"] == "regression":
-        figure = new_figure(4.5 * len(names), 4.5)
-        for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            suffix = f"_{name}" if len(names) > 1 else ""
-            target, prediction = oof["target" + suffix], oof["prediction" + suffix]
-            for fold, rows in oof.groupby("fold").groups.items():
-                axis.scatter(
-                    target[rows], prediction[rows], s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}"
-                )
-            ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
-            axis.plot(ends, ends, color="black", linewidth=0.8)
-            axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
-            axis.legend(fontsize="small")
-        return save_figure(figure, run / "oof.png")
-    if settings["task"] == "multilabel":
-        pairs = [(oof[f"target_{n}"] if len(names) > 1 else oof["target"]) for n in names]
-        hits = [(oof[f"prediction_{n}"] if len(names) > 1 else oof["prediction"]) >= 0.5 for n in names]
-        shares = np.array([[(h[t == 0]).mean(), (h[t == 1]).mean()] for t, h in zip(pairs, hits, strict=True)])
-        rows, columns, labels = names, ["absent", "present"], ("truly", "label, share predicted present")
+    """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
+    classes, and for multilabel the share of each label's rows that are predicted to have it."""
+    record = read_record(run)
+    task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
+    oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False)
+    predictions = oof[[suffixed("prediction", name, names) for name in names]].to_numpy()
+    if task == "regression":
+        figure = plot_points(oof, names)
+    elif task == "multilabel":
+        truth = oof[[suffixed("target", name, names) for name in names]].to_numpy() == 1
+        hits = predictions >= 0.5
+        shares = np.stack([(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1)
+        figure = plot_shares(shares, names, ["absent", "present"], "true state", "label: share predicted present")
     else:
-        classes = record["classes"]
-        if settings["task"] == "binary":
-            guess = np.where(oof["prediction"] >= 0.5, classes[1], classes[0])
-        else:
-            guess = np.array(classes)[oof[[f"prediction_{c}" for c in classes]].to_numpy().argmax(1)]
-        shares = sklearn.metrics.confusion_matrix(oof["target"], guess, labels=classes, normalize="true")
-        rows, columns, labels = classes, classes, ("predicted", "true class, share of its rows")
-    size = 3 + 0.6 * len(rows)
-    figure = new_figure(size, size)
-    axis = figure.subplots()
-    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(xlabel=labels[0], ylabel=labels[1])
-    for (i, j), share in np.ndenumerate(shares):
-        axis.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
-    return save_figure(figure, run / "oof.png")
+        chosen = predictions.argmax(1) if task == "multiclass" else (predictions[:, 0] >= 0.5).astype(int)
+        guesses = np.array(classes)[chosen]
+        shares = sklearn.metrics.confusion_matrix(oof["target"], guesses, labels=classes, normalize="true")
+        figure = plot_shares(shares, classes, classes, "predicted class", "true class: share of its rows")
+    save_figure(figure, run / "oof.png")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1965,34 +2025,21 @@ def plot_oof(run):
 
 
 def make_run_folder(cfg):
-    """An empty run folder. A complete run is never overwritten: a name that is set is refused, a name made
-    from the settings gets a number. What a run that did not finish left under the name is removed."""
-    name = cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    folder = Path(cfg.output_dir) / name
-    number = 1
-    while is_complete(folder):
+    """A new folder for a run. What is there is never touched: a name that is set is refused where it exists,
+    a name made from the settings gets a number."""
+    base = Path(cfg.output_dir).expanduser() / (cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}")
+    folder, number = base, 1
+    while folder.exists():
         if cfg.run_name:
-            raise ConfigError(
-                f"run_name {cfg.run_name!r}: {folder} holds a complete run; choose another name or delete it"
-            )
+            raise ConfigError(f"run_name {cfg.run_name!r}: {folder} exists; choose another name or delete it")
         number += 1
-        folder = Path(cfg.output_dir) / f"{name}-{number}"
-    if folder.exists() and not (folder / "record.json").is_file():
-        raise ConfigError(f"{folder} exists and is not a run folder; choose another run_name or output_dir")
-    if folder.exists():
-        shutil.rmtree(folder)
+        folder = base.with_name(f"{base.name}-{number}")
     folder.mkdir(parents=True)
     return folder
 
 
-def is_complete(folder):
-    path = folder / "record.json"
-    return path.is_file() and json.loads(path.read_text())["status"] == "complete"
-
-
 def write_json(path, content):
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def start_tracker(cfg, folder):
@@ -2038,139 +2085,25 @@ def versions():
 
 
 def peak_memory():
-    """Bytes: of the GPU's allocator where there is one, else the largest resident size of this process."""
+    """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def output_names(cfg, classes):
-    return classes if cfg.task == "multiclass" else cfg.targets
 
 
 def oof_frame(frame, results, cfg, names):
     """One row for every validated row: id, fold, target, prediction, prediction_best, prediction_last; with
     several outputs each column has the suffix of its target or class."""
     rows = np.concatenate([result["rows"] for result in results])
-    oof = frame.iloc[rows][[cfg.id_column, "fold"]].rename(columns={cfg.id_column: "id"})
-    for name in cfg.targets:
-        oof["target" if len(cfg.targets) == 1 else f"target_{name}"] = frame[name].iloc[rows]
-    for kind, source in (("", cfg.checkpoint), ("_best", "best"), ("_last", "last")):
+    columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
+    columns |= {suffixed("target", name, cfg.targets): frame[name] for name in cfg.targets}
+    columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
+    for kind, source in (("prediction", cfg.checkpoint), ("prediction_best", "best"), ("prediction_last", "last")):
         values = np.concatenate([result[source]["predictions"] for result in results])
-        for k, name in enumerate(names):
-            oof[f"prediction{kind}" + (f"_{name}" if len(names) > 1 else "")] = values[:, k]
-    return oof.sort_index()
-
-
-def describe(cfg, asked, folder, loss_width, device, dtype):
-    """Print what the settings left open and what it became."""
-    precision = str(dtype).removeprefix("torch.")
-    print(f"backbone {folder.name}, head {cfg.head}, {loss_width} outputs, {device.type} {precision}")
-    rate = "by the backbone's width" if not asked.lr else "as set"
-    dropout = "the backbone's own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
-    print(f"loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), backbone dropout {dropout}")
-
-
-def train(frame, cfg):
-    """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
-
-    `frame` is that of `make_folds`. The folder holds record.json (complete only at the very end),
-    oof.csv, log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and config.json.
-    """
-    began = time.perf_counter()
-    asked, folder = cfg, find_backbone(cfg.backbone)
-    tokenizer = load_tokenizer(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    cfg = cfg.resolved(config)
-    device = pick_device()
-    dtype = pick_dtype(cfg.precision, device)
-    classes = class_labels(frame, cfg)
-    names = output_names(cfg, classes)
-    describe(cfg, asked, folder, len(names), device, dtype)
-    if cfg.backbone_dropout >= 0 and (old := set_dropout(config, cfg.backbone_dropout)):
-        print(f"  it was {', '.join(f'{name} {value}' for name, value in old.items())}")
-    if new := add_prefix_tokens(tokenizer, frame, cfg):
-        print(f"{len(new)} new special tokens: {listing(new[:10])}")
-
-    tokenizing = time.perf_counter()
-    tokens = tokenize_frame(frame, tokenizer, cfg)
-    seconds = {"load": tokenizing - began, "tokenize": time.perf_counter() - tokenizing, "train": 0.0, "evaluate": 0.0}
-    at_limit = (tokens.lengths >= cfg.max_length).mean()
-    print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} at the limit of {cfg.max_length}")
-
-    run = make_run_folder(cfg)
-    record = {
-        "status": "running",
-        "settings": asked.to_dict(),
-        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
-        "parts": {kind: part_name(table[getattr(cfg, kind)]) for kind, table in TABLES.items()},
-        "classes": classes,
-        "outputs": names,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "precision": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "rows": len(frame),
-    }
-    write_json(run / "record.json", record)
-    tokenizer.save_pretrained(run / "tokenizer")
-
-    data = Data(tokens, encode_targets(frame, cfg, classes), frame["fold"].to_numpy(), folder, tokenizer, len(names))
-    results = []
-    with open_log(cfg, run) as log:
-        for fold in asked_folds(frame, cfg):
-            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
-            save_fold(model, run / f"fold{fold}")
-            del model
-            results.append(result)
-            for part, spent in result["seconds"].items():
-                seconds[part] += spent
-            best, last = result["best"], result["last"]
-            print(
-                f"fold {fold}: {cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best at step "
-                f"{best['step']} of {result['steps']}, {result['seconds']['train']:.0f} s training"
-            )
-    seconds["total"] = time.perf_counter() - began
-
-    oof = oof_frame(frame, results, cfg, names)
-    write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-    fold_tokens = [tokens.lengths[data.folds != result["fold"]] for result in results]
-    record |= {
-        "folds": [
-            {
-                "fold": result["fold"],
-                "rows": len(result["rows"]),
-                "steps": result["steps"],
-                **{kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")},
-            }
-            for result in results
-        ],
-        "oof": oof_scores(results, data.targets, cfg),
-        "seconds": seconds,
-        "rows_per_second": cfg.epochs * sum(map(len, fold_tokens)) / seconds["train"],
-        "tokens_per_second": cfg.epochs * int(sum(lengths.sum() for lengths in fold_tokens)) / seconds["train"],
-        "peak_memory_bytes": peak_memory(),
-    }
-    write_json(run / "record.json", record)
-    plot_curves(run)
-    plot_oof(run)
-    write_json(run / "record.json", record | {"status": "complete"})
-    print(summary(run))
-    return run
-
-
-TABLES = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}
-
-
-def part_name(part):
-    return f"{part.__module__}.{part.__qualname__}"
-
-
-def save_fold(model, folder):
-    """Weights and backbone config of one fold, the weights last."""
-    folder.mkdir()
-    model.backbone.config.save_pretrained(folder)
-    write_atomic(folder / "model.safetensors", functools.partial(save_model, model))
+        columns |= {suffixed(kind, name, names): values[:, k] for k, name in enumerate(names)}
+    return pd.DataFrame(columns).iloc[np.argsort(rows)]
 
 
 def oof_scores(results, targets, cfg):
@@ -2188,20 +2121,112 @@ def oof_scores(results, targets, cfg):
     return scores
 
 
-def read_record(run):
-    return json.loads((Path(run) / "record.json").read_text())
+def fold_scores(result):
+    """What the record keeps of a fold."""
+    scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
+    return {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"], **scores}
+
+
+def save_fold(model, folder):
+    """Weights and backbone config of one fold, the weights last."""
+    folder.mkdir()
+    model.backbone.config.save_pretrained(folder)
+    write_atomic(folder / "model.safetensors", functools.partial(save_model, model))
+
+
+def describe(cfg, asked, backbone, device, classes):
+    """Print where the backbone came from and what the settings left open has become."""
+    print(f"backbone {cfg.backbone} from {backbone}")
+    rate = "as set" if asked.lr else "by the backbone's width"
+    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), on {device.type}")
+    if cfg.task == "binary":
+        print(f"predicts the probability of {classes[1]!r}, not {classes[0]!r}")
+
+
+def train(frame, cfg):
+    """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
+
+    `frame` is that of `make_folds`. The folder holds record.json (complete only at the end), oof.csv,
+    log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and config.json.
+    """
+    began, asked = time.perf_counter(), cfg
+    backbone = find_backbone(cfg.backbone)
+    tokenizer = load_tokenizer(backbone)
+    cfg = cfg.resolved(transformers.AutoConfig.from_pretrained(backbone, local_files_only=True))
+    device, classes = pick_device(), class_labels(frame, cfg)
+    names = output_names(cfg, classes)
+    describe(cfg, asked, backbone, device, classes)
+    run = make_run_folder(cfg)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    record = {
+        "status": "running",
+        "settings": asked.to_dict(),
+        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
+        "backbone": str(backbone),
+        "classes": classes,
+        "outputs": names,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "precision": str(pick_dtype(cfg.precision, device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rows": len(frame),
+    }
+    write_json(run / "record.json", record)
+
+    if new := add_prefix_tokens(tokenizer, frame, cfg):
+        print(f"{len(new)} new special tokens: {listing(new[:10])}")
+    tokenizer.save_pretrained(run / "tokenizer")
+    seconds = {"load": time.perf_counter() - began}
+    tokens = tokenize_frame(frame, tokenizer, cfg)
+    check_vocabulary(tokens, tokenizer)
+    seconds["tokenize"] = time.perf_counter() - began - seconds["load"]
+    at_limit = (tokens.lengths >= cfg.max_length).mean()
+    print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
+
+    data = Data(tokens, encode_targets(frame, cfg, classes), frame["fold"].to_numpy(), backbone, tokenizer, len(names))
+    results = []
+    with open_log(cfg, run) as log:
+        for fold in asked_folds(frame, cfg):
+            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
+            save_fold(model, run / f"fold{fold}")
+            del model
+            results.append(result)
+            best, last = result["best"], result["last"]
+            print(
+                f"fold {fold}: {cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best at step "
+                f"{best['step']} of {result['steps']}, {result['seconds']['train']:.0f} s training"
+            )
+    seconds |= {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate")}
+
+    oof = oof_frame(frame, results, cfg, names)
+    write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+    trained = np.concatenate([tokens.lengths[data.folds != result["fold"]] for result in results])
+    record |= {
+        "status": "complete",
+        "folds": [fold_scores(result) for result in results],
+        "oof": oof_scores(results, data.targets, cfg),
+        "rows_per_second": cfg.epochs * len(trained) / seconds["train"],
+        "tokens_per_second": cfg.epochs * int(trained.sum()) / seconds["train"],
+        "peak_memory_bytes": peak_memory(),
+        "seconds": seconds | {"total": time.perf_counter() - began},
+    }
+    write_json(run / "record.json", record)
+    print(summary(run))
+    plot_curves(run)
+    plot_oof(run)
+    return run
 
 
 def summary(run):
-    """The score of a run with its folds, rows and spread, as text."""
+    """The score of a run with its rows, folds, seed and spread, as text."""
     record = read_record(run)
-    oof, lines = record["oof"], []
+    oof, seconds, lines = record["oof"], record["seconds"], []
     for kind in ("last", "best"):
         spread = "" if oof[f"{kind}_fold_sd"] is None else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
-    seconds = record["seconds"]
     lines.append(
         f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
         f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
@@ -2219,50 +2244,48 @@ class Run(NamedTuple):
     record: dict
     cfg: Config
     tokenizer: object
-    model: TextModel  # the weights of one fold at a time
+    model: TextModel  # holds the weights of one fold at a time
 
 
-def find_run_folder(bundle_dir):
-    """A run folder: as set, the only complete one attached on Kaggle, or the only one under runs/."""
+def is_complete(folder):
+    return (folder / "record.json").is_file() and read_record(folder).get("status") == "complete"
+
+
+def find_run(bundle_dir):
+    """A run folder: as set, or the only complete one that is attached on Kaggle or lies under runs/."""
     if bundle_dir:
-        folder = Path(bundle_dir)
+        folder = Path(bundle_dir).expanduser()
         if not (folder / "record.json").is_file():
-            raise ConfigError(f"bundle_dir {bundle_dir!r}: there is no record.json (looked in {Path.cwd()})")
+            raise ConfigError(f"bundle_dir {str(bundle_dir)!r}: there is no record.json (looked in {Path.cwd()})")
         if not is_complete(folder):
-            raise ConfigError(f"bundle_dir {bundle_dir!r}: the run did not finish (status in record.json)")
+            raise ConfigError(f"bundle_dir {str(bundle_dir)!r}: the run did not finish (status in record.json)")
         return folder
     here = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
-    found = [folder for folder in (attached("record.json") if on_kaggle() else here) if is_complete(folder)]
+    found = [folder for folder in [*attached("record.json"), *here] if is_complete(folder)]
     if len(found) != 1:
-        raise ConfigError(
-            f"bundle_dir is empty and {len(found)} complete runs were found, expected 1: {listing(found)}"
-        )
+        raise ConfigError(f"bundle_dir is empty and there are {len(found)} complete runs, not one: {listing(found)}")
     return found[0]
 
 
 def load_run(folder):
-    """A complete run folder as a `Run`. Raises ConfigError where it is incomplete or needs a head, loss or
-    metric that this file does not have."""
-    folder = find_run_folder(folder)
+    """A complete run folder as a `Run`. Raises ConfigError where it is incomplete, or needs a head, loss or
+    metric that is not registered."""
+    folder = find_run(folder)
     record = read_record(folder)
     cfg = Config.from_dict(record["settings"] | record["resolved"])
     tokenizer = load_tokenizer(folder / "tokenizer")
     loss = LOSSES[cfg.loss](cfg, len(record["outputs"]))
     backbone = empty_backbone(folder / f"fold{record['folds'][0]['fold']}", cfg)
-    model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer)).to(pick_device())
-    return Run(folder, record, cfg, tokenizer, model)
+    return Run(folder, record, cfg, tokenizer, TextModel(cfg, backbone, loss, cls_is_last(tokenizer)).to(pick_device()))
 
 
 def predict_run(run, frame, batch_tokens=0):
     """Mean of the folds' predictions (N, K) for a test frame, in target units or probabilities."""
     cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-    tokens = tokenize_frame(frame, run.tokenizer, cfg)
-    folds, began = [fold["fold"] for fold in run.record["folds"]], time.perf_counter()
-    total = 0
+    tokens, device = tokenize_frame(frame, run.tokenizer, cfg), next(run.model.parameters()).device
+    folds, began, total = [fold["fold"] for fold in run.record["folds"]], time.perf_counter(), 0
     for fold in progress(folds, "predict"):
-        load_model(
-            run.model, run.folder / f"fold{fold}" / "model.safetensors", device=str(next(run.model.parameters()).device)
-        )
+        load_model(run.model, run.folder / f"fold{fold}" / "model.safetensors", device=str(device))
         total = total + predict(run.model, tokens, cfg)
     seconds = time.perf_counter() - began
     print(
@@ -2275,30 +2298,28 @@ def write_submission(path, ids, predictions, run, sample=None):
     """Write predictions (N, K) as a submission and return it as a frame, checked against sample_submission.
 
     It has the columns, ids and order of `sample`. Of a multiclass task it holds a probability for each class
-    that is a column of the sample, or else the likeliest label. Raises DataError for ids or columns that do not
-    fit and for values that are not finite; a file that is there is replaced only by a good one.
+    where the sample has those columns, or else the likeliest label. Raises DataError for ids or columns that do
+    not fit and for values that are not finite; a file that is there is replaced only by a good one.
     """
     cfg, classes = run.cfg, run.record["classes"]
-    names = [str(name) for name in output_names(cfg, classes)]
+    if predictions.shape != (len(ids), len(run.record["outputs"])):
+        expected = (len(ids), len(run.record["outputs"]))
+        raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
         raise DataError(f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}")
-    columns = cfg.targets if sample is None else [name for name in sample.columns if name != cfg.id_column]
+    columns = cfg.targets if sample is None else submission_columns(sample, cfg, classes)
+    values = predictions
     if cfg.task == "multiclass" and len(columns) == 1:
-        table = pd.DataFrame({columns[0]: np.array(classes)[predictions.argmax(1)]})
-    elif len(columns) == len(names) == 1:
-        table = pd.DataFrame(predictions, columns=columns)
-    else:
-        table = pd.DataFrame(predictions, columns=names)
-    if set(table.columns) != set(columns):
-        raise DataError(
-            f"sample_submission.csv has columns {listing(columns)}; the run predicts {listing(table.columns)}"
-        )
-    table.insert(0, cfg.id_column, ids.to_numpy())
+        values = np.array(classes)[predictions.argmax(1)][:, None]
+    names = columns if len(columns) == 1 else run.record["outputs"]
+    table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
     if sample is not None:
         if sorted(sample[cfg.id_column]) != sorted(ids):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
-        table = table.set_index(cfg.id_column).loc[sample[cfg.id_column]].reset_index()[list(sample.columns)]
+        table = table.loc[sample[cfg.id_column]]
+    table = table.reset_index()[[cfg.id_column, *columns] if sample is None else list(sample.columns)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
     print(f"wrote {path}: {len(table)} rows, columns {listing(table.columns)}")
     return table

@@ -27,7 +27,7 @@ def fold_data(cfg, frame=None, n_outputs=1):
 
 
 def resolved(cfg):
-    return cfg.resolved(ku.load_config(cfg.backbone, cfg))
+    return cfg.resolved(ku.load_config(cfg.backbone, cfg)[0])
 
 
 def run(cfg):
@@ -315,7 +315,7 @@ def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_
     [
         (lambda i, p, s: (i, np.where(p == 3, np.nan, p), s), "1 predictions are not finite, the first for id '003'"),
         (lambda i, p, s: (i, p, s.iloc[1:]), "the ids of sample_submission.csv and of the predictions differ"),
-        (lambda i, p, s: (i, p, s.assign(other=0)), "has columns target, other; the run predicts target"),
+        (lambda i, p, s: (i, p, s.assign(other=0)), "has columns target, other; the settings predict target"),
     ],
 )
 def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil, message, finished, tmp_path):
@@ -327,24 +327,14 @@ def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil
     assert (tmp_path / "s.csv").read_text() == "old"
 
 
-def test_a_complete_run_is_never_overwritten_and_a_broken_one_is_replaced(tiny):
+def test_a_folder_that_is_there_is_never_touched(tiny, tmp_path):
     cfg = tiny(run_folds="0")
     first, _, _ = run(cfg)
     second, _, _ = run(cfg)
     assert second.name == first.name + "-2"
-    with pytest.raises(ku.ConfigError, match="holds a complete run; choose another name or delete it"):
-        run(tiny(run_name=first.name))
-    record = json.loads((second / "record.json").read_text())
-    (second / "record.json").write_text(json.dumps(record | {"status": "running"}))
-    (second / "left over").write_text("")
-    third, _, _ = run(cfg)
-    assert third == second and not (second / "left over").exists()
-
-
-def test_a_folder_that_is_not_a_run_is_left_alone(tiny, tmp_path):
-    (tmp_path / "runs" / "thesis").mkdir(parents=True)
+    (tmp_path / "runs" / "thesis").mkdir()
     (tmp_path / "runs" / "thesis" / "chapter.txt").write_text("ten years of work")
-    with pytest.raises(ku.ConfigError, match="exists and is not a run folder"):
+    with pytest.raises(ku.ConfigError, match="thesis exists; choose another name or delete it"):
         run(tiny(run_name="thesis"))
     assert (tmp_path / "runs" / "thesis" / "chapter.txt").read_text() == "ten years of work"
 
@@ -378,7 +368,7 @@ def test_a_loss_of_ones_own_trains_by_its_name(tiny):
 
     try:
         _, record, _ = run(tiny(loss="log_cosh", run_folds="0"))
-        assert record["parts"]["loss"].endswith("LogCosh")
+        assert record["resolved"]["loss"] == "log_cosh"
     finally:
         del ku.LOSSES["log_cosh"]
 
