@@ -429,9 +429,9 @@ def on_kaggle():
     return (kaggle_root() / "input").is_dir()
 
 
-def attached(marker, depth=6):
+def attached(marker):
     """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (path.parent for n in range(1, depth + 1) for path in kaggle_root().glob("input/" + "*/" * n + marker))
+    found = (path.parent for depth in range(1, 7) for path in kaggle_root().glob("input/" + "*/" * depth + marker))
     return sorted({path.resolve(): path for path in found}.values())
 
 
@@ -583,23 +583,22 @@ def read_train(cfg):
 def read_test(cfg, data_dir):
     """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    test = (
-        read_table(paths[0], [cfg.id_column, *text_columns(cfg), *prefix_columns(cfg)]) if paths[0].is_file() else None
-    )
+    needed = [cfg.id_column, *text_columns(cfg), *prefix_columns(cfg)]
+    test = read_table(paths[0], needed) if paths[0].is_file() else None
     sample = read_table(paths[1], [cfg.id_column]) if paths[1].is_file() else None
     problems = []
-    if test is not None:
-        duplicated = test[cfg.id_column].duplicated().to_numpy()
-        problems += bad_rows(paths[0], test, cfg.id_column, cfg.id_column, duplicated, "each id once")
-        empty = sum(int(test[column].str.strip().eq("").sum()) for column in text_columns(cfg))
-        if empty:
-            warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
+    for path, frame in zip(paths, (test, sample), strict=True):
+        if frame is not None:
+            duplicated = frame[cfg.id_column].duplicated().to_numpy()
+            problems += bad_rows(path, frame, cfg.id_column, cfg.id_column, duplicated, "each id once")
+    if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in text_columns(cfg))):
+        warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
     if test is not None and sample is not None:
         ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
         for name, ids in ((paths[1].name, ours - theirs), (paths[0].name, theirs - ours)):
             if ids:
                 problems.append(
-                    f"{name} of {data_dir} lacks {len(ids)} ids that its counterpart has, such as {min(ids)!r}"
+                    f"{data_dir / name} lacks {len(ids)} ids that its counterpart has, such as {min(ids)!r}"
                 )
     if problems:
         raise DataError(problems)
@@ -612,7 +611,7 @@ def class_labels(frame, cfg):
         return []
     labels = set(frame[cfg.targets[0]])
     numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
-    return sorted(labels, key=float if numbers else str)
+    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
 
 
 def output_names(cfg, classes):

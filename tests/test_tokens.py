@@ -199,6 +199,13 @@ def test_braces_in_a_prefix_insert_columns(tokenizer):
     assert rows == [[BOS, *ids_of("red hat red the cat"), EOS], [BOS, *ids_of("blue hat blue a dog"), EOS]]
 
 
+def test_each_column_of_a_prefix_stands_in_its_place(tokenizer):
+    frame = levels().assign(place=["tree", "river"])
+    rows = rows_of(ku.tokenize_frame(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
+    assert rows[0] == [BOS, *ids_of("red hat tree mat the cat"), EOS]
+    assert rows[1] == [BOS, *ids_of("blue hat river mat a dog"), EOS]
+
+
 def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
     cfg = ku.Config(prefix="big ", pair_column="word")
     rows = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
@@ -219,6 +226,13 @@ def test_new_words_in_brackets_become_one_token_each_after_the_old_ones(tokenize
     rows = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, added["[A]"], added["[LEVEL]"], *ids_of("the cat"), EOS]
     assert rows[1] == [BOS, added["[B]"], added["[LEVEL]"], *ids_of("a dog"), EOS]
+
+
+def test_new_words_get_their_ids_in_alphabetical_order_and_are_special(tokenizer):
+    words, n = [f"[{letter}]" for letter in "zyxwvutsrqponmlkjihgfedcba"], len(tokenizer)
+    ku.add_prefix_tokens(tokenizer, levels(), ku.Config(prefix=" ".join(words)))
+    assert tokenizer.convert_tokens_to_ids(sorted(words)) == list(range(n, n + 26))
+    assert all(tokenizer.added_tokens_decoder[i].special for i in range(n, n + 26))
 
 
 def test_words_that_the_tokenizer_has_are_not_added_again(tokenizer):
@@ -279,6 +293,12 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_row_and_masked():
     assert batch["input_ids"].tolist() == [[4, 3, 11], [5, 6, 7], [8, 11, 11]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_a_batch_is_padded_with_the_pad_token_of_the_tokenizer(tokenizer):
+    tokenizer.pad_token = "because"
+    batch = ku.tokenize(["the", "the cat"], tokenizer, ku.Config()).batch([0, 1], CPU)
+    assert batch["input_ids"].tolist() == [[BOS, 4, EOS, FIRST + WORDS.index("because")], [BOS, 4, 6, EOS]]
 
 
 def test_a_batch_has_types_where_the_tokens_have_them_and_0_on_padding():

@@ -1,0 +1,46 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernel_utils as ku
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def examples():
+    """Run the README's Python blocks; what they register is gone after the test."""
+    heads, losses = set(ku.HEADS), set(ku.LOSSES)
+    scope = {"ku": ku, "torch": torch, "__name__": "__main__"}
+    for block in BLOCKS:
+        exec(block, scope)
+    yield
+    for table, names in ((ku.HEADS, heads), (ku.LOSSES, losses)):
+        for name in set(table) - names:
+            del table[name]
+
+
+def test_the_head_of_the_readme_can_be_set_and_is_the_median_of_the_real_tokens(examples):
+    head = ku.HEADS[ku.Config(head="median").head](ku.Shape(3, 2), ku.Config())
+    state = torch.tensor([[[1.0, 5.0, 0.0], [2.0, 4.0, 7.0], [3.0, 9.0, 1.0], [99.0, 99.0, 99.0]]])
+    features = head((state, state), torch.tensor([[1, 1, 1, 0]]))
+    torch.testing.assert_close(features, torch.tensor([[2.0, 5.0, 1.0]]))
+
+
+def test_the_loss_of_the_readme_can_be_set(examples):
+    loss = ku.LOSSES[ku.Config(loss="log_cosh").loss](ku.Config(), 1)
+    values = loss(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [0.0]]))
+    torch.testing.assert_close(values, torch.tensor([0.43378083, 0.0]))
+
+
+def test_the_readme_lists_every_head_loss_metric_and_the_settings_it_names():
+    for table in (ku.HEADS, ku.LOSSES, ku.METRICS):
+        assert [name for name in table if not re.search(rf"\b{name}\b", README)] == []
+    rows = re.findall(r"^\| (`.*?) \|", README.split("## Heads")[0], flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named and named <= {field.name for field in ku.dataclasses.fields(ku.Config)}
