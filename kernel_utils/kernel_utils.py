@@ -113,10 +113,9 @@ class DataError(KitError):
 
 
 def as_int(value):
-    number = float(value)
-    if isinstance(value, bool) or number != int(number):
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
         raise ValueError
-    return int(number)
+    return int(value)
 
 
 def as_float(value):
@@ -161,7 +160,7 @@ CASTS = {  # type of a setting -> (cast, what it accepts)
     int: (as_int, "a whole number"),
     float: (as_float, "a finite number"),
     bool: (as_bool, "True or False"),
-    str: (as_text, "text (papermill's -r keeps digits as text)"),
+    str: (as_text, "text"),
     tuple: (as_ints, "whole numbers such as 2,3"),
 }
 FOLDS = (as_folds, "'all' or fold numbers such as 0,2")
@@ -184,7 +183,8 @@ def checked(field, value):
     try:
         value = cast(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{field.name} must be {accepts}, got {value!r}") from None
+        hint = " (papermill's -r keeps digits as text)" if field.type is str and isinstance(value, (int, float)) else ""
+        raise ValueError(f"{field.name} must be {accepts}, got {value!r}{hint}") from None
     choices = meta["choices"]
     if choices is not None and value not in choices and value != field.default:
         hint = nearest(value, choices)
@@ -236,25 +236,28 @@ class Settings:
     def from_notebook(cls, namespace):
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
-        Settings are what two cells bind: the last one run whose first line begins `# Settings` and the last
-        whose first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never
-        count. A notebook exported to a script is read from its file.
+        Settings are what two cells bind: the last one run whose first line is `# Settings` and the last whose
+        first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never count.
+        A notebook exported to a script is read from its file.
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
-            if kind := settings_kind(source):
-                last[kind] = (position, source)
+            if is_settings(source):
+                last[title(source)] = (position, source)
         cells = [source for _, source in sorted(last.values())]
         if not cells and "__file__" in namespace:
             script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-            cells = list(filter(settings_kind, re.split(CELL_MARKS, script, flags=re.MULTILINE)))
+            cells = list(filter(is_settings, re.split(CELL_MARKS, script, flags=re.MULTILINE)))
         if not cells:
-            raise ConfigError("no settings cell has run; its first line must begin '# Settings'")
+            raise ConfigError(
+                "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
+            )
         settings = {}
         for source in cells:
-            scope = dict(namespace)
+            names = bound_names(source)
+            scope = {name: value for name, value in namespace.items() if name not in names}
             exec(source, scope)
-            settings.update({name: scope[name] for name in bound_names(source) if name in scope})
+            settings.update({name: scope[name] for name in names if name in scope})
         return cls.from_dict(settings)
 
     def to_dict(self):
@@ -264,10 +267,13 @@ class Settings:
 CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
 
 
-def settings_kind(source):
-    """Which of the two settings cells a source is, if any."""
-    first = source.strip().partition("\n")[0].strip()
-    return "settings" if first.startswith("# Settings") else "parameters" if first == "# Parameters" else None
+def title(source):
+    """The first line of a cell."""
+    return source.strip().partition("\n")[0].strip()
+
+
+def is_settings(source):
+    return title(source) in ("# Settings", "# Parameters")
 
 
 def bound_names(source):
@@ -309,7 +315,7 @@ class Config(Settings):
     run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=FOLDS)
     fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", FOLD_KINDS)
     group_column: str = option("", "column whose values stay in one fold, for group folds")
-    fold_seed: int = option(0, "seed of the folds", low=0)
+    fold_seed: int = option(0, "seed of the folds", low=0, high=2**32 - 1)
     # text
     max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
     truncation: str = option("head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail"))
@@ -353,7 +359,7 @@ class Config(Settings):
     eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
     checkpoint: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
     batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
-    seed: int = option(0, "seed of everything but the folds", low=0)
+    seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
     run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
     tracker: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
@@ -520,7 +526,8 @@ def read_table(path, columns):
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
-        raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}")
+        comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
+        raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}")
     if frame.empty:
         raise DataError(f"{path}: no rows")
     return frame
@@ -531,7 +538,7 @@ def bad_rows(path, frame, id_column, column, bad, expected):
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
-    shown = [f"row {i + 1} (id {frame[id_column].iloc[i]}): {frame[column].iloc[i][:60]!r}" for i in rows[:3]]
+    shown = [f"row {i + 1} (id {frame[id_column].iloc[i]}): {str(frame[column].iloc[i])[:60]!r}" for i in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
 
@@ -548,6 +555,15 @@ def to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
+def class_labels(frame, cfg):
+    """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
+    if cfg.task not in ("binary", "multiclass"):
+        return []
+    labels = set(frame[cfg.targets[0]])
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
+    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
+
+
 def read_train(cfg):
     """train.csv, checked: text as text, regression and multilabel targets as numbers, labels as text."""
     path = find_data(cfg.data_dir, "train.csv") / "train.csv"
@@ -555,6 +571,8 @@ def read_train(cfg):
     frame = read_table(path, [cfg.id_column, *text_columns(cfg), *cfg.targets, *prefix_columns(cfg), *extra])
     check = functools.partial(bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
+    for column in (cfg.id_column, *extra):
+        problems += check(column, frame[column].eq("").to_numpy(), "a value")
     for column in text_columns(cfg):
         empty = frame[column].str.strip().eq("").to_numpy()
         problems += check(column, empty, "a text")
@@ -567,16 +585,15 @@ def read_train(cfg):
             problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
         else:
             problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
-    if not problems and cfg.task in ("binary", "multiclass"):
-        n = frame[cfg.targets[0]].nunique()
-        if n < 2 or (cfg.task == "binary" and n != 2):
-            wanted = "two" if cfg.task == "binary" else "two or more"
-            problems.append(f"{path}, column {cfg.targets[0]}: task {cfg.task} expects {wanted} labels, got {n}")
     if problems:
         raise DataError(problems)
     frame = frame.assign(**numbers)
     if cfg.max_rows and cfg.max_rows < len(frame):
         frame = frame[id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
+    labels = len(class_labels(frame, cfg))
+    if (cfg.task == "binary" and labels != 2) or (cfg.task == "multiclass" and labels < 2):
+        wanted = f"{'two' if cfg.task == 'binary' else 'two or more'} labels for task {cfg.task}"
+        raise DataError(f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows")
     return frame
 
 
@@ -603,15 +620,6 @@ def read_test(cfg, data_dir):
     if problems:
         raise DataError(problems)
     return test, sample
-
-
-def class_labels(frame, cfg):
-    """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
-    if cfg.task not in ("binary", "multiclass"):
-        return []
-    labels = set(frame[cfg.targets[0]])
-    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
-    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
 
 
 def output_names(cfg, classes):
@@ -701,18 +709,18 @@ def make_folds(frame, cfg):
             raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
         print("folds are those of the column 'fold'")
     else:
-        ordered = frame.iloc[np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))]
+        order = np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))
+        ordered, folds = frame.iloc[order], np.empty(len(frame))
         groups = ordered[cfg.group_column].to_numpy() if "group" in cfg.fold_kind else None
         splitter = FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
-        fold_of = pd.Series(0, index=ordered.index)
         try:
             with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
                 warnings.filterwarnings("ignore", "The least populated class", UserWarning)
                 for fold, (_, rows) in enumerate(splitter.split(ordered, strata(ordered, cfg), groups)):
-                    fold_of.iloc[rows] = fold
+                    folds[order[rows]] = fold
         except ValueError as error:
-            raise DataError(f"train.csv, {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
-        folds = fold_of.loc[frame.index].to_numpy()
+            column = cfg.group_column if "group" in cfg.fold_kind else cfg.target_columns
+            raise DataError(f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
     frame = frame.assign(fold=folds.astype(int))
     asked_folds(frame, cfg)
     problems = []
@@ -814,8 +822,8 @@ def template(tokenizer, pair):
 
 
 def cut(ids, room, truncation):
-    """At most `room` ids: the head, the tail, or a quarter of head and the rest of tail
-    (128 + 382 of 510 in Sun et al., arXiv:1905.05583)."""
+    """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as in
+    Sun et al., arXiv:1905.05583."""
     if len(ids) <= room:
         return ids
     head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
@@ -859,10 +867,10 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
 
 def check_vocabulary(tokens, tokenizer):
     """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
-    if tokenizer.unk_token_id is not None:
-        share = (tokens.ids == tokenizer.unk_token_id).mean()
-        if share > 0.5:
-            raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
+    words = tokens.ids[~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
+    if share > 0.5:
+        raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
 
 
 def make_prefixes(frame, cfg):
@@ -893,7 +901,7 @@ def tokenize_frame(frame, tokenizer, cfg):
 
 
 def plan_batches(lengths, batch_size, rng, bucket_batches=1):
-    """Rows of each training batch: arrays of `batch_size` row numbers in random order, the last may be short.
+    """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be short.
 
     Rows are shuffled; within buckets of `bucket_batches` batches they are sorted by length, so that a
     batch pads little; then the batches are shuffled. The rows of the short batch are drawn at random.
@@ -1770,10 +1778,10 @@ def make_scheduler(optimizer, steps, cfg):
 # 11. Prediction
 
 
-def progress(iterable, title):
+def progress(iterable, title, total=None):
     """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
-    return tqdm(iterable, desc=title, mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
+    return tqdm(iterable, title, total, mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
 
 
 @torch.inference_mode()
@@ -1852,6 +1860,21 @@ def evaluation_steps(per_epoch, cfg):
     return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
 
 
+def epoch_batches(lengths, fold, cfg):
+    """Row numbers of every optimiser batch of a fold. Each epoch has a generator of its own."""
+    for epoch in range(cfg.epochs):
+        rng = np.random.default_rng([cfg.seed, fold, epoch])
+        yield from plan_batches(lengths, cfg.batch_size, rng, cfg.bucket_batches)
+
+
+def evaluate(model, data, rows, cfg, step):
+    """Predictions for the validation rows, their score and the step they were made at."""
+    predictions = predict(model, data.tokens, cfg, rows)
+    if not np.isfinite(predictions).all():
+        raise FloatingPointError(f"step {step}: predictions are not finite; {NOT_FINITE}")
+    return dict(predictions=predictions, score=METRICS[cfg.metric](data.targets[rows], predictions), step=step)
+
+
 def train_fold(data, fold, cfg, log, say=print):
     """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
     `checkpoint` says, and a dictionary: `fold`, validation `rows`, `steps`, `seconds` spent, and for the
@@ -1873,43 +1896,33 @@ def train_fold(data, fold, cfg, log, say=print):
     optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     per_epoch = math.ceil(len(train_rows) / cfg.batch_size)
-    scheduler = make_scheduler(optimizer, per_epoch * cfg.epochs, cfg)
-    when = evaluation_steps(per_epoch, cfg)
+    total, when = per_epoch * cfg.epochs, evaluation_steps(per_epoch, cfg)
+    scheduler = make_scheduler(optimizer, total, cfg)
 
-    seconds = {"train": 0.0, "evaluate": 0.0}
-    step, entries, best, best_weights, started = 0, [], None, None, time.perf_counter()
-    with progress(range(per_epoch * cfg.epochs), f"fold {fold}") as bar:
-        for epoch in range(cfg.epochs):
-            rng = np.random.default_rng([cfg.seed, fold, epoch])
-            model.train()
-            for batch in plan_batches(data.tokens.lengths[train_rows], cfg.batch_size, rng, cfg.bucket_batches):
-                rates = {group["depth"]: group["lr"] for group in optimizer.param_groups}
-                scale = scaler.get_scale()
-                batch_loss, norm = optimizer_step(
-                    model, train_rows[batch], data.tokens, targets, optimizer, scaler, dtype, cfg
-                )
-                if scaler.get_scale() >= scale:  # else the scaler skipped the step
-                    scheduler.step()
-                step += 1
-                entries.append((step, batch_loss, norm, rates))
-                bar.update()
-                if step not in when:
-                    continue
-                write_steps(entries, fold, per_epoch, log, skips=scaler.is_enabled())
-                seconds["train"] += time.perf_counter() - started
-                started = time.perf_counter()
-                last = dict(predictions=predict(model, data.tokens, cfg, rows), step=step)
-                if not np.isfinite(last["predictions"]).all():
-                    raise FloatingPointError(f"fold {fold}, step {step}: predictions are not finite; {NOT_FINITE}")
-                last["score"] = METRICS[cfg.metric](data.targets[rows], last["predictions"])
-                if better := best is None or improves(cfg.metric, last["score"], best["score"]):
-                    best = last
-                    if cfg.checkpoint == "best":
-                        best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-                seconds["evaluate"] += time.perf_counter() - started
-                log({"fold": fold, "step": step, "epoch": step / per_epoch, cfg.metric: last["score"], "best": better})
-                bar.set_postfix_str(f"{cfg.metric} {last['score']:.4f}", refresh=False)
-                started = time.perf_counter()
+    best, best_weights, entries, seconds = None, None, [], {"train": 0.0, "evaluate": 0.0}
+    model.train()
+    bar = progress(epoch_batches(data.tokens.lengths[train_rows], fold, cfg), f"fold {fold}", total)
+    started = time.perf_counter()
+    for step, batch in enumerate(bar, 1):
+        rates, scale = {group["depth"]: group["lr"] for group in optimizer.param_groups}, scaler.get_scale()
+        value, norm = optimizer_step(model, train_rows[batch], data.tokens, targets, optimizer, scaler, dtype, cfg)
+        if scaler.get_scale() >= scale:  # else the scaler skipped the step
+            scheduler.step()
+        entries.append((step, value, norm, rates))
+        if step not in when:
+            continue
+        write_steps(entries, fold, per_epoch, log, skips=scaler.is_enabled())
+        seconds["train"] += time.perf_counter() - started
+        started = time.perf_counter()
+        last = evaluate(model, data, rows, cfg, step)
+        if better := best is None or improves(cfg.metric, last["score"], best["score"]):
+            best = last
+            if cfg.checkpoint == "best":
+                best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+        seconds["evaluate"] += time.perf_counter() - started
+        log({"fold": fold, "step": step, "epoch": step / per_epoch, cfg.metric: last["score"], "best": better})
+        bar.set_postfix_str(f"{cfg.metric} {last['score']:.4f}", refresh=False)
+        started = time.perf_counter()
     if best_weights is not None:
         model.load_state_dict(best_weights)
     return model, dict(fold=fold, rows=rows, best=best, last=last, steps=step, seconds=seconds)
@@ -2133,13 +2146,31 @@ def save_fold(model, folder):
     write_atomic(folder / "model.safetensors", functools.partial(save_model, model))
 
 
-def describe(cfg, asked, backbone, device, classes):
+def describe(cfg, asked, record):
     """Print where the backbone came from and what the settings left open has become."""
-    print(f"backbone {cfg.backbone} from {backbone}")
-    rate = "as set" if asked.lr else "by the backbone's width"
-    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), on {device.type}")
+    print(f"backbone {cfg.backbone} from {record['backbone']}")
+    rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
+    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), {device}")
     if cfg.task == "binary":
-        print(f"predicts the probability of {classes[1]!r}, not {classes[0]!r}")
+        print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
+
+
+def start_record(cfg, asked, frame, backbone, classes):
+    """What record.json says when a run begins."""
+    device = pick_device()
+    return {
+        "status": "running",
+        "settings": asked.to_dict(),
+        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
+        "backbone": str(backbone),
+        "classes": classes,
+        "outputs": output_names(cfg, classes),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "precision": str(pick_dtype(cfg.precision, device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rows": len(frame),
+    }
 
 
 def train(frame, cfg):
@@ -2152,26 +2183,13 @@ def train(frame, cfg):
     backbone = find_backbone(cfg.backbone)
     tokenizer = load_tokenizer(backbone)
     cfg = cfg.resolved(transformers.AutoConfig.from_pretrained(backbone, local_files_only=True))
-    device, classes = pick_device(), class_labels(frame, cfg)
-    names = output_names(cfg, classes)
-    describe(cfg, asked, backbone, device, classes)
+    classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
+    record = start_record(cfg, asked, frame, backbone, classes)
+    describe(cfg, asked, record)
     run = make_run_folder(cfg)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    record = {
-        "status": "running",
-        "settings": asked.to_dict(),
-        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
-        "backbone": str(backbone),
-        "classes": classes,
-        "outputs": names,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "precision": str(pick_dtype(cfg.precision, device)).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "rows": len(frame),
-    }
     write_json(run / "record.json", record)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
     if new := add_prefix_tokens(tokenizer, frame, cfg):
         print(f"{len(new)} new special tokens: {listing(new[:10])}")
@@ -2183,28 +2201,26 @@ def train(frame, cfg):
     at_limit = (tokens.lengths >= cfg.max_length).mean()
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
 
-    data = Data(tokens, encode_targets(frame, cfg, classes), frame["fold"].to_numpy(), backbone, tokenizer, len(names))
+    names, targets = record["outputs"], encode_targets(frame, cfg, classes)
+    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(names))
     results = []
     with open_log(cfg, run) as log:
-        for fold in asked_folds(frame, cfg):
+        for fold in folds:
             model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
             save_fold(model, run / f"fold{fold}")
             del model
             results.append(result)
-            best, last = result["best"], result["last"]
-            print(
-                f"fold {fold}: {cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best at step "
-                f"{best['step']} of {result['steps']}, {result['seconds']['train']:.0f} s training"
-            )
+            scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
+            print(f"fold {fold}: {cfg.metric} {scores} (step {result['best']['step']} of {result['steps']})")
     seconds |= {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate")}
 
     oof = oof_frame(frame, results, cfg, names)
     write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-    trained = np.concatenate([tokens.lengths[data.folds != result["fold"]] for result in results])
+    trained = np.concatenate([tokens.lengths[data.folds != fold] for fold in folds])
     record |= {
         "status": "complete",
         "folds": [fold_scores(result) for result in results],
-        "oof": oof_scores(results, data.targets, cfg),
+        "oof": oof_scores(results, targets, cfg),
         "rows_per_second": cfg.epochs * len(trained) / seconds["train"],
         "tokens_per_second": cfg.epochs * int(trained.sum()) / seconds["train"],
         "peak_memory_bytes": peak_memory(),

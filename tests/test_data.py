@@ -104,6 +104,7 @@ def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
         ("", {}, ["CSV"]),
         ("id,excerpt,target\na,caf\xe9,1\n".encode("latin-1"), {}, ["UTF-8"]),
         (TRAIN + "d,a mat, red,1\n", {}, ["line 5"]),
+        ("id,excerpt,target\na,a cat, red,1\nb,a hat, blue,2\n", {}, ["more cells than the header"]),
         (TRAIN, dict(text_column="exerpt"), ["'exerpt' (did you mean excerpt?)", "id, excerpt, target"]),
         (TRAIN, dict(target_columns="target,other"), ["'other'"]),
         (TRAIN, dict(prefix="{grade} "), ["'grade'"]),
@@ -157,7 +158,7 @@ def test_many_bad_rows_are_counted_and_the_first_three_shown(data):
 def test_a_missing_train_csv_is_named_with_what_is_there(tmp_path):
     (tmp_path / "tain.csv").write_text(TRAIN)
     message = refusal(ku.Config(data_dir=str(tmp_path)))
-    assert all(part in message for part in ("train.csv is not in", str(tmp_path), "tain.csv"))
+    assert all(part in message for part in (str(tmp_path), "no train.csv", "tain.csv"))
 
 
 def test_a_data_dir_that_is_no_folder_is_named(tmp_path):
@@ -169,6 +170,8 @@ def test_a_data_dir_that_is_no_folder_is_named(tmp_path):
     [
         ("id,text\nx,a cat\n", None, ["test.csv", "'excerpt'", "id, text"]),
         ("id,excerpt\nx,a cat\nx,a dog\n", None, ["test.csv", "column id", "each id once", "row 2", "'x'"]),
+        (TEST, SAMPLE + "x,0\n", ["sample_submission.csv", "column id", "each id once", "row 3", "'x'"]),
+        (TEST, "id,score,other\nx,0,0\ny,0,0\n", ["sample_submission.csv", "score, other", "target"]),
         (TEST + "z,a hat\n", SAMPLE, ["sample_submission.csv", "lacks 1 ids", "'z'"]),
         (TEST, SAMPLE + "z,0\n", ["test.csv", "lacks 1 ids", "'z'"]),
         (TEST, "key,target\nx,0\ny,0\n", ["sample_submission.csv", "'id'", "key, target"]),
@@ -226,6 +229,7 @@ def test_label_sets_become_columns_of_zeros_and_ones(data):
         ("binary", ["yes", "no", "no"], ["no", "yes"], [[1.0], [0.0], [0.0]]),
         ("binary", ["10", "9", "9"], ["9", "10"], [[1.0], [0.0], [0.0]]),
         ("multiclass", ["10", "9", "-1"], ["-1", "9", "10"], [2, 1, 0]),
+        ("multiclass", ["10.0", "2.0", "1.0"], ["1.0", "2.0", "10.0"], [2, 1, 0]),
         ("multiclass", ["pear", "apple", "fig"], ["apple", "fig", "pear"], [2, 0, 1]),
         ("multiclass", ["2", "10", "none"], ["10", "2", "none"], [1, 0, 2]),
     ],
@@ -372,6 +376,13 @@ def test_folds_depend_neither_on_seed_nor_on_row_order(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
 def test_folds_depend_on_fold_seed(kind):
     assert folds_by_id(fold_frame(), fold_seed=1, **kind) != folds_by_id(fold_frame(), **kind)
+
+
+@pytest.mark.parametrize("n, top", [(100, 7), (60, 6), (200, 8)])
+def test_row_order_does_not_matter_where_targets_lie_on_the_edges_of_bins(n, top):
+    frame = fold_frame(n).assign(target=lambda f: (f.index % (top + 1)) * 1.0)
+    folds = folds_by_id(frame)
+    assert all(folds_by_id(frame.sample(frac=1, random_state=state)) == folds for state in range(8))
 
 
 def test_folds_depend_on_the_ids():
@@ -529,9 +540,9 @@ def test_a_regression_target_in_one_fold_only_is_no_error():
 @pytest.mark.parametrize(
     "n, settings, parts",
     [
-        (4, {}, ["4 rows", "5 folds"]),
-        (4, dict(fold_kind="plain"), ["4 rows", "5 folds"]),
-        (200, dict(fold_kind="group", group_column="author", n_folds=21), ["20 groups", "21 folds"]),
+        (4, {}, ["5 stratified folds", "samples", "4"]),
+        (4, dict(fold_kind="plain"), ["5 plain folds", "samples", "4"]),
+        (200, dict(fold_kind="group", group_column="author", n_folds=21), ["21 group folds", "groups", "20"]),
     ],
 )
 def test_too_few_rows_or_groups_for_the_folds_are_an_error(n, settings, parts):
@@ -550,3 +561,32 @@ def test_a_fold_that_does_not_exist_is_refused_before_training_with_those_that_d
     with pytest.raises(ku.ConfigError) as error:
         ku.make_folds(fold_frame(), ku.Config(n_folds=3, run_folds="0,3"))
     assert all(part in str(error.value) for part in ("run_folds", "0, 1, 2", "'0,3'"))
+
+
+def test_a_frame_with_a_repeated_index_makes_the_folds_of_its_ids():
+    frame = fold_frame(40)
+    stacked = pd.concat([frame[:20], frame[20:].reset_index(drop=True)])
+    assert dict(zip(stacked["id"], ku.make_folds(stacked, ku.Config())["fold"], strict=True)) == folds_by_id(frame)
+
+
+def test_a_fold_column_of_bad_numbers_is_an_error_with_its_row():
+    frame = pd.DataFrame({"id": list("abcd"), "target": [1.0, 2, 3, 4], "fold": [0, 1, -1, 0]})
+    with pytest.raises(ku.DataError, match=r"column fold: expected a fold number .* got row 3 \(id c\): '-1'"):
+        ku.make_folds(frame, ku.Config())
+
+
+def test_rows_drawn_by_max_rows_that_leave_one_label_are_an_error(data):
+    rows = "".join(f"{i},text {i % 7} more,{int(i == 0)}\n" for i in range(200))
+    message = refusal(data("id,excerpt,target\n" + rows, task="binary", max_rows=5))
+    assert "column target: expected two labels for task binary, got 1 in 5 rows" in message
+
+
+@pytest.mark.parametrize(("column", "row"), [("id", ",a cat,1,g"), ("group", "c,a cat,1,")])
+def test_an_empty_id_or_group_is_an_error(data, column, row):
+    train = f"id,excerpt,target,group\na,a dog,2,g\n{row}\n"
+    message = refusal(data(train, fold_kind="group", group_column="group"))
+    assert f"column {column}: expected a value, got row 2" in message
+
+
+def test_a_file_separated_by_semicolons_is_asked_about(data):
+    assert "is it separated by commas?" in refusal(data("id;excerpt;target\na;b;1\n"))

@@ -158,7 +158,7 @@ def test_a_value_of_another_type_is_refused_with_what_is_accepted_and_what_came(
 
 
 def test_a_run_name_that_papermill_made_a_number_is_refused_naming_its_raw_option():
-    assert re.search(r"run_name must be text.*-r.*got 7", problems_of(run_name=7))
+    assert re.search(r"run_name must be text, got 7 \(papermill's -r keeps digits as text\)", problems_of(run_name=7))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,11 @@ def test_settings_that_contradict_each_other_are_refused_by_name(settings, named
 def test_all_contradictions_come_in_one_error():
     message = problems_of(loss="cross_entropy", metric="auc", fold_kind="group")
     assert all(word in message for word in ("loss cross_entropy", "metric auc", "group_column"))
+
+
+def test_bad_values_and_contradictions_come_in_one_error():
+    message = problems_of(epochs=2.5, fold_kind="group")
+    assert "epochs must be" in message and "group_column" in message
 
 
 def test_a_notebook_shows_the_message_without_a_traceback():
@@ -303,6 +308,17 @@ def test_a_settings_cell_run_again_after_papermills_wins():
 def test_scratch_cells_never_count_before_or_after_the_settings(scratch):
     settings = "# Settings\nepochs = 7\nhead = 'conv1d'"
     assert from_cells(scratch, settings, scratch) == ku.Config(epochs=7, head="conv1d")
+
+
+def test_a_scratch_cell_titled_parameters_of_something_never_counts():
+    assert from_cells("# Settings\nepochs = 7", "# Parameters of the plot\nseed = 5") == ku.Config(epochs=7)
+
+
+@pytest.mark.parametrize(
+    "lines", ["seed, epochs = 3, 7", "if True:\n    seed, epochs = 3, 7", "seed = 3; epochs = seed + 4"]
+)
+def test_every_way_to_assign_in_the_settings_cell_counts(lines):
+    assert from_cells(f"# Settings\n{lines}") == ku.Config(seed=3, epochs=7)
 
 
 def test_scratch_cells_do_not_set_what_the_settings_cell_leaves_out():
@@ -406,3 +422,19 @@ def test_the_twelve_heads_of_the_design_are_there():
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
+
+
+def test_a_scratch_cell_with_a_longer_title_is_not_the_settings_cell():
+    cells = ["", "# Settings\nepochs = 7", "# Settings of the plot\nseed = 3", "# Parameters of the plot\nlr = 1.0"]
+    cfg = ku.Config.from_notebook({"In": cells, "seed": 3, "lr": 1.0})
+    assert (cfg.epochs, cfg.seed, cfg.lr) == (7, 0, 0.0)
+
+
+def test_names_that_the_settings_cell_only_mentions_are_not_settings():
+    cells = ["", "# Settings\nlr: float\nconv_kernels = [k for k in (3, 2)]\nseed, epochs = 4, 2"]
+    cfg = ku.Config.from_notebook({"In": cells, "lr": 0.5, "k": 1})
+    assert (cfg.lr, cfg.conv_kernels, cfg.seed, cfg.epochs) == (0.0, (3, 2), 4, 2)
+
+
+def test_large_whole_numbers_stay_exact():
+    assert ku.Config(max_rows=2**60 + 1).max_rows == 2**60 + 1

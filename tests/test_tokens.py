@@ -174,15 +174,15 @@ def test_a_tokenizer_saved_in_a_folder_is_loaded(tokenizer, tmp_path):
 
 
 def test_texts_that_the_tokenizer_mostly_does_not_know_are_an_error_with_the_share(tokenizer):
-    with pytest.raises(ku.KitError, match=r"67% of the tokens are <unk>"):
-        ku.tokenize(["der cat", "hund"], tokenizer, ku.Config())
+    tokens = ku.tokenize(["der hund lief schnell weg", "und der hut war rot"], tokenizer, ku.Config())
+    with pytest.raises(ku.KitError, match=r"100% of the tokens are unknown"):
+        ku.check_vocabulary(tokens, tokenizer)
 
 
-def test_a_text_with_half_of_its_words_unknown_is_tokenized(tokenizer):
-    assert rows_of(ku.tokenize(["der cat", "a hund"], tokenizer, ku.Config())) == [
-        [BOS, UNK, 6, EOS],
-        [BOS, 5, UNK, EOS],
-    ]
+def test_texts_with_some_unknown_words_are_no_error(tokenizer):
+    tokens = ku.tokenize(["der hund sat on the mat"], tokenizer, ku.Config())
+    assert rows_of(tokens) == [[BOS, UNK, UNK, *ids_of("sat on the mat"), EOS]]
+    ku.check_vocabulary(tokens, tokenizer)
 
 
 def levels():
@@ -210,6 +210,26 @@ def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
     cfg = ku.Config(prefix="big ", pair_column="word")
     rows = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, *ids_of("big the cat"), EOS, *ids_of("red"), EOS]
+
+
+@pytest.mark.parametrize("truncation, kept", [("head", ALL_IDS[:5]), ("tail", ALL_IDS[-5:])])
+def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, truncation, kept):
+    frame = pd.DataFrame({"excerpt": [ALL_WORDS]})
+    cfg = ku.Config(prefix="big hat mat ", max_length=10, truncation=truncation)
+    assert rows_of(ku.tokenize_frame(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
+
+
+def test_a_prefix_counts_as_part_of_the_first_text_of_a_long_pair(tokenizer):
+    frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
+    cfg = ku.Config(prefix="big hat ", max_length=13, pair_column="other")
+    rows = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:3], EOS, *ALL_IDS[:5], EOS]]
+
+
+def test_a_prefix_that_leaves_no_room_for_a_text_is_refused_with_its_length(tokenizer):
+    cfg = ku.Config(prefix="big hat mat red cat dog ", max_length=8)
+    with pytest.raises(ku.ConfigError, match=r"max_length 8.*6 tokens"):
+        ku.tokenize_frame(levels(), tokenizer, cfg)
 
 
 def test_without_a_prefix_the_texts_are_as_they_are(tokenizer):
