@@ -15,8 +15,8 @@ stands below what it uses.
     run = ku.train(ku.make_folds(train, cfg), cfg)
     ku.predict_test(run, test, sample)
 
-To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses,
-metrics and schedules are added the same way.
+To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
+schedules are added the same way, metrics with `@ku.metric`: see section 8.
 
 Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
 data set, K outputs.
@@ -36,6 +36,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -324,7 +325,7 @@ class Config(Settings):
     backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
     head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
     conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1)
-    conv_channels: tuple = option((256, 1), "conv1d: channels of each convolution", low=1)
+    conv_channels: tuple = option((256, 1), "conv1d: channels of each convolution, of the last for each output", low=1)
     rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1)
     concat_layers: int = option(4, "concat: number of last layers", low=1)
     weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
@@ -456,7 +457,7 @@ def find_data(data_dir, marker):
         return folder
     if on_kaggle():
         root = kaggle_root() / "input"
-        found = sorted([*root.glob(f"competitions/*/{marker}"), *root.glob(f"*/{marker}")])
+        found = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
         if len(found) != 1:
             problem = "several competitions are attached" if found else "no attached competition"
             options = [path.parent for path in found] or attached("*.csv")
@@ -564,9 +565,9 @@ def class_labels(frame, cfg):
     return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
 
 
-def read_train(cfg):
-    """train.csv, checked: text as text, regression and multilabel targets as numbers, labels as text."""
-    path = find_data(cfg.data_dir, "train.csv") / "train.csv"
+def read_train(cfg, data_dir):
+    """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
+    path = data_dir / "train.csv"
     extra = [cfg.group_column] if "group" in cfg.fold_kind else []
     frame = read_table(path, [cfg.id_column, *text_columns(cfg), *cfg.targets, *prefix_columns(cfg), *extra])
     check = functools.partial(bad_rows, path, frame, cfg.id_column)
@@ -576,7 +577,9 @@ def read_train(cfg):
     for column in text_columns(cfg):
         empty = frame[column].str.strip().eq("").to_numpy()
         problems += check(column, empty, "a text")
-        problems += check(column, np.isfinite(to_numbers(frame[column])) & ~empty, "a text, not a number")
+        numeric = np.isfinite(to_numbers(frame[column]))
+        if numeric.mean() > 0.5:  # the wrong column; a number among texts is a text
+            problems += check(column, numeric, "texts, not numbers")
     numbers = {}
     for column in cfg.targets:
         if cfg.task in ("regression", "multilabel"):
@@ -649,8 +652,9 @@ def read_competition(cfg):
 
     Raises DataError, which names the file, column and rows, what was expected and what came.
     """
-    train = read_train(cfg)
-    test, sample = read_test(cfg, find_data(cfg.data_dir, "train.csv"))
+    data_dir = find_data(cfg.data_dir, "train.csv")
+    train = read_train(cfg, data_dir)
+    test, sample = read_test(cfg, data_dir)
     if sample is not None:
         submission_columns(sample, cfg, class_labels(train, cfg))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
@@ -749,7 +753,7 @@ def asked_folds(frame, cfg):
 VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
-    "vocab.json",
+    "merges.txt",
     "tokenizer.model",
     "spm.model",
     "spiece.model",
@@ -761,7 +765,10 @@ def load_tokenizer(folder):
     """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
     if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
         raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ImportError, ValueError) as error:  # spm.model alone needs sentencepiece, which the message may not say
+        raise KitError(f"no tokenizer from {folder}, add tokenizer.json or install sentencepiece: {error}") from None
 
 
 class Tokens:
@@ -842,7 +849,7 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
         return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
 
     columns = [encode(texts)] if pairs is None else [encode(texts), encode(pairs)]
-    starts = [[]] * len(columns[0]) if prefixes is None else encode(prefixes)
+    starts = [[]] * len(columns[0]) if prefixes is None else encode(prefix.rstrip() for prefix in prefixes)
     room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
     if room <= (longest := max(map(len, starts), default=0)):
         raise ConfigError(f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens")
@@ -851,7 +858,8 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     for start, *row in zip(starts, *columns, strict=True):
         rooms = [room]
         if pairs is not None:
-            second = min(len(row[1]), max(room // 2, room - len(start) - len(row[0])), room - len(start))
+            free = room - len(start)
+            second = min(len(row[1]), max(free // 2, free - len(row[0])))
             rooms = [room - second, second]
         ids, types = list(gaps[0][0]), list(gaps[0][1])
         for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
@@ -881,13 +889,17 @@ def make_prefixes(frame, cfg):
     return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
 
 
+def new_prefix_words(tokenizer, frame, cfg):
+    """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
+    words = {word for text in set(make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)}
+    return sorted(words - set(tokenizer.get_vocab()))
+
+
 def add_prefix_tokens(tokenizer, frame, cfg):
-    """Make a special token of every [word] in the prefixes that the tokenizer lacks; returns the new ones."""
-    words = sorted({word for text in set(make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)})
-    if len(words) > 1000:
-        raise ConfigError(f"prefix {cfg.prefix!r} makes {len(words)} new tokens, such as {words[0]}: at most 1000")
-    known = tokenizer.get_vocab()
-    new = [word for word in words if word not in known]
+    """Make a special token of each of the `new_prefix_words`; returns them."""
+    new = new_prefix_words(tokenizer, frame, cfg)
+    if len(new) > 1000:
+        raise ConfigError(f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000")
     tokenizer.add_tokens(new, special_tokens=True)
     return new
 
@@ -942,6 +954,7 @@ class Shape(NamedTuple):
     width: int  # H
     n_states: int  # L + 1
     cls_last: bool = False  # the token that stands for the text is the last one, not the first
+    n_outputs: int = 1  # K
 
 
 def cls_token(state, mask, shape):
@@ -1012,13 +1025,13 @@ class MeanMaxHead(nn.Module):
 class Conv1dHead(nn.Module):
     """A stack of 1-D convolutions over the tokens, ReLU between them, then the maximum over time.
 
-    The default, kernel 2 to 256 channels and kernel 2 to 1 channel, is the article's. The mask is
-    applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
+    The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the article's. The
+    mask is applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
     """
 
     def __init__(self, shape, cfg):
         super().__init__()
-        widths = [shape.width, *cfg.conv_channels]
+        widths = [shape.width, *cfg.conv_channels[:-1], cfg.conv_channels[-1] * shape.n_outputs]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
         self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
         self.size = widths[-1]
@@ -1208,7 +1221,7 @@ def find_backbone(name):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
     inputs = [folder for folder in attached("config.json") if is_backbone(folder)]
-    names = {folder: {short_name(part) for part in folder.relative_to(kaggle_root()).parts} for folder in inputs}
+    names = {folder: set(map(short_name, folder.relative_to(kaggle_root() / "input").parts)) for folder in inputs}
     fitting = [folder for folder in inputs if not path.is_absolute() and short_name(name) in names[folder]]
     if len(fitting) > 1:
         raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {listing(fitting)}")
@@ -1641,17 +1654,13 @@ class TextModel(nn.Module):
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.shape = Shape(config.hidden_size, config.num_hidden_layers + 1, cls_last)
+        self.shape = Shape(config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.width)
         self.backbone, self.loss = backbone, loss
         self.head = HEADS[cfg.head](self.shape, cfg)
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
         self.output = nn.Linear(self.head.size, loss.width)
-        if self.head.size == 1:  # conv1d's one channel is a prediction already: keep its scale and sign
-            if loss.width > 1:
-                raise ConfigError(
-                    f"{cfg.head} gives one feature for {loss.width} outputs; set conv_channels, as 256,64"
-                )
-            nn.init.ones_(self.output.weight)
+        if self.head.size == loss.width:  # conv1d's channels are predictions already: keep their scale and sign
+            nn.init.eye_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
 
@@ -1678,6 +1687,19 @@ class TextModel(nn.Module):
             return self.output(self.dropout(features))
 
 
+@torch.no_grad()
+def check_padding(model, tokens):
+    """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
+    inputs = tokens.batch(np.array([tokens.lengths.argmin()]), torch.device("cpu"))
+    inputs = {name: ids[:, :8] for name, ids in inputs.items()}
+    fill = {"input_ids": tokens.pad_id}
+    padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
+    change = (model(**padded) - model(**inputs)).abs().max().item()
+    if change > 1e-3:
+        name = type(model.backbone).__name__
+        warnings.warn(f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch", stacklevel=2)
+
+
 def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
 
@@ -1696,6 +1718,10 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     if cfg.reinit_layers:
         say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
     freeze(model, cfg)
+    if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
+        say(
+            f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
+        )
     if cfg.gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         try:
@@ -1872,7 +1898,7 @@ def evaluate(model, data, rows, cfg, step):
     predictions = predict(model, data.tokens, cfg, rows)
     if not np.isfinite(predictions).all():
         raise FloatingPointError(f"step {step}: predictions are not finite; {NOT_FINITE}")
-    return dict(predictions=predictions, score=METRICS[cfg.metric](data.targets[rows], predictions), step=step)
+    return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
 
 
 def train_fold(data, fold, cfg, log, say=print):
@@ -1890,7 +1916,9 @@ def train_fold(data, fold, cfg, log, say=print):
     targets = torch.from_numpy(data.targets)
     targets = (targets.float() if targets.is_floating_point() else targets).to(device)
     loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-    model = build_model(cfg, data.folder, loss, data.tokenizer, targets[train_rows].cpu(), say).to(device)
+    model = build_model(cfg, data.folder, loss, data.tokenizer, targets[train_rows].cpu(), say)
+    check_padding(model.eval(), data.tokens)
+    model = model.to(device)
     groups = parameter_groups(model, cfg)
     say(group_table(groups))
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -1911,7 +1939,7 @@ def train_fold(data, fold, cfg, log, say=print):
         entries.append((step, value, norm, rates))
         if step not in when:
             continue
-        write_steps(entries, fold, per_epoch, log, skips=scaler.is_enabled())
+        write_steps(entries, fold, per_epoch, log)
         seconds["train"] += time.perf_counter() - started
         started = time.perf_counter()
         last = evaluate(model, data, rows, cfg, step)
@@ -1928,16 +1956,16 @@ def train_fold(data, fold, cfg, log, say=print):
     return model, dict(fold=fold, rows=rows, best=best, last=last, steps=step, seconds=seconds)
 
 
-def write_steps(entries, fold, per_epoch, log, skips):
+def write_steps(entries, fold, per_epoch, log):
     """Log the optimiser steps since the last evaluation and forget them: one copy from the device for all.
 
-    `skips` says that a step may be not finite, since the scaler left it out.
+    A gradient may be not finite in fp16, where the scaler then skips the step; a loss may not.
     """
     losses = torch.stack([loss for _, loss, _, _ in entries]).tolist()
     norms = torch.stack([norm for _, _, norm, _ in entries]).tolist()
     for (step, _, _, rates), loss, norm in zip(entries, losses, norms, strict=True):
         log({"fold": fold, "step": step, "epoch": step / per_epoch, "loss": loss, "grad_norm": norm, "lr": rates})
-        if not (skips or math.isfinite(loss)):
+        if not math.isfinite(loss):
             raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; {NOT_FINITE}")
     entries.clear()
 
@@ -2121,11 +2149,11 @@ def oof_frame(frame, results, cfg, names):
 def oof_scores(results, targets, cfg):
     """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
     rows = np.concatenate([result["rows"] for result in results])
-    scores = {"metric": cfg.metric, "rows": len(rows)}
+    scores = {"metric": cfg.metric, "better": METRICS[cfg.metric].better, "rows": len(rows)}
     for kind in ("best", "last"):
         predictions = np.concatenate([result[kind]["predictions"] for result in results])
         folds = [result[kind]["score"] for result in results]
-        scores[kind] = METRICS[cfg.metric](targets[rows], predictions)
+        scores[kind] = float(METRICS[cfg.metric](targets[rows], predictions))
         scores[f"{kind}_fold_mean"] = float(np.mean(folds))
         scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
     if cfg.task == "regression":
@@ -2173,6 +2201,19 @@ def start_record(cfg, asked, frame, backbone, classes):
     }
 
 
+def train_folds(data, folds, cfg, run):
+    """Train and save one fold after another; the dictionaries of `train_fold`."""
+    results = []
+    with open_log(cfg, run) as log:
+        for fold in folds:
+            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
+            save_fold(model, run / f"fold{fold}")
+            results.append(result)
+            scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
+            print(f"fold {fold}: {cfg.metric} {scores} (step {result['best']['step']} of {result['steps']})")
+    return results
+
+
 def train(frame, cfg):
     """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
 
@@ -2186,14 +2227,11 @@ def train(frame, cfg):
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
     record = start_record(cfg, asked, frame, backbone, classes)
     describe(cfg, asked, record)
-    run = make_run_folder(cfg)
-    write_json(run / "record.json", record)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     if new := add_prefix_tokens(tokenizer, frame, cfg):
         print(f"{len(new)} new special tokens: {listing(new[:10])}")
-    tokenizer.save_pretrained(run / "tokenizer")
     seconds = {"load": time.perf_counter() - began}
     tokens = tokenize_frame(frame, tokenizer, cfg)
     check_vocabulary(tokens, tokenizer)
@@ -2203,15 +2241,15 @@ def train(frame, cfg):
 
     names, targets = record["outputs"], encode_targets(frame, cfg, classes)
     data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(names))
-    results = []
-    with open_log(cfg, run) as log:
-        for fold in folds:
-            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
-            save_fold(model, run / f"fold{fold}")
-            del model
-            results.append(result)
-            scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-            print(f"fold {fold}: {cfg.metric} {scores} (step {result['best']['step']} of {result['steps']})")
+    run = make_run_folder(cfg)
+    write_json(run / "record.json", record)
+    tokenizer.save_pretrained(run / "tokenizer")
+    try:
+        results = train_folds(data, folds, cfg, run)
+    except KitError:
+        if not any(run.glob("fold*")):  # a mistake in the settings leaves nothing behind
+            shutil.rmtree(run)
+        raise
     seconds |= {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate")}
 
     oof = oof_frame(frame, results, cfg, names)
@@ -2297,6 +2335,8 @@ def load_run(folder):
 def predict_run(run, frame, batch_tokens=0):
     """Mean of the folds' predictions (N, K) for a test frame, in target units or probabilities."""
     cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
+    if new := new_prefix_words(run.tokenizer, frame, cfg):
+        warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
     tokens, device = tokenize_frame(frame, run.tokenizer, cfg), next(run.model.parameters()).device
     folds, began, total = [fold["fold"] for fold in run.record["folds"]], time.perf_counter(), 0
     for fold in progress(folds, "predict"):

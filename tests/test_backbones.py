@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, make_texts, make_tokenizer
+from conftest import ARCHITECTURES, make_texts
 from torch.nn import functional as F
 
 import kernel_utils as ku
@@ -40,8 +40,11 @@ def forward(model, tokens, rows):
 
 
 @kinds()
-def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(kind, build):
-    model, tokens = build(kind)
+@pytest.mark.parametrize(
+    "settings", [dict(head="mean"), dict(head="weighted", weighted_pool="mean"), dict(head="lstm")]
+)
+def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(kind, settings, build):
+    model, tokens = build(kind, **settings)
     together = forward(model, tokens, range(6))
     alone = torch.cat([forward(model, tokens, [i]) for i in range(6)])
     wide = {
@@ -53,6 +56,50 @@ def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(ki
     assert together.shape == (6, 1) and together.std() > 0
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(padded, together, atol=1e-5, rtol=0)
+
+
+@kinds("deberta")
+def test_outputs_are_finite_float32_in_bf16(kind, build):
+    model, tokens = build(kind)
+    exact = forward(model, tokens, range(6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = forward(model, tokens, range(6))
+    assert half.dtype == torch.float32 and half.isfinite().all() and not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, atol=0.05, rtol=0.05)
+
+
+def test_deberta_v1_in_half_precision_is_an_error_that_asks_for_fp32(build):
+    model, tokens = build("deberta")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ku.KitError, match="DebertaModel cannot run in half precision; set precision fp32"),
+    ):
+        forward(model, tokens, range(6))
+
+
+def test_a_model_that_reads_padding_is_warned_of(build):
+    model, tokens = build("bert")
+    ku.check_padding(model, tokens)
+    model.head.forward = lambda states, mask: states[-1].mean(1)
+    with pytest.warns(UserWarning, match="BertModel reads padding"):
+        ku.check_padding(model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ("FunnelConfig", dict(vocab_size=30, d_model=32, n_head=4, d_head=8, d_inner=48, block_sizes=[2, 2])),
+        ("CanineConfig", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)),
+    ],
+)
+def test_an_architecture_that_changes_the_number_of_tokens_or_states_is_refused(config, sizes):
+    config = getattr(transformers, config)(**sizes)
+    model_class = transformers.FunnelModel if config.model_type == "funnel" else transformers.CanineModel
+    cfg = ku.Config()
+    model = ku.TextModel(cfg, model_class(config), ku.MseLoss(cfg, 1)).eval()
+    ids = torch.ones(2, 16, dtype=torch.long)
+    with pytest.raises(ku.KitError, match="changes the number of tokens or states"):
+        model(ids, torch.ones_like(ids))
 
 
 @kinds()
@@ -265,14 +312,6 @@ def test_token_types_reach_the_models_that_have_them_and_no_other(build, backbon
             one = model(ids, mask, torch.tensor([[0, 0, 1, 1]]))
             other = model(ids, mask, torch.zeros_like(ids))
         assert torch.equal(one, other) != typed
-
-
-def test_new_tokens_get_embeddings_of_their_own(backbone_folder):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"[{i}]" for i in range(9)], special_tokens=True)
-    model = ku.load_backbone(backbone_folder("bert"), ku.Config(), len(tokenizer))
-    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
-    assert model.config.vocab_size == len(tokenizer)
 
 
 def test_a_backbone_that_is_nowhere_is_an_error_that_lists_what_was_tried(monkeypatch, tmp_path):

@@ -32,6 +32,10 @@ def data(tmp_path):
     return config
 
 
+def read(cfg):
+    return ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv"))
+
+
 def refusal(cfg):
     with pytest.raises(ku.DataError) as error:
         ku.read_competition(cfg)
@@ -73,7 +77,7 @@ def test_an_id_is_kept_as_the_text_that_stands_in_the_file(data, name):
 
 @pytest.mark.parametrize("text", ["NA", "nan", "None", "null", "N/A"])
 def test_a_text_that_pandas_takes_for_a_gap_is_a_text(data, text):
-    assert ku.read_train(data(TRAIN + f"d,{text},1\n"))["excerpt"].iloc[-1] == text
+    assert read(data(TRAIN + f"d,{text},1\n"))["excerpt"].iloc[-1] == text
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_the_way_a_file_was_saved_does_not_change_what_is_read(data, encode):
 
 
 def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
-    assert ku.read_train(data(TRAIN + 'd,"a ""cat"", or\na dog",1\n'))["excerpt"].iloc[-1] == 'a "cat", or\na dog'
+    assert read(data(TRAIN + 'd,"a ""cat"", or\na dog",1\n'))["excerpt"].iloc[-1] == 'a "cat", or\na dog'
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
         (TRAIN + "b,a mat,1\n", {}, ["column id", "each id once", "row 4", "'b'"]),
         (TRAIN + "d,,1\n", {}, ["column excerpt", "a text", "row 4 (id d)", "''"]),
         (TRAIN + "d, \t,1\n", {}, ["column excerpt", "a text", "row 4 (id d)"]),
-        (TRAIN + "d,12.5,1\n", {}, ["column excerpt", "a text, not a number", "row 4 (id d)", "'12.5'"]),
+        (TRAIN, {"text_column": "target"}, ["column target", "texts, not numbers", "row 1 (id a)", "'1.5'"]),
         (TRAIN + "d,a mat,nan\n", {}, ["column target", "a finite number", "row 4 (id d)", "'nan'"]),
         (TRAIN + "d,a mat,-inf\n", {}, ["column target", "a finite number", "row 4 (id d)", "'-inf'"]),
         (TRAIN + "d,a mat,\n", {}, ["column target", "a finite number", "row 4 (id d)", "''"]),
@@ -214,12 +218,12 @@ def test_an_empty_test_text_is_predicted(data, backbone_folder, head):
 
 def test_several_regression_targets_become_columns_of_numbers(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0.5\nb,a dog,-2,1e-1\n", target_columns="p, q")
-    assert ku.encode_targets(ku.read_train(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
+    assert ku.encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
 
 
 def test_label_sets_become_columns_of_zeros_and_ones(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0\nb,a dog,0.0,1\n", task="multilabel", target_columns="p,q")
-    assert ku.encode_targets(ku.read_train(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert ku.encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_label_sets_become_columns_of_zeros_and_ones(data):
 def test_labels_are_ordered_as_numbers_or_as_text_and_encoded_in_that_order(data, task, labels, classes, encoded):
     text = "id,excerpt,target\n" + "".join(f"r{i},a cat,{label}\n" for i, label in enumerate(labels))
     cfg = data(text, task=task)
-    train = ku.read_train(cfg)
+    train = read(cfg)
     assert ku.class_labels(train, cfg) == classes
     assert ku.encode_targets(train, cfg, classes).tolist() == encoded
 
@@ -247,7 +251,7 @@ def numbered(n):
 
 
 def drawn(data, train, **settings):
-    return ku.read_train(data(train, max_rows=20, **settings))["id"].tolist()
+    return read(data(train, max_rows=20, **settings))["id"].tolist()
 
 
 def test_max_rows_draws_so_many_rows_and_keeps_their_order(data):
@@ -266,7 +270,7 @@ def test_max_rows_depends_on_fold_seed_and_neither_on_seed_nor_on_row_order(data
 
 @pytest.mark.parametrize("max_rows", [0, 3, 50])
 def test_max_rows_of_0_or_more_than_there_are_means_all(data, max_rows):
-    assert len(ku.read_train(data(max_rows=max_rows))) == 3
+    assert len(read(data(max_rows=max_rows))) == 3
 
 
 @pytest.fixture
@@ -289,13 +293,13 @@ def kaggle(tmp_path, monkeypatch):
 def test_on_kaggle_the_attached_competition_is_found_in_both_mount_layouts(kaggle, folder):
     root = kaggle(f"{folder}/train.csv", "datasets/me/weights/vocab.txt", "other/notes.csv")
     assert ku.find_data("", "train.csv") == root / folder
-    assert ku.read_train(ku.Config())["id"].tolist() == ["a", "b", "c"]
+    assert read(ku.Config())["id"].tolist() == ["a", "b", "c"]
 
 
 def test_several_attached_competitions_are_an_error_that_lists_them(kaggle):
-    root = kaggle("first/train.csv", "competitions/second/train.csv", "third/other.csv")
+    root = kaggle("competitions/first/train.csv", "competitions/second/train.csv", "third/train.csv")
     message = refusal(ku.Config())
-    assert str(root / "first") in message and str(root / "competitions/second") in message
+    assert str(root / "competitions/first") in message and str(root / "competitions/second") in message
     assert "several" in message and "data_dir" in message and "third" not in message
 
 
@@ -312,7 +316,7 @@ def test_on_kaggle_with_nothing_attached_the_sample_is_not_taken(kaggle):
 
 def test_a_data_dir_wins_over_the_attached_competition(kaggle, data):
     kaggle("commonlit/train.csv")
-    assert ku.read_train(data("id,excerpt,target\nmine,a cat,1\n"))["id"].tolist() == ["mine"]
+    assert read(data("id,excerpt,target\nmine,a cat,1\n"))["id"].tolist() == ["mine"]
 
 
 def test_off_kaggle_an_empty_data_dir_means_the_sample(monkeypatch, tmp_path):
@@ -503,7 +507,7 @@ def test_a_given_fold_column_wins(column):
 def test_a_given_fold_that_is_no_fold_number_is_an_error_with_its_row(data, bad):
     cfg = data(f"id,excerpt,target,fold\na,a cat,1,0\nb,a dog,2,1\nc,a hat,2,{bad}\n")
     with pytest.raises(ku.DataError) as error:
-        ku.make_folds(ku.read_train(cfg), cfg)
+        ku.make_folds(read(cfg), cfg)
     parts = ("train.csv", "column fold", "a fold number", "row 3 (id c)", repr(bad))
     assert [part for part in parts if part not in str(error.value)] == []
 
@@ -590,3 +594,7 @@ def test_an_empty_id_or_group_is_an_error(data, column, row):
 
 def test_a_file_separated_by_semicolons_is_asked_about(data):
     assert "is it separated by commas?" in refusal(data("id;excerpt;target\na;b;1\n"))
+
+
+def test_a_number_among_texts_is_a_text(data):
+    assert read(data(TRAIN + "d,1984,1\n"))["excerpt"].iloc[-1] == "1984"

@@ -150,35 +150,11 @@ def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, dire
         torch.testing.assert_close(head(states, mask)[i], expected, atol=1e-6, rtol=0)
 
 
+def test_conv1d_gives_its_last_channels_for_each_output():
+    cfg = ku.Config(head="conv1d", conv_channels=(6, 2))
+    assert ku.HEADS["conv1d"](ku.Shape(WIDTH, N_STATES, n_outputs=5), cfg).size == 10
+
+
 def test_concat_of_more_layers_than_there_are_is_refused():
     with pytest.raises(ku.ConfigError, match="concat_layers must be at most the backbone's 4 layers, got 5"):
         make_head("concat", concat_layers=5)
-
-
-def test_a_head_is_added_by_one_class():
-    @ku.register(ku.HEADS, "median")
-    class MedianHead(torch.nn.Module):
-        def __init__(self, shape, cfg):
-            super().__init__()
-            self.size = shape.width
-
-        def forward(self, states, mask):
-            hidden = states[-1].masked_fill(mask.unsqueeze(-1) == 0, float("nan"))
-            return hidden.nanmedian(1).values
-
-    try:
-        assert ku.Config(head="median").head == "median"
-        with pytest.raises(
-            ku.ConfigError, match=r"head must be one of .*median; got 'medan' \(did you mean median\?\)"
-        ):
-            ku.Config(head="medan")
-        states, mask = make_states()
-        expected = [torch.from_numpy(row(states, i)[-1]).median(0).values for i in range(len(LENGTHS))]
-        torch.testing.assert_close(make_head("median")(states, mask), torch.stack(expected))
-    finally:
-        del ku.HEADS["median"]
-
-
-def test_a_name_that_is_taken_is_refused():
-    with pytest.raises(ValueError, match=r"'mean' is taken by kernel_utils\.MeanHead"):
-        ku.register(ku.HEADS, "mean")(ku.MaxHead)

@@ -3,26 +3,28 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import kernel_utils as ku
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture
 def examples():
     """Run the README's Python blocks; what they register is gone after the test."""
-    heads, losses = set(ku.HEADS), set(ku.LOSSES)
+    tables = {name: dict(table) for name, table in TABLES.items()}
     scope = {"ku": ku, "torch": torch, "__name__": "__main__"}
     for block in BLOCKS:
         exec(block, scope)
     yield
-    for table, names in ((ku.HEADS, heads), (ku.LOSSES, losses)):
-        for name in set(table) - names:
-            del table[name]
+    for name, table in TABLES.items():
+        table.clear()
+        table.update(tables[name])
 
 
 def test_the_head_of_the_readme_can_be_set_and_is_the_median_of_the_real_tokens(examples):
@@ -38,8 +40,17 @@ def test_the_loss_of_the_readme_can_be_set(examples):
     torch.testing.assert_close(values, torch.tensor([0.43378083, 0.0]))
 
 
+def test_the_metric_of_the_readme_can_be_set(examples):
+    metric = ku.METRICS[ku.Config(metric="largest_error").metric]
+    assert metric(np.array([[0.0], [1.0]]), np.array([[0.5], [-1.0]])) == 2.0
+
+
+def test_the_readme_has_no_gaps_left_to_fill():
+    assert not re.search(r"SCORE_|_TABLE", README)
+
+
 def test_the_readme_lists_every_head_loss_metric_and_the_settings_it_names():
-    for table in (ku.HEADS, ku.LOSSES, ku.METRICS):
+    for table in TABLES.values():
         assert [name for name in table if not re.search(rf"\b{name}\b", README)] == []
     rows = re.findall(r"^\| (`.*?) \|", README.split("## Heads")[0], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}

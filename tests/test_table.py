@@ -10,7 +10,8 @@ import table
 
 def write_record(folder, score, status="complete", metric="rmse"):
     folder.mkdir(parents=True)
-    oof = {"metric": metric, "last": score, "best": score - 0.01, "last_fold_sd": None, "rows": 20}
+    better = "lower" if metric == "rmse" else "higher"
+    oof = {"metric": metric, "better": better, "last": score, "best": score - 0.01, "last_fold_sd": None, "rows": 20}
     record = {
         "status": status,
         "settings": {"head": folder.name, "seed": 3, "epochs": 2},
@@ -46,4 +47,11 @@ def test_finished_runs_are_listed_best_first_on_screen_and_in_the_file(metric, o
 
 def test_no_finished_run_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no complete run under"):
+        run(monkeypatch, tmp_path)
+
+
+def test_runs_with_different_metrics_are_not_put_into_one_table(tmp_path, monkeypatch):
+    write_record(tmp_path / "a", 0.9)
+    write_record(tmp_path / "b", 0.4, metric="auc")
+    with pytest.raises(SystemExit, match="the runs have different metrics: auc, rmse"):
         run(monkeypatch, tmp_path)

@@ -6,8 +6,10 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 import torch
-from conftest import SPECIAL, WORDS, make_tokenizer
+import transformers
+from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
@@ -219,11 +221,18 @@ def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, trunca
     assert rows_of(ku.tokenize_frame(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
 
 
-def test_a_prefix_counts_as_part_of_the_first_text_of_a_long_pair(tokenizer):
+def test_two_long_texts_of_a_pair_share_what_the_prefix_leaves(tokenizer):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat ", max_length=13, pair_column="other")
     rows = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
-    assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:3], EOS, *ALL_IDS[:5], EOS]]
+    assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:4], EOS, *ALL_IDS[:4], EOS]]
+
+
+def test_a_short_first_text_is_kept_after_a_long_prefix(tokenizer):
+    frame = pd.DataFrame({"excerpt": ["red cat dog"], "other": [ALL_WORDS]})
+    cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, pair_column="other")
+    rows = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    assert rows == [[BOS, *ids_of("big hat mat big hat mat red cat dog"), EOS, *ALL_IDS[:3], EOS]]
 
 
 def test_a_prefix_that_leaves_no_room_for_a_text_is_refused_with_its_length(tokenizer):
@@ -446,3 +455,51 @@ def test_prediction_batches_keep_the_budget_of_the_settings():
     model = SumOfIds()
     ku.predict(model, tokens, ku.Config(batch_tokens=64))
     assert sum(b for b, _ in model.shapes) == 50 and max(b * t for b, t in model.shapes) <= 64
+
+
+def subword_tokenizer(kind):
+    """A tokenizer of the RoBERTa kind (bytes) or the DeBERTa-v3 and XLNet kinds (word-start marks), trained here."""
+    words, special = make_texts(200), ["<pad>", "<unk>", "<s>", "</s>"]
+    if kind == "bytes":
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        model.train_from_iterator(words, trainer)
+        model.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 3), ("<s>", 2))
+    else:
+        model = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+        model.train_from_iterator(words, trainer)
+        template = {
+            "marks": ("<s> $A </s>", "<s> $A </s> $B </s>"),
+            "marks, end": ("$A </s> <s>", "$A </s> $B </s> <s>"),
+        }
+        single, pair = template[kind]
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[("<s>", 2), ("</s>", 3)]
+        )
+    names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **names)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marks", "marks, end"])
+def test_short_texts_and_pairs_get_the_ids_that_the_tokenizer_itself_gives(kind):
+    tokenizer, first, second = subword_tokenizer(kind), ["the cat sat", "a dog"], ["on the mat", "ran slowly"]
+    alone = ku.tokenize(first, tokenizer, ku.Config())
+    assert rows_of(alone) == [tokenizer(text)["input_ids"] for text in first]
+    both = ku.tokenize(first, tokenizer, ku.Config(), second)
+    assert rows_of(both) == [tokenizer(a, b)["input_ids"] for a, b in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marks", "marks, end"])
+def test_the_space_after_a_prefix_token_is_no_token(kind):
+    tokenizer = subword_tokenizer(kind)
+    frame = pd.DataFrame({"excerpt": ["the cat sat"]})
+    cfg = ku.Config(prefix="[new] ")
+    ku.add_prefix_tokens(tokenizer, frame, cfg)
+    plain = rows_of(ku.tokenize(["the cat sat"], tokenizer, cfg))[0]
+    (row,) = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    assert [i for i in row if i != tokenizer.convert_tokens_to_ids("[new]")] == plain and len(row) == len(plain) + 1

@@ -60,9 +60,11 @@ def main():
     runs = finished(arguments.folders)
     if not runs:
         sys.exit(f"no complete run under {', '.join(arguments.folders)}")
-    score = f"{runs[0][1]['oof']['metric']} last"
-    lower = runs[0][1]["oof"]["metric"] in ("rmse", "mae", "mcrmse", "logloss")
-    table = pd.DataFrame([row(*run) for run in runs]).sort_values(score, ascending=lower)
+    kinds = {(record["oof"]["metric"], record["oof"]["better"]) for _, record in runs}
+    if len(kinds) > 1:
+        sys.exit(f"the runs have different metrics: {', '.join(sorted(metric for metric, _ in kinds))}")
+    ((metric, better),) = kinds
+    table = pd.DataFrame([row(*run) for run in runs]).sort_values(f"{metric} last", ascending=better == "lower")
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(arguments.output, index=False)
