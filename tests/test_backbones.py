@@ -40,11 +40,9 @@ def forward(model, tokens, rows):
 
 
 @kinds()
-@pytest.mark.parametrize(
-    "settings", [dict(head="mean"), dict(head="weighted", weighted_pool="mean"), dict(head="lstm")]
-)
-def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(kind, settings, build):
-    model, tokens = build(kind, **settings)
+@pytest.mark.parametrize("head", ku.HEADS)
+def test_a_text_alone_in_a_batch_and_with_extra_padding_gives_the_same_output(kind, head, build):
+    model, tokens = build(kind, head=head)
     together = forward(model, tokens, range(6))
     alone = torch.cat([forward(model, tokens, [i]) for i in range(6)])
     wide = {

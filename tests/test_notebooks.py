@@ -116,7 +116,8 @@ def test_on_kaggle_the_attached_module_competition_and_backbone_are_found(compet
     assert done.returncode == 0, done.stderr
     assert (work / "runs" / "tiny-bert-mean-seed0" / "submission.csv").is_file()
     attached = root / "input" / "notebooks" / "owner" / "train-output" / "runs"
-    shutil.copytree(work / "runs", attached)
+    attached.parent.mkdir(parents=True)
+    shutil.move(work / "runs", attached)
     done, executed = papermill("infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
     assert (work / "submission.csv").is_file() and str(attached) in printed(executed)
