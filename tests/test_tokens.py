@@ -134,6 +134,7 @@ def test_a_pair_gets_the_template_and_types_of_its_tokenizer(pair, expected_ids,
 
 
 def test_there_are_no_types_where_the_tokenizer_gives_none(tokenizer):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     assert ku.tokenize(["the cat"], tokenizer, ku.Config(), ["a"]).types is None
 
 
