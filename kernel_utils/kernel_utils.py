@@ -906,10 +906,8 @@ def add_prefix_tokens(tokenizer, frame, cfg):
 
 def tokenize_frame(frame, tokenizer, cfg):
     """`tokenize` for the text columns of a frame, with the prefix."""
-    pairs = frame[cfg.pair_column].tolist() if cfg.pair_column else None
-    return tokenize(
-        frame[cfg.text_column].tolist(), tokenizer, cfg, pairs, make_prefixes(frame, cfg) if cfg.prefix else None
-    )
+    pairs = frame[cfg.pair_column] if cfg.pair_column else None
+    return tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, make_prefixes(frame, cfg) if cfg.prefix else None)
 
 
 def plan_batches(lengths, batch_size, rng, bucket_batches=1):
@@ -1304,8 +1302,8 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
     """
     config, old = load_config(folder, cfg)
     if old:
-        was = ", ".join(f"{name} {rate}" for name, rate in old.items())
-        say(f"backbone dropout {cfg.backbone_dropout:g}, was {was}")
+        rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
+        say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
     with quiet_transformers():
         model, info = model_class(config).from_pretrained(
             folder,
@@ -2178,7 +2176,9 @@ def describe(cfg, asked, record):
     """Print where the backbone came from and what the settings left open has become."""
     print(f"backbone {cfg.backbone} from {record['backbone']}")
     rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
-    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, lr {cfg.lr:g} ({rate}), {device}")
+    dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
+    print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
     if cfg.task == "binary":
         print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
 

@@ -538,7 +538,8 @@ def test_a_label_with_a_single_row_is_an_error_of_made_folds_too():
 
 
 def test_a_regression_target_in_one_fold_only_is_no_error():
-    ku.make_folds(fold_frame(4).assign(target=[1.0, 2.0, 3.0, 4.0], fold=[0, 0, 1, 1]), ku.Config())
+    frame = fold_frame(4).assign(target=[1.0, 2.0, 3.0, 4.0], fold=[0, 0, 1, 1])
+    assert ku.make_folds(frame, ku.Config())["fold"].tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
