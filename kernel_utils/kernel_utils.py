@@ -1895,7 +1895,7 @@ def evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
     predictions = predict(model, data.tokens, cfg, rows)
     if not np.isfinite(predictions).all():
-        raise FloatingPointError(f"step {step}: predictions are not finite; {NOT_FINITE}")
+        raise FloatingPointError(f"fold {data.folds[rows[0]]}, step {step}: predictions are not finite; {NOT_FINITE}")
     return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
 
 
@@ -2208,6 +2208,7 @@ def train_folds(data, folds, cfg, run):
         for fold in folds:
             model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
             save_fold(model, run / f"fold{fold}")
+            del model  # or two would be in memory while the next is built
             results.append(result)
             scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
             print(f"fold {fold}: {cfg.metric} {scores} (step {result['best']['step']} of {result['steps']})")

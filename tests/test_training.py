@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -366,6 +367,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny):
             run(tiny(loss="broken"))
         finally:
             del ku.LOSSES["broken"]
+
+
+def test_predictions_that_are_not_finite_stop_the_run_and_name_the_step(tiny):
+    @ku.register(ku.LOSSES, "broken")
+    class Broken(ku.MseLoss):
+        def predict(self, raw):
+            return raw * math.nan
+
+    try:
+        with pytest.raises(FloatingPointError, match="fold 1, step 3: predictions are not finite"):
+            run(tiny(loss="broken", run_folds="1"))
+    finally:
+        del ku.LOSSES["broken"]
+
+
+def test_the_model_of_a_fold_is_gone_before_the_next_is_built(tiny, monkeypatch):
+    built, alive, build = [], [], ku.build_model
+
+    def counting(*arguments):
+        alive.append(sum(model() is not None for model in built))
+        model = build(*arguments)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(ku, "build_model", counting)
+    run(tiny(n_folds=3))
+    assert alive == [0, 0, 0]
 
 
 def test_a_loss_of_ones_own_trains_by_its_name(tiny):
