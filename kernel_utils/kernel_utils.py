@@ -6,8 +6,8 @@ stands below what it uses.
      1. Tables of choices         6. Heads                    11. Prediction
      2. Settings                  7. Backbones                12. Training, one fold
      3. Environment and paths     8. Losses and metrics       13. Plots
-     4. Data and folds            9. Model                    14. Runs: all folds, records, submission
-     5. Tokens and batches       10. Optimiser groups
+     4. Data and folds            9. Model                    14. Runs: all folds, records
+     5. Tokens and batches       10. Optimiser groups         15. Inference: bundles, submission
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -37,7 +37,9 @@ import platform
 import random
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -53,6 +55,7 @@ import scipy.stats
 import sklearn
 import sklearn.metrics
 import sklearn.model_selection
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_model, save_model
@@ -60,7 +63,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ---------------------------------------------------------------------------------------
 # 1. Tables of choices
@@ -418,7 +421,7 @@ class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
     data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
-    bundle_dir: str = option("", "run folder to predict with; empty means the only one attached, or under runs/")
+    bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
 
@@ -490,11 +493,20 @@ def pick_device():
     return device
 
 
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
 def pick_dtype(precision, device):
     """Autocast type: bf16 where the GPU has it natively, else fp16; float32 (no autocast) on a CPU."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def precision_name(precision):
+    """float32, bfloat16 or float16: what the setting `precision` means on this machine."""
+    return str(pick_dtype(precision, pick_device())).removeprefix("torch.")
 
 
 def autocast(device, dtype):
@@ -510,6 +522,23 @@ def write_atomic(path, write):
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+KAGGLE_OUTPUT = 20e9  # bytes that a kernel may leave in its working folder
+
+
+def room_for_output(folder):
+    """Bytes that can still be written into `folder`; in Kaggle's working folder its limit counts, not the disk."""
+    free, working = shutil.disk_usage(folder).free, (kaggle_root() / "working").resolve()
+    if not (on_kaggle() and folder.resolve().is_relative_to(working)):
+        return free
+    used = sum(path.lstat().st_size for path in working.rglob("*") if not path.is_dir())
+    return min(free, KAGGLE_OUTPUT - used)
 
 
 # ---------------------------------------------------------------------------------------
@@ -569,7 +598,7 @@ def read_train(cfg, data_dir):
     """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
     path = data_dir / "train.csv"
     extra = [cfg.group_column] if "group" in cfg.fold_kind else []
-    frame = read_table(path, [cfg.id_column, *text_columns(cfg), *cfg.targets, *prefix_columns(cfg), *extra])
+    frame = read_table(path, [cfg.id_column, *input_columns(cfg), *cfg.targets, *extra])
     check = functools.partial(bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
     for column in (cfg.id_column, *extra):
@@ -600,11 +629,16 @@ def read_train(cfg, data_dir):
     return frame
 
 
-def read_test(cfg, data_dir):
-    """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked."""
+def input_columns(cfg):
+    """Columns of a table that make the input of the model."""
+    return list(dict.fromkeys([*text_columns(cfg), *prefix_columns(cfg)]))
+
+
+def read_test(cfg, data_dir, columns=()):
+    """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked. `columns` are needed
+    in test.csv besides those that the settings name."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    needed = [cfg.id_column, *text_columns(cfg), *prefix_columns(cfg)]
-    test = read_table(paths[0], needed) if paths[0].is_file() else None
+    test = read_table(paths[0], [cfg.id_column, *input_columns(cfg), *columns]) if paths[0].is_file() else None
     sample = read_table(paths[1], [cfg.id_column]) if paths[1].is_file() else None
     problems = []
     for path, frame in zip(paths, (test, sample), strict=True):
@@ -1810,20 +1844,34 @@ def progress(iterable, title, total=None):
 
 @torch.inference_mode()
 def predict(model, tokens, cfg, rows=None):
-    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`)."""
+    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`).
+
+    Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its size; KitError
+    where one text alone does not fit.
+    """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    device, training = next(model.parameters()).device, model.training
+    lengths, device, training = tokens.lengths[rows], next(model.parameters()).device, model.training
     dtype = pick_dtype(cfg.precision, device)
     model.eval()
-    parts, plan = [], plan_prediction(tokens.lengths[rows], cfg.batch_tokens)
-    for batch in plan:
-        with autocast(device, dtype):
+    predictions, done, plan = [], [], plan_prediction(lengths, cfg.batch_tokens)
+    while plan:
+        raw, batch = None, plan[0]
+        with contextlib.suppress(torch.OutOfMemoryError), autocast(device, dtype):
             raw = model(**tokens.batch(rows[batch], device))
-        parts.append(model.loss.predict(raw).float())
+        if raw is not None:
+            predictions.append(model.loss.predict(raw).float())
+            done.append(plan.pop(0))
+            continue
+        budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
+        if len(batch) == 1:
+            raise KitError(f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {device_name()}")
+        torch.cuda.empty_cache()
+        print(f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}")
+        plan = [left[part] for part in plan_prediction(lengths[left], budget)]
     model.train(training)
-    predictions = np.empty((len(rows), parts[0].shape[1]))
-    predictions[np.concatenate(plan)] = torch.cat(parts).cpu().numpy()
-    return predictions
+    ordered = np.empty((len(rows), predictions[0].shape[1]))
+    ordered[np.concatenate(done)] = torch.cat(predictions).cpu().numpy()
+    return ordered
 
 
 # ---------------------------------------------------------------------------------------
@@ -2116,7 +2164,7 @@ def open_log(cfg, folder):
 
 
 def versions():
-    modules = (torch, transformers, np, pd, sklearn)
+    modules = (torch, transformers, tokenizers, np, pd, sklearn)
     return {"kernel_utils": __version__, "python": platform.python_version()} | {
         m.__name__: m.__version__ for m in modules
     }
@@ -2185,7 +2233,6 @@ def describe(cfg, asked, record):
 
 def start_record(cfg, asked, frame, backbone, classes):
     """What record.json says when a run begins."""
-    device = pick_device()
     return {
         "status": "running",
         "settings": asked.to_dict(),
@@ -2194,11 +2241,58 @@ def start_record(cfg, asked, frame, backbone, classes):
         "classes": classes,
         "outputs": output_names(cfg, classes),
         "versions": versions(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "precision": str(pick_dtype(cfg.precision, device)).removeprefix("torch."),
+        "device": device_name(),
+        "precision": precision_name(cfg.precision),
         "threads": torch.get_num_threads(),
         "rows": len(frame),
     }
+
+
+# Texts whose token ids tell whether a tokenizer is the one that training used.
+PROBES = (
+    "The cat sat on the mat, twice.",
+    "Naïve café, Straße, ΕΛΛΗΝΙΚΑ, 東京, עברית, 👍🏽, zero\u200bwidth and e\u0301",
+    "  double  spaces,\ttabs\n\nand line breaks; 3.14159e-5 & <unk> [MASK] </s> @#\\n",
+    "",
+    "antidisestablishmentarianism, in long, " * 100,  # longer than most limits
+)
+
+
+def probe_ids(texts, tokenizer, cfg):
+    """Token ids of every text, as the settings cut them; in a task with pairs, with the texts backwards as pairs."""
+    tokens = tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
+    return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+
+
+def make_golden(frame, data, results, cfg):
+    """What inference must reproduce: token ids of the probes, and what the kept weights of each fold predicted for
+    four of its validated rows, from the shortest text to the longest."""
+    rows = []
+    for result in results:
+        order = np.argsort(data.tokens.lengths[result["rows"]], kind="stable")
+        for i in order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]:
+            cells = frame.iloc[result["rows"][i]]
+            rows.append(
+                {
+                    "fold": result["fold"],
+                    "id": cells[cfg.id_column],
+                    "cells": {name: cells[name] for name in input_columns(cfg)},
+                    "prediction": result[cfg.checkpoint]["predictions"][i].tolist(),
+                }
+            )
+    ids = probe_ids(PROBES, data.tokenizer, cfg)
+    return {"texts": PROBES, "token_ids": ids, "rows": rows, "precision": precision_name(cfg.precision)}
+
+
+def check_room(run, backbone, n_folds, cfg):
+    """Raise KitError where the weights of all folds will not fit into the run folder."""
+    with torch.device("meta"):
+        needed = 4 * n_folds * n_parameters(empty_backbone(backbone, cfg))
+    if needed > (room := room_for_output(run)):
+        raise KitError(
+            f"the weights of {n_folds} folds take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB: "
+            "train fewer with run_folds, or set output_dir"
+        )
 
 
 def train_folds(data, folds, cfg, run):
@@ -2218,7 +2312,7 @@ def train_folds(data, folds, cfg, run):
 def train(frame, cfg):
     """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
 
-    `frame` is that of `make_folds`. The folder holds record.json (complete only at the end), oof.csv,
+    `frame` is that of `make_folds`. The folder holds record.json (complete only at the end), oof.csv, golden.json,
     log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and config.json.
     """
     began, asked = time.perf_counter(), cfg
@@ -2246,6 +2340,7 @@ def train(frame, cfg):
     write_json(run / "record.json", record)
     tokenizer.save_pretrained(run / "tokenizer")
     try:
+        check_room(run, backbone, len(folds), cfg)
         results = train_folds(data, folds, cfg, run)
     except KitError:
         if not any(run.glob("fold*")):  # a mistake in the settings leaves nothing behind
@@ -2255,6 +2350,7 @@ def train(frame, cfg):
 
     oof = oof_frame(frame, results, cfg, names)
     write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+    write_json(run / "golden.json", make_golden(frame, data, results, cfg))
     trained = np.concatenate([tokens.lengths[data.folds != fold] for fold in folds])
     record |= {
         "status": "complete",
@@ -2266,15 +2362,14 @@ def train(frame, cfg):
         "seconds": seconds | {"total": time.perf_counter() - began},
     }
     write_json(run / "record.json", record)
-    print(summary(run))
+    print(summary(run, record))
     plot_curves(run)
     plot_oof(run)
     return run
 
 
-def summary(run):
+def summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
-    record = read_record(run)
     oof, seconds, lines = record["oof"], record["seconds"], []
     for kind in ("last", "best"):
         spread = "" if oof[f"{kind}_fold_sd"] is None else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
@@ -2286,68 +2381,368 @@ def summary(run):
         f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
     )
     head = (
-        f"{run}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
+        f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
     )
     return "\n".join([head, *lines])
 
 
-class Run(NamedTuple):
-    """A finished run, ready to predict."""
+# ---------------------------------------------------------------------------------------
+# 15. Inference: bundles, submission
+#
+# A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
+# every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
 
-    folder: Path
+FORMAT, MANIFEST, METADATA = "kernel_utils bundle 1", "manifest.json", "dataset-metadata.json"
+
+# Largest |difference| / max(1, |golden prediction|) by the precision of a prediction; see the README for what was
+# measured. Two runs that differ in the weights of one fold are further apart in float32.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+class BundleError(KitError):
+    """A bundle that is not what was packed, or does not predict what training predicted."""
+
+    title = "the bundle is refused:"
+
+
+class Run(NamedTuple):
+    """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
+
+    name: str
     record: dict
+    golden: dict
     cfg: Config
-    tokenizer: object
-    model: TextModel  # holds the weights of one fold at a time
+    config: Path  # of the backbone
+    tokenizer: dict  # name of a file of the tokenizer -> its path
+    weights: dict  # fold -> path
+
+
+class Bundle(NamedTuple):
+    folder: Path
+    runs: list
+
+    @property
+    def cfg(self):
+        """The settings that name columns; tools/bundle.py packs only runs together that agree on them."""
+        return self.runs[0].cfg
+
+
+def canonical(content):
+    """The one way a manifest is written, as bytes."""
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def sealed(content):
+    """`content` with the SHA-256 of the rest as `sha256`."""
+    return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
+
+
+def run_parts(parts):
+    """Names of the files of a run in a bundle."""
+    return [parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()]
+
+
+def read_manifest(folder):
+    """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        manifest = json.loads(data)
+        sound = canonical(sealed({key: manifest[key] for key in manifest if key != "sha256"})) == data
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: not a manifest ({type(error).__name__}: {error}); attach or pack it again"
+        ) from None
+    if not sound:
+        raise BundleError(f"{path}: its own checksum does not fit its content; attach or pack it again")
+    if manifest.get("format") != FORMAT:
+        raise BundleError(f"{path}: expected the format {FORMAT!r}, got {manifest.get('format')!r}")
+    names = [name for run in manifest["runs"].values() for name in run_parts(run)]
+    if foreign := sorted({*names, "kernel_utils.py"} - set(manifest["files"])):
+        raise BundleError(f"{path}: {listing(foreign)} is not among its files")
+    return manifest
+
+
+def integrity_problems(folder, files):
+    """What is wrong in a folder against the `files` of its manifest: missing, cut, changed, or not listed."""
+    problems = []
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name}: missing, or not a plain file in {folder}")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
+        elif file_sha256(path) != expected["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
+    there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
+    return problems + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
+
+
+FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
+def foreign_code(content):
+    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
+    among others): those named so, and an attention implementation that is the name of a hub repository."""
+    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        hub = str(key).endswith("attn_implementation") and "/" in str(value)
+        found += [key] if key in FOREIGN_CODE or hub else []
+        found += foreign_code(value) if isinstance(value, (dict, list)) else []
+    return found
+
+
+def as_run(name, record, golden, config, tokenizer, weights):
+    """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, BundleError where
+    a config could run code from elsewhere."""
+    for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
+        if keys := foreign_code(json.loads(path.read_text(encoding="utf-8"))):
+            raise BundleError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+    cfg = Config.from_dict(record["settings"] | record["resolved"])
+    return Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
 def is_complete(folder):
     return (folder / "record.json").is_file() and read_record(folder).get("status") == "complete"
 
 
-def find_run(bundle_dir):
-    """A run folder: as set, or the only complete one that is attached on Kaggle or lies under runs/."""
-    if bundle_dir:
-        folder = Path(bundle_dir).expanduser()
-        if not (folder / "record.json").is_file():
-            raise ConfigError(f"bundle_dir {str(bundle_dir)!r}: there is no record.json (looked in {Path.cwd()})")
-        if not is_complete(folder):
-            raise ConfigError(f"bundle_dir {str(bundle_dir)!r}: the run did not finish (status in record.json)")
-        return folder
-    here = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
-    found = [folder for folder in [*attached("record.json"), *here] if is_complete(folder)]
-    if len(found) != 1:
-        raise ConfigError(f"bundle_dir is empty and there are {len(found)} complete runs, not one: {listing(found)}")
-    return found[0]
-
-
 def load_run(folder):
     """A complete run folder as a `Run`. Raises ConfigError where it is incomplete, or needs a head, loss or
     metric that is not registered."""
-    folder = find_run(folder)
+    folder = Path(folder)
+    if not is_complete(folder):
+        raise ConfigError(f"{folder}: the run did not finish (status in record.json)")
     record = read_record(folder)
-    cfg = Config.from_dict(record["settings"] | record["resolved"])
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    loss = LOSSES[cfg.loss](cfg, len(record["outputs"]))
-    backbone = empty_backbone(folder / f"fold{record['folds'][0]['fold']}", cfg)
-    return Run(folder, record, cfg, tokenizer, TextModel(cfg, backbone, loss, cls_is_last(tokenizer)).to(pick_device()))
+    weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
+    tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir())}
+    needed = [folder / "golden.json", *weights.values()]
+    if missing := [path for path in needed if not path.is_file()]:
+        raise ConfigError(f"{folder}: the run lacks {listing(path.relative_to(folder) for path in missing)}")
+    golden = json.loads((folder / "golden.json").read_text())
+    config = next(iter(weights.values())).with_name("config.json")
+    return as_run(folder.name, record, golden, config, tokenizer, weights)
+
+
+def bundled_run(folder, name, parts):
+    """A `Run` of a bundle; `parts` is what the manifest says of it."""
+    record = json.loads((folder / parts["record"]).read_text())
+    tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
+    weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
+    return as_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
+
+
+def find_bundle(bundle_dir):
+    """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
+    if bundle_dir:
+        folder = Path(bundle_dir).expanduser()
+        if not any((folder / name).is_file() for name in (MANIFEST, "record.json")):
+            raise ConfigError(
+                f"bundle_dir {bundle_dir!r} has neither {MANIFEST} nor record.json (looked in {Path.cwd()})"
+            )
+        return folder
+    bundles = {}  # by content: one that is mounted twice is one
+    for folder in attached(MANIFEST):
+        data = (folder / MANIFEST).read_bytes()
+        if FORMAT.encode() in data or (folder / "kernel_utils.py").is_file():
+            bundles.setdefault(data, folder)
+    bundles = [folder for folder in bundles.values() if read_manifest(folder)["runs"]]
+    runs = [*attached("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]
+    found = bundles + [folder for folder in runs if is_complete(folder)]
+    if len(found) != 1:
+        modules = listing(attached("kernel_utils.py"))
+        raise ConfigError(
+            f"bundle_dir is empty and there are {len(found)} bundles ({MANIFEST}) and complete runs (record.json), "
+            f"not one: {listing(found)}; kernel_utils.py is attached in {modules}"
+        )
+    return found[0]
+
+
+def open_bundle(folder):
+    """A bundle or run folder as a `Bundle`, its files not verified."""
+    if not (folder / MANIFEST).is_file():
+        return Bundle(folder, [load_run(folder)])
+    runs = read_manifest(folder)["runs"]
+    return Bundle(folder, [bundled_run(folder, name, parts) for name, parts in runs.items()])
+
+
+def load_bundle(bundle_dir=""):
+    """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
+
+    A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
+    BundleError, which names every file that is not what was packed.
+    """
+    folder = find_bundle(bundle_dir)
+    if (folder / MANIFEST).is_file():
+        files = read_manifest(folder)["files"]
+        problems = integrity_problems(folder, files)
+        if not problems and file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+            problems = [f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"]
+        if problems:
+            raise BundleError([f"{folder}", *problems])
+        size = sum(entry["bytes"] for entry in files.values())
+        print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
+    bundle = open_bundle(folder)
+    for run in bundle.runs:
+        print(summary(run.name, run.record))
+        here, then = versions(), run.record["versions"]
+        if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
+            print(f"  trained with {'; '.join(moved)}")
+    return bundle
+
+
+def open_run(run):
+    """(tokenizer, model) of a run; the model has the weights of no fold yet."""
+    with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
+        for name, path in run.tokenizer.items():
+            shutil.copyfile(path, Path(folder) / name)
+        tokenizer = load_tokenizer(folder)
+    loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
+    model = TextModel(run.cfg, empty_backbone(run.config, run.cfg), loss, cls_is_last(tokenizer))
+    return tokenizer, model.to(pick_device())
+
+
+def load_fold(model, run, fold):
+    load_model(model, run.weights[fold], device=str(next(model.parameters()).device))
+
+
+def check_probes(run, tokenizer):
+    """Raise BundleError where the tokenizer gives other token ids than in training."""
+    texts = run.golden["texts"]
+    got = probe_ids(texts, tokenizer, run.cfg)
+    wrong = [text for text, a, b in zip(texts, got, run.golden["token_ids"], strict=True) if a != b]
+    if wrong:
+        raise BundleError(
+            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of {len(texts)} texts, "
+            f"such as {wrong[0][:40]!r}: its files, or the versions of tokenizers or transformers, differ"
+        )
+
+
+def golden_predictions(run, tokenizer, model, precision):
+    """Predictions (n, K) of the golden rows of a run, each by the fold that validated it."""
+    cfg, rows = dataclasses.replace(run.cfg, precision=precision), run.golden["rows"]
+    tokens = tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, cfg)
+    folds, got = np.array([row["fold"] for row in rows]), np.empty((len(rows), len(run.record["outputs"])))
+    for fold in run.weights:
+        load_fold(model, run, fold)
+        got[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+    return got
+
+
+def golden_gaps(run, got):
+    """Distance of every golden row's prediction (n, K) from what it must be, as in TOLERANCES: (n,)."""
+    golden = np.array([row["prediction"] for row in run.golden["rows"]])
+    return (abs(got - golden) / np.maximum(1, abs(golden))).max(1)
+
+
+def check_golden(bundle):
+    """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
+    every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
+    for run in bundle.runs:
+        tokenizer, model = open_run(run)
+        check_probes(run, tokenizer)
+        for name, precision in {precision_name(p): p for p in (run.cfg.precision, "fp32")}.items():
+            gaps = golden_gaps(run, golden_predictions(run, tokenizer, model, precision))
+            allowed = max(TOLERANCES[name], TOLERANCES[run.golden["precision"]])
+            if not gaps.max() <= allowed:  # NaN too
+                row = run.golden["rows"][int(gaps.argmax())]
+                raise BundleError(
+                    f"{run.name}, fold {row['fold']}, id {row['id']}: in {name} the prediction is {gaps.max():.2g} off "
+                    f"that of training, {allowed:g} is allowed: weights, the module or the versions differ"
+                )
+            print(f"{run.name}: {len(gaps)} golden rows in {name}: {gaps.max():.1e} from training, {allowed:g} allowed")
 
 
 def predict_run(run, frame, batch_tokens=0):
     """Mean of the folds' predictions (N, K) for a test frame, in target units or probabilities."""
-    cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-    if new := new_prefix_words(run.tokenizer, frame, cfg):
+    tokenizer, model = open_run(run)
+    cfg, total = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens), 0
+    if new := new_prefix_words(tokenizer, frame, cfg):
         warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
-    tokens, device = tokenize_frame(frame, run.tokenizer, cfg), next(run.model.parameters()).device
-    folds, began, total = [fold["fold"] for fold in run.record["folds"]], time.perf_counter(), 0
-    for fold in progress(folds, "predict"):
-        load_model(run.model, run.folder / f"fold{fold}" / "model.safetensors", device=str(device))
-        total = total + predict(run.model, tokens, cfg)
-    seconds = time.perf_counter() - began
-    print(
-        f"{len(frame)} rows, {len(folds)} folds: {seconds:.1f} s, {len(frame) * len(folds) / seconds:.1f} rows/s a fold"
-    )
-    return total / len(folds)
+    tokens = tokenize_frame(frame, tokenizer, cfg)
+    for fold in progress(list(run.weights), f"predict {run.name}"):
+        load_fold(model, run, fold)
+        total = total + predict(model, tokens, cfg)
+    return total / len(run.weights)
+
+
+def predict_runs(bundle, frame, batch_tokens):
+    """Mean of the runs' predictions (N, K), in this process."""
+    return np.mean([predict_run(run, frame, batch_tokens) for run in bundle.runs], axis=0)
+
+
+def start_process(number, bundle, frame, batch_tokens, folder):
+    """Predict a frame in a process of its own, on the GPU that has this number here; its output file and log lie in
+    `folder`. A process, not a thread: one that only launches kernels keeps the other waiting."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    job, output, log = (Path(folder) / f"{number}.{kind}" for kind in ("json", "npy", "log"))
+    cells = {name: list(frame[name]) for run in bundle.runs for name in input_columns(run.cfg)}
+    write_json(job, dict(bundle=str(bundle.folder), cells=cells, batch_tokens=batch_tokens, output=str(output)))
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(job)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def predict_job(path):
+    """What a process of `start_process` does."""
+    job = json.loads(Path(path).read_text())
+    bundle = open_bundle(Path(job["bundle"]))
+    np.save(job["output"], predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
+
+
+def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
+    """Mean over runs of the means of their folds, (N, K), in target units or probabilities; prints rows a second.
+
+    Rows are split over `processes`, as many as there are GPUs unless set. This process predicts a share too, so
+    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
+    """
+    began = time.perf_counter()
+    count = min(processes or max(1, torch.cuda.device_count()), len(frame))
+    own = [
+        part
+        for run in bundle.runs
+        for part in (HEADS[run.cfg.head], LOSSES[run.cfg.loss])
+        if part.__module__ != __name__
+    ]
+    if own and count > 1:
+        print(f"1 GPU of {count}: {own[0].__name__} is defined in the notebook, where other processes cannot read it")
+        count = 1
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        others = []
+        for number in range(1, count):
+            others.append(start_process(number, bundle, frame.iloc[number::count], batch_tokens, folder))
+            stack.enter_context(others[-1])
+            stack.callback(others[-1].kill)
+        mine = predict_runs(bundle, frame.iloc[::count], batch_tokens)
+        predictions = np.empty((len(frame), mine.shape[1]))
+        predictions[::count] = mine
+        for number, process in enumerate(others, 1):
+            if code := process.wait():
+                lines = (Path(folder) / f"{number}.log").read_text().splitlines()
+                raise KitError(
+                    [f"process {number} of {count} ended with exit code {code}; its last lines:", *lines[-5:]]
+                )
+            predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
+    seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
+    used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})
+    print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
+    print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
+    return predictions
+
+
+def read_test_set(bundle, data_dir):
+    """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
+    folder = find_data(data_dir, "test.csv")
+    test, sample = read_test(bundle.cfg, folder, [name for run in bundle.runs for name in input_columns(run.cfg)])
+    if sample is None:
+        print(f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings")
+    else:
+        submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
+    return test, sample
 
 
 def write_submission(path, ids, predictions, run, sample=None):
@@ -2386,5 +2781,10 @@ def predict_test(run_folder, test, sample=None):
     if test is None:
         print("no test.csv, no submission")
         return None
-    run = load_run(run_folder)
-    return write_submission(run.folder / "submission.csv", test[run.cfg.id_column], predict_run(run, test), run, sample)
+    bundle = open_bundle(Path(run_folder))
+    ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
+    return write_submission(path, ids, predict_bundle(bundle, test), bundle.runs[0], sample)
+
+
+if __name__ == "__main__":
+    predict_job(sys.argv[1])

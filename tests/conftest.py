@@ -148,10 +148,8 @@ def train_frame(n=40, seed=0):
     return pd.DataFrame({"id": ids, "excerpt": texts, "target": target, "standard_error": 0.5})
 
 
-@pytest.fixture
-def competition(tmp_path):
-    """Folder with train.csv (40 rows), test.csv (10 rows) and sample_submission.csv."""
-    folder = tmp_path / "competition"
+def save_competition(folder):
+    """Write train.csv (40 rows), test.csv (10 rows) and sample_submission.csv."""
     folder.mkdir()
     train_frame().to_csv(folder / "train.csv", index=False)
     test = train_frame(10, seed=1)[["id", "excerpt"]]
@@ -161,19 +159,42 @@ def competition(tmp_path):
 
 
 @pytest.fixture
+def competition(tmp_path):
+    """Folder with train.csv (40 rows), test.csv (10 rows) and sample_submission.csv."""
+    return save_competition(tmp_path / "competition")
+
+
+def tiny_config(competition, backbone, output_dir, **settings):
+    """Config of a quick run on a made competition."""
+    base = dict(data_dir=competition, backbone=backbone, output_dir=output_dir)
+    return ku.Config.from_dict(base | dict(n_folds=2, epochs=1, batch_size=8, max_length=32) | settings)
+
+
+@pytest.fixture
 def tiny(competition, backbone_folder, tmp_path):
     """Function: settings -> Config of a quick run on the made competition with a tiny BERT."""
 
     def config(**settings):
-        base = dict(
-            data_dir=str(competition),
-            backbone=str(backbone_folder("bert")),
-            output_dir=str(tmp_path / "runs"),
-            n_folds=2,
-            epochs=1,
-            batch_size=8,
-            max_length=32,
-        )
-        return ku.Config.from_dict(base | settings)
+        return tiny_config(competition, backbone_folder("bert"), tmp_path / "runs", **settings)
 
     return config
+
+
+def trained(cfg):
+    """Train as train.ipynb does, the submission included; the run folder."""
+    train, test, sample = ku.read_competition(cfg)
+    folder = ku.train(ku.make_folds(train, cfg), cfg)
+    ku.predict_test(folder, test, sample)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, backbone_folder):
+    """Folder of two finished runs, `one` and `two`, on `competition` beside it; copy what you change."""
+    folder = tmp_path_factory.mktemp("finished")
+    save_competition(folder / "competition")
+    for name, settings in (("one", dict(head="conv1d")), ("two", dict(seed=1))):
+        trained(
+            tiny_config(folder / "competition", backbone_folder("bert"), folder / "runs", run_name=name, **settings)
+        )
+    return folder / "runs"

@@ -198,7 +198,8 @@ def test_a_fold_trained_alone_equals_the_fold_of_a_whole_run(tiny):
 def test_a_run_folder_holds_what_the_design_says(tiny):
     folder, record, oof = run(tiny(run_name="run"))
     names = {path.name for path in folder.iterdir()}
-    assert names == {"record.json", "oof.csv", "log.jsonl", "curves.png", "oof.png", "fold0", "fold1", "tokenizer"}
+    files = {"record.json", "oof.csv", "golden.json", "log.jsonl", "curves.png", "oof.png"}
+    assert names == files | {"fold0", "fold1", "tokenizer"}
     assert {path.name for path in (folder / "fold0").iterdir()} == {"model.safetensors", "config.json"}
     assert list(oof.columns) == ["id", "fold", "target", "prediction", "prediction_best", "prediction_last"]
     assert record["status"] == "complete" and record["rows"] == len(oof) == 40
@@ -220,12 +221,13 @@ def test_the_saved_weights_predict_what_the_chosen_checkpoint_predicted(checkpoi
     folder, record, oof = run(cfg)
     assert any(fold["best"]["step"] < fold["last"]["step"] for fold in record["folds"])
     assert oof["prediction"].equals(oof[f"prediction_{checkpoint}"])
-    loaded, frame = ku.load_run(folder), train_frame()
-    tokens = ku.tokenize_frame(frame, loaded.tokenizer, loaded.cfg)
+    loaded = ku.load_run(folder)
+    tokenizer, model = ku.open_run(loaded)
+    tokens = ku.tokenize_frame(train_frame(), tokenizer, loaded.cfg)
     for fold in (0, 1):
-        ku.load_model(loaded.model, folder / f"fold{fold}" / "model.safetensors")
+        ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         rows = np.flatnonzero(oof["fold"] == fold)
-        got = ku.predict(loaded.model, tokens, loaded.cfg, rows)[:, 0]
+        got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]
         np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-5)
     steps = [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "mae" in line]
     for fold in record["folds"]:
@@ -293,11 +295,12 @@ def test_a_multiclass_submission_with_one_column_holds_the_likeliest_label(tiny,
 def test_a_prediction_is_the_mean_of_the_folds(tiny):
     folder, _, _ = run(tiny(run_name="run"))
     loaded, texts = ku.load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
-    tokens = ku.tokenize_frame(texts, loaded.tokenizer, loaded.cfg)
+    tokenizer, model = ku.open_run(loaded)
+    tokens = ku.tokenize_frame(texts, tokenizer, loaded.cfg)
     each = []
     for fold in (0, 1):
-        ku.load_model(loaded.model, folder / f"fold{fold}" / "model.safetensors")
-        each.append(ku.predict(loaded.model, tokens, loaded.cfg))
+        ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
+        each.append(ku.predict(model, tokens, loaded.cfg))
     np.testing.assert_allclose(ku.predict_run(loaded, texts), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(each[0], each[1])
 
@@ -473,10 +476,11 @@ def test_a_gpu_learns_eight_rows_by_heart_in_every_precision(precision, tiny):
 def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
     folder, record, oof = run(tiny(run_name="gpu"))
     loaded = ku.load_run(folder)
-    tokens = ku.tokenize_frame(train_frame(), loaded.tokenizer, loaded.cfg)
-    ku.load_model(loaded.model, folder / "fold1" / "model.safetensors", device="cuda")
+    tokenizer, model = ku.open_run(loaded)
+    tokens = ku.tokenize_frame(train_frame(), tokenizer, loaded.cfg)
+    ku.load_model(model, folder / "fold1" / "model.safetensors", device="cuda")
     rows = np.flatnonzero(oof["fold"] == 1)
-    got = ku.predict(loaded.model, tokens, loaded.cfg, rows)[:, 0]
+    got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]
     np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-2)
     assert np.isfinite(ku.predict_run(loaded, train_frame())).all() and record["peak_memory_bytes"] > 0
 
