@@ -64,6 +64,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 __version__ = "0.2.0"
+torch.backends.cudnn.allow_tf32 = (
+    False  # float32 is float32: the conv1d and rnn heads would round to 10 bits on newer GPUs
+)
 
 # ---------------------------------------------------------------------------------------
 # 1. Tables of choices
@@ -2394,9 +2397,9 @@ def summary(name, record):
 
 FORMAT, MANIFEST, METADATA = "kernel_utils bundle 1", "manifest.json", "dataset-metadata.json"
 
-# Largest |difference| / max(1, |golden prediction|) by the precision of a prediction; see the README for what was
-# measured. Two runs that differ in the weights of one fold are further apart in float32.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+# Largest |difference| / max(1, |golden prediction|) by the precision of a prediction. On 150 texts of CLEAR, MiniLM's
+# were 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 class BundleError(KitError):
@@ -2437,9 +2440,19 @@ def sealed(content):
     return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
 
 
-def run_parts(parts):
-    """Names of the files of a run in a bundle."""
-    return [parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()]
+def manifest_problems(manifest):
+    """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
+    problems = []
+    try:
+        files = {name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}}
+        needed = {"kernel_utils.py"}
+        for parts in manifest["runs"].values():
+            needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
+            bad = [name for name in parts["tokenizer"] if Path(name).name != name]  # copied under these names
+            problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
+    except (KeyError, TypeError, AttributeError) as error:
+        return [f"malformed ({type(error).__name__}: {error})"]
+    return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
 
 
 def read_manifest(folder):
@@ -2457,9 +2470,8 @@ def read_manifest(folder):
         raise BundleError(f"{path}: its own checksum does not fit its content; attach or pack it again")
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: expected the format {FORMAT!r}, got {manifest.get('format')!r}")
-    names = [name for run in manifest["runs"].values() for name in run_parts(run)]
-    if foreign := sorted({*names, "kernel_utils.py"} - set(manifest["files"])):
-        raise BundleError(f"{path}: {listing(foreign)} is not among its files")
+    if problems := manifest_problems(manifest):
+        raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 

@@ -5,7 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import tokenizers
@@ -14,6 +18,7 @@ import transformers
 
 import kernel_utils as ku
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
 
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
@@ -198,3 +203,17 @@ def runs(tmp_path_factory, backbone_folder):
             tiny_config(folder / "competition", backbone_folder("bert"), folder / "runs", run_name=name, **settings)
         )
     return folder / "runs"
+
+
+def papermill(notebook, out, *parameters, cwd=ROOT, env=None):
+    """Run a notebook with `-p` parameters; the finished process and the executed notebook."""
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "notebooks" / notebook), str(out)]
+    for name, value in parameters:
+        command += ["-p", name, str(value)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
+    done = subprocess.run(command, cwd=cwd, env=clean | (env or {}), capture_output=True, text=True)
+    return done, nbformat.read(out, 4)
+
+
+def printed(executed):
+    return "".join(o.get("text", "") for c in executed.cells for o in c.get("outputs", []) if o.get("name") == "stdout")

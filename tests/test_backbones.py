@@ -369,3 +369,13 @@ def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbon
     model, _ = build("bert")
     ku.save_fold(model, tmp_path / "fold0")
     assert str(backbone_folder("bert")) not in json.dumps(json.loads((tmp_path / "fold0" / "config.json").read_text()))
+
+
+@kinds()
+def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, backbone_folder, tmp_path, monkeypatch):
+    folder, cfg = backbone_folder(kind), ku.Config()
+    size = 4 * ku.n_parameters(ku.load_backbone(folder, cfg, say=lambda text: None))
+    monkeypatch.setattr(ku, "room_for_output", lambda folder: 2 * size)
+    ku.check_room(tmp_path, folder, 2, cfg)
+    with pytest.raises(ku.KitError, match="the weights of 3 folds"):
+        ku.check_room(tmp_path, folder, 3, cfg)

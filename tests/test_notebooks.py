@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,23 +10,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from conftest import ROOT, papermill, printed
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def papermill(notebook, out, *parameters, cwd=ROOT, env=None):
-    """Run a notebook with `-p` parameters; the finished process and the executed notebook."""
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "notebooks" / notebook), str(out)]
-    for name, value in parameters:
-        command += ["-p", name, str(value)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
-    done = subprocess.run(command, cwd=cwd, env=clean | (env or {}), capture_output=True, text=True)
-    return done, nbformat.read(out, 4)
-
-
-def printed(executed):
-    return "".join(o.get("text", "") for c in executed.cells for o in c.get("outputs", []) if o.get("name") == "stdout")
 
 
 def tiny_parameters(competition, backbone, output_dir):

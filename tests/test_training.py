@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -176,6 +177,74 @@ def test_predictions_come_in_the_order_of_the_rows_whatever_the_batches(tiny):
     some = [5, 0, 17]
     np.testing.assert_allclose(ku.predict(model, data.tokens, cfg, some), np.array(alone)[some], atol=1e-5)
     assert model.training
+
+
+def out_of_memory_above(model, slots, seen):
+    """Make a model fail as a GPU does for batches of more than so many tokens with padding."""
+    forward = model.forward
+
+    def limited(input_ids, **rest):
+        seen.append(input_ids.numel())
+        if input_ids.numel() > slots:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **rest)
+
+    model.forward = limited
+
+
+def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs, capsys):
+    tokenizer, model = ku.open_run(loaded := ku.load_run(runs / "one"))
+    tokens = ku.tokenize_frame(train_frame(30), tokenizer, loaded.cfg)
+    expected = ku.predict(model, tokens, loaded.cfg)
+    seen, cfg = [], ku.dataclasses.replace(loaded.cfg, batch_tokens=400)
+    out_of_memory_above(model, 150, seen)
+    np.testing.assert_allclose(ku.predict(model, tokens, cfg), expected, atol=1e-5)
+    failed = [slots for slots in seen if slots > 150]
+    assert 1 <= len(failed) <= 2 and "out of memory with" in (out := capsys.readouterr().out)
+    assert f"on with batch_tokens {failed[0] // 2}" in out
+
+
+def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_length(tiny, runs):
+    tokenizer, model = ku.open_run(loaded := ku.load_run(runs / "one"))
+    tokens = ku.tokenize_frame(train_frame(5), tokenizer, loaded.cfg)
+    out_of_memory_above(model, 5, [])
+    with pytest.raises(ku.KitError, match=rf"a text of {tokens.lengths.max()} tokens does not fit into the memory"):
+        ku.predict(model, tokens, loaded.cfg)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_golden_rows_hold_in_half_precision_to_their_tolerance_and_in_float32_to_1e_4(precision, tiny, capsys):
+    folder, record, _ = run(tiny(run_name="half", precision=precision))
+    name = record["precision"]
+    loaded = ku.open_bundle(folder)
+    ku.check_golden(loaded)
+    told = dict(re.findall(r"golden rows in (\w+): (\S+) from training", capsys.readouterr().out))
+    assert told.keys() == {name, "float32"} and float(told[name]) == 0 < float(told["float32"]) < ku.TOLERANCES[name]
+    golden = json.loads((folder / "golden.json").read_text())
+    for row in golden["rows"]:
+        row["prediction"][0] += 2 * ku.TOLERANCES[name] * max(1, abs(row["prediction"][0]))
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(ku.BundleError, match=f"in {name} the prediction is"):
+        ku.check_golden(ku.open_bundle(folder))
+
+
+def test_weights_that_would_not_fit_into_kaggles_working_folder_are_refused_before_training(
+    tiny, tmp_path, monkeypatch
+):
+    working = tmp_path / "kaggle" / "working"
+    working.mkdir(parents=True)
+    (tmp_path / "kaggle" / "input").mkdir()
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    (working / "earlier.bin").write_bytes(b"x" * 1000)
+    cfg = ku.dataclasses.replace(tiny(run_name="large"), output_dir=str(working / "runs"))
+    n_bytes = 2 * 4 * ku.n_parameters(ku.empty_backbone(cfg.backbone, cfg))
+    monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 500)
+    with pytest.raises(ku.KitError, match=r"the weights of 2 folds take .* train fewer with run_folds"):
+        run(cfg)
+    assert not (working / "runs" / "large").exists()
+    monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 10**5)
+    folder, _, _ = run(cfg)
+    assert len(list(working.rglob("*.safetensors"))) == 2 and not list(folder.rglob(".*"))
 
 
 def test_two_runs_with_one_seed_give_identical_files_and_another_seed_does_not(tiny):

@@ -1,0 +1,325 @@
+"""From a run to a submission on a made Kaggle root: every mount layout, inputs read-only, no way to the network."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import bundle
+import pandas as pd
+import pytest
+from conftest import ROOT, papermill, printed, train_frame
+
+import kernel_utils as ku
+
+# where Kaggle mounts a dataset and a competition, and the output of a notebook
+BUNDLES = {
+    "new": "datasets/me/my-bundle",
+    "old": "my-bundle",
+    "old, name taken": "d/me/my-bundle",
+    "model": "models/me/my-bundle/pytorch/default/1",
+    "old model": "my-bundle/pytorch/default/1",
+    "model, name taken": "m/me/my-bundle/pytorch/default/1",
+    "notebook output": "notebooks/me/pack",
+}
+COMPETITIONS = {"new": "competitions/commonlit", "old": "commonlit"}
+
+# Every process that Python starts reads this first: a connection to the outside is written down, and fails.
+GUARD = """
+import os, sys
+
+def local(address):
+    host = address[0] if isinstance(address, (tuple, list)) else address
+    return host is None or str(host) in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "") or "/" in str(host)
+
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+        address = arguments[1] if event in ("socket.connect", "socket.sendto") else arguments[0]
+        if not local(address):
+            with open(os.environ["NETWORK_LOG"], "a") as log:
+                log.write(f"{event} {address}\\n")
+            raise OSError("no way out of this test")
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """Function: {mount below input: folder} -> environment and working folder of a kernel with these, read-only."""
+    root, site = tmp_path / "kaggle", tmp_path / "site"
+    (root / "working").mkdir(parents=True)
+    (root / "input").mkdir()
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(GUARD)
+
+    def mount(inputs):
+        for place, folder in inputs.items():
+            shutil.copytree(folder, root / "input" / place)
+        for path in [root / "input", *(root / "input").rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        env = {"KAGGLE_ROOT": str(root), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_IS_COMPETITION_RERUN": "1"}
+        return env | {"PYTHONPATH": paths, "NETWORK_LOG": str(tmp_path / "network.log")}, root / "working"
+
+    yield mount
+    for path in [root, *root.rglob("*")]:
+        path.chmod(0o755)
+
+
+def tree(folder):
+    """Files and folders with size and time of change: nothing may be written there (root may, whatever the mode)."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def infer(kaggle, inputs, *parameters):
+    """Run infer.ipynb in a kernel with these inputs: the finished process, the notebook, the working folder."""
+    env, work = kaggle(inputs)
+    before = tree(work.parent / "input")
+    done, executed = papermill("infer.ipynb", work / "out.ipynb", *parameters, cwd=work, env=env)
+    log = Path(env["NETWORK_LOG"])
+    assert not log.exists(), log.read_text()
+    assert tree(work.parent / "input") == before
+    return done, executed, work
+
+
+@pytest.fixture(scope="module")
+def dist(runs, tmp_path_factory):
+    """Function: runs -> a bundle of them."""
+    made = {}
+
+    def pack(*names):
+        if names not in made:
+            made[names] = tmp_path_factory.mktemp("dist") / "my-bundle"
+            command = [sys.executable, bundle.__file__, *(runs / n for n in names), "-o", made[names]]
+            subprocess.run([*command, "--id", "me/my-bundle", "--title", "My bundle"], check=True, capture_output=True)
+        return made[names]
+
+    return pack
+
+
+def submission(folder):
+    return pd.read_csv(folder / "submission.csv", dtype={"id": str})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "competition"), [*((layout, "new") for layout in BUNDLES), ("old", "old"), ("new", "old")]
+)
+def test_a_bundle_under_any_mount_predicts_offline_what_training_predicted(layout, competition, kaggle, dist, runs):
+    inputs = {BUNDLES[layout]: dist("one"), COMPETITIONS[competition]: runs.parent / "competition"}
+    done, executed, work = infer(kaggle, inputs)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
+    out = printed(executed)
+    assert "all as they were packed" in out and "8 golden rows in float32" in out
+    assert "10 rows by 2 models in" in out and "rows/s" in out and "1 process on" in out
+
+
+@pytest.mark.slow
+def test_where_only_loopback_is_up_an_ensemble_predicts_the_mean_of_its_runs(kaggle, dist, runs):
+    inside = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("this machine makes no network namespaces (unshare, ip)")
+    env, work = kaggle({BUNDLES["new"]: dist("one", "two"), COMPETITIONS["new"]: runs.parent / "competition"})
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        ROOT / "notebooks" / "infer.ipynb",
+        work / "out.ipynb",
+    ]
+    done = subprocess.run([*inside, *command], cwd=work, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not Path(env["NETWORK_LOG"]).exists()
+    one, two = (submission(runs / name) for name in ("one", "two"))
+    expected = one.assign(target=(one["target"] + two["target"]) / 2)
+    pd.testing.assert_frame_equal(submission(work), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_guard_of_these_tests_sees_an_attempt_to_leave(kaggle, tmp_path):
+    env, _ = kaggle({})
+    attempt = "import urllib.request; urllib.request.urlopen('http://example.com', timeout=1)"
+    assert subprocess.run([sys.executable, "-c", attempt], env=os.environ | env, capture_output=True).returncode
+    assert "example.com" in Path(env["NETWORK_LOG"]).read_text()
+
+
+@pytest.mark.slow
+def test_the_attached_output_of_a_training_kernel_is_predicted_with(kaggle, runs):
+    inputs = {
+        "notebooks/me/train/runs/one": runs / "one",
+        "datasets/me/kit": ROOT / "kernel_utils",
+        COMPETITIONS["new"]: runs.parent / "competition",
+    }
+    done, executed, work = infer(kaggle, inputs)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
+    assert "8 golden rows in float32" in printed(executed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one.fold1.safetensors", "kernel_utils.py", "manifest.json"])
+def test_a_damaged_bundle_stops_the_notebook_names_the_file_and_writes_no_submission(
+    name, kaggle, dist, runs, tmp_path
+):
+    spoilt = Path(shutil.copytree(dist("one"), tmp_path / "spoilt"))
+    data = bytearray((spoilt / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (spoilt / name).write_bytes(data)
+    done, _, work = infer(kaggle, {BUNDLES["new"]: spoilt, COMPETITIONS["new"]: runs.parent / "competition"})
+    assert done.returncode != 0 and name in done.stderr
+    assert not (work / "submission.csv").exists()
+
+
+@pytest.mark.slow
+def test_the_exported_script_of_infer_runs_as_well(kaggle, dist, runs):
+    env, work = kaggle({BUNDLES["old"]: dist("one"), COMPETITIONS["old"]: runs.parent / "competition"})
+    export = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--to",
+        "script",
+        "--output-dir",
+        work,
+        ROOT / "notebooks" / "infer.ipynb",
+    ]
+    subprocess.run(export, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "infer.py"], cwd=work, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, runs, backbone_folder, tmp_path):
+    """The notebooks of `--kernels` as Kaggle runs them: with papermill, here with fewer epochs and folds."""
+    kit, ours, kernels = tmp_path / "my-kit", tmp_path / "my-bundle", tmp_path / "kernels"
+    for target, title, *arguments in (
+        (kit, "My kit", "--starter", "--backbone", backbone_folder("bert"), "--kernels", kernels / "kit"),
+        (ours, "My bundle", runs / "one", "--kernels", kernels / "run", "--model-source", "me/tiny/pytorch/default/1"),
+    ):
+        command = [sys.executable, bundle.__file__, "-o", target, "--id", f"me/{target.name}", "--title", title]
+        subprocess.run([*command, "--competition", "commonlit", *arguments], check=True, capture_output=True)
+    competition, small = runs.parent / "competition", [("n_folds", 2), ("epochs", 1), ("max_length", 32)]
+    env, work = kaggle({"datasets/me/my-kit": kit, COMPETITIONS["new"]: competition})
+    done, _ = papermill(kernels / "kit/train/train.ipynb", work / "train.ipynb", *small, cwd=work, env=env)
+    assert done.returncode == 0, done.stderr
+    again = {"datasets/me/my-bundle": ours, "models/me/tiny/pytorch/default/1": backbone_folder("bert")}
+    shutil.rmtree(work.parent / "input" / "datasets")
+    kaggle(again)
+    done, _ = papermill(kernels / "run/train/train.ipynb", work / "again.ipynb", cwd=work, env=env)
+    assert done.returncode == 0, done.stderr
+    trained = {path.name: ku.read_record(path) for path in (work / "runs").iterdir()}
+    assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
+    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku.read_record(runs / "one")["oof"]["last"])
+    done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
+    assert not Path(env["NETWORK_LOG"]).exists()
+
+
+def rerun_inputs(folder, frame, columns=("id", "excerpt"), **more):
+    """A competition's files as a hidden rerun has them."""
+    folder.mkdir()
+    frame[list(columns)].assign(**more).to_csv(folder / "test.csv", index=False)
+    frame.assign(target=0.0)[["id", "target"]].iloc[::-1].to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+RERUNS = {
+    "one row": train_frame(1, seed=7),
+    "other rows": train_frame(25, seed=8),
+    "empty texts": train_frame(12, seed=9).assign(excerpt=["", " ", "a cat"] * 4),
+    "odd texts": train_frame(4, seed=9).assign(excerpt=["😀" * 50, "cat\n\n\"dog\", 'x'", "the " * 5000, "\u200b"]),
+}
+
+
+@pytest.mark.parametrize("case", RERUNS)
+def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp_path):
+    folder = rerun_inputs(tmp_path / "data", RERUNS[case], new_column="?", another=1)
+    loaded = ku.open_bundle(runs / "one")
+    with ku.warnings.catch_warnings():
+        ku.warnings.simplefilter("ignore")
+        test, sample = ku.read_test_set(loaded, str(folder))
+    predictions = ku.predict_bundle(loaded, test)
+    written = ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    assert list(written["id"]) == list(RERUNS[case]["id"])[::-1] and written["target"].notna().all()
+    alone = ku.predict_bundle(loaded, test.iloc[:1])
+    assert predictions[0] == pytest.approx(alone[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_are_predicted(runs, tmp_path):
+    frame = train_frame(50_000, seed=3).assign(id=[f"{i:05d}" for i in range(50_000)])
+    loaded = ku.open_bundle(runs / "one")
+    test, sample = ku.read_test_set(loaded, str(rerun_inputs(tmp_path / "data", frame)))
+    predictions = ku.predict_bundle(loaded, test)
+    ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    assert len(submission(tmp_path)) == 50_000
+    some = [0, 1, 777, 49_999]
+    assert predictions[some] == pytest.approx(ku.predict_bundle(loaded, test.iloc[some]), abs=1e-5)
+
+
+def test_a_sample_that_the_runs_cannot_fill_is_refused_before_anything_is_predicted(runs, tmp_path):
+    folder = rerun_inputs(tmp_path / "data", train_frame(3))
+    sample = pd.read_csv(folder / "sample_submission.csv", dtype=str).rename(columns={"target": "a"}).assign(b=0)
+    sample.to_csv(folder / "sample_submission.csv", index=False)
+    with pytest.raises(ku.DataError, match="has columns a, b; the settings predict target"):
+        ku.read_test_set(ku.open_bundle(runs / "one"), str(folder))
+
+
+def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
+    loaded, frame = ku.load_bundle(dist("one", "two")), train_frame(7, seed=5)
+    alone = ku.predict_bundle(loaded, frame)
+    capsys.readouterr()
+    assert ku.predict_bundle(loaded, frame, processes=2) == pytest.approx(alone, abs=1e-5)
+    assert "2 processes, each on" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
+    loaded = ku.load_bundle(shutil.copytree(dist("one"), tmp_path / "copy"))
+    (tmp_path / "copy" / "one.tokenizer.json").write_text("{}")
+    lost = loaded._replace(runs=[loaded.runs[0]._replace(tokenizer=ku.open_bundle(dist("one")).runs[0].tokenizer)])
+    with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; its last lines:"):
+        ku.predict_bundle(lost, train_frame(4), processes=2)
+
+
+def test_a_head_of_the_notebook_is_predicted_with_in_one_process_and_says_so(tiny, tmp_path, capsys, monkeypatch):
+    class Own(ku.HEADS["mean"]):
+        pass
+
+    monkeypatch.setitem(ku.HEADS, "own", Own)
+    train, _, _ = ku.read_competition(cfg := tiny(head="own", run_folds="0", run_name="own"))
+    loaded = ku.open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
+    capsys.readouterr()
+    ku.predict_bundle(loaded, train_frame(4), processes=2)
+    assert "Own is defined in the notebook" in (out := capsys.readouterr().out) and "1 process on" in out
+
+
+def test_a_bundle_that_is_mounted_twice_is_one_and_two_bundles_are_an_error(kaggle, dist, monkeypatch):
+    env, _ = kaggle({"datasets/me/my-bundle": dist("one"), "my-bundle": dist("one")})
+    monkeypatch.setenv("KAGGLE_ROOT", env["KAGGLE_ROOT"])
+    assert [run.name for run in ku.load_bundle().runs] == ["one"]
+
+
+@pytest.mark.parametrize("spoil", ["another", "removed", "foreign"])
+def test_several_bundles_or_none_are_an_error_that_lists_what_is_attached(spoil, kaggle, dist, tmp_path, monkeypatch):
+    inputs = {"datasets/me/my-bundle": dist("one")}
+    if spoil == "another":
+        inputs["datasets/me/more"] = dist("one", "two")
+    else:
+        inputs["datasets/me/my-bundle"] = Path(shutil.copytree(dist("one"), tmp_path / "spoilt"))
+        manifest = tmp_path / "spoilt" / "manifest.json"
+        manifest.unlink()
+        if spoil == "foreign":  # somebody else's file of that name
+            (tmp_path / "web").mkdir()
+            (tmp_path / "web" / "manifest.json").write_text('{"name": "a web page"}')
+            inputs["datasets/you/web"] = tmp_path / "web"
+    env, _ = kaggle(inputs)
+    monkeypatch.setenv("KAGGLE_ROOT", env["KAGGLE_ROOT"])
+    count = 2 if spoil == "another" else 0
+    with pytest.raises(ku.ConfigError, match=rf"there are {count} bundles \(manifest\.json\).*datasets/me/my-bundle"):
+        ku.load_bundle()
