@@ -469,10 +469,12 @@ def find_data(data_dir, marker):
             options = [path.parent for path in found] or attached("*.csv")
             raise DataError(f"{problem} has a {marker}; set data_dir to one of: {listing(options)}")
         return found[0].parent
-    sample = Path(__file__).resolve().parents[1] / "notebooks" / "sample"
-    if not (sample / marker).is_file():
-        raise DataError(f"data_dir is empty and there is no sample at {sample}: set data_dir")
-    return sample
+    clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]  # a bundle's module is in no clone
+    samples = [clone / "notebooks" / "sample" for clone in clones]
+    found = [folder for folder in samples if (folder / marker).is_file()]
+    if not found:
+        raise DataError(f"data_dir is empty and there is no sample at {samples[0]}: set data_dir")
+    return found[0]
 
 
 def seed_everything(*seeds):

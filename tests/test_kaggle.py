@@ -323,3 +323,14 @@ def test_several_bundles_or_none_are_an_error_that_lists_what_is_attached(spoil,
     count = 2 if spoil == "another" else 0
     with pytest.raises(ku.ConfigError, match=rf"there are {count} bundles \(manifest\.json\).*datasets/me/my-bundle"):
         ku.load_bundle()
+
+
+@pytest.mark.slow
+def test_at_home_a_bundle_predicts_the_sample_with_its_own_module_and_stays_as_it_was(dist, tmp_path):
+    before = tree(dist("one"))
+    done, executed = papermill(
+        "infer.ipynb", tmp_path / "out.ipynb", ("bundle_dir", dist("one")), ("output_dir", tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(submission(tmp_path)) == 49 and "all as they were packed" in printed(executed)
+    assert tree(dist("one")) == before
