@@ -64,14 +64,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 __version__ = "0.2.0"
-torch.backends.cudnn.allow_tf32 = (
-    False  # float32 is float32: the conv1d and rnn heads would round to 10 bits on newer GPUs
-)
+
+# float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
+torch.backends.cudnn.allow_tf32 = False
 
 # ---------------------------------------------------------------------------------------
 # 1. Tables of choices
 
 HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
+PARTS = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}  # setting -> its table
 
 
 def register(table, name):
@@ -303,6 +304,7 @@ FOLD_KINDS = {
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
+BATCH_TOKENS = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -365,7 +367,7 @@ class Config(Settings):
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
     eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
     checkpoint: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
-    batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
+    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
     seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
     run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
@@ -426,7 +428,7 @@ class InferConfig(Settings):
     data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
     bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
     output_dir: str = option(".", "folder that submission.csv is written to")
-    batch_tokens: int = option(8192, "tokens of a prediction batch, padding included", low=8)
+    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
 
 
 # ---------------------------------------------------------------------------------------
@@ -643,7 +645,8 @@ def read_test(cfg, data_dir, columns=()):
     """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked. `columns` are needed
     in test.csv besides those that the settings name."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    test = read_table(paths[0], [cfg.id_column, *input_columns(cfg), *columns]) if paths[0].is_file() else None
+    needed = dict.fromkeys([cfg.id_column, *input_columns(cfg), *columns])
+    test = read_table(paths[0], needed) if paths[0].is_file() else None
     sample = read_table(paths[1], [cfg.id_column]) if paths[1].is_file() else None
     problems = []
     for path, frame in zip(paths, (test, sample), strict=True):
@@ -805,9 +808,11 @@ def load_tokenizer(folder):
     if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
         raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ImportError, ValueError) as error:  # spm.model alone needs sentencepiece, which the message may not say
         raise KitError(f"no tokenizer from {folder}, add tokenizer.json or install sentencepiece: {error}") from None
+    tokenizer.init_kwargs.pop("auto_map", None)  # as in load_config
+    return tokenizer
 
 
 class Tokens:
@@ -1312,9 +1317,33 @@ def model_class(config):
     return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
 
 
+FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
+def foreign_code(content):
+    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
+    among others): those named so, and an attention implementation that is the name of a hub repository."""
+    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        if key in FOREIGN_CODE or (str(key).endswith("attn_implementation") and "/" in str(value)):
+            found.append(key)
+        if isinstance(value, (dict, list)):
+            found += foreign_code(value)
+    return found
+
+
+def check_config(path, harmless=()):
+    """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
+    keys = foreign_code(json.loads(Path(path).read_text(encoding="utf-8")))
+    if keys := [key for key in keys if key not in harmless]:
+        raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+
+
 def load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    vars(config).pop("auto_map", None)  # nobody follows it, and saved with a run it would be refused
     old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
@@ -1858,18 +1887,24 @@ def predict(model, tokens, cfg, rows=None):
     lengths, device, training = tokens.lengths[rows], next(model.parameters()).device, model.training
     dtype = pick_dtype(cfg.precision, device)
     model.eval()
-    predictions, done, plan = [], [], plan_prediction(lengths, cfg.batch_tokens)
+    budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
+    predictions, done, plan = [], [], plan_prediction(lengths, budget)
     while plan:
-        raw, batch = None, plan[0]
-        with contextlib.suppress(torch.OutOfMemoryError), autocast(device, dtype):
-            raw = model(**tokens.batch(rows[batch], device))
-        if raw is not None:
+        batch = plan[0]
+        try:
+            with autocast(device, dtype):
+                raw = model(**tokens.batch(rows[batch], device))
+        except torch.OutOfMemoryError as error:
+            full = str(error).strip().splitlines()[0]
+        else:
             predictions.append(model.loss.predict(raw).float())
             done.append(plan.pop(0))
             continue
         budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
         if len(batch) == 1:
-            raise KitError(f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {device_name()}")
+            raise KitError(
+                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {device_name()}: {full}"
+            )
         torch.cuda.empty_cache()
         print(f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}")
         plan = [left[part] for part in plan_prediction(lengths[left], budget)]
@@ -2112,7 +2147,7 @@ def plot_oof(run):
 
 
 # ---------------------------------------------------------------------------------------
-# 14. Runs: all folds, records, submission
+# 14. Runs: all folds, records
 
 
 def make_run_folder(cfg):
@@ -2269,24 +2304,23 @@ def probe_ids(texts, tokenizer, cfg):
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
+def golden_rows(model, data, result, cfg):
+    """Four validated rows of a fold, from the shortest text to the longest, and what its kept weights predict for
+    them in float32: ((n,), (n, K))."""
+    order = result["rows"][np.argsort(data.tokens.lengths[result["rows"]], kind="stable")]
+    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
+    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
+
+
 def make_golden(frame, data, results, cfg):
-    """What inference must reproduce: token ids of the probes, and what the kept weights of each fold predicted for
-    four of its validated rows, from the shortest text to the longest."""
+    """What inference must reproduce: the token ids of the probes and the golden rows of every fold."""
     rows = []
     for result in results:
-        order = np.argsort(data.tokens.lengths[result["rows"]], kind="stable")
-        for i in order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]:
-            cells = frame.iloc[result["rows"][i]]
-            rows.append(
-                {
-                    "fold": result["fold"],
-                    "id": cells[cfg.id_column],
-                    "cells": {name: cells[name] for name in input_columns(cfg)},
-                    "prediction": result[cfg.checkpoint]["predictions"][i].tolist(),
-                }
-            )
-    ids = probe_ids(PROBES, data.tokenizer, cfg)
-    return {"texts": PROBES, "token_ids": ids, "rows": rows, "precision": precision_name(cfg.precision)}
+        for row, prediction in zip(*result["golden"], strict=True):
+            cells = {name: frame[name].iloc[row] for name in input_columns(cfg)}
+            name = frame[cfg.id_column].iloc[row]
+            rows.append({"fold": result["fold"], "id": name, "cells": cells, "prediction": prediction.tolist()})
+    return {"texts": PROBES, "token_ids": probe_ids(PROBES, data.tokenizer, cfg), "rows": rows}
 
 
 def check_room(run, backbone, n_folds, cfg):
@@ -2307,6 +2341,7 @@ def train_folds(data, folds, cfg, run):
         for fold in folds:
             model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
             save_fold(model, run / f"fold{fold}")
+            result["golden"] = golden_rows(model, data, result, cfg)
             del model  # or two would be in memory while the next is built
             results.append(result)
             scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
@@ -2322,6 +2357,7 @@ def train(frame, cfg):
     """
     began, asked = time.perf_counter(), cfg
     backbone = find_backbone(cfg.backbone)
+    check_config(backbone / "config.json", harmless=["auto_map", "custom_pipelines"])
     tokenizer = load_tokenizer(backbone)
     cfg = cfg.resolved(transformers.AutoConfig.from_pretrained(backbone, local_files_only=True))
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
@@ -2492,33 +2528,28 @@ def integrity_problems(folder, files):
     return problems + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
 
 
-FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
-
-
-def foreign_code(content):
-    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
-    among others): those named so, and an attention implementation that is the name of a hub repository."""
-    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
-    for key, value in items:
-        hub = str(key).endswith("attn_implementation") and "/" in str(value)
-        found += [key] if key in FOREIGN_CODE or hub else []
-        found += foreign_code(value) if isinstance(value, (dict, list)) else []
-    return found
-
-
-def as_run(name, record, golden, config, tokenizer, weights):
-    """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, BundleError where
-    a config could run code from elsewhere."""
+def make_run(name, record, golden, config, tokenizer, weights):
+    """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
+    config could run code from elsewhere."""
     for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
-        if keys := foreign_code(json.loads(path.read_text(encoding="utf-8"))):
-            raise BundleError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+        check_config(path)
     cfg = Config.from_dict(record["settings"] | record["resolved"])
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.precision == "bf16" and emulated:
+        print(f"{name}: {device_name()} has no bf16, so precision auto instead")
+        cfg = dataclasses.replace(cfg, precision="auto")
+    if cfg.attention == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
+        print(f"{name}: there is no flash_attention_2 here, so transformers' choice instead")
+        cfg = dataclasses.replace(cfg, attention="")
     return Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
 def is_complete(folder):
-    return (folder / "record.json").is_file() and read_record(folder).get("status") == "complete"
+    """Whether a folder holds a finished run; a record.json may be anybody's."""
+    try:
+        return read_record(folder).get("status") == "complete"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_run(folder):
@@ -2529,13 +2560,13 @@ def load_run(folder):
         raise ConfigError(f"{folder}: the run did not finish (status in record.json)")
     record = read_record(folder)
     weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
-    tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir())}
-    needed = [folder / "golden.json", *weights.values()]
+    config = next(iter(weights.values())).with_name("config.json")
+    needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
     if missing := [path for path in needed if not path.is_file()]:
         raise ConfigError(f"{folder}: the run lacks {listing(path.relative_to(folder) for path in missing)}")
+    tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()}
     golden = json.loads((folder / "golden.json").read_text())
-    config = next(iter(weights.values())).with_name("config.json")
-    return as_run(folder.name, record, golden, config, tokenizer, weights)
+    return make_run(folder.name, record, golden, config, tokenizer, weights)
 
 
 def bundled_run(folder, name, parts):
@@ -2543,7 +2574,7 @@ def bundled_run(folder, name, parts):
     record = json.loads((folder / parts["record"]).read_text())
     tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
     weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
-    return as_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
+    return make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
 
 
 def find_bundle(bundle_dir):
@@ -2555,14 +2586,16 @@ def find_bundle(bundle_dir):
                 f"bundle_dir {bundle_dir!r} has neither {MANIFEST} nor record.json (looked in {Path.cwd()})"
             )
         return folder
-    bundles = {}  # by content: one that is mounted twice is one
+    found = {}  # by content: what is mounted twice is one
     for folder in attached(MANIFEST):
         data = (folder / MANIFEST).read_bytes()
-        if FORMAT.encode() in data or (folder / "kernel_utils.py").is_file():
-            bundles.setdefault(data, folder)
-    bundles = [folder for folder in bundles.values() if read_manifest(folder)["runs"]]
-    runs = [*attached("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]
-    found = bundles + [folder for folder in runs if is_complete(folder)]
+        ours = FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
+        if ours and read_manifest(folder)["runs"]:  # a starter has none
+            found.setdefault(data, folder)
+    for folder in [*attached("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]:
+        if is_complete(folder):
+            found.setdefault((folder / "record.json").read_bytes(), folder)
+    found = list(found.values())
     if len(found) != 1:
         modules = listing(attached("kernel_utils.py"))
         raise ConfigError(
@@ -2632,39 +2665,54 @@ def check_probes(run, tokenizer):
         )
 
 
-def golden_predictions(run, tokenizer, model, precision):
-    """Predictions (n, K) of the golden rows of a run, each by the fold that validated it."""
-    cfg, rows = dataclasses.replace(run.cfg, precision=precision), run.golden["rows"]
-    tokens = tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, cfg)
-    folds, got = np.array([row["fold"] for row in rows]), np.empty((len(rows), len(run.record["outputs"])))
+def golden_predictions(run, tokenizer, model, precisions):
+    """{precision: predictions (n, K)} of the golden rows of a run, each by the fold that validated it."""
+    rows, folds = run.golden["rows"], np.array([row["fold"] for row in run.golden["rows"]])
+    tokens = tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
+    got = {precision: np.empty((len(rows), len(run.record["outputs"]))) for precision in precisions}
     for fold in run.weights:
         load_fold(model, run, fold)
-        got[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+        for precision, predictions in got.items():
+            cfg = dataclasses.replace(run.cfg, precision=precision)
+            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
 
-def golden_gaps(run, got):
-    """Distance of every golden row's prediction (n, K) from what it must be, as in TOLERANCES: (n,)."""
-    golden = np.array([row["prediction"] for row in run.golden["rows"]])
-    return (abs(got - golden) / np.maximum(1, abs(golden))).max(1)
+def golden_gaps(run, predictions, golden):
+    """Distance of every row of predictions (n, K) from what it must be, as in TOLERANCES: (n,)."""
+    scale = np.maximum(max(1, run.record["oof"].get("target_sd", 1)), np.abs(golden))
+    return (abs(predictions - np.array(golden)) / scale).max(1)
+
+
+def check_gaps(run, predictions, precision):
+    """The largest distance of predictions of the golden rows; BundleError with fold and id where it is too large."""
+    gaps = golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
+    allowed = TOLERANCES[precision]
+    if not gaps.max() <= allowed:  # NaN too
+        row = run.golden["rows"][int(gaps.argmax())]
+        raise BundleError(
+            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is {gaps.max():.2g} off "
+            f"that of training, {allowed:g} is allowed: the weights, the module or the versions differ"
+        )
+    return float(gaps.max())
+
+
+def check_run(run):
+    """`check_golden` for one run."""
+    tokenizer, model = open_run(run)
+    check_probes(run, tokenizer)
+    precisions = {precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
+    got = golden_predictions(run, tokenizer, model, precisions.values())
+    for name, precision in precisions.items():
+        gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
+        print(f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed")
 
 
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
     for run in bundle.runs:
-        tokenizer, model = open_run(run)
-        check_probes(run, tokenizer)
-        for name, precision in {precision_name(p): p for p in (run.cfg.precision, "fp32")}.items():
-            gaps = golden_gaps(run, golden_predictions(run, tokenizer, model, precision))
-            allowed = max(TOLERANCES[name], TOLERANCES[run.golden["precision"]])
-            if not gaps.max() <= allowed:  # NaN too
-                row = run.golden["rows"][int(gaps.argmax())]
-                raise BundleError(
-                    f"{run.name}, fold {row['fold']}, id {row['id']}: in {name} the prediction is {gaps.max():.2g} off "
-                    f"that of training, {allowed:g} is allowed: weights, the module or the versions differ"
-                )
-            print(f"{run.name}: {len(gaps)} golden rows in {name}: {gaps.max():.1e} from training, {allowed:g} allowed")
+        check_run(run)
 
 
 def predict_run(run, frame, batch_tokens=0):
@@ -2687,15 +2735,17 @@ def predict_runs(bundle, frame, batch_tokens):
 
 def start_process(number, bundle, frame, batch_tokens, folder):
     """Predict a frame in a process of its own, on the GPU that has this number here; its output file and log lie in
-    `folder`. A process, not a thread: one that only launches kernels keeps the other waiting."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    `folder`. It reads the runs anew. (Threads would wait for each other: most of the time goes into launching.)"""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",")
     job, output, log = (Path(folder) / f"{number}.{kind}" for kind in ("json", "npy", "log"))
     cells = {name: list(frame[name]) for run in bundle.runs for name in input_columns(run.cfg)}
-    write_json(job, dict(bundle=str(bundle.folder), cells=cells, batch_tokens=batch_tokens, output=str(output)))
+    told = dict(bundle=str(bundle.folder), runs=[run.name for run in bundle.runs], device=device_name())
+    write_json(job, told | dict(cells=cells, batch_tokens=batch_tokens, output=str(output)))
     with open(log, "w") as file:
         return subprocess.Popen(
             [sys.executable, __file__, str(job)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -2704,7 +2754,10 @@ def start_process(number, bundle, frame, batch_tokens, folder):
 def predict_job(path):
     """What a process of `start_process` does."""
     job = json.loads(Path(path).read_text())
+    if device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
     bundle = open_bundle(Path(job["bundle"]))
+    bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
     np.save(job["output"], predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
@@ -2716,14 +2769,9 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """
     began = time.perf_counter()
     count = min(processes or max(1, torch.cuda.device_count()), len(frame))
-    own = [
-        part
-        for run in bundle.runs
-        for part in (HEADS[run.cfg.head], LOSSES[run.cfg.loss])
-        if part.__module__ != __name__
-    ]
-    if own and count > 1:
-        print(f"1 GPU of {count}: {own[0].__name__} is defined in the notebook, where other processes cannot read it")
+    parts = [table[getattr(run.cfg, field)] for run in bundle.runs for field, table in PARTS.items()]
+    if count > 1 and (cells := [part.__name__ for part in parts if part.__module__ != __name__]):
+        print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
@@ -2735,11 +2783,10 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
         predictions = np.empty((len(frame), mine.shape[1]))
         predictions[::count] = mine
         for number, process in enumerate(others, 1):
-            if code := process.wait():
-                lines = (Path(folder) / f"{number}.log").read_text().splitlines()
-                raise KitError(
-                    [f"process {number} of {count} ended with exit code {code}; its last lines:", *lines[-5:]]
-                )
+            code, lines = process.wait(), (Path(folder) / f"{number}.log").read_text().splitlines()
+            if code:
+                raise KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
+            print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
     used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})

@@ -21,6 +21,13 @@ import kernel_utils as ku
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
 
+
+def pytest_configure(config):
+    """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # pad id 0
 SMALL = dict(vocab_size=len(WORDS) + len(SPECIAL) + 2, pad_token_id=0)

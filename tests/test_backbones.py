@@ -1,12 +1,14 @@
 """What holds on every architecture, on models that were saved and loaded as users load theirs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, make_texts
+from conftest import ARCHITECTURES, make_texts, trained
 from torch.nn import functional as F
 
 import kernel_utils as ku
@@ -379,3 +381,26 @@ def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, ba
     ku.check_room(tmp_path, folder, 2, cfg)
     with pytest.raises(ku.KitError, match="the weights of 3 folds"):
         ku.check_room(tmp_path, folder, 3, cfg)
+
+
+def test_a_backbone_whose_config_names_code_trains_without_it_and_leaves_a_run_that_loads(
+    tiny, backbone_folder, tmp_path
+):
+    """transformers has many architectures itself whose hub configs still name code of their authors."""
+    folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) | {"auto_map": {"AutoModel": "modeling.Evil"}}
+        (folder / name).write_text(json.dumps(content))
+    run = trained(ku.dataclasses.replace(tiny(run_folds="0"), backbone=str(folder)))
+    ku.check_golden(ku.load_bundle(run))
+
+
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation_internal", "_experts_implementation_internal", "attn_implementation"]
+)
+def test_a_backbone_whose_config_would_run_code_is_refused_before_it_is_read(key, tiny, backbone_folder, tmp_path):
+    folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
+    content = json.loads((folder / "config.json").read_text()) | {key: "evil/kernel"}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ku.KitError, match=f"{key} could make transformers run code"):
+        trained(ku.dataclasses.replace(tiny(), backbone=str(folder)))

@@ -1,6 +1,7 @@
 """Packing runs into a bundle, verifying it, and everything that must be refused."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, tiny_config, train_frame, trained
+from fake_kaggle import FakeKaggle
 from safetensors.torch import load_file, save_file
 
 import kernel_utils as ku
 
 NAMES = ["--id", "me/my-bundle", "--title", "My bundle"]
+MODEL = ["--model-source", "google/bert/transformers/tiny/1"]
 
 
 @pytest.fixture
@@ -175,8 +178,47 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(refused, runs, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("ten years of work")
     message = refused(runs / "one", "-o", tmp_path / "thesis", *NAMES)
-    assert "exists and is neither a bundle nor a kernel" in message
+    assert "exists and is not what this tool made" in message
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "ten years of work"
+
+
+def test_what_this_tool_made_is_replaced_unless_somebody_added_to_it(packed, tmp_path):
+    target = Path(shutil.copytree(packed, tmp_path / "target"))
+    assert bundle.target_problems(target) == bundle.target_problems(tmp_path / "none") == []
+    (target / "notes.txt").write_text("mine")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "a web page"}')
+    (tmp_path / "infer").mkdir()
+    for name in ("kernel-metadata.json", "infer.ipynb"):
+        (tmp_path / "infer" / name).write_text("{}")
+    (tmp_path / "file").write_text("x")
+    assert bundle.target_problems(tmp_path / "infer") == []
+    (tmp_path / "infer" / "mine.py").write_text("x")
+    for name in ("target", "web", "infer", "file"):
+        assert "exists and is not what this tool made" in bundle.target_problems(tmp_path / name)[0]
+
+
+@pytest.mark.parametrize(("target", "kernels"), [("dist/infer", "dist"), ("dist", "dist/kernels"), ("dist", "dist")])
+def test_a_bundle_and_its_kernels_do_not_lie_in_each_other(target, kernels, refused, runs, tmp_path):
+    arguments = ["-o", tmp_path / target, *NAMES, "--kernels", tmp_path / kernels, "--competition", "commonlit"]
+    assert "must not lie in each other" in refused(runs / "one", *arguments)
+
+
+def test_a_kernel_that_cannot_take_its_place_leaves_the_old_bundle(call, packed, runs, tmp_path, monkeypatch):
+    target, real = Path(shutil.copytree(packed, tmp_path / "my-bundle")), bundle.put_in_place
+    before = contents(target)
+
+    def fail(built, place):
+        if place.name == "train":
+            raise OSError("no room for a kernel")
+        real(built, place)
+
+    monkeypatch.setattr(bundle, "put_in_place", fail)
+    with pytest.raises(SystemExit, match="no room for a kernel"):
+        call(
+            runs / "two", "-o", target, *NAMES, "--kernels", tmp_path / "kernels", "--competition", "commonlit", *MODEL
+        )
+    assert contents(target) == before and not list(tmp_path.glob(".bundle*"))
 
 
 def table(name):
@@ -306,7 +348,7 @@ def test_an_older_module_is_refused_by_name(copy, call):
         ku.BundleError, match=rf"kernel_utils\.py: .* version {ku.__version__}, runs instead of the one"
     ):
         ku.load_bundle(copy)
-    assert "predictions not checked" in call("--check", copy)
+    assert "predictions not checked" in (out := call("--check", copy)) and "files and metadata are sound" in out
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -386,8 +428,11 @@ HOSTILE = {  # what is done to a run, and what the message must name
     ),
     "no golden rows": (lambda run: (run / "golden.json").unlink(), "golden.json: missing"),
     "golden rows are no JSON": (lambda run: (run / "golden.json").write_text("no"), "golden.json: not a JSON file"),
-    "no tokenizer": (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer/tokenizer.json: missing"),
-    "no vocabulary": (lambda run: (run / "tokenizer/tokenizer.json").unlink(), "tokenizer/tokenizer.json: missing"),
+    "no tokenizer": (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer/tokenizer_config.json: missing"),
+    "no vocabulary": (
+        lambda run: (run / "tokenizer/tokenizer.json").unlink(),
+        "tokenizer: no vocabulary; expected one of tokenizer.json",
+    ),
     "empty vocabulary": (
         lambda run: (run / "tokenizer/tokenizer.json").write_text(""),
         "tokenizer/tokenizer.json: empty",
@@ -414,7 +459,7 @@ HOSTILE = {  # what is done to a run, and what the message must name
     "weights of another run": (spoil_weights(9.0), "one, fold 1, id"),
     "a tensor too few": (
         lambda run: save_file({"output.bias": torch.zeros(1)}, run / "fold0/model.safetensors"),
-        "cannot predict its golden rows",
+        "one: does not predict what training predicted",
     ),
     "linked weights": (
         lambda run: replace_by_link(run / "fold0/model.safetensors"),
@@ -422,14 +467,22 @@ HOSTILE = {  # what is done to a run, and what the message must name
     ),
     "linked record": (lambda run: replace_by_link(run / "record.json"), "record.json: a symbolic link"),
     "linked fold": (lambda run: replace_by_link(run / "fold0"), "fold0/model.safetensors: a symbolic link"),
-    "linked tokenizer": (lambda run: replace_by_link(run / "tokenizer"), "tokenizer/tokenizer.json: a symbolic link"),
+    "linked tokenizer": (
+        lambda run: replace_by_link(run / "tokenizer"),
+        "tokenizer/tokenizer_config.json: a symbolic link",
+    ),
     "a pipe as weights": (
         lambda run: replace_by_fifo(run / "fold0/model.safetensors"),
         "model.safetensors: missing, or no",
     ),
-    "a folder in the tokenizer": (
-        lambda run: (run / "tokenizer/more").mkdir(),
-        "tokenizer/more: missing, or no plain file",
+    "no folds": (edit_record(lambda r: r.update(folds=[])), "one: the run did not finish"),
+    "golden rows of no fold": (
+        lambda run: edit(run / "golden.json", lambda g: g.update(rows=[r for r in g["rows"] if r["fold"]])),
+        "one: does not predict what training predicted",
+    ),
+    "golden rows without texts": (
+        lambda run: edit(run / "golden.json", lambda g: [r.pop("cells") for r in g["rows"]]),
+        "one: does not predict what training predicted",
     ),
     "a hidden file": (lambda run: (run / "tokenizer/.env").write_text("KEY=1"), "tokenizer/.env: expected .json"),
     "an archive": (lambda run: (run / "tokenizer/vocab.zip").write_text("x"), "tokenizer/vocab.zip: expected"),
@@ -492,6 +545,14 @@ def test_weights_too_large_for_fp16_are_refused_with_half_alone(one, refused, ca
         one, "-o", tmp_path / "dist", *NAMES, "--half"
     )
     call(one, "-o", tmp_path / "dist", *NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_infinite_weight_is_found_in_every_precision(dtype, tmp_path):
+    save_file({"a": torch.tensor([1.0, torch.inf], dtype=dtype), "b": torch.tensor([1])}, tmp_path / "w")
+    assert bundle.weight_problems(tmp_path / "w") == [f"{tmp_path / 'w'}: values that are not finite in a"]
+    save_file({"a": torch.tensor([1.0, -6e4], dtype=dtype)}, tmp_path / "w")
+    assert bundle.weight_problems(tmp_path / "w", half=True) == []
 
 
 def test_all_problems_come_in_one_message(one, refused, tmp_path):
@@ -596,6 +657,14 @@ def test_a_starter_is_a_backbone_that_training_finds_by_the_slug(call, backbone_
     assert "my-bundle: sound" in call("--check", mount)
 
 
+def test_a_starter_takes_a_backbone_by_name_and_leaves_what_is_not_needed(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "none"))
+    call("--starter", "--backbone", "all-MiniLM-L6-v2", "-o", tmp_path / "dist", *NAMES)
+    names = set(contents(tmp_path / "dist"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"} <= names
+    assert not {"README.md", "modules.json"} & names
+
+
 def test_a_starter_without_a_backbone_is_the_module_alone(call, tmp_path):
     call("--starter", "-o", tmp_path / "dist", *NAMES)
     assert set(contents(tmp_path / "dist")) == {"kernel_utils.py", "manifest.json", "dataset-metadata.json"}
@@ -604,9 +673,19 @@ def test_a_starter_without_a_backbone_is_the_module_alone(call, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors; a pickle is not packed"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "no *.safetensors; pickles",
+        ),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no vocabulary; expected one of tokenizer.json"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9), "model.safetensors: not a sound"),
         (lambda folder: edit(folder / "config.json", lambda c: c.update(auto_map={})), "config.json: auto_map could"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-2.safetensors"}}'
+            ),
+            "model-2.safetensors: missing, though model.safetensors.index.json names it",
+        ),
     ],
 )
 def test_a_backbone_that_kaggle_could_not_load_is_refused(spoil, message, backbone_folder, refused, tmp_path):
@@ -652,43 +731,54 @@ def test_a_setting_that_the_cell_lacks_becomes_a_line_and_a_text_with_quotes_sta
 
 def test_a_train_kernel_without_its_backbone_is_refused(refused, runs, tmp_path):
     arguments = ["-o", tmp_path / "dist", *NAMES, "--kernels", tmp_path / "kernels", "--competition", "commonlit"]
-    assert "lies on this machine; attach it to the kernel with --model-source" in refused(runs / "one", *arguments)
+    assert "lies on this machine; attach it with --model-source" in refused(runs / "one", *arguments)
+    assert "--model-source [0] must be owner/model" in refused(runs / "one", *arguments, "--model-source", "bert")
     assert not (tmp_path / "dist").exists() and not (tmp_path / "kernels").exists()
 
 
-def test_an_ensemble_gets_a_train_kernel_for_each_run_and_a_starter_one_with_its_backbone(
-    call, runs, backbone_folder, tmp_path
+def test_an_ensemble_gets_a_train_kernel_for_each_run_with_the_source_of_its_name_and_a_starter_one(
+    call, refused, runs, one, backbone_folder, tmp_path
 ):
+    edit(one / "record.json", lambda r: r["settings"].update(backbone="microsoft/DeBERTa_v3-base"))
+    one.rename(tmp_path / "deberta")
+    backbone = backbone_folder("bert").name
+    sources = [f"me/{backbone}/transformers/tiny/1", "microsoft/deberta-v3-base/pytorch/default/2"]
     more = ["--competition", "commonlit", "--kernels", tmp_path / "kernels"]
-    call(
-        runs / "one",
-        runs / "two",
-        "-o",
-        tmp_path / "a",
-        *NAMES,
-        *more,
-        "--model-source",
-        "google/bert/transformers/tiny/1",
-    )
+    both = [runs / "two", tmp_path / "deberta", "-o", tmp_path / "a", *NAMES, *more]
+    assert "0 of the --model-source have the name of its backbone" in refused(*both, "--model-source", sources[0])
+    call(*both, "--model-source", sources[1], "--model-source", sources[0])
     assert {path.name for path in (tmp_path / "kernels").iterdir()} == {"infer", "train-1", "train-2"}
-    assert settings_of(tmp_path / "kernels/train-2/train-2.ipynb")["seed"] == 1
+    for name, source in zip(("train-1", "train-2"), sources, strict=True):
+        metadata = json.loads((tmp_path / "kernels" / name / "kernel-metadata.json").read_text())
+        assert metadata["model_sources"] == [source] and metadata["enable_internet"] is False
+        assert settings_of(tmp_path / "kernels" / name / f"{name}.ipynb")["backbone"] == source.split("/")[1]
+    assert settings_of(tmp_path / "kernels/train-1/train-1.ipynb")["seed"] == 1
     call("--starter", "--backbone", backbone_folder("bert"), "-o", tmp_path / "b", *NAMES, *more)
     metadata = json.loads((tmp_path / "kernels/train/kernel-metadata.json").read_text())
     assert metadata["enable_internet"] is False
     assert settings_of(tmp_path / "kernels/train/train.ipynb")["backbone"] == "my-bundle"
 
 
+def test_a_run_on_a_hub_backbone_trains_again_with_the_internet(call, one, tmp_path):
+    edit(one / "record.json", lambda r: r["settings"].update(backbone="google-bert/bert-base-cased"))
+    call(one, "-o", tmp_path / "dist", *NAMES, "--competition", "commonlit", "--kernels", tmp_path / "kernels")
+    for name, internet in (("infer", False), ("train", True)):
+        metadata = json.loads((tmp_path / "kernels" / name / "kernel-metadata.json").read_text())
+        assert metadata["enable_internet"] is internet
+
+
 def test_the_report_opens_without_internet_and_holds_its_images(call, runs, tmp_path):
     image = nbformat.v4.new_output("display_data", {"image/png": "aVZCT1J3MEtHZ28="})
     cells = [nbformat.v4.new_markdown_cell("# Report $x^2$"), nbformat.v4.new_code_cell("1", outputs=[image])]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "out.ipynb")
+    widgets = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2, "version_minor": 0}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": widgets}), tmp_path / "out.ipynb")
     call(runs / "one", "-o", tmp_path / "dist", *NAMES, "--report", tmp_path / "out.ipynb")
     page = (tmp_path / "dist.html").read_text()
     assert "aVZCT1J3MEtHZ28=" in page and "Report" in page
     loads = re.findall(
         r"""(?:src|href)\s*=\s*["'](?:https?:)?//[^"']+|import[^;]*["']https?://[^"']+|url\(["']?https?://""", page
     )
-    assert loads == []
+    assert loads == [] and not re.search("unpkg|cdnjs|jsdelivr|googleapis", page)
 
 
 def wheel(folder, name, version="1.0"):
@@ -726,10 +816,11 @@ def test_wheels_of_what_the_image_lacks_are_packed_with_the_line_that_installs_t
     call(*arguments, "--wheels", *more)
     manifest = json.loads((tmp_path / "dist" / "manifest.json").read_text())
     assert manifest["wheels"] == ["rarepackage-1.0-py3-none-any.whl"] and manifest["wheels"][0] in manifest["files"]
-    cells = [cell.source for cell in nbformat.read(tmp_path / "k" / "infer" / "infer.ipynb", 4).cells]
-    position = cells.index(manifest["install"])
-    assert "--no-index" in cells[position] and "import kernel_utils" in "".join(cells[position + 1 :])
-    assert "import kernel_utils" not in "".join(cells[:position])
+    for name in ("infer", "train"):
+        cells = [cell.source for cell in nbformat.read(tmp_path / "k" / name / f"{name}.ipynb", 4).cells]
+        position = cells.index(manifest["install"])
+        assert "--no-index" in cells[position] and "import kernel_utils" in "".join(cells[position + 1 :])
+        assert "import kernel_utils" not in "".join(cells[:position])
 
 
 def test_a_wheel_that_cannot_be_had_is_said(refused, runs, tmp_path, monkeypatch):
@@ -745,3 +836,39 @@ def test_imports_are_compared_with_the_image_by_distribution_and_installed_versi
     module.write_text("import no_such_package")
     with pytest.raises(bundle.Refused, match="imports no_such_package, which is not installed here"):
         bundle.lacking(module)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("kaggle", path=os.path.dirname(sys.executable)), reason="needs the client: pip install kaggle six"
+)
+def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_train_kernel(
+    runs, backbone_folder, tmp_path
+):
+    (tmp_path / "home").mkdir()
+    more = ["--competition", "commonlitreadabilityprize", "--kernels", tmp_path / "kernels", "--push"]
+    model = ["--model-source", "google/bert/transformers/tiny/1"]
+    kit = ["--starter", "--backbone", backbone_folder("bert"), "--id", "me/my-kit", "--title", "My kit"]
+    with FakeKaggle() as kaggle:
+
+        def call(target, *arguments):
+            command = [sys.executable, bundle.__file__, "-o", tmp_path / target, *arguments, *more]
+            env = kaggle.client_env(tmp_path / "home")
+            return subprocess.run(command, env=env, capture_output=True, text=True)
+
+        for done in (
+            call("kit", *kit),
+            call("dist", runs / "one", *NAMES, *model),
+            call("dist", runs / "two", *NAMES, *model),
+        ):
+            assert done.returncode == 0, done.stderr
+        assert "me/my-bundle version 2: 9 files" in done.stdout and "all there" in done.stdout
+        uploaded = {name: data for name, data in contents(tmp_path / "dist").items() if name != "dataset-metadata.json"}
+        assert kaggle.datasets["me/my-bundle"][-1] == uploaded and len(kaggle.datasets["me/my-kit"]) == 1
+        assert kaggle.kernels.keys() == {"me/my-kit-train", "me/my-bundle-infer"} and kaggle.count("FOREIGN") == 0
+        sent = kaggle.kernels["me/my-bundle-infer"][-1]
+        assert sent["enableInternet"] is False and sent["datasetDataSources"] == ["me/my-bundle"]
+        kaggle.fail("PUT", "ignored", name="two.fold1")
+        done = call("dist", runs / "two", *NAMES, *model)
+        assert done.returncode == 1 and "two.fold1.safetensors" in done.stderr
+        assert len(kaggle.kernels["me/my-bundle-infer"]) == 2

@@ -279,30 +279,89 @@ def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
     assert "2 processes, each on" in capsys.readouterr().out
 
 
+def test_a_process_predicts_with_the_runs_that_it_is_given(dist):
+    loaded, frame = ku.load_bundle(dist("one", "two")), train_frame(5, seed=6)
+    second = loaded._replace(runs=loaded.runs[1:])
+    expected = ku.predict_bundle(ku.open_bundle(dist("two")), frame)
+    assert ku.predict_bundle(second, frame, processes=2) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
     loaded = ku.load_bundle(shutil.copytree(dist("one"), tmp_path / "copy"))
     (tmp_path / "copy" / "one.tokenizer.json").write_text("{}")
     lost = loaded._replace(runs=[loaded.runs[0]._replace(tokenizer=ku.open_bundle(dist("one")).runs[0].tokenizer)])
-    with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; its last lines:"):
+    with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
         ku.predict_bundle(lost, train_frame(4), processes=2)
+    assert "predict_job" in str(error.value)
 
 
-def test_a_head_of_the_notebook_is_predicted_with_in_one_process_and_says_so(tiny, tmp_path, capsys, monkeypatch):
-    class Own(ku.HEADS["mean"]):
-        pass
+def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp_path):
+    job = dict(bundle=str(dist("one")), runs=["one"], device="Tesla T4", cells={"excerpt": ["a cat"]})
+    ku.write_json(tmp_path / "job.json", job | dict(batch_tokens=0, output=str(tmp_path / "out.npy")))
+    with pytest.raises(ku.KitError, match=r"this process has .* CPU, the one that started it Tesla T4"):
+        ku.predict_job(tmp_path / "job.json")
+    assert not (tmp_path / "out.npy").exists()
 
-    monkeypatch.setitem(ku.HEADS, "own", Own)
-    train, _, _ = ku.read_competition(cfg := tiny(head="own", run_folds="0", run_name="own"))
+
+@pytest.mark.parametrize(("visible", "given"), [(None, ["1", "2"]), ("0,1,2", ["1", "2"]), ("5,7,9", ["7", "9"])])
+def test_every_other_process_gets_a_gpu_of_its_own(visible, given, dist, monkeypatch):
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, env, **streams):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+            super().__init__([sys.executable, "-c", "raise SystemExit(3)"], **streams)
+
+    monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(ku.subprocess, "Popen", Process)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ku.KitError, match="process 1 of 3 ended with exit code 3"):
+        ku.predict_bundle(ku.open_bundle(dist("one")), train_frame(6))
+    assert started == given
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("head", "mean"), ("loss", "mse"), ("metric", "rmse"), ("schedule", "linear")]
+)
+def test_with_parts_of_the_notebook_one_process_predicts_and_says_so(field, name, tiny, capsys, monkeypatch):
+    part = ku.PARTS[field][name]
+    own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
+    own.__module__, own.__name__ = "__main__", "Own"
+    monkeypatch.setitem(ku.PARTS[field], "own", own)
+    train, _, _ = ku.read_competition(cfg := tiny(run_folds="0", run_name="own", **{field: "own"}))
     loaded = ku.open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
     capsys.readouterr()
     ku.predict_bundle(loaded, train_frame(4), processes=2)
-    assert "Own is defined in the notebook" in (out := capsys.readouterr().out) and "1 process on" in out
+    assert "1 GPU of 2: Own of the notebook" in (out := capsys.readouterr().out) and "1 process on" in out
 
 
-def test_a_bundle_that_is_mounted_twice_is_one_and_two_bundles_are_an_error(kaggle, dist, monkeypatch):
+def test_a_bundle_that_is_mounted_twice_is_one(kaggle, dist, monkeypatch):
     env, _ = kaggle({"datasets/me/my-bundle": dist("one"), "my-bundle": dist("one")})
     monkeypatch.setenv("KAGGLE_ROOT", env["KAGGLE_ROOT"])
     assert [run.name for run in ku.load_bundle().runs] == ["one"]
+
+
+def test_a_run_that_is_mounted_twice_is_one_and_what_others_call_record_json_is_none(
+    kaggle, runs, tmp_path, monkeypatch
+):
+    inputs = {"notebooks/me/train/runs/one": runs / "one", "train/runs/one": runs / "one"}
+    for name, content in (("list", "[1]"), ("broken", "{"), ("other", '{"status": "running"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(content)
+        inputs[f"datasets/you/{name}"] = tmp_path / name
+    env, _ = kaggle(inputs)
+    monkeypatch.setenv("KAGGLE_ROOT", env["KAGGLE_ROOT"])
+    assert [run.name for run in ku.load_bundle().runs] == ["one"]
+
+
+@pytest.mark.parametrize("part", ["golden.json", "fold1/model.safetensors", "fold0/config.json", "tokenizer"])
+def test_a_run_folder_that_lacks_a_part_is_refused_by_its_name(part, runs, tmp_path):
+    folder = Path(shutil.copytree(runs / "one", tmp_path / "one"))
+    shutil.rmtree(folder / part) if part == "tokenizer" else (folder / part).unlink()
+    with pytest.raises(ku.ConfigError, match=f"the run lacks .*{part}"):
+        ku.load_bundle(folder)
 
 
 @pytest.mark.parametrize("spoil", ["another", "removed", "foreign"])

@@ -380,13 +380,6 @@ def test_a_long_value_is_shown_shortened(shared_folder):
     assert len(problem) < 200
 
 
-def test_an_id_from_the_command_line_is_named_as_it_was_given():
-    assert km.slug_problems("--id", "me/reading-model") == []
-    assert km.slug_problems("--id", "me/abcde", low=5) == []
-    assert km.slug_problems("--id", "me/abcde") == ['--id must have a slug of 6 to 50 characters, got 5: "abcde"']
-    assert km.slug_problems("--id", None) == ["--id must be owner/slug without a version, got null"]
-
-
 @pytest.mark.parametrize(("name", "message"), HOSTILE)
 def test_a_hostile_file_name_is_refused(name, message):
     problems = km.file_problems({"good.csv": 1, name: 1})

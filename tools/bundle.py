@@ -12,6 +12,7 @@ four training rows a fold, on which infer.ipynb proves its predictions: keep it 
 
 import argparse
 import ast
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -34,9 +35,9 @@ import kaggle_push
 import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
-PARTS = {"head": ku.HEADS, "loss": ku.LOSSES, "metric": ku.METRICS, "schedule": ku.SCHEDULES}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # without one, transformers loads another tokenizer in silence
 PLAIN = (".json", ".txt", ".model", ".jinja")  # what a tokenizer's files may be: no code, no pickle
+BACKBONE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+BACKBONE += (*ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
 # Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
@@ -54,11 +55,11 @@ class Refused(ku.KitError):
 # What is wrong with files
 
 
-def plain_files(folder, names):
+def plain_files(folder, names, links=False):
     """Problems of files that must be plain and not empty, with no link on the way."""
     problems = []
     for path in (folder / name for name in names):
-        if path.is_symlink() or path.parent.is_symlink():
+        if not links and (path.is_symlink() or path.parent.is_symlink()):
             problems.append(f"{path}: a symbolic link; expected the file itself")
         elif not path.is_file():
             problems.append(f"{path}: missing, or no plain file")
@@ -86,11 +87,17 @@ def weight_problems(path, half=False):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max() <= limit:  # NaN too
+                if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max().float() <= limit:  # NaN too
                     bad.append(name)
     except (SafetensorError, OSError) as error:
         return [f"{path}: not a sound safetensors file ({error})"]
     return [f"{path}: values that are not finite{' in fp16' * half} in {ku.listing(bad[:3])}"] if bad else []
+
+
+def vocabulary_problems(folder):
+    """Without its vocabulary, transformers loads another tokenizer in silence."""
+    there = any(next(folder.glob(name), None) for name in ku.VOCABULARIES)
+    return [] if there else [f"{folder}: no vocabulary; expected one of {ku.listing(ku.VOCABULARIES)}"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ def weight_problems(path, half=False):
 
 def setting_problems(folder, settings):
     """Problems of the settings of a run: parts that a notebook cell defined, or what `Config` refuses."""
-    own = [f"{field} {settings[field]!r}" for field, table in PARTS.items() if settings[field] not in table]
+    own = [f"{field} {settings[field]!r}" for field, table in ku.PARTS.items() if settings[field] not in table]
     if own:
         return [f"{folder}: {part} was defined in a notebook cell; put it into {MODULE} and pack again" for part in own]
     try:
@@ -115,7 +122,7 @@ def run_problems(folder, half):
     if problems := plain_files(folder, [path.name]) or json_problems(path):
         return None, problems
     record = ku.read_record(folder)
-    if record.get("status") != "complete":
+    if record.get("status") != "complete" or not record.get("folds"):
         return None, [f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"]
     try:
         problems = setting_problems(folder, record["settings"] | record["resolved"])
@@ -124,8 +131,9 @@ def run_problems(folder, half):
     except (KeyError, TypeError, ValueError) as error:
         return None, [f"{path}: malformed ({type(error).__name__}: {error})"]
     configs, weights = ([f"{fold}/{name}" for fold in folds] for name in ("config.json", "model.safetensors"))
-    tokenizer = [f"tokenizer/{name}" for name in {*TOKENIZER, *(file.name for file in folder.glob("tokenizer/*"))}]
-    bad = plain_files(folder, sorted({"golden.json", *tokenizer, *configs, *weights}))
+    tokenizer = [f"tokenizer/{file.name}" for file in sorted(folder.glob("tokenizer/*")) if not file.is_dir()]
+    needed = ["golden.json", "tokenizer/tokenizer_config.json", *configs, *weights]
+    bad = plain_files(folder, dict.fromkeys([*needed, *tokenizer])) + vocabulary_problems(folder / "tokenizer")
     bad += [f"{folder}/{name}: expected {ku.listing(PLAIN)}" for name in tokenizer if Path(name).suffix not in PLAIN]
     if bad:
         return record, problems + bad
@@ -158,62 +166,76 @@ def half_weights(path, target):
     save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target)
 
 
-def pack_run(folder, half, staging):
-    """({file name: source}, what the manifest says) of a run.
+def prove(run, half, staging):
+    """(the run with weights and golden rows as they are packed, what the manifest says of the proof).
 
-    Its golden predictions are made again from the weights as they are packed, in float32 on this machine, since those
-    of training may be in another precision. Refused where they are not what training predicted.
+    Refused where its golden rows are not predicted as in training. Rounded to fp16, its weights predict others, which
+    become the golden ones.
     """
-    run = ku.load_run(folder)
     try:
         tokenizer, model = ku.open_run(run)
         ku.check_probes(run, tokenizer)
-        predictions = ku.golden_predictions(run, tokenizer, model, "fp32")
-    except (ku.KitError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"{folder}: cannot predict its golden rows ({type(error).__name__}: {error})") from error
-    gaps, allowed = ku.golden_gaps(run, predictions), ku.TOLERANCES[run.golden["precision"]]
-    if not gaps.max() <= allowed:
-        row = run.golden["rows"][int(gaps.argmax())]
-        raise Refused(
-            f"{folder}, fold {row['fold']}, id {row['id']}: the prediction is {gaps.max():.2g} off that of training, "
-            f"{allowed:g} is allowed; the weights or {MODULE.name} are not those of training"
-        )
-    entry = {"golden_moved_since_training": float(gaps.max())}
+        (full,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        told = {"golden_moved_since_training": ku.check_gaps(run, full, "float32"), "half": half}
+    except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
+        raise Refused(f"{run.name}: does not predict what training predicted: {error}") from error
     if half:
+        originals, run = run.weights, run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights})
         for fold, path in run.weights.items():
-            run.weights[fold] = staging / f"{folder.name}.{fold}"
-            half_weights(path, run.weights[fold])
-        rows = [row | {"prediction": list(p)} for row, p in zip(run.golden["rows"], predictions, strict=True)]
-        run = run._replace(golden=run.golden | {"rows": rows})
-        predictions = ku.golden_predictions(run, tokenizer, model, "fp32")
-        entry["golden_moved_by_half"] = float(ku.golden_gaps(run, predictions).max())
-        print(f"{run.name}: fp16 weights move the golden predictions by {entry['golden_moved_by_half']:.1e} at most")
-    rows = [row | {"prediction": p.tolist()} for row, p in zip(run.golden["rows"], predictions, strict=True)]
-    names = {
+            half_weights(originals[fold], path)
+        (rounded,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        told["golden_moved_by_half"] = gap = float(ku.golden_gaps(run, rounded, full).max())
+        if not gap <= (allowed := ku.TOLERANCES["float16"]):
+            raise Refused(f"{run.name}: fp16 weights move a golden prediction by {gap:.2g}, {allowed:g} is allowed")
+        print(f"{run.name}: fp16 weights move the golden predictions by {gap:.1e} at most")
+        rows = zip(run.golden["rows"], rounded.tolist(), strict=True)
+        run = run._replace(golden=run.golden | {"rows": [row | {"prediction": new} for row, new in rows]})
+    return run, told
+
+
+def flat_names(run):
+    """Names of the parts of a run in a bundle, as its manifest tells them."""
+    return {
         "record": f"{run.name}.record.json",
         "config": f"{run.name}.config.json",
         "tokenizer": {name: f"{run.name}.{name}" for name in run.tokenizer},
         "weights": {str(fold): f"{run.name}.fold{fold}.safetensors" for fold in run.weights},
     }
+
+
+def run_sources(folder, run):
+    """[(file name, source)] of the parts of a run."""
+    names = flat_names(run)
     sources = [(names["record"], folder / "record.json"), (names["config"], run.config)]
     sources += [(names["tokenizer"][name], path) for name, path in run.tokenizer.items()]
-    sources += [(names["weights"][str(fold)], path) for fold, path in run.weights.items()]
-    told = {key: run.record[key] for key in ("settings", "resolved", "versions", "oof")}
-    golden = run.golden | {"rows": rows, "precision": "float32"}
-    return sources, names | told | entry | {"golden": golden, "half": half}
+    return sources + [(names["weights"][str(fold)], path) for fold, path in run.weights.items()]
 
 
-def pack_backbone(folder):
-    """({file name: source}, problems) of a backbone that lies in a folder with its tokenizer."""
-    names = [path.name for path in sorted(folder.glob("*")) if path.suffix in (*PLAIN, ".safetensors")]
-    problems = plain_files(folder, {"config.json", *TOKENIZER, *names})
-    for name in names if not problems else []:
+def manifest_entry(run, told):
+    """What the manifest says of a run."""
+    record = {key: run.record[key] for key in ("settings", "resolved", "versions", "oof")}
+    return flat_names(run) | record | told | {"golden": run.golden}
+
+
+def backbone_sources(folder):
+    """([(file name, source)], problems) of a backbone with its tokenizer. Links are followed: hub caches have them."""
+    names = sorted({path.name for pattern in BACKBONE for path in folder.glob(pattern)} | {"config.json"})
+    problems = plain_files(folder, names, links=True) + vocabulary_problems(folder)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        problems.append(f"{folder}: no *.safetensors; pickles are not packed, save the model with save_pretrained")
+    if problems:
+        return [], problems
+    for name in names:
         problems += json_problems(folder / name) if name.endswith(".json") else []
         problems += weight_problems(folder / name) if name.endswith(".safetensors") else []
-    if not any(name.endswith(".safetensors") for name in names):
-        problems.append(
-            f"{folder}: no *.safetensors; a pickle is not packed, save the model with save_pretrained first"
-        )
+    for index in folder.glob("*.safetensors.index.json") if not problems else []:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) - set(weights)
+        problems += [f"{folder / shard}: missing, though {index.name} names it" for shard in sorted(shards)]
+    try:
+        ku.load_tokenizer(folder)
+    except (ku.KitError, OSError) as error:
+        problems.append(str(error))
     return [(name, folder / name) for name in names], problems
 
 
@@ -225,7 +247,7 @@ def lacking(module=MODULE):
     """Distributions that the module imports and Kaggle's image lacks, as `name==version` of what is installed here."""
     nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     names = {name.split(".")[0] for name in names} - {*IMAGE, *sys.stdlib_module_names}
     there = importlib.metadata.packages_distributions()
     found = {there[name][0] for name in names if name in there}
@@ -241,14 +263,9 @@ def download_wheels(requirements, folder):
         return []
     command = [
         sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        *IMAGE_TAGS,
-        "-d",
+        *"-m pip --disable-pip-version-check download --no-deps --only-binary=:all: -d".split(),
         str(folder),
+        *IMAGE_TAGS,
     ]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True)
     if done.returncode:
@@ -256,13 +273,10 @@ def download_wheels(requirements, folder):
     return [(path.name, path) for path in sorted(folder.glob("*.whl"))]
 
 
-def install_line(wheels):
-    """The code that installs wheels from wherever Kaggle mounts them, without internet."""
-    return (
-        "import glob, subprocess, sys\n\n"
-        f"wheels = [glob.glob(f'/kaggle/input/**/{{name}}', recursive=True)[0] for name in {sorted(wheels)!r}]\n"
-        "subprocess.run([sys.executable, '-m', 'pip', 'install', '--no-index', '--no-deps', *wheels], check=True)"
-    )
+INSTALL = """import glob, subprocess, sys
+
+wheels = glob.glob("/kaggle/input/**/*.whl", recursive=True)
+subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), *wheels], check=True)"""
 
 
 # ---------------------------------------------------------------------------------------
@@ -271,9 +285,14 @@ def install_line(wheels):
 
 def manifest_of(runs, dataset, wheels):
     """The content of manifest.json, but the files."""
-    content = {"format": ku.FORMAT, "version": ku.__version__, "dataset": dataset, "runs": runs}
-    content["versions"] = ku.versions()
-    return content | ({"wheels": sorted(wheels), "install": install_line(wheels)} if wheels else {})
+    content = {
+        "format": ku.FORMAT,
+        "version": ku.__version__,
+        "versions": ku.versions(),
+        "dataset": dataset,
+        "runs": runs,
+    }
+    return content | ({"wheels": wheels, "install": INSTALL} if wheels else {})
 
 
 def write_folder(folder, sources, manifest):
@@ -289,25 +308,32 @@ def write_folder(folder, sources, manifest):
 def put_in_place(built, target):
     """Move what is built to where it was asked for. What was there is moved aside and comes back if that fails."""
     aside = built.with_name(f"{built.name}.old")  # it goes with the temporary folder
-    if target.exists():
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         built.rename(target)
-    except OSError:
+    except BaseException:
         if aside.exists():
             aside.rename(target)
         raise
 
 
 def target_problems(target):
-    """Problems of a folder that is to be made, or made again where an earlier call made it."""
-    if target.exists() and not any((target / name).is_file() for name in (ku.MANIFEST, "kernel-metadata.json")):
-        return [f"{target}: exists and is neither a bundle nor a kernel; delete it or choose another name"]
-    return []
+    """[] where a folder may be made: nothing is there, or what this tool made before and nobody added to."""
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {""} if target.exists() else set()
+    try:
+        made = {ku.MANIFEST, ku.METADATA, *ku.read_manifest(target)["files"]} if ku.MANIFEST in names else set()
+    except ku.BundleError:
+        made = set()
+    kernel = {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}
+    if names <= made or names == kernel:
+        return []
+    return [f"{target}: exists and is not what this tool made; delete it or choose another name"]
 
 
 def check(folder):
-    """Verify a bundle as infer.ipynb will, and its metadata; raises KitError with every problem."""
+    """Verify a bundle as infer.ipynb will, and its metadata; KitError with every problem. False if its predictions
+    could not be checked, since it has another module than this clone: running that one is for its owner to decide."""
     manifest, problems = ku.read_manifest(folder), kaggle_metadata.folder_problems(folder)
     metadata = folder / ku.METADATA
     if metadata.is_file() and metadata.read_bytes() != ku.canonical(manifest["dataset"]):
@@ -317,8 +343,10 @@ def check(folder):
         raise ku.BundleError([f"{folder}", *problems])
     if ku.file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
         print(f"predictions not checked: {MODULE} is not the module of the bundle, version {manifest['version']}")
-    elif manifest["runs"]:
+        return False
+    if manifest["runs"]:
         ku.check_golden(ku.open_bundle(folder))
+    return True
 
 
 # ---------------------------------------------------------------------------------------
@@ -370,42 +398,54 @@ def write_kernel(folder, name, notebook, dataset, competition, internet=False, m
     (folder / "kernel-metadata.json").write_bytes(ku.canonical(metadata))
 
 
-def write_kernels(folder, asked, dataset, records, wheels):
-    """Folders for infer, where there are runs, and to train each run again, or a first one with a starter.
+def train_backbone(asked, dataset, run, backbone):
+    """(what train.ipynb must set as backbone, model sources, problems) to train a run again.
 
-    The backbone of a train kernel is the first model source, the backbone in the starter, or what the run
-    names; only the last needs the internet. Returns problems.
+    It is the backbone of the starter; the model source that is alone or has its name; or, with the internet, itself.
     """
-    problems = []
+    if asked.backbone:
+        return dataset["id"].split("/")[1], [], []
+    sources = asked.model_source
+    if len(asked.runs) > 1 or len(sources) > 1:
+        name = ku.short_name(backbone)
+        sources = [source for source in sources if name in map(ku.short_name, source.split("/"))]
+    if len(sources) == 1:
+        return sources[0].split("/")[1], sources, []
+    if asked.model_source:
+        return backbone, [], [f"{run}: {len(sources)} of the --model-source have the name of its backbone {backbone}"]
+    if Path(backbone).expanduser().is_dir():
+        return backbone, [], [f"{run}: backbone {backbone} lies on this machine; attach it with --model-source"]
+    return backbone, [], []
+
+
+def write_kernels(folder, asked, dataset, records, wheels):
+    """Folders to infer, where there are runs, and to train each run again, or a first one with a starter; problems."""
+    problems, notebooks = [], {}
     if records:
-        infer = notebook_with("infer", {})
+        notebooks["infer"] = (notebook_with("infer", {}), False, [])
+    for number, (run, record) in enumerate(records.items() or [("the starter", {"settings": {}})], 1):
+        own = ku.Config.from_dict(record["settings"]).backbone
+        backbone, sources, bad = train_backbone(asked, dataset, run, own)
+        problems += bad
+        notebook, attached = notebook_with("train", train_settings(record, backbone)), bool(sources or asked.backbone)
+        notebooks["train" if len(records) < 2 else f"train-{number}"] = (notebook, not attached, sources)
+    for name, (notebook, internet, sources) in notebooks.items():
         if wheels:
-            infer.cells.insert(3, nbformat.v4.new_code_cell(install_line(wheels)))
-        write_kernel(folder / "infer", "infer", infer, dataset, asked.competition)
-    for number, (run, record) in enumerate(records.items() or [(None, {"settings": {}})], 1):
-        backbone = ku.Config.from_dict(record["settings"]).backbone
-        attached = asked.model_source[0].split("/")[1] if asked.model_source else None
-        if asked.backbone:
-            attached = dataset["id"].split("/")[1]
-        if not attached and Path(backbone).expanduser().is_dir():
-            problems.append(
-                f"{run}: backbone {backbone} lies on this machine; attach it to the kernel with --model-source"
-            )
-        name = "train" if len(records) < 2 else f"train-{number}"
-        notebook = notebook_with("train", train_settings(record, attached or backbone))
-        write_kernel(folder / name, name, notebook, dataset, asked.competition, not attached, asked.model_source)
-    for kernel in sorted(folder.iterdir()):
-        problems += [f"--kernels {kernel.name}: {problem}" for problem in kaggle_metadata.folder_problems(kernel)]
+            notebook.cells.insert(3, nbformat.v4.new_code_cell(INSTALL, id="wheels"))
+        write_kernel(folder / name, name, notebook, dataset, asked.competition, internet, sources)
+        problems += [f"--kernels {name}: {problem}" for problem in kaggle_metadata.folder_problems(folder / name)]
+        problems += target_problems(Path(asked.kernels, name))
     return problems
 
 
-def report(notebook):
+def report(path):
     """An executed notebook as one HTML page that opens without internet: images inside, no script from elsewhere."""
     from nbconvert import HTMLExporter
 
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.pop("widgets", None)  # their scripts would be loaded
     nothing = "require_js_url mathjax_url jquery_url mermaid_js_url mermaid_layout_elk_js_url widget_renderer_url"
-    exporter = HTMLExporter(embed_images=True, **dict.fromkeys(nothing.split(), ""))
-    page, _ = exporter.from_filename(str(notebook))
+    page, _ = HTMLExporter(embed_images=True, **dict.fromkeys(nothing.split(), "")).from_notebook_node(notebook)
     return page
 
 
@@ -413,75 +453,111 @@ def report(notebook):
 # The command line
 
 
-def validate(asked, dataset):
-    """({run folder: record}, files of the backbone), or Refused with everything that can be known before building."""
-    problems = kaggle_metadata.dataset_problems(dataset, Path(asked.output)) + target_problems(Path(asked.output))
+def option_problems(asked, dataset):
+    """Problems of what was asked for, runs and backbone aside."""
+    target = Path(asked.output).resolve()
+    problems = kaggle_metadata.dataset_problems(dataset, target) + target_problems(target)
+    sources = kaggle_metadata.KERNEL_FIELDS["model_sources"](asked.model_source, None)
+    problems += [f"--model-source {problem}" for problem in sources]
+    if asked.kernels:
+        kernels = Path(asked.kernels).resolve()
+        if target.is_relative_to(kernels) or kernels.is_relative_to(target):
+            problems.append(f"--kernels {kernels} and -o {target} must not lie in each other")
+        if not asked.competition:
+            problems.append("--kernels needs --competition, the slug of what the kernels read")
     if asked.report:
         try:
             nbformat.read(asked.report, 4)
-        except (OSError, ValueError, nbformat.ValidationError) as error:
+        except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
             problems.append(f"--report: {asked.report} is not a notebook ({str(error)[:200]})")
-    if asked.kernels and not asked.competition:
-        problems.append("--kernels needs --competition, the slug of what the kernels read")
-    records, backbone = {}, []
+    if asked.push:
+        try:
+            kaggle_push.find_client()
+        except kaggle_push.PushError as error:
+            problems.append(str(error))
+    return problems
+
+
+def validate(asked, dataset, kernels):
+    """({run folder: run}, other sources, wheels wanted), or Refused with all that is known without predicting.
+
+    Kernels are written into their temporary folder, to be checked there.
+    """
+    problems = option_problems(asked, dataset)
+    records, runs, sources = {}, {}, [("kernel_utils.py", MODULE)]
+    can_write = not problems
     for folder in (Path(run).resolve() for run in asked.runs):
         record, bad = run_problems(folder, asked.half)
         problems += bad
         records |= {folder: record} if record else {}
+        runs |= {} if bad else {folder: ku.load_run(folder)}
     problems += alike_problems(records) if records else []
-    if asked.backbone:
-        backbone, bad = pack_backbone(Path(asked.backbone))
-        problems += bad
-    if (wheels := lacking()) and not asked.wheels:
-        problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku.listing(wheels)}; add --wheels")
+    wheels = []
+    try:
+        if asked.backbone:
+            backbone, bad = backbone_sources(ku.find_backbone(asked.backbone))
+            sources, problems = sources + backbone, problems + bad
+        if (wheels := lacking()) and not asked.wheels:
+            problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku.listing(wheels)}; add --wheels")
+    except ku.KitError as error:
+        problems += error.problems
+    everything = sources + [source for folder, run in runs.items() for source in run_sources(folder, run)]
+    names = [name for name, _ in everything] + [ku.MANIFEST]
+    problems += [f"{name}: two files would have this name" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += kaggle_metadata.file_problems({name: source.stat().st_size for name, source in everything})
+    if asked.kernels and can_write and len(records) == len(asked.runs):
+        problems += write_kernels(kernels, asked, dataset, records, wheels)
     if problems:
         raise Refused(problems)
-    return records, backbone
+    return runs, sources, wheels
 
 
-def build(asked, dataset, staging):
-    """Make everything in a temporary folder and verify it there: the bundle, the kernels in `kernels`, the report."""
-    records, backbone = validate(asked, dataset)
-    sources, runs = [("kernel_utils.py", MODULE), *backbone], {}
-    for folder in records:
-        files, runs[folder.name] = pack_run(folder, asked.half, staging)
-        sources += files
-    wheels = download_wheels(lacking(), staging) if asked.wheels else []
-    sources += wheels
-    names = [name for name, _ in sources] + [ku.MANIFEST]
-    problems = [f"{name}: two files would have this name" for name in sorted(set(names)) if names.count(name) > 1]
-    problems += kaggle_metadata.file_problems({name: source.stat().st_size for name, source in sources})
-    (staging / "kernels").mkdir()
-    if asked.kernels:
-        problems += write_kernels(staging / "kernels", asked, dataset, records, dict(wheels))
-        problems += [
-            p for made in (staging / "kernels").iterdir() for p in target_problems(Path(asked.kernels, made.name))
-        ]
+def build(asked, dataset, staging, kernels):
+    """Make everything in temporary folders and verify it there: the bundle, the kernels, the report."""
+    runs, sources, wanted = validate(asked, dataset, kernels)
+    entries, problems = {}, []
+    for folder, run in runs.items():
+        try:
+            packed, told = prove(run, asked.half, staging)
+        except Refused as error:
+            problems += error.problems
+        else:
+            sources += run_sources(folder, packed)
+            entries[run.name] = manifest_entry(packed, told)
     if problems:
         raise Refused(problems)
+    wheels = download_wheels(wanted, staging) if asked.wheels else []
+    bad = kaggle_metadata.file_problems({name: path.stat().st_size for name, path in wheels})
+    if bad:
+        raise Refused(bad)
     (staging / "bundle").mkdir()
-    write_folder(staging / "bundle", sources, manifest_of(runs, dataset, dict(wheels)))
+    manifest = manifest_of(entries, dataset, [name for name, _ in wheels])
+    write_folder(staging / "bundle", sources + wheels, manifest)
     check(staging / "bundle")
     if asked.report:
         (staging / "report.html").write_text(report(asked.report), encoding="utf-8")
 
 
 def pack(asked):
-    """Build beside the target, then move what is built to its place. Returns the folders made."""
-    target, dataset = Path(asked.output), {"id": asked.id, "title": asked.title, "licenses": [{"name": asked.license}]}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=target.parent) as staging:
-        staging = Path(staging)
-        build(asked, dataset, staging)
-        put_in_place(staging / "bundle", target)
-        made = [target]
-        for kernel in sorted((staging / "kernels").iterdir()):
-            Path(asked.kernels).mkdir(parents=True, exist_ok=True)
-            made.append(Path(asked.kernels, kernel.name))
-            put_in_place(kernel, made[-1])
+    """Build beside the targets, then move what is built to its place, the bundle last. Returns the folders made."""
+    target, kernels = Path(asked.output), Path(asked.kernels) if asked.kernels else None
+    dataset = {"id": asked.id, "title": asked.title, "licenses": [{"name": asked.license}]}
+    with contextlib.ExitStack() as stack:
+        staging = []
+        for place in filter(None, (target, kernels)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=".bundle-", dir=place.parent)
+            staging.append(Path(stack.enter_context(folder)))
+        build(asked, dataset, staging[0], staging[-1])
+        made = []
+        for kernel in sorted(staging[1].iterdir()) if kernels else []:
+            kernels.mkdir(exist_ok=True)
+            put_in_place(kernel, kernels / kernel.name)
+            made.append(kernels / kernel.name)
         if asked.report:
-            (staging / "report.html").replace(target.with_name(f"{target.name}.html"))
-    return made
+            (staging[0] / "report.html").replace(target.with_name(f"{target.name}.html"))
+        put_in_place(staging[0] / "bundle", target)
+    return [target, *made]
 
 
 OPTIONS = (  # flag, keywords of argparse
@@ -491,7 +567,7 @@ OPTIONS = (  # flag, keywords of argparse
     ("--license", dict(default="other", help="one of Kaggle's licence names (default: other)")),
     ("--half", dict(action="store_true", help="store weights as fp16: half the size, predictions move a little")),
     ("--starter", dict(action="store_true", help="pack the module, and a backbone if given, for training kernels")),
-    ("--backbone", dict(metavar="DIR", help="with --starter: config.json, *.safetensors and the tokenizer")),
+    ("--backbone", dict(metavar="DIR", help="with --starter: folder of a backbone, or a name that train.ipynb takes")),
     ("--wheels", dict(action="store_true", help="add wheels of what the module imports and Kaggle's image lacks")),
     ("--kernels", dict(metavar="DIR", help="also make folders that `kaggle kernels push` takes: infer and train")),
     ("--competition", dict(metavar="SLUG", help="competition that the kernels read")),
@@ -523,18 +599,20 @@ def main():
     asked = parse()
     try:
         if asked.check:
-            check(Path(asked.check))
-            print(f"{asked.check}: sound")
+            print(
+                f"{asked.check}: sound" if check(Path(asked.check)) else f"{asked.check}: files and metadata are sound"
+            )
             return
         target, *kernels = pack(asked)
+        # training again takes hours of a weekly quota: only a starter's kernel is pushed without being named
+        used = [folder for folder in kernels if asked.starter or folder.name == "infer"]
         print(f"made {ku.listing([target, *kernels])}; to upload and submit:")
-        print("", *kaggle_push.commands([target, *kernels]), sep="\n  ")
-        if asked.competition and asked.runs:
+        print("", *kaggle_push.commands([target, *used]), sep="\n  ")
+        if used and asked.runs:
             submit = f"{asked.competition} -k {asked.id}-infer -f submission.csv -v VERSION -m NOTE"
             print(f"  kaggle competitions submit {submit}")
-        if asked.push:  # training takes hours of a weekly quota: with a bundle of runs, a person decides on it
-            used = [folder for folder in kernels if asked.starter or folder.name == "infer"]
-            kaggle_push.push([target, *used], f"kernel_utils {ku.__version__}", 600)
+        if asked.push:
+            kaggle_push.push([target, *used], f"kernel_utils {ku.__version__}", 1800)
     except (ku.KitError, kaggle_push.PushError, OSError) as error:
         sys.exit(str(error))
 

@@ -339,11 +339,6 @@ def kernel_problems(metadata, folder):
     return [f"{KERNEL_FILE}: {problem}" for problem in found]
 
 
-def slug_problems(what, name, low=6, high=50):
-    """Problems of an owner/slug that comes from elsewhere, such as the command line; `what` begins the messages."""
-    return [f"{what} {problem}" for problem in identifier(low, high)(name, None)]
-
-
 # ---- 4. The files of a dataset ----
 
 ARCHIVES = tuple(".zip .7z .rar .tar .gz .tgz .bz2 .tbz2 .xz .txz .zst".split())
