@@ -2435,8 +2435,8 @@ def summary(name, record):
 
 FORMAT, MANIFEST, METADATA = "kernel_utils bundle 1", "manifest.json", "dataset-metadata.json"
 
-# Largest |difference| / max(1, |golden prediction|) by the precision of a prediction. On 150 texts of CLEAR, MiniLM's
-# were 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+# Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
+# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -2488,6 +2488,7 @@ def manifest_problems(manifest):
             needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
             bad = [name for name in parts["tokenizer"] if Path(name).name != name]  # copied under these names
             problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
+            problems += [] if parts["golden"]["rows"] and parts["golden"]["texts"] else ["a run has nothing to prove"]
     except (KeyError, TypeError, AttributeError) as error:
         return [f"malformed ({type(error).__name__}: {error})"]
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
@@ -2679,7 +2680,8 @@ def golden_predictions(run, tokenizer, model, precisions):
 
 
 def golden_gaps(run, predictions, golden):
-    """Distance of every row of predictions (n, K) from what it must be, as in TOLERANCES: (n,)."""
+    """Distance (n,) of predictions (n, K) from what they must be, in units of 1, of the standard deviation of the
+    targets, or of the prediction, whichever is largest."""
     scale = np.maximum(max(1, run.record["oof"].get("target_sd", 1)), np.abs(golden))
     return (abs(predictions - np.array(golden)) / scale).max(1)
 

@@ -626,6 +626,8 @@ MANIFESTS = {
     "files are a list": (lambda m: m.update(files=[]), "manifest.json"),
     "no runs": (lambda m: m.pop("runs"), "manifest.json"),
     "a run is a text": (lambda m: m["runs"].update(one="x"), "manifest.json"),
+    "no golden rows": (lambda m: m["runs"]["one"]["golden"].update(rows=[]), "a run has nothing to prove"),
+    "nothing golden": (lambda m: m["runs"]["one"].pop("golden"), "malformed (KeyError: 'golden')"),
     "a size is missing": (lambda m: m["files"]["kernel_utils.py"].pop("bytes"), "manifest.json"),
 }
 

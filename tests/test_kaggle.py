@@ -117,26 +117,52 @@ def test_a_bundle_under_any_mount_predicts_offline_what_training_predicted(layou
     assert "10 rows by 2 models in" in out and "rows/s" in out and "1 process on" in out
 
 
+def alone(command, **options):
+    """Run a command in a network namespace where only loopback is up; skips where none can be made."""
+    inside = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("this machine makes no network namespaces (unshare, ip)")
+    return subprocess.run([*inside, *command], capture_output=True, text=True, **options)
+
+
 @pytest.mark.slow
 def test_where_only_loopback_is_up_an_ensemble_predicts_the_mean_of_its_runs(kaggle, dist, runs):
-    inside = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
-    if subprocess.run([*inside, "true"], capture_output=True).returncode:
-        pytest.skip("this machine makes no network namespaces (unshare, ip)")
     env, work = kaggle({BUNDLES["new"]: dist("one", "two"), COMPETITIONS["new"]: runs.parent / "competition"})
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "--no-progress-bar",
-        ROOT / "notebooks" / "infer.ipynb",
-        work / "out.ipynb",
-    ]
-    done = subprocess.run([*inside, *command], cwd=work, env=os.environ | env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "infer.ipynb", work / "out.ipynb"]
+    done = alone(command, cwd=work, env=os.environ | env)
     assert done.returncode == 0, done.stderr
     assert not Path(env["NETWORK_LOG"]).exists()
     one, two = (submission(runs / name) for name in ("one", "two"))
     expected = one.assign(target=(one["target"] + two["target"]) / 2)
     pd.testing.assert_frame_equal(submission(work), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_from_training_on_the_sample_to_a_submission_where_only_loopback_is_up(kaggle, tmp_path):
+    """The default backbone, whose weights are real; everything by the commands of the README."""
+    sample = ROOT / "notebooks" / "sample"
+    small = [
+        ("max_rows", 40),
+        ("n_folds", 2),
+        ("epochs", 1),
+        ("output_dir", tmp_path / "runs"),
+        ("run_name", "reading"),
+    ]
+    done, _ = papermill("train.ipynb", tmp_path / "train.ipynb", ("data_dir", sample), *small)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, ROOT / "tools" / "bundle.py", tmp_path / "runs" / "reading", "-o", tmp_path / "reading"]
+    command += ["--id", "me/reading-bundle", "--title", "Reading bundle", "--report", tmp_path / "train.ipynb"]
+    command += ["--kernels", tmp_path / "kernels", "--competition", "commonlitreadabilityprize"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "out-of-fold over 40 rows" in (tmp_path / "reading.html").read_text()
+    inputs = {"datasets/me/reading-bundle": tmp_path / "reading", "competitions/commonlitreadabilityprize": sample}
+    env, work = kaggle(inputs)
+    command = [sys.executable, "-m", "papermill", tmp_path / "kernels" / "infer" / "infer.ipynb", work / "out.ipynb"]
+    done = alone(command, cwd=work, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    expected = submission(tmp_path / "runs" / "reading")
+    pd.testing.assert_frame_equal(submission(work), expected, rtol=0, atol=1e-5)
+    assert len(expected) == 49 and not Path(env["NETWORK_LOG"]).exists()
 
 
 @pytest.mark.slow

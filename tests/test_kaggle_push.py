@@ -1,5 +1,6 @@
 """tools/kaggle_push.py with the real client against the stand-in of fake_kaggle.py, and its parts alone."""
 
+import hashlib
 import json
 import os
 import re
@@ -35,8 +36,8 @@ def bundle(tmp_path):
     metadata = {"id": BUNDLE, "title": "My bundle", "licenses": [{"name": "CC0-1.0"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(metadata))
     (folder / "weights.bin").write_bytes(bytes(range(256)) * 800)
-    (folder / "error analysis.csv").write_text("row\n")
-    (folder / "Upload unsuccessful.json").write_text("{}\n")
+    (folder / "error-analysis.csv").write_text("row\n")
+    (folder / "Upload-unsuccessful.json").write_text("{}\n")
     return folder
 
 
@@ -214,8 +215,28 @@ def test_folders_that_cannot_be_pushed_are_named_before_the_client_runs(bundle, 
     for path in bundle.iterdir():
         path.unlink()
     (bundle / "dataset-metadata.json").write_text('{"id": "me/my-bundle"}')
-    (bundle / "dataset-cover-image.png").write_bytes(b"a picture for the page")
     assert "has no file to upload" in refused(bundle)
+
+
+def test_what_kaggle_would_refuse_or_lose_and_what_was_damaged_is_refused_before_the_client_runs(
+    bundle, notebook, monkeypatch
+):
+    monkeypatch.setattr(kaggle_push, "client", None)
+    files = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents(bundle).items()}
+    (bundle / "manifest.json").write_text(json.dumps({"format": "kernel_utils bundle 1", "files": files}))
+    kaggle_push.check(bundle)
+    (bundle / "weights.bin").write_bytes(bytes(range(255, -1, -1)) * 800)
+    (bundle / "a&b.txt").write_text("x")
+    infer = notebook(INFER, title="Another one")
+    metadata = json.loads((infer / "kernel-metadata.json").read_text())
+    del metadata["enable_internet"]
+    (infer / "kernel-metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(kaggle_push.PushError) as error:
+        kaggle_push.push([bundle], "a note", 1)
+    assert "weights.bin is not what was packed" in str(error.value) and "a&b.txt" in str(error.value)
+    with pytest.raises(kaggle_push.PushError) as error:
+        kaggle_push.push([infer], "a note", 1)
+    assert "enable_internet is missing" in str(error.value) and "title must become the slug" in str(error.value)
 
 
 # ---- datasets that are not what they should be
@@ -328,7 +349,6 @@ def test_a_notebook_that_lost_an_input_is_an_error_that_names_it(kaggle, noteboo
         ("SaveKernel", "refused", "was not pushed, or the answer got lost.*Kernel push error: not allowed"),
         ("GetKernelSessionStatus", 500, "version 1 was pushed, but cannot be seen.*500 Server Error"),
         ("status", "ERROR", "version 1 was pushed, but its run failed.*a cell failed"),
-        ("title", "Another one", "version 1: its title stands for another address.*does not resolve"),
     ],
 )
 def test_a_push_of_a_notebook_that_is_not_confirmed_is_an_error(operation, kind, message, kaggle, notebook):
@@ -336,7 +356,7 @@ def test_a_push_of_a_notebook_that_is_not_confirmed_is_an_error(operation, kind,
         kaggle.kernel_status = [kind]
     else:
         kaggle.fail(operation, kind)
-    done = push(kaggle, notebook(INFER, **({"title": kind} if operation == "title" else {})))
+    done = push(kaggle, notebook(INFER))
     assert done.returncode == 1 and re.search(f"^{INFER} {message}", done.stderr, re.S | re.M)
 
 

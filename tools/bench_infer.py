@@ -25,7 +25,8 @@ import kernel_utils as ku
 def mixed_lengths(texts, rows, tokenizer):
     """`rows` pieces of the texts with token counts drawn from a log-normal distribution."""
     words = " ".join(texts).split()
-    tokens_a_word = len(tokenizer(" ".join(words[:5000]), verbose=False)["input_ids"]) / 5000
+    some = words[:5000]
+    tokens_a_word = len(tokenizer(" ".join(some), verbose=False)["input_ids"]) / len(some)
     rng = np.random.default_rng(0)
     counts = (rng.lognormal(np.log(150), 0.7, rows).clip(20, 500) / tokens_a_word).astype(int)
     starts = rng.integers(0, len(words) - 500, rows)

@@ -14,6 +14,7 @@ goes unnoticed: the client shows dropped datasets, notebooks and competitions on
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -27,8 +28,10 @@ import threading
 import time
 from pathlib import Path
 
-KINDS = {"dataset-metadata.json": "dataset", "kernel-metadata.json": "kernel"}  # metadata file -> kind of folder
-COVER = re.compile(r"dataset-cover-image\.(png|jpe?g|webp)")  # a picture for the page, no file of the dataset
+sys.path.insert(0, str(Path(__file__).parent))
+import kaggle_metadata
+
+KINDS = {kaggle_metadata.DATASET_FILE: "dataset", kaggle_metadata.KERNEL_FILE: "kernel"}
 GRACE = 20  # seconds for an upload to show that the client calls failed: perhaps only the answer was lost
 ANSWER = 120  # seconds for the client to answer a question
 
@@ -190,8 +193,8 @@ def sizes(folder):
     odd = sorted(path.name for path in folder.iterdir() if not path.is_file())
     if odd:
         raise PushError(f"{folder} may hold files only, the client leaves out: {', '.join(odd)}")
-    names = {path.name: path.stat().st_size for path in folder.iterdir() if not COVER.fullmatch(path.name)}
-    del names["dataset-metadata.json"]
+    names = {path.name: path.stat().st_size for path in folder.iterdir()}
+    del names[kaggle_metadata.DATASET_FILE]
     if not names:
         raise PushError(f"{folder} has no file to upload")
     return names
@@ -214,6 +217,31 @@ def plan(folders):
         if pushes[-1][0] == "dataset":
             sizes(folder)
     return sorted(pushes, key=lambda item: item[0])
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder):
+    """Files that are not what the manifest of a bundle says: after the upload, only sizes can be compared."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    if not isinstance(manifest, dict) or not str(manifest.get("format")).startswith("kernel_utils"):
+        return []
+    there = {name: sha256(folder / name) for name in sizes(folder)}
+    return [
+        f"{name} is not what was packed"
+        for name, told in manifest["files"].items()
+        if there.get(name) != told["sha256"]
+    ]
+
+
+def check(folder):
+    """A PushError with what Kaggle would refuse or lose of a folder, and what was damaged since it was packed."""
+    if problems := kaggle_metadata.folder_problems(folder) + damage(folder):
+        raise PushError("\n".join(f"{folder}: {problem}" for problem in problems))
 
 
 def push_dataset(ref, folder, notes, wait):
@@ -246,8 +274,6 @@ def push_kernel(ref, folder):
     dropped = re.findall(r"not valid (\w+ sources) .*: (.*)", output)
     if dropped:
         raise PushError(f"{name} was pushed without its {'; '.join(map(' '.join, dropped))}")
-    if "does not resolve to the specified" in output:
-        raise PushError(f"{name}: its title stands for another address, where Kaggle may have put it{tail(output)}")
     code, output = client("kernels", "status", ref)
     status = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', output)
     if code or not status:
@@ -260,6 +286,8 @@ def push_kernel(ref, folder):
 def push(folders, notes, wait):
     """Upload the folders, datasets first; a line for each that is verified, a PushError for the first that is not."""
     pushes = plan(folders)
+    for _, _, folder in pushes:
+        check(folder)
     find_client()
     for kind, ref, folder in pushes:
         push_dataset(ref, folder, notes, wait) if kind == "dataset" else push_kernel(ref, folder)
