@@ -864,7 +864,7 @@ def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_trai
             call("dist", runs / "two", *NAMES, *model),
         ):
             assert done.returncode == 0, done.stderr
-        assert "me/my-bundle version 2: 9 files" in done.stdout and "all there" in done.stdout
+        assert "me/my-bundle version 2: 8 files" in done.stdout and "all there" in done.stdout
         uploaded = {name: data for name, data in contents(tmp_path / "dist").items() if name != "dataset-metadata.json"}
         assert kaggle.datasets["me/my-bundle"][-1] == uploaded and len(kaggle.datasets["me/my-kit"]) == 1
         assert kaggle.kernels.keys() == {"me/my-kit-train", "me/my-bundle-infer"} and kaggle.count("FOREIGN") == 0

@@ -241,6 +241,7 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     trained = {path.name: ku.read_record(path) for path in (work / "runs").iterdir()}
     assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
     assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku.read_record(runs / "one")["oof"]["last"])
+    shutil.move(work / "runs", tmp_path / "output")  # infer.ipynb runs in another kernel
     done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
