@@ -548,6 +548,30 @@ def room_for_output(folder):
     return min(free, KAGGLE_OUTPUT - used)
 
 
+FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+HARMLESS = FOREIGN_CODE  # while nobody follows them: many architectures that transformers has still name code
+FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
+def foreign_code(content):
+    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
+    among others): those named so, and an attention implementation that is the name of a hub repository."""
+    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        if key in FOREIGN_CODE or (str(key).endswith("attn_implementation") and "/" in str(value)):
+            found.append(key)
+        if isinstance(value, (dict, list)):
+            found += foreign_code(value)
+    return found
+
+
+def check_config(path, harmless=()):
+    """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
+    keys = foreign_code(json.loads(Path(path).read_text(encoding="utf-8")))
+    if keys := [key for key in keys if key not in harmless]:
+        raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+
+
 # ---------------------------------------------------------------------------------------
 # 4. Data and folds
 
@@ -811,7 +835,8 @@ def load_tokenizer(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ImportError, ValueError) as error:  # spm.model alone needs sentencepiece, which the message may not say
         raise KitError(f"no tokenizer from {folder}, add tokenizer.json or install sentencepiece: {error}") from None
-    tokenizer.init_kwargs.pop("auto_map", None)  # as in load_config
+    for key in HARMLESS:  # they would be saved with a run, and refused there
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -1317,33 +1342,11 @@ def model_class(config):
     return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
 
 
-FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
-
-
-def foreign_code(content):
-    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
-    among others): those named so, and an attention implementation that is the name of a hub repository."""
-    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
-    for key, value in items:
-        if key in FOREIGN_CODE or (str(key).endswith("attn_implementation") and "/" in str(value)):
-            found.append(key)
-        if isinstance(value, (dict, list)):
-            found += foreign_code(value)
-    return found
-
-
-def check_config(path, harmless=()):
-    """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
-    keys = foreign_code(json.loads(Path(path).read_text(encoding="utf-8")))
-    if keys := [key for key in keys if key not in harmless]:
-        raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
-
-
 def load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    vars(config).pop("auto_map", None)  # nobody follows it, and saved with a run it would be refused
+    for key in HARMLESS:
+        vars(config).pop(key, None)
     old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
@@ -2357,7 +2360,7 @@ def train(frame, cfg):
     """
     began, asked = time.perf_counter(), cfg
     backbone = find_backbone(cfg.backbone)
-    check_config(backbone / "config.json", harmless=["auto_map", "custom_pipelines"])
+    check_config(backbone / "config.json", HARMLESS)
     tokenizer = load_tokenizer(backbone)
     cfg = cfg.resolved(transformers.AutoConfig.from_pretrained(backbone, local_files_only=True))
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
@@ -2483,6 +2486,7 @@ def manifest_problems(manifest):
     problems = []
     try:
         files = {name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}}
+        manifest["dataset"]["id"], manifest["version"]
         needed = {"kernel_utils.py"}
         for parts in manifest["runs"].values():
             needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
@@ -2539,9 +2543,6 @@ def make_run(name, record, golden, config, tokenizer, weights):
     if cfg.precision == "bf16" and emulated:
         print(f"{name}: {device_name()} has no bf16, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    if cfg.attention == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
-        print(f"{name}: there is no flash_attention_2 here, so transformers' choice instead")
-        cfg = dataclasses.replace(cfg, attention="")
     return Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
@@ -2735,11 +2736,16 @@ def predict_runs(bundle, frame, batch_tokens):
     return np.mean([predict_run(run, frame, batch_tokens) for run in bundle.runs], axis=0)
 
 
+def equal_gpus():
+    """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
+    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
+
+
 def start_process(number, bundle, frame, batch_tokens, folder):
     """Predict a frame in a process of its own, on the GPU that has this number here; its output file and log lie in
     `folder`. It reads the runs anew. (Threads would wait for each other: most of the time goes into launching.)"""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
     job, output, log = (Path(folder) / f"{number}.{kind}" for kind in ("json", "npy", "log"))
     cells = {name: list(frame[name]) for run in bundle.runs for name in input_columns(run.cfg)}
     told = dict(bundle=str(bundle.folder), runs=[run.name for run in bundle.runs], device=device_name())
@@ -2766,11 +2772,11 @@ def predict_job(path):
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """Mean over runs of the means of their folds, (N, K), in target units or probabilities; prints rows a second.
 
-    Rows are split over `processes`, as many as there are GPUs unless set. This process predicts a share too, so
+    Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
     that one GPU, or the CPU, needs no other. A few rows take the same way as many.
     """
     began = time.perf_counter()
-    count = min(processes or max(1, torch.cuda.device_count()), len(frame))
+    count = min(processes or max(1, len(equal_gpus())), len(frame))
     parts = [table[getattr(run.cfg, field)] for run in bundle.runs for field, table in PARTS.items()]
     if count > 1 and (cells := [part.__name__ for part in parts if part.__module__ != __name__]):
         print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")

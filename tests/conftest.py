@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # faster for models this small
 
 def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
-    if "gpu" not in config.option.markexpr:
+    if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -383,13 +383,14 @@ def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, ba
         ku.check_room(tmp_path, folder, 3, cfg)
 
 
+@pytest.mark.parametrize("key", ku.HARMLESS)
 def test_a_backbone_whose_config_names_code_trains_without_it_and_leaves_a_run_that_loads(
-    tiny, backbone_folder, tmp_path
+    key, tiny, backbone_folder, tmp_path
 ):
     """transformers has many architectures itself whose hub configs still name code of their authors."""
     folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
     for name in ("config.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text()) | {"auto_map": {"AutoModel": "modeling.Evil"}}
+        content = json.loads((folder / name).read_text()) | {key: {"AutoModel": "modeling.Evil"}}
         (folder / name).write_text(json.dumps(content))
     run = trained(ku.dataclasses.replace(tiny(run_folds="0"), backbone=str(folder)))
     ku.check_golden(ku.load_bundle(run))

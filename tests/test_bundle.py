@@ -190,12 +190,13 @@ def test_what_this_tool_made_is_replaced_unless_somebody_added_to_it(packed, tmp
     (tmp_path / "web" / "manifest.json").write_text('{"name": "a web page"}')
     (tmp_path / "infer").mkdir()
     for name in ("kernel-metadata.json", "infer.ipynb"):
-        (tmp_path / "infer" / name).write_text("{}")
+        (tmp_path / "infer" / name).write_text('{"id": "me/x-infer"}')
     (tmp_path / "file").write_text("x")
-    assert bundle.target_problems(tmp_path / "infer") == []
+    assert bundle.target_problems(tmp_path / "infer", "me/x-infer") == []
+    assert bundle.target_problems(tmp_path / "infer", "me/y-infer") != []
     (tmp_path / "infer" / "mine.py").write_text("x")
     for name in ("target", "web", "infer", "file"):
-        assert "exists and is not what this tool made" in bundle.target_problems(tmp_path / name)[0]
+        assert "exists and is not what this tool made" in bundle.target_problems(tmp_path / name, "me/x-infer")[0]
 
 
 @pytest.mark.parametrize(("target", "kernels"), [("dist/infer", "dist"), ("dist", "dist/kernels"), ("dist", "dist")])
@@ -229,7 +230,8 @@ def table(name):
         "binary": np.where(rank > 30, "yes", "no"),
         "multiclass": np.select([rank <= 20, rank <= 40], list("ab"), "c"),
     }
-    return frame.assign(target=labels.get(name, frame["target"]), other=-frame["target"])
+    two = {"a": (rank > 30).astype(int), "b": (rank % 2 == 0).astype(int)}
+    return frame.assign(target=labels.get(name, frame["target"]), other=-frame["target"], **two)
 
 
 TASKS = {
@@ -237,6 +239,8 @@ TASKS = {
     "several targets": dict(target_columns="target,other"),
     "binary": dict(task="binary"),
     "multiclass": dict(task="multiclass"),
+    "multilabel": dict(task="multilabel", target_columns="a,b"),
+    "best of one fold": dict(checkpoint="best", evals_per_epoch=3, run_folds="1", lr=0.02, epochs=2),
 }
 
 
@@ -244,7 +248,7 @@ TASKS = {
 def test_a_run_of_every_kind_of_task_predicts_the_same_from_its_bundle(task, call, tiny, competition, tmp_path):
     frame = table(task)
     frame.to_csv(competition / "train.csv", index=False)
-    frame[:9].drop(columns=["target", "other"]).to_csv(competition / "test.csv", index=False)
+    frame[:9].drop(columns=["target", "other", "a", "b"]).to_csv(competition / "test.csv", index=False)
     (competition / "sample_submission.csv").unlink()
     expected = pd.read_csv(trained(tiny(run_name="run", **TASKS[task])) / "submission.csv", dtype={"id": str})
     call(tmp_path / "runs" / "run", "-o", tmp_path / "dist", *NAMES)
@@ -589,6 +593,32 @@ def test_runs_that_predict_other_things_are_not_packed_together(runs, one, refus
     assert "three: target_columns must be as in" in message and "got 'other'" in message
 
 
+def test_a_run_that_a_t4_could_not_predict_with_in_float16_is_warned_of(one, call, tmp_path):
+    assert "warning" not in call(one, "-o", tmp_path / "sound", *NAMES)
+    for fold in (0, 1):  # a unit of the backbone beyond what float16 holds, which the head does not see
+        path = one / f"fold{fold}" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["backbone.encoder.layer.0.intermediate.dense.bias"][0] = 1e5
+        tensors["backbone.encoder.layer.0.output.dense.weight"][:, 0] = 0
+        save_file(tensors, path)
+    golden = ku.load_run(one)
+    (predictions,) = ku.golden_predictions(golden, *ku.open_run(golden), ["fp32"]).values()
+    rows = zip(golden.golden["rows"], predictions.tolist(), strict=True)
+    rows = [row | {"prediction": prediction} for row, prediction in rows]
+    (one / "golden.json").write_text(json.dumps(golden.golden | {"rows": rows}))
+    assert "warning: a T4 will refuse one, train it with precision fp32" in call(one, "-o", tmp_path / "dist", *NAMES)
+
+
+def test_a_run_that_is_given_twice_is_refused(runs, refused, tmp_path):
+    assert "one: given twice" in refused(runs / "one", runs / "one", "-o", tmp_path / "dist", *NAMES)
+
+
+def test_the_parts_of_a_notebook_cell_are_named_with_kernels_too(one, refused, tmp_path):
+    HOSTILE["head of a cell"][0](one)
+    arguments = ["-o", tmp_path / "dist", *NAMES, "--kernels", tmp_path / "k", "--competition", "commonlit"]
+    assert "head 'median' was defined in a notebook cell; put it into" in refused(one, *arguments)
+
+
 def test_two_runs_of_one_name_are_not_packed_together(runs, one, refused, tmp_path):
     assert "two runs are called one; rename one folder" in refused(runs / "one", one, "-o", tmp_path / "dist", *NAMES)
 
@@ -626,6 +656,7 @@ MANIFESTS = {
     "files are a list": (lambda m: m.update(files=[]), "manifest.json"),
     "no runs": (lambda m: m.pop("runs"), "manifest.json"),
     "a run is a text": (lambda m: m["runs"].update(one="x"), "manifest.json"),
+    "no dataset": (lambda m: m.pop("dataset"), "malformed (KeyError: 'dataset')"),
     "no golden rows": (lambda m: m["runs"]["one"]["golden"].update(rows=[]), "a run has nothing to prove"),
     "nothing golden": (lambda m: m["runs"]["one"].pop("golden"), "malformed (KeyError: 'golden')"),
     "a size is missing": (lambda m: m["files"]["kernel_utils.py"].pop("bytes"), "manifest.json"),
@@ -733,7 +764,7 @@ def test_a_setting_that_the_cell_lacks_becomes_a_line_and_a_text_with_quotes_sta
 
 def test_a_train_kernel_without_its_backbone_is_refused(refused, runs, tmp_path):
     arguments = ["-o", tmp_path / "dist", *NAMES, "--kernels", tmp_path / "kernels", "--competition", "commonlit"]
-    assert "lies on this machine; attach it with --model-source" in refused(runs / "one", *arguments)
+    assert "is in no hub; attach it with --model-source" in refused(runs / "one", *arguments)
     assert "--model-source [0] must be owner/model" in refused(runs / "one", *arguments, "--model-source", "bert")
     assert not (tmp_path / "dist").exists() and not (tmp_path / "kernels").exists()
 

@@ -330,8 +330,8 @@ def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp
     assert not (tmp_path / "out.npy").exists()
 
 
-@pytest.mark.parametrize(("visible", "given"), [(None, ["1", "2"]), ("0,1,2", ["1", "2"]), ("5,7,9", ["7", "9"])])
-def test_every_other_process_gets_a_gpu_of_its_own(visible, given, dist, monkeypatch):
+@pytest.mark.parametrize(("visible", "given"), [(None, ["1", "3"]), ("0,1,2,3", ["1", "3"]), ("5,7,8,9", ["7", "9"])])
+def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, monkeypatch):
     started = []
 
     class Process(subprocess.Popen):
@@ -339,9 +339,12 @@ def test_every_other_process_gets_a_gpu_of_its_own(visible, given, dist, monkeyp
             started.append(env["CUDA_VISIBLE_DEVICES"])
             super().__init__([sys.executable, "-c", "raise SystemExit(3)"], **streams)
 
-    monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: 3)
+    names = ["T4", "T4", "P100", "T4"]
+    monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(ku.torch.cuda, "get_device_name", lambda i=0: names[i])
+    monkeypatch.setattr(ku, "device_name", lambda: "T4")
     monkeypatch.setattr(ku.subprocess, "Popen", Process)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ku.KitError, match="process 1 of 3 ended with exit code 3"):

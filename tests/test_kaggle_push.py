@@ -14,6 +14,8 @@ import kaggle_push
 import pytest
 from fake_kaggle import FakeKaggle
 
+import kernel_utils as ku
+
 TOOL = Path(kaggle_push.__file__)
 BUNDLE, TRAIN, INFER = "me/my-bundle", "me/my-train", "me/my-infer"
 real_client = pytest.mark.skipif(  # importing kaggle would sign in to Kaggle, so look for its command instead
@@ -222,9 +224,15 @@ def test_what_kaggle_would_refuse_or_lose_and_what_was_damaged_is_refused_before
     bundle, notebook, monkeypatch
 ):
     monkeypatch.setattr(kaggle_push, "client", None)
+    (bundle / "kernel_utils.py").write_text("pass")
     files = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents(bundle).items()}
-    (bundle / "manifest.json").write_text(json.dumps({"format": "kernel_utils bundle 1", "files": files}))
+    (bundle / "manifest.json").write_bytes(ku.canonical(ku.sealed({"format": "kernel_utils bundle 1", "files": files})))
     kaggle_push.check(bundle)
+    manifest = (bundle / "manifest.json").read_text()
+    for broken in (manifest.replace("bundle 1", "bundle 2"), manifest[:-9], "[]"):
+        (bundle / "manifest.json").write_text(broken)
+        assert kaggle_push.damage(bundle)[0].startswith("manifest.json is not what was packed")
+    (bundle / "manifest.json").write_text(manifest)
     (bundle / "weights.bin").write_bytes(bytes(range(255, -1, -1)) * 800)
     (bundle / "a&b.txt").write_text("x")
     infer = notebook(INFER, title="Another one")
@@ -233,7 +241,8 @@ def test_what_kaggle_would_refuse_or_lose_and_what_was_damaged_is_refused_before
     (infer / "kernel-metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(kaggle_push.PushError) as error:
         kaggle_push.push([bundle], "a note", 1)
-    assert "weights.bin is not what was packed" in str(error.value) and "a&b.txt" in str(error.value)
+    for name in ("weights.bin", "a&b.txt"):
+        assert f"{name} is not what was packed" in str(error.value)
     with pytest.raises(kaggle_push.PushError) as error:
         kaggle_push.push([infer], "a note", 1)
     assert "enable_internet is missing" in str(error.value) and "title must become the slug" in str(error.value)

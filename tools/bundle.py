@@ -35,9 +35,9 @@ import kaggle_push
 import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
-PLAIN = (".json", ".txt", ".model", ".jinja")  # what a tokenizer's files may be: no code, no pickle
+PLAIN = (".json", ".txt", ".model", ".jinja", ".codes")  # what a tokenizer's files may be: no code, no pickle
 BACKBONE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-BACKBONE += (*ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
+BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
 # Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
@@ -166,6 +166,15 @@ def half_weights(path, target):
     save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target)
 
 
+def warn_of_fp16(run, tokenizer, model):
+    """A T4 takes precision auto for float16, which the machines of training and packing may never have tried."""
+    try:
+        (predictions,) = ku.golden_predictions(run, tokenizer, model, ["fp16"]).values()
+        ku.check_gaps(run, predictions, "float16")
+    except ku.KitError as error:
+        print(f"warning: a T4 will refuse {run.name}, train it with precision fp32: {error}")
+
+
 def prove(run, half, staging):
     """(the run with weights and golden rows as they are packed, what the manifest says of the proof).
 
@@ -176,9 +185,12 @@ def prove(run, half, staging):
         tokenizer, model = ku.open_run(run)
         ku.check_probes(run, tokenizer)
         (full,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        told = {"golden_moved_since_training": ku.check_gaps(run, full, "float32"), "half": half}
+        ku.check_gaps(run, full, "float32")
+        if run.cfg.precision != "fp32":
+            warn_of_fp16(run, tokenizer, model)
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
         raise Refused(f"{run.name}: does not predict what training predicted: {error}") from error
+    told = {"half": half}
     if half:
         originals, run = run.weights, run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights})
         for fold, path in run.weights.items():
@@ -275,8 +287,8 @@ def download_wheels(requirements, folder):
 
 INSTALL = """import glob, subprocess, sys
 
-wheels = glob.glob("/kaggle/input/**/*.whl", recursive=True)
-subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), *wheels], check=True)"""
+wheels = {path.split("/")[-1]: path for path in glob.glob("/kaggle/input/**/*.whl", recursive=True)}
+subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), *wheels.values()], check=True)"""
 
 
 # ---------------------------------------------------------------------------------------
@@ -318,15 +330,17 @@ def put_in_place(built, target):
         raise
 
 
-def target_problems(target):
+def target_problems(target, kernel_id=None):
     """[] where a folder may be made: nothing is there, or what this tool made before and nobody added to."""
     names = {path.name for path in target.iterdir()} if target.is_dir() else {""} if target.exists() else set()
     try:
         made = {ku.MANIFEST, ku.METADATA, *ku.read_manifest(target)["files"]} if ku.MANIFEST in names else set()
     except ku.BundleError:
         made = set()
-    kernel = {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}
-    if names <= made or names == kernel:
+    if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
+        metadata = json.loads((target / kaggle_metadata.KERNEL_FILE).read_text(encoding="utf-8"))
+        made = names if metadata.get("id") == kernel_id else made
+    if names <= made:
         return []
     return [f"{target}: exists and is not what this tool made; delete it or choose another name"]
 
@@ -370,7 +384,7 @@ def notebook_with(name, settings):
 def train_settings(record, backbone):
     """What train.ipynb must be set to for a run to be trained again on Kaggle with that backbone."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = ("data_dir", "output_dir", "run_name", "backbone")
+    local = ("data_dir", "output_dir", "run_name", "backbone", *(["precision"] if run["precision"] == "bf16" else []))
     return {"backbone": backbone} | {k: v for k, v in run.items() if v != default[k] and k not in local}
 
 
@@ -398,14 +412,14 @@ def write_kernel(folder, name, notebook, dataset, competition, internet=False, m
     (folder / "kernel-metadata.json").write_bytes(ku.canonical(metadata))
 
 
-def train_backbone(asked, dataset, run, backbone):
+def train_backbone(asked, dataset, run, record):
     """(what train.ipynb must set as backbone, model sources, problems) to train a run again.
 
     It is the backbone of the starter; the model source that is alone or has its name; or, with the internet, itself.
     """
     if asked.backbone:
         return dataset["id"].split("/")[1], [], []
-    sources = asked.model_source
+    backbone, sources = ku.Config.from_dict(record["settings"]).backbone, asked.model_source
     if len(asked.runs) > 1 or len(sources) > 1:
         name = ku.short_name(backbone)
         sources = [source for source in sources if name in map(ku.short_name, source.split("/"))]
@@ -413,8 +427,9 @@ def train_backbone(asked, dataset, run, backbone):
         return sources[0].split("/")[1], sources, []
     if asked.model_source:
         return backbone, [], [f"{run}: {len(sources)} of the --model-source have the name of its backbone {backbone}"]
-    if Path(backbone).expanduser().is_dir():
-        return backbone, [], [f"{run}: backbone {backbone} lies on this machine; attach it with --model-source"]
+    path, was = Path(backbone).expanduser(), record.get("backbone", "")
+    if path.is_absolute() or path.is_dir() or was.startswith("/kaggle/input"):
+        return backbone, [], [f"{run}: backbone {backbone} is in no hub; attach it with --model-source"]
     return backbone, [], []
 
 
@@ -424,8 +439,7 @@ def write_kernels(folder, asked, dataset, records, wheels):
     if records:
         notebooks["infer"] = (notebook_with("infer", {}), False, [])
     for number, (run, record) in enumerate(records.items() or [("the starter", {"settings": {}})], 1):
-        own = ku.Config.from_dict(record["settings"]).backbone
-        backbone, sources, bad = train_backbone(asked, dataset, run, own)
+        backbone, sources, bad = train_backbone(asked, dataset, run, record)
         problems += bad
         notebook, attached = notebook_with("train", train_settings(record, backbone)), bool(sources or asked.backbone)
         notebooks["train" if len(records) < 2 else f"train-{number}"] = (notebook, not attached, sources)
@@ -434,7 +448,7 @@ def write_kernels(folder, asked, dataset, records, wheels):
             notebook.cells.insert(3, nbformat.v4.new_code_cell(INSTALL, id="wheels"))
         write_kernel(folder / name, name, notebook, dataset, asked.competition, internet, sources)
         problems += [f"--kernels {name}: {problem}" for problem in kaggle_metadata.folder_problems(folder / name)]
-        problems += target_problems(Path(asked.kernels, name))
+        problems += target_problems(Path(asked.kernels, name), f"{dataset['id']}-{name}")
     return problems
 
 
@@ -486,7 +500,9 @@ def validate(asked, dataset, kernels):
     problems = option_problems(asked, dataset)
     records, runs, sources = {}, {}, [("kernel_utils.py", MODULE)]
     can_write = not problems
-    for folder in (Path(run).resolve() for run in asked.runs):
+    folders = [Path(run).resolve() for run in asked.runs]
+    problems += [f"{folder}: given twice" for folder in dict.fromkeys(folders) if folders.count(folder) > 1]
+    for folder in dict.fromkeys(folders):
         record, bad = run_problems(folder, asked.half)
         problems += bad
         records |= {folder: record} if record else {}
@@ -505,7 +521,7 @@ def validate(asked, dataset, kernels):
     names = [name for name, _ in everything] + [ku.MANIFEST]
     problems += [f"{name}: two files would have this name" for name in sorted(set(names)) if names.count(name) > 1]
     problems += kaggle_metadata.file_problems({name: source.stat().st_size for name, source in everything})
-    if asked.kernels and can_write and len(records) == len(asked.runs):
+    if asked.kernels and can_write and len(runs) == len(asked.runs):
         problems += write_kernels(kernels, asked, dataset, records, wheels)
     if problems:
         raise Refused(problems)

@@ -225,16 +225,21 @@ def sha256(path):
 
 
 def damage(folder):
-    """Files that are not what the manifest of a bundle says: after the upload, only sizes can be compared."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    if not isinstance(manifest, dict) or not str(manifest.get("format")).startswith("kernel_utils"):
+    """What is not as bundle.py packed it: after the upload, only sizes can be compared."""
+    if not all((folder / name).is_file() for name in ("manifest.json", "kernel_utils.py")):
         return []
-    there = {name: sha256(folder / name) for name in sizes(folder)}
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        seal, files = manifest.pop("sha256"), manifest["files"]
+        content = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        if hashlib.sha256(content.encode()).hexdigest() != seal:
+            return ["manifest.json is not what was packed"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"manifest.json is not what was packed: {error!r}"]
+    there = {name: sha256(folder / name) for name in sizes(folder) if name != "manifest.json"}
+    told = {name: entry["sha256"] for name, entry in files.items()}
     return [
-        f"{name} is not what was packed"
-        for name, told in manifest["files"].items()
-        if there.get(name) != told["sha256"]
+        f"{name} is not what was packed" for name in sorted(there.keys() | told) if there.get(name) != told.get(name)
     ]
 
 
