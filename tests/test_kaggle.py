@@ -332,7 +332,7 @@ def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp
 
 @pytest.mark.parametrize(("visible", "given"), [(None, ["1", "3"]), ("0,1,2,3", ["1", "3"]), ("5,7,8,9", ["7", "9"])])
 def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, monkeypatch):
-    started = []
+    started, loaded = [], ku.open_bundle(dist("one"))
 
     class Process(subprocess.Popen):
         def __init__(self, command, env, **streams):
@@ -348,7 +348,7 @@ def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, 
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ku.KitError, match="process 1 of 3 ended with exit code 3"):
-        ku.predict_bundle(ku.open_bundle(dist("one")), train_frame(6))
+        ku.predict_bundle(loaded, train_frame(6))
     assert started == given
 
 
