@@ -2631,6 +2631,8 @@ def load_bundle(bundle_dir=""):
             raise BundleError([f"{folder}", *problems])
         size = sum(entry["bytes"] for entry in files.values())
         print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
+    else:
+        print(f"{folder}: a run folder, without checksums")
     bundle = open_bundle(folder)
     for run in bundle.runs:
         print(summary(run.name, run.record))

@@ -879,13 +879,14 @@ def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_trai
     runs, backbone_folder, tmp_path
 ):
     (tmp_path / "home").mkdir()
-    more = ["--competition", "commonlitreadabilityprize", "--kernels", tmp_path / "kernels", "--push"]
+    more = ["--competition", "commonlitreadabilityprize", "--push"]
     model = ["--model-source", "google/bert/transformers/tiny/1"]
     kit = ["--starter", "--backbone", backbone_folder("bert"), "--id", "me/my-kit", "--title", "My kit"]
     with FakeKaggle() as kaggle:
 
         def call(target, *arguments):
             command = [sys.executable, bundle.__file__, "-o", tmp_path / target, *arguments, *more]
+            command += ["--kernels", tmp_path / f"{target}-kernels"]
             env = kaggle.client_env(tmp_path / "home")
             return subprocess.run(command, env=env, capture_output=True, text=True)
 
