@@ -377,7 +377,7 @@ def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbon
 def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, backbone_folder, tmp_path, monkeypatch):
     folder, cfg = backbone_folder(kind), ku.Config()
     size = 4 * ku.n_parameters(ku.load_backbone(folder, cfg, say=lambda text: None))
-    monkeypatch.setattr(ku, "room_for_output", lambda folder: 2 * size)
+    monkeypatch.setattr(ku, "room_for_output", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
     ku.check_room(tmp_path, folder, 2, cfg)
     with pytest.raises(ku.KitError, match="the weights of 3 folds"):
         ku.check_room(tmp_path, folder, 3, cfg)
