@@ -314,9 +314,9 @@ def test_a_process_predicts_with_the_runs_that_it_is_given(dist):
 
 
 def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
-    loaded = ku.load_bundle(shutil.copytree(dist("one"), tmp_path / "copy"))
-    (tmp_path / "copy" / "one.tokenizer.json").write_text("{}")
-    lost = loaded._replace(runs=[loaded.runs[0]._replace(tokenizer=ku.open_bundle(dist("one")).runs[0].tokenizer)])
+    copy = Path(shutil.copytree(dist("one"), tmp_path / "copy"))
+    (copy / "one.record.json").unlink()
+    lost = ku.open_bundle(dist("one"))._replace(folder=copy)
     with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
         ku.predict_bundle(lost, train_frame(4), processes=2)
     assert "predict_job" in str(error.value)
