@@ -394,6 +394,8 @@ def test_a_backbone_whose_config_names_code_trains_without_it_and_leaves_a_run_t
         (folder / name).write_text(json.dumps(content))
     run = trained(ku.dataclasses.replace(tiny(run_folds="0"), backbone=str(folder)))
     ku.check_golden(ku.load_bundle(run))
+    for path in (run / "fold0" / "config.json", run / "tokenizer" / "tokenizer_config.json"):
+        assert key not in json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
