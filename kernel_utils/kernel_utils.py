@@ -3,11 +3,12 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices         6. Heads                    11. Prediction
-     2. Settings                  7. Backbones                12. Training, one fold
-     3. Environment and paths     8. Losses and metrics       13. Plots
-     4. Data and folds            9. Model                    14. Runs: all folds, records
-     5. Tokens and batches       10. Optimiser groups         15. Inference: bundles, submission
+     1. Tables of choices         7. Backbones                12. Training, one fold
+     2. Settings                  8. Losses and metrics       13. Plots
+     3. Environment and paths     9. Model                    14. Runs: all folds, records
+     4. Data and folds           10. Optimiser groups         15. Inference: bundles, submission
+     5. Tokens and batches       11. Prediction               16. Comparison of runs
+     6. Heads
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -40,6 +41,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -1603,17 +1605,35 @@ class CrossEntropyLoss(Loss):
         return torch.log((torch.bincount(targets, minlength=self.width) + 1) / (len(targets) + self.width))
 
 
-def metric(name, better, tasks):
+def metric(name, better, tasks, outer=None):
     """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
 
-    Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities.
+    Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities. With
+    `outer` the function gives values of each row, (N, M), and the metric is `outer` of their means, (..., M) -> (...):
+    such a metric is resampled many times faster.
     """
 
     def add(function):
-        function.better, function.tasks = better, tasks
-        return register(METRICS, name)(function)
+        score = function
+        if outer:
+
+            @functools.wraps(function)
+            def score(target, prediction):
+                return float(outer(function(target, prediction).mean(0)))
+
+        score.better, score.tasks = better, tasks
+        score.per_row, score.outer = (function, outer) if outer else (None, None)
+        return register(METRICS, name)(score)
 
     return add
+
+
+def mean_last(values):
+    return values.mean(-1)
+
+
+def mean_root(values):
+    return np.sqrt(values).mean(-1)
 
 
 CLASSES = ("binary", "multiclass", "multilabel")
@@ -1628,22 +1648,22 @@ def decided(target, prediction):
     return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
 
 
-@metric("rmse", "lower", ("regression",))
+@metric("rmse", "lower", ("regression",), outer=mean_root)
 def rmse(target, prediction):
     """Root of the mean squared error over all cells."""
-    return float(np.sqrt(sklearn.metrics.mean_squared_error(target, prediction)))
+    return ((target - prediction) ** 2).mean(1, keepdims=True)
 
 
-@metric("mae", "lower", ("regression",))
+@metric("mae", "lower", ("regression",), outer=mean_last)
 def mae(target, prediction):
     """Mean absolute error."""
-    return float(sklearn.metrics.mean_absolute_error(target, prediction))
+    return abs(target - prediction)
 
 
-@metric("mcrmse", "lower", ("regression",))
+@metric("mcrmse", "lower", ("regression",), outer=mean_root)
 def mcrmse(target, prediction):
     """Mean over the target columns of their RMSE."""
-    return columns_mean(rmse, target, prediction)
+    return (target - prediction) ** 2
 
 
 @metric("pearson", "higher", ("regression",))
@@ -1658,10 +1678,10 @@ def spearman(target, prediction):
     return columns_mean(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
 
 
-@metric("accuracy", "higher", CLASSES)
+@metric("accuracy", "higher", CLASSES, outer=mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
-    return float(np.mean(decided(target, prediction) == target))
+    return (decided(target, prediction) == target).reshape(len(target), -1)
 
 
 @metric("f1_macro", "higher", CLASSES)
@@ -2223,10 +2243,11 @@ def peak_memory():
 
 
 def oof_frame(frame, results, cfg, names):
-    """One row for every validated row: id, fold, target, prediction, prediction_best, prediction_last; with
-    several outputs each column has the suffix of its target or class."""
+    """One row for every validated row: id, fold, group (where folds keep groups together), target, prediction,
+    prediction_best, prediction_last; with several outputs each column has the suffix of its target or class."""
     rows = np.concatenate([result["rows"] for result in results])
     columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
+    columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
     columns |= {suffixed("target", name, cfg.targets): frame[name] for name in cfg.targets}
     columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
     for kind, source in (("prediction", cfg.checkpoint), ("prediction_best", "best"), ("prediction_last", "last")):
@@ -2855,6 +2876,562 @@ def predict_test(run_folder, test, sample=None):
     bundle = open_bundle(Path(run_folder))
     ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
     return write_submission(path, ids, predict_bundle(bundle, test), bundle.runs[0], sample)
+
+
+# ---------------------------------------------------------------------------------------
+# 16. Comparison of runs
+#
+# Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
+# their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
+# Shapes: S seeds, R resamples, A configurations.
+
+INCIDENTAL = {"seed", "run_folds", "data_dir", "output_dir", "run_name", "checkpoint", "batch_tokens", "tracker"}
+NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")  # what comparing asks of the settings
+KINDS = ("last", "best")  # checkpoints
+LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equal configurations different
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Settings):
+    """The settings of compare.ipynb."""
+
+    runs_dir: str = option("runs", "folder whose finished runs are compared, those of its sub-folders included")
+    baseline: str = option("", "configuration to compare with; empty means the one that is closest to the defaults")
+    output_dir: str = option("", "folder of the tables and figures; empty means comparison/ in runs_dir")
+
+
+class ComparisonError(KitError):
+    """Runs whose scores do not stand for the same thing."""
+
+    title = "the runs cannot be compared:"
+
+
+class Arm(NamedTuple):
+    """A configuration and what its runs predicted for the rows of a study."""
+
+    name: str
+    seeds: list
+    records: list  # of all its runs
+    predictions: dict  # last and best -> (S, N, K)
+
+
+class Study(NamedTuple):
+    """Configurations that can be compared, the baseline first: the same rows, folds, targets and evaluations."""
+
+    metric: str
+    folds: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
+    target: np.ndarray  # (N, K), or (N,) class numbers
+    arms: list
+
+
+def read_records(folder):
+    """Records of the finished runs in `folder` and below, each with its run folder as `folder`. Runs that did not
+    finish are named and left out; ComparisonError where none did."""
+    runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
+    finished = [run for run in runs if is_complete(run)]
+    if unfinished := [run.name for run in runs if run not in finished]:
+        print(f"left out, since they did not finish: {listing(unfinished)}")
+    if not finished:
+        raise ComparisonError(f"runs_dir {str(folder)!r} has no finished run, which is a folder with record.json")
+    return [read_record(run) | {"folder": run} for run in finished]
+
+
+def as_recorded(settings):
+    """Settings in the form of record.json, where a tuple is a list."""
+    return json.loads(json.dumps(settings))
+
+
+def effective(record):
+    """What makes the configuration of a run: its settings, with what was left open as it was resolved."""
+    settings = as_recorded(Config().to_dict()) | record["settings"] | record["resolved"]
+    settings["precision"] = record["precision"]
+    return {name: value for name, value in settings.items() if name not in INCIDENTAL and name != "metric"}
+
+
+def pairs(settings):
+    """Settings as text such as `head=cls llrd=0.95`."""
+    texts = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        texts.append(f"{name}={','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}")
+    return " ".join(texts)
+
+
+def parse_pairs(text):
+    """Settings of a text such as `head=cls llrd=0.95`, checked as `Config` does."""
+    fields, wanted, problems = {field.name: field for field in dataclasses.fields(Config)}, {}, []
+    for part in text.split():
+        name, _, value = part.partition("=")
+        if name not in fields or name in INCIDENTAL:
+            problems.append(f"baseline: {part!r} is no setting of a configuration{nearest(name, fields)}")
+            continue
+        try:
+            wanted[name] = checked(fields[name], value)
+        except ValueError as error:
+            problems.append(f"baseline: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return as_recorded(wanted)
+
+
+def choose_baseline(configurations, varied, baseline):
+    """The one of some configurations, lists of records, that `baseline` fits; of several the one with most of its
+    `varied` settings at their defaults. ConfigError where that is not one."""
+    wanted, default, changes = parse_pairs(baseline), as_recorded(Config().to_dict()), {}
+    for i, runs in enumerate(configurations):
+        settings = effective(runs[0])
+        if all(settings[key] == value for key, value in wanted.items()):
+            changes[i] = sum(runs[0]["settings"].get(key, default[key]) != default[key] for key in varied)
+    chosen = [i for i, count in changes.items() if count == min(changes.values())]
+    if len(chosen) != 1:
+        found = "several configurations fit" if chosen else "no configuration fits"
+        options = [effective(configurations[i][0]) for i in chosen or range(len(configurations))]
+        names = "; ".join(pairs({key: settings[key] for key in varied}) for settings in options)
+        raise ConfigError(f"baseline {baseline!r}: {found}; set it to what is one of: {names}")
+    return configurations[chosen[0]]
+
+
+def group_records(records, baseline):
+    """{name of a configuration: its records}, the baseline first. The name of the baseline has all settings that vary,
+    that of another those in which it differs from the baseline."""
+    grouped = {}
+    for record in records:
+        grouped.setdefault(json.dumps(effective(record)), []).append(record)
+    if len(grouped) == 1:
+        raise ComparisonError(f"all {len(records)} runs have one configuration: there is nothing to compare it with")
+    configurations = list(grouped.values())
+    settings = [effective(runs[0]) for runs in configurations]
+    varied = [name for name in settings[0] if any(other[name] != settings[0][name] for other in settings)]
+    first = choose_baseline(configurations, varied, baseline)
+    base = effective(first[0])
+    named = {pairs({name: base[name] for name in varied}): first}
+    for runs, own in zip(configurations, settings, strict=True):
+        if runs is not first:
+            named[pairs({name: own[name] for name in varied if own[name] != base[name]})] = runs
+    return named
+
+
+def compared_config(record):
+    """The settings of a run that comparing needs. ConfigError where its metric is not registered."""
+    return Config.from_dict({name: record["settings"][name] for name in NEEDED} | {"metric": record["oof"]["metric"]})
+
+
+def evaluations(record):
+    """How often each fold was evaluated: of so many scores `best` is the best."""
+    cfg = compared_config(record)
+    return sorted({len(evaluation_steps(fold["steps"] // cfg.epochs, cfg)) for fold in record["folds"]})
+
+
+def read_oof(records):
+    """(N, ...) table of what the runs of one seed, with different folds, predicted, by id. Labels stay text."""
+    text = {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {})
+    paths = [record["folder"] / "oof.csv" for record in records]
+    frames = [pd.read_csv(p, dtype=text, keep_default_na=False) for p in paths]
+    return pd.concat(frames).set_index("id")
+
+
+def setting_problems(record, first):
+    """How a run differs from the first of the baseline in what makes scores comparable."""
+    facts = [
+        {"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"], "evaluations": evaluations(r)}
+        for r in (record, first)
+    ]
+    hint = {"evaluations": ": of more evaluations the best is better by chance; make epochs x evals_per_epoch the same"}
+    return [
+        f"{record['folder']} has {key} {facts[0][key]}, the baseline {facts[1][key]}{hint.get(key, '')}"
+        for key in facts[0]
+        if facts[0][key] != facts[1][key]
+    ]
+
+
+def row_problems(name, oof, reference):
+    """How the rows, folds, groups and targets of a seed differ from the baseline's."""
+    if repeated := sorted(oof["fold"][oof.index.duplicated()].unique()):
+        return [f"{name} has fold {listing(repeated)} more than once; move or delete a run"]
+    if len(apart := oof.index.symmetric_difference(reference.index)):
+        ours, theirs = (f"{len(o)} rows, folds {listing(sorted(o['fold'].unique()))}" for o in (oof, reference))
+        return [f"{name} has {ours}, the baseline {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+    problems, oof = [], oof.loc[reference.index]
+    for column in [c for c in reference if not c.startswith("prediction")]:
+        got = oof[column] if column in oof else pd.Series("none", reference.index)
+        if (differ := got != reference[column]).any():
+            row = differ.idxmax()
+            example = f"{got[row]} against {reference[column][row]} at id {row!r}"
+            problems.append(f"{name} has another {column} than the baseline in {differ.sum()} rows, such as {example}")
+    return problems
+
+
+def mixture(records):
+    """What differs between the machines and versions of the runs, in words: scores and seconds may carry it."""
+    facts = [{key: record[key] for key in ("device", "threads")} | record["versions"] for record in records]
+    values = {key: sorted({str(fact.get(key)) for fact in facts}) for key in facts[0]}
+    return [f"the runs differ in {key}: {listing(some)}" for key, some in values.items() if len(some) > 1]
+
+
+def align_runs(records, baseline=""):
+    """The `Study` of records from `read_records`; `baseline` is text such as `head=cls`, see `choose_baseline`.
+
+    Raises ConfigError where that is none or several, and ComparisonError where runs differ from the baseline in
+    metric, outputs, rows, folds, groups, targets or number of evaluations, or share a seed and a fold.
+    """
+    configurations = group_records(records, baseline)
+    seeds = {}  # (configuration, seed) -> records
+    for name, runs in configurations.items():
+        for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
+            seeds.setdefault((name, record["settings"]["seed"]), []).append(record)
+    first = next(iter(seeds.values()))
+    problems = [problem for record in records for problem in setting_problems(record, first[0])]
+    if problems:
+        raise ComparisonError(problems)
+    oofs = {key: read_oof(runs) for key, runs in seeds.items()}
+    reference = next(iter(oofs.values()))
+    for (name, seed), oof in oofs.items():
+        runs = listing(record["folder"] for record in seeds[name, seed])
+        problems += row_problems(f"{name}, seed {seed} ({runs})", oof, reference)
+    if problems:
+        raise ComparisonError(problems)
+
+    cfg, outputs, arms = compared_config(first[0]), first[0]["outputs"], []
+    for name, runs in configurations.items():
+        frames = {seed: oofs[arm, seed].loc[reference.index] for arm, seed in oofs if arm == name}
+        predictions = {
+            kind: np.stack([f[[suffixed(f"prediction_{kind}", o, outputs) for o in outputs]] for f in frames.values()])
+            for kind in KINDS
+        }
+        arms.append(Arm(name, list(frames), runs, predictions))
+    targets = reference.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
+    groups = np.unique(reference.get("group", reference.index), return_inverse=True)[1]
+    target = encode_targets(targets, cfg, first[0]["classes"])
+    n_folds, n_seeds = reference["fold"].nunique(), sorted({len(arm.seeds) for arm in arms})
+    print(f"{len(arms)} configurations, {len(target)} rows, {n_folds} folds, {listing(n_seeds)} seeds")
+    print("\n".join([f"baseline: {arms[0].name}", *mixture(records)]))
+    return Study(cfg.metric, reference["fold"].to_numpy(), groups, target, arms)
+
+
+def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
+    """(R, P) scores of P predictions (P, N, K) over rows drawn with replacement, whole groups at once: the same rows
+    for each prediction."""
+    score, n_groups = METRICS[metric_name], groups.max() + 1
+    values = None
+    if score.per_row:
+        values = np.stack([score.per_row(target, p) for p in predictions], axis=1).astype(np.float64)  # (N, P, M)
+    scores = np.empty((n_resamples, len(predictions)))
+    for i in range(n_resamples):
+        times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[groups]  # (N,)
+        if score.per_row:
+            scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
+        else:
+            rows = np.repeat(np.arange(len(times)), times)
+            scores[i] = [score(target[rows], p[rows]) for p in predictions]
+    defined = np.isfinite(scores).all(1)
+    if defined.mean() < 0.9:
+        raise ComparisonError(
+            f"{metric_name} has no value on {(~defined).sum()} of {n_resamples} resamples of {len(groups)} rows"
+        )
+    return scores[defined]
+
+
+def corrected_t(differences):
+    """p of the corrected resampled t-test (Nadeau & Bengio 2003; Bouckaert & Frank 2004) of differences (folds, S).
+
+    Runs of one fold number share training rows with all others, so their variance is enlarged by test / train rows.
+    """
+    folds, n = len(differences), differences.size
+    variance = differences.var(ddof=1) * (1 / n + 1 / (folds - 1))
+    return 2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1) if variance > 0 else math.nan
+
+
+def holm(p_values):
+    """p-values adjusted for their number (Holm 1979); NaN is no test."""
+    adjusted, largest = np.full(len(p_values), math.nan), 0.0
+    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
+    for rank, i in enumerate(order):
+        adjusted[i] = largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+    return adjusted
+
+
+class Difference(NamedTuple):
+    """A configuration against the baseline, by `two_way_bootstrap`."""
+
+    difference: float
+    low: float  # 95 % interval
+    high: float
+    p: float
+    detectable: float  # difference that a test at 5 % finds in 80 % of the cases
+
+
+def two_way_bootstrap(study, kind, n_resamples, seed):
+    """The `Difference` of each configuration but the baseline: of the mean over seeds of the score over all rows.
+
+    Rows, or groups, and the seeds of each side are drawn with replacement at once (two-way bootstrap). A few seeds
+    drawn from themselves vary too little: their deviations are widened by sqrt(S / (S - 1)), and the normal quantiles
+    behind interval and p are replaced by those of t, with the degrees of freedom of Welch and Satterthwaite, where only
+    the variance from seeds is uncertain. A side with one seed has no such variance, and p is NaN.
+    """
+    rng, sides = np.random.default_rng(seed), []
+    cuts = np.cumsum([len(arm.seeds) for arm in study.arms])[:-1]
+    every = np.concatenate([arm.predictions[kind] for arm in study.arms])  # (P, N, K)
+    point = np.array([METRICS[study.metric](study.target, p) for p in every])
+    rows = resampled_scores(study.metric, study.target, every, study.groups, n_resamples, rng)  # (R, P)
+    for scores, boot in zip(np.split(point, cuts), np.split(rows, cuts, axis=1), strict=True):
+        n, mean = len(scores), boot.mean(1)
+        drawn = np.take_along_axis(boot, rng.integers(n, size=boot.shape), 1).mean(1)
+        widening, variance = (math.sqrt(n / (n - 1)), scores.var(ddof=1) / n) if n > 1 else (0.0, math.nan)
+        sides.append((scores.mean(), mean + widening * (drawn - mean), variance, n - 1))
+    (mean0, boot0, variance0, freedom0), differences = sides[0], []
+    for mean, boot, variance, freedom in sides[1:]:
+        value, spread = mean - mean0, boot - boot0 - (mean - mean0)
+        error, one_seed = spread.std(), min(freedom, freedom0) == 0
+        uncertain = 0.0 if one_seed else variance**2 / freedom + variance0**2 / freedom0
+        t = scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm()
+        low, high = value + t.ppf(0.975) / scipy.stats.norm.ppf(0.975) * np.quantile(spread, [0.025, 0.975])
+        p = math.nan if one_seed else 2 * t.sf(abs(value) / error) if error else 1.0
+        differences.append(Difference(value, low, high, p, (t.ppf(0.975) + t.ppf(0.8)) * error))
+    return differences
+
+
+def seed_scores(study, arm, kind):
+    """(S,) scores over all rows and (S, F) scores of each fold."""
+    score, folds = METRICS[study.metric], np.unique(study.folds)
+    every = np.array([score(study.target, p) for p in arm.predictions[kind]])
+    parts = [[score(study.target[study.folds == f], p[study.folds == f]) for f in folds] for p in arm.predictions[kind]]
+    return every, np.array(parts)
+
+
+def read_evaluations(record):
+    """Scores of a run's evaluations: fold, step and the metric, as log.jsonl has them."""
+    log = pd.read_json(record["folder"] / "log.jsonl", lines=True)
+    return log.dropna(subset=record["oof"]["metric"])[["fold", "step", record["oof"]["metric"]]]
+
+
+def optimism(study, arm):
+    """How much better `best` looks for being chosen on the rows it is scored on: the mean over seeds and folds of its
+    distance to the score at the evaluation that the other folds of the seed would choose. NaN for fewer than two."""
+    distances = []
+    for seed in arm.seeds:
+        logs = pd.concat([read_evaluations(r) for r in arm.records if r["settings"]["seed"] == seed])
+        number = logs.groupby("fold").cumcount()
+        scores = logs.pivot_table(index="fold", columns=number, values=study.metric).to_numpy()  # (F, evaluations)
+        if METRICS[study.metric].better == "higher":
+            scores = -scores
+        for fold in range(len(scores) if len(scores) > 1 else 0):
+            others = np.delete(scores, fold, 0).mean(0).argmin()
+            distances.append(scores[fold, others] - scores[fold].min())
+    return float(np.mean(distances)) if distances else math.nan
+
+
+def describe_arm(study, arm, kind):
+    """What the comparison says of a configuration by itself."""
+    scores, _ = seed_scores(study, arm, kind)
+    return {
+        "configuration": arm.name,
+        "checkpoint": kind,
+        "seeds": len(scores),
+        "folds": len(np.unique(study.folds)),
+        "rows": len(study.folds),
+        study.metric: scores.mean(),
+        "sd over seeds": scores.std(ddof=1) if len(scores) > 1 else math.nan,
+        "optimism": optimism(study, arm) if kind == "best" else math.nan,
+        "seconds": sum(record["seconds"]["total"] for record in arm.records) / len(scores),
+        "rows/s": np.mean([record["rows_per_second"] for record in arm.records]),
+        "peak GB": max(record["peak_memory_bytes"] for record in arm.records) / 2**30,
+    }
+
+
+def fold_evidence(study, arm, kind):
+    """The corrected t-test over folds x seeds and the share of these cells in which a configuration beats the baseline;
+    which seed meets which does not matter."""
+    folds, base = (seed_scores(study, side, kind)[1] for side in (arm, study.arms[0]))  # (S, F)
+    n = min(len(folds), len(base))
+    cells = (folds[:n] - base[:n]).T
+    won = cells < 0 if METRICS[study.metric].better == "lower" else cells > 0
+    return {"p of t": corrected_t(cells) if min(cells.shape) > 1 else math.nan, "cells won": won.mean()}
+
+
+def verdict(row, better):
+    """What a row of the comparison says, in words."""
+    if math.isnan(row["difference"]):
+        return "baseline"
+    if math.isnan(row["p"]):
+        return "not distinguishable (one seed names no winner)"
+    if row["p of Holm"] < LEVEL:
+        return "better" if (row["difference"] < 0) == (better == "lower") else "worse"
+    return f"not distinguishable (smallest detectable difference {row['detectable']:.4f})"
+
+
+def compare_runs(study, n_resamples=2000, seed=0):
+    """Table of a `Study`: for the last and the best checkpoint a row for each configuration, the baseline first.
+
+    Columns: the metric, mean over seeds of the score over all rows, and its standard deviation over seeds; difference
+    to the baseline, its 95 % interval low and high, p and smallest detectable difference, see `two_way_bootstrap`;
+    p of Holm, adjusted for the number of configurations, on which the verdict stands; p of t, the second opinion of
+    `corrected_t`; cells won, of folds x seeds; optimism, how much of `best` is chosen, see `optimism`; seconds of a
+    seed, training rows/s, peak GB.
+    """
+    kinds = []
+    for kind in KINDS:
+        table = pd.DataFrame([describe_arm(study, arm, kind) for arm in study.arms])
+        differences = pd.DataFrame(two_way_bootstrap(study, kind, n_resamples, seed))
+        evidence = pd.DataFrame([fold_evidence(study, arm, kind) for arm in study.arms[1:]])
+        against = pd.concat([differences, evidence], axis=1).set_index(table.index[1:])
+        table = table.join(against.assign(**{"p of Holm": holm(against["p"].to_numpy())}))
+        table["verdict"] = [verdict(row, METRICS[study.metric].better) for _, row in table.iterrows()]
+        kinds.append(table)
+    return pd.concat(kinds, ignore_index=True)
+
+
+def run_scores(study):
+    """Table with a row for each configuration and seed: its scores over all rows and of each fold, and what it took."""
+    rows, names = [], np.unique(study.folds)
+    for arm in study.arms:
+        scores = {kind: seed_scores(study, arm, kind) for kind in KINDS}
+        for i, seed in enumerate(arm.seeds):
+            runs = [record for record in arm.records if record["settings"]["seed"] == seed]
+            row = {
+                "configuration": arm.name,
+                "seed": seed,
+                "rows": len(study.folds),
+                "epochs": runs[0]["settings"]["epochs"],
+            }
+            row |= {f"{study.metric} {kind}": scores[kind][0][i] for kind in KINDS}
+            row |= {f"{kind} fold {f}": scores[kind][1][i, k] for kind in KINDS for k, f in enumerate(names)}
+            row["lr"] = runs[0]["resolved"]["lr"]
+            row["seconds"] = sum(record["seconds"]["total"] for record in runs)
+            row["device"] = listing({f"{r['device']}, {r['threads']} threads, {r['precision']}": 0 for r in runs})
+            rows.append(row)
+    return pd.DataFrame(rows).round(5)
+
+
+# Colours that colour-blind readers tell apart (Okabe & Ito)
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
+LABEL = 26  # characters of a line of a configuration's name
+VERDICT_COLORS = {"better": BLUE, "worse": RED, "not distinguishable": GREY}
+
+
+def label_right(axis, limits, heights, texts):
+    """Texts at heights to the right of the axes, whose limits are set too."""
+    right = axis.twinx()
+    for side in (axis, right):
+        side.set_ylim(limits)
+    right.set_yticks(heights, texts, fontsize="small")
+    right.tick_params(length=0)
+
+
+def plot_differences(study, table, folder):
+    """Difference of each configuration to the baseline with its 95 % interval, as differences.png: filled and above
+    for the last checkpoint, hollow and below for the best."""
+    rows = table[table["difference"].notna()]
+    last = rows[rows["checkpoint"] == "last"].sort_values(
+        "difference", ascending=METRICS[study.metric].better != "lower"
+    )
+    names = list(last["configuration"])
+    figure = new_figure(10, 1.8 + 0.6 * len(names))
+    axis = figure.subplots()
+    for _, row in rows.iterrows():
+        is_last, word = row["checkpoint"] == "last", row["verdict"].partition(" (")[0]
+        color, height = VERDICT_COLORS[word], names.index(row["configuration"]) + (0.14 if is_last else -0.14)
+        axis.plot([row["low"], row["high"]], [height] * 2, color=color, linewidth=2 if is_last else 1)
+        face = color if is_last else "white"
+        axis.plot(row["difference"], height, marker="o" if is_last else "D", color=color, markerfacecolor=face)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL) for name in names])
+    words = last["verdict"].str.partition(" (")[0]
+    texts = [f"{difference:+.4f} {word}" for difference, word in zip(last["difference"], words, strict=True)]
+    label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
+    side = "left" if METRICS[study.metric].better == "lower" else "right"
+    title = f"difference in out-of-fold {study.metric} ({side} is better), 95 % interval, to {study.arms[0].name}"
+    axis.set_xlabel(textwrap.fill(title, 70))
+    for marker, label, face in (("o", "last checkpoint", "black"), ("D", "best checkpoint", "white")):
+        axis.plot([], [], marker=marker, color="black", markerfacecolor=face, linestyle="none", label=label)
+    figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
+    save_figure(figure, folder / "differences.png")
+
+
+def panels(study, ylabel, title):
+    """A figure with a panel for each configuration but the baseline, and [(arm, its axis)]."""
+    arms = study.arms[1:]
+    columns = min(4, len(arms))
+    height = math.ceil(len(arms) / columns)
+    lines = [textwrap.wrap(arm.name, LABEL) for arm in arms]
+    figure = new_figure(1 + 2.4 * columns, 1 + (2.2 + 0.15 * max(map(len, lines))) * height)
+    axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, words in zip(axes.flat, lines, strict=False):
+        axis.set_title("\n".join(words), fontsize="small")
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(arms) :]:
+        axis.remove()
+    figure.supylabel(ylabel, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 8 + 30 * columns), fontsize="medium")
+    return figure, list(zip(arms, axes.flat, strict=False))
+
+
+def plot_folds(study, folder):
+    """Score of each fold from the baseline to a configuration, as folds.png: solid and blue where it is better."""
+    figure, parts = panels(
+        study, f"{study.metric} of each fold", f"last checkpoint, mean over seeds; baseline: {study.arms[0].name}"
+    )
+    base = seed_scores(study, study.arms[0], "last")[1].mean(0)
+    for arm, axis in parts:
+        scores = seed_scores(study, arm, "last")[1].mean(0)
+        better = scores < base if METRICS[study.metric].better == "lower" else scores > base
+        for pair, won in zip(np.stack([base, scores], axis=1), better, strict=True):
+            color, style = (BLUE, "-") if won else (RED, "--")
+            axis.plot([0, 1], pair, color=color, linestyle=style, marker="o", markersize=3)
+        axis.set_xticks([0, 1], ["baseline", "this"])
+        axis.set_xlim(-0.3, 1.3)
+        axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
+    save_figure(figure, folder / "folds.png")
+
+
+def learning_curve(arm, metric_name):
+    """Mean over folds of the score of each evaluation: share of the training done (E,), scores (S, E)."""
+    logs = pd.concat([read_evaluations(r).assign(seed=r["settings"]["seed"]) for r in arm.records])
+    logs["number"] = logs.groupby(["seed", "fold"]).cumcount()
+    logs["share"] = logs["step"] / logs.groupby(["seed", "fold"])["step"].transform("max")
+    scores = logs.pivot_table(index="seed", columns="number", values=metric_name)
+    return logs.groupby("number")["share"].mean().to_numpy(), scores.to_numpy()
+
+
+def plot_learning(study, folder):
+    """Validation score over the training, mean over folds and seeds with the range over seeds, as learning.png."""
+    figure, parts = panels(
+        study, f"validation {study.metric}", f"mean over folds, band: range over seeds; dashed: {study.arms[0].name}"
+    )
+    for arm, axis in parts:
+        for side, color, style in ((study.arms[0], GREY, "--"), (arm, BLUE, "-")):
+            share, scores = learning_curve(side, study.metric)
+            axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
+            axis.fill_between(share, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+        axis.set_xlabel("share of the training", fontsize="small")
+    save_figure(figure, folder / "learning.png")
+
+
+def spread_apart(heights, distance):
+    """Heights moved as little upwards as it takes for neighbours to be `distance` apart."""
+    moved, previous = np.empty(len(heights)), -math.inf
+    for i in np.argsort(heights, kind="stable"):
+        moved[i] = previous = max(heights[i], previous + distance)
+    return moved
+
+
+def plot_cost(study, table, folder):
+    """Score of the last checkpoint against the seconds of one seed, as cost.png; the square is the baseline."""
+    rows = table[table["checkpoint"] == "last"]
+    seconds, mean, spread = rows["seconds"], rows[study.metric], rows["sd over seeds"].fillna(0)
+    figure = new_figure(10, max(4, 1 + 0.35 * len(rows)))
+    axis = figure.subplots()
+    axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)
+    axis.plot(seconds.iloc[0], mean.iloc[0], marker="s", markersize=8, color="black", zorder=3)
+    bottom, top = axis.get_ylim()
+    step = 1.2 * (top - bottom) / max(12, len(rows))
+    heights = spread_apart(mean.to_numpy(), step)
+    label_right(axis, (bottom, max(top, heights.max() + step)), heights, rows["configuration"])
+    line, at = dict(arrowstyle="-", color=GREY, linewidth=0.5), axis.get_yaxis_transform()
+    for x, y, height in zip(seconds, mean, heights, strict=True):
+        axis.annotate("", (x, y), (1, height), textcoords=at, arrowprops=line)
+    axis.set(xlabel="seconds of one seed, all folds", ylabel=f"out-of-fold {study.metric}, mean and sd over seeds")
+    save_figure(figure, folder / "cost.png")
 
 
 if __name__ == "__main__":

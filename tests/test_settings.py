@@ -219,7 +219,7 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -381,7 +381,10 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
     assert exported_config(tmp_path, monkeypatch, change) == ku.Config(head="conv1d")
 
 
-@pytest.mark.parametrize("notebook, config", [("train.ipynb", ku.Config), ("infer.ipynb", ku.InferConfig)])
+@pytest.mark.parametrize(
+    "notebook, config",
+    [("train.ipynb", ku.Config), ("infer.ipynb", ku.InferConfig), ("compare.ipynb", ku.CompareConfig)],
+)
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
     source = tagged_cell(notebook)
     assert source.startswith("# Settings\n")
@@ -400,9 +403,13 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
 
 @pytest.mark.parametrize(
     "notebook, names",
-    [("train.ipynb", EXPOSED), ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)])],
+    [
+        ("train.ipynb", EXPOSED),
+        ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
+        ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
+    ],
 )
-def test_the_tagged_cell_lists_each_setting_of_the_design_once(notebook, names):
+def test_the_tagged_cell_lists_each_setting_once(notebook, names):
     listed = [node.target.id for node in ast.parse(tagged_cell(notebook)).body]
     assert sorted(listed) == sorted(names)
 
@@ -418,7 +425,7 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]

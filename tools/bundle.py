@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernel_utils"), str(ROOT / "tools")]
 import kaggle_metadata
 import kaggle_push
+from report import report
 
 import kernel_utils as ku
 
@@ -364,7 +365,7 @@ def check(folder):
 
 
 # ---------------------------------------------------------------------------------------
-# Kernels and report
+# Kernels
 
 
 def notebook_with(name, settings):
@@ -450,17 +451,6 @@ def write_kernels(folder, asked, dataset, records, wheels):
         problems += [f"--kernels {name}: {problem}" for problem in kaggle_metadata.folder_problems(folder / name)]
         problems += target_problems(Path(asked.kernels, name), f"{dataset['id']}-{name}")
     return problems
-
-
-def report(path):
-    """An executed notebook as one HTML page that opens without internet: images inside, no script from elsewhere."""
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(path, 4)
-    notebook.metadata.pop("widgets", None)  # their scripts would be loaded
-    nothing = "require_js_url mathjax_url jquery_url mermaid_js_url mermaid_layout_elk_js_url widget_renderer_url"
-    page, _ = HTMLExporter(embed_images=True, **dict.fromkeys(nothing.split(), "")).from_notebook_node(notebook)
-    return page
 
 
 # ---------------------------------------------------------------------------------------

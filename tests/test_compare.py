@@ -1,0 +1,542 @@
+"""Comparing runs: what is refused, what the tests of difference find, and what the figures show."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+import kernel_utils as ku
+
+# ---------------------------------------------------------------------------------------
+# Simulated studies
+
+
+def make_study(target, predictions, metric="rmse", folds=None, groups=None):
+    """A study of predictions (S, N, K) by the name of a configuration, as if they were both checkpoints'."""
+    n = len(target)
+    record = {"seconds": {"total": 1.0}, "rows_per_second": 1.0, "peak_memory_bytes": 2**30}
+    arms = [
+        ku.Arm(name, list(range(len(p))), [record] * len(p), {"last": p, "best": p}) for name, p in predictions.items()
+    ]
+    folds = np.arange(n) % 5 if folds is None else folds
+    return ku.Study(metric, folds, np.arange(n) if groups is None else groups, target, arms)
+
+
+def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0):
+    """Two configurations of linear learners, 5 folds: each fold of each seed adds a random smooth function, and
+    each seed scales its errors by 1 + `seed_noise` x N(0, 1). The second has errors larger by the share `worse`."""
+    inputs = rng.normal(size=(n_rows, 10))
+    target = inputs @ rng.normal(size=10) * 0.2 + 0.5 * rng.normal(size=n_rows)
+    folds = rng.permutation(n_rows) % 5
+    learnt = np.empty(n_rows)
+    for fold in range(5):
+        train = folds != fold
+        learnt[~train] = inputs[~train] @ np.linalg.lstsq(inputs[train], target[train], rcond=None)[0]
+    predictions = {}
+    for name, share in (("a", 0.0), ("b", worse)):
+        errors = np.empty((n_seeds, n_rows))
+        for seed, fold in itertools.product(range(n_seeds), range(5)):
+            rows = folds == fold
+            wave = np.sin(0.4 * inputs[rows] @ rng.normal(size=10) + rng.uniform(0, 6)) * rng.uniform(0.05, 0.25)
+            errors[seed, rows] = learnt[rows] - target[rows] + wave
+        errors *= (1 + seed_noise * rng.normal(size=(n_seeds, 1))) * (1 + share)
+        predictions[name] = (target + errors)[:, :, None]
+    return make_study(target[:, None], predictions, folds=folds)
+
+
+def found(n, n_resamples, **settings):
+    """Shares of `n` simulated comparisons that the bootstrap and the corrected t call different at 5 %."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(n):
+        study = simulated(rng, **settings)
+        (difference,) = ku.two_way_bootstrap(study, "last", n_resamples, 0)
+        found.append((difference.p < 0.05, ku.fold_evidence(study, study.arms[1], "last")["p of t"] < 0.05))
+    return np.mean(found, axis=0)
+
+
+def test_seeds_of_one_configuration_are_rarely_called_different_and_a_true_difference_more_often_than_by_t():
+    by_bootstrap, _ = found(40, 200)
+    assert by_bootstrap <= 0.05
+    by_bootstrap, by_t = found(40, 200, worse=0.04, n_rows=800)
+    assert by_bootstrap > by_t + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(n_seeds=2), dict(seed_noise=0.05), dict(seed_noise=0.2), dict(n_seeds=5, seed_noise=0.02)],
+    ids=str,
+)
+def test_of_200_comparisons_of_one_configuration_at_most_5_percent_find_a_difference(settings):
+    assert found(200, 300, **settings)[0] <= 0.05
+
+
+@pytest.mark.slow
+def test_of_200_comparisons_with_a_true_difference_of_3_percent_more_find_it_than_by_t_alone():
+    by_bootstrap, by_t = found(200, 300, worse=0.03, n_rows=1000)
+    assert by_bootstrap > 0.5 and by_bootstrap > 2 * by_t
+
+
+# ---------------------------------------------------------------------------------------
+# The parts
+
+
+@pytest.mark.parametrize("metric", ["rmse", "spearman"])  # the fast way and the general one
+def test_with_one_seed_the_interval_is_scipys_percentile_interval_over_rows(metric):
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(150, 1))
+    a, b = (target + rng.normal(scale=s, size=(150, 1)) for s in (0.8, 0.9))
+    score = ku.METRICS[metric]
+    study = make_study(target, {"a": a[None], "b": b[None]}, metric)
+    (ours,) = ku.two_way_bootstrap(study, "last", 3000, 0)
+    theirs = scipy.stats.bootstrap(
+        (np.arange(150),),
+        lambda rows: score(target[rows], b[rows]) - score(target[rows], a[rows]),
+        vectorized=False,
+        n_resamples=3000,
+        method="percentile",
+        rng=1,
+    ).confidence_interval
+    assert ours.difference == pytest.approx(score(target, b) - score(target, a), abs=1e-12)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.06 * (theirs.high - theirs.low))
+
+
+def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_seeds():
+    seeds = {"a": [0.50, 0.53, 0.51, 0.55], "b": [0.58, 0.54, 0.61]}  # rmse of a seed, equal in every row
+    predictions = {name: np.tile(np.array(scores)[:, None, None], (1, 50, 1)) for name, scores in seeds.items()}
+    (ours,) = ku.two_way_bootstrap(make_study(np.zeros((50, 1)), predictions), "last", 20000, 0)
+    theirs = scipy.stats.ttest_ind(seeds["b"], seeds["a"], equal_var=False)
+    interval = theirs.confidence_interval()
+    assert ours.difference == pytest.approx(np.mean(seeds["b"]) - np.mean(seeds["a"]))
+    assert ours.p == pytest.approx(theirs.pvalue, rel=0.05)
+    assert (ours.low, ours.high) == pytest.approx(tuple(interval), abs=0.1 * (interval.high - interval.low))
+
+
+def drawn_rows(n, rng):
+    return np.repeat(np.arange(n), np.bincount(rng.integers(n, size=n), minlength=n))
+
+
+@pytest.mark.parametrize("name, metric", [pair for pair in ku.METRICS.items() if pair[1].per_row])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_the_fast_scores_of_resamples_are_the_metrics_of_the_drawn_rows(name, metric, n_outputs):
+    rng = np.random.default_rng(0)
+    target, predictions = rng.normal(size=(30, n_outputs)), rng.uniform(size=(2, 30, n_outputs))
+    target = target if "regression" in metric.tasks else (target > 0).astype(float)
+    fast = ku.resampled_scores(name, target, predictions, np.arange(30), 5, np.random.default_rng(7))
+    rng = np.random.default_rng(7)
+    for scores in fast:
+        rows = drawn_rows(30, rng)
+        np.testing.assert_allclose(scores, [metric(target[rows], p[rows]) for p in predictions], rtol=1e-12)
+
+
+def test_class_numbers_are_resampled_with_their_probabilities():
+    rng = np.random.default_rng(0)
+    target, predictions = rng.integers(3, size=40), rng.dirichlet(np.ones(3), size=(2, 40))
+    for name in ("accuracy", "logloss"):
+        scores = ku.resampled_scores(name, target, predictions, np.arange(40), 4, np.random.default_rng(7))
+        rng = np.random.default_rng(7)
+        for row in scores:
+            rows = drawn_rows(40, rng)
+            expected = [
+                np.mean(p[rows].argmax(1) == target[rows])
+                if name == "accuracy"
+                else sklearn.metrics.log_loss(target[rows], p[rows], labels=[0, 1, 2])
+                for p in predictions
+            ]
+            np.testing.assert_allclose(row, expected)
+
+
+def test_rows_of_a_group_are_drawn_together():
+    groups = np.repeat([0, 1], 50)
+    target, prediction = np.zeros((100, 1)), groups[:, None].astype(float)
+    scores = ku.resampled_scores("mae", target, prediction[None], groups, 50, np.random.default_rng(0))
+    assert set(scores[:, 0]) == {0.0, 0.5, 1.0}
+
+
+def test_a_metric_without_a_value_on_many_resamples_is_an_error():
+    target, prediction = np.array([[1.0]] + [[0.0]] * 19), np.linspace(0, 1, 20)[None, :, None]
+    with pytest.raises(ku.ComparisonError, match=r"auc has no value on \d+ of 50 resamples of 20 rows"):
+        ku.resampled_scores("auc", target, prediction, np.arange(20), 50, np.random.default_rng(0))
+
+
+def test_the_corrected_t_is_the_plain_one_with_the_variance_enlarged_by_test_to_train_rows():
+    differences = np.random.default_rng(0).normal(0.1, 0.1, size=(5, 3))
+    plain = scipy.stats.ttest_1samp(differences.ravel(), 0).statistic
+    t = plain * math.sqrt((1 / 15) / (1 / 15 + 1 / 4))
+    assert ku.corrected_t(differences) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 14), rel=1e-12)
+
+
+def test_holms_p_values_are_those_of_the_step_down_by_hand():
+    adjusted = ku.holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
+    np.testing.assert_allclose(adjusted, [0.09, 0.04, math.nan, 0.09, 0.5])
+
+
+# ---------------------------------------------------------------------------------------
+# Run folders
+
+
+def write_run(folder, seed=0, folds=(0, 1), error=0.1, settings=None, resolved=None, scores=None, **columns):
+    """A finished run of 20 rows in 2 folds, without weights; `scores` are those of each fold's evaluations."""
+    rng = np.random.default_rng([seed, int(1000 * error)])
+    target = np.linspace(-1, 1, 20)
+    oof = pd.DataFrame({"id": [f"{i:02d}" for i in range(20)], "fold": np.arange(20) % 2, "target": target})
+    oof["prediction"] = oof["prediction_last"] = target + error * rng.normal(size=20)
+    oof["prediction_best"] = target + 0.9 * error * rng.normal(size=20)
+    oof = oof.assign(**columns)[oof["fold"].isin(folds)]
+    folder.mkdir(parents=True)
+    oof.to_csv(folder / "oof.csv", index=False)
+    record = {
+        "status": "complete",
+        "settings": ku.as_recorded(ku.Config(seed=seed, **(settings or {})).to_dict()),
+        "resolved": {"loss": "mse", "metric": "rmse", "lr": 1e-4, "backbone_dropout": 0.0} | (resolved or {}),
+        "classes": [],
+        "outputs": ["target"],
+        "versions": ku.versions(),
+        "device": "a CPU",
+        "threads": 1,
+        "precision": "float32",
+        "folds": [{"fold": fold, "rows": 10, "steps": 6} for fold in folds],
+        "oof": {"metric": "rmse", "better": "lower"},
+        "seconds": {"total": 10.0},
+        "rows_per_second": 5.0,
+        "peak_memory_bytes": 2**30,
+    }
+    (folder / "record.json").write_text(json.dumps(record))
+    scores = scores or {fold: [0.5, 0.4, 0.3] for fold in folds}
+    lines = [
+        {"fold": fold, "step": 2 * i, "epoch": i, "rmse": score, "best": True}
+        for fold in folds
+        for i, score in enumerate(scores[fold], 1)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder
+
+
+def grid(folder, errors, seeds=(0, 1, 2)):
+    """Runs of every head in `errors` and every seed."""
+    for head, error in errors.items():
+        for seed in seeds:
+            write_run(folder / f"{head}-{seed}", seed, error=error, settings=dict(head=head))
+    return folder
+
+
+def align(folder, baseline=""):
+    return ku.align_runs(ku.read_records(folder), baseline)
+
+
+def compare(folder, baseline="", n_resamples=300):
+    table = ku.compare_runs(align(folder, baseline), n_resamples)
+    return table.set_index(["checkpoint", "configuration"])
+
+
+def test_the_table_has_a_verdict_for_each_configuration_and_checkpoint_the_baseline_first(tmp_path):
+    table = compare(grid(tmp_path, {"max": 0.1, "cls": 0.11, "gem": 0.9}), "head=cls")
+    names = ["head=cls", "head=gem", "head=max"]
+    assert list(table.index) == [(kind, name) for kind in ("last", "best") for name in names]
+    last = table.loc["last"]
+    assert last["verdict"]["head=cls"] == "baseline" and last["verdict"]["head=gem"] == "worse"
+    assert last["verdict"]["head=max"].startswith("not distinguishable (smallest detectable difference 0.0")
+    assert compare(tmp_path, "head=gem").loc["last"]["verdict"]["head=cls"] == "better"
+    frames = [pd.read_csv(tmp_path / f"gem-{seed}" / "oof.csv") for seed in range(3)]
+    rmse = [math.sqrt(((f["target"] - f["prediction_last"]) ** 2).mean()) for f in frames]
+    assert last["rmse"]["head=gem"] == pytest.approx(np.mean(rmse), rel=1e-12)
+    assert last["sd over seeds"]["head=gem"] == pytest.approx(np.std(rmse, ddof=1), rel=1e-9)
+    best = [math.sqrt(((f["target"] - f["prediction_best"]) ** 2).mean()) for f in frames]
+    assert table.loc["best"]["rmse"]["head=gem"] == pytest.approx(np.mean(best), rel=1e-12)
+    assert last["difference"]["head=gem"] == pytest.approx(last["rmse"]["head=gem"] - last["rmse"]["head=cls"])
+
+
+def test_where_more_is_better_the_larger_score_is(tmp_path):
+    grid(tmp_path, {"cls": 0.1, "gem": 0.9})
+    for path in tmp_path.rglob("record.json"):
+        path.write_text(path.read_text().replace('"rmse", "better": "lower"', '"pearson", "better": "higher"'))
+        log = path.with_name("log.jsonl")
+        log.write_text(log.read_text().replace("rmse", "pearson"))
+    table = compare(tmp_path, "head=cls").loc["last"]
+    assert table["difference"]["head=gem"] < 0 and table["verdict"]["head=gem"] == "worse"
+    assert table["cells won"]["head=gem"] == 0
+
+
+@pytest.mark.parametrize("seeds", [{"cls": (0,), "gem": (0,)}, {"cls": (0, 1, 2), "gem": (5,)}], ids=str)
+def test_one_seed_never_names_a_winner(tmp_path, seeds):
+    for head, error in {"cls": 0.01, "gem": 5.0}.items():
+        grid(tmp_path, {head: error}, seeds[head])
+    row = compare(tmp_path, "head=cls").loc["last", "head=gem"]
+    assert row["verdict"] == "not distinguishable (one seed names no winner)" and math.isnan(row["p of Holm"])
+
+
+def test_more_configurations_need_more_evidence(tmp_path):
+    few = compare(grid(tmp_path / "few", {"cls": 0.1, "max": 0.14}), "head=cls").loc["last", "head=max"]
+    heads = ["mean", "gem", "conv1d", "lstm", "gru", "concat", "attention"]
+    grid(tmp_path / "many", {"cls": 0.1, "max": 0.14} | {head: 0.1 + i / 1000 for i, head in enumerate(heads)})
+    many = compare(tmp_path / "many", "head=cls").loc["last", "head=max"]
+    assert few["difference"] == many["difference"] and few["p of Holm"] == few["p"]
+    assert many["p of Holm"] == pytest.approx(8 * many["p"])  # the smallest of 8
+
+
+def test_identical_predictions_are_not_distinguishable(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", 0, settings=dict(head="cls"))
+        write_run(tmp_path / f"b{seed}", 0, settings=dict(head="max"))
+    for path in tmp_path.rglob("*1/record.json"):
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    row = compare(tmp_path, "head=cls").loc["last", "head=max"]
+    assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
+    assert row["verdict"].startswith("not distinguishable (smallest")
+
+
+def test_folds_of_one_seed_in_several_runs_count_as_one_run(tmp_path):
+    whole, split = grid(tmp_path / "whole", {"cls": 0.1, "max": 0.5}), tmp_path / "split"
+    for head, error in {"cls": 0.1, "max": 0.5}.items():
+        for seed, fold in itertools.product(range(3), range(2)):
+            settings = dict(head=head, run_folds=str(fold))
+            write_run(split / f"{head}-{seed}-{fold}", seed, (fold,), error, settings)
+    tables = [compare(folder, "head=cls") for folder in (whole, split)]
+    pd.testing.assert_frame_equal(*(table.drop(columns=["seconds"]) for table in tables))
+    assert (tables[1]["seconds"] == 2 * tables[0]["seconds"]).all()
+
+
+def test_a_run_that_did_not_finish_is_left_out_and_named(tmp_path, capsys):
+    grid(tmp_path, {"cls": 0.1, "max": 0.5})
+    half = write_run(tmp_path / "half", 7, settings=dict(head="max")) / "record.json"
+    half.write_text(half.read_text().replace("complete", "running"))
+    assert list(compare(tmp_path, "head=cls")["seeds"]) == [3] * 4
+    assert "did not finish: half\n" in capsys.readouterr().out
+
+
+def test_optimism_is_what_the_choice_of_the_other_folds_would_have_lost(tmp_path):
+    scores = {0: [0.5, 0.2, 0.6], 1: [0.7, 0.6, 0.4]}  # fold 0 would choose the 2nd, fold 1 the 3rd
+    for head in ("cls", "max"):
+        write_run(tmp_path / head, settings=dict(head=head), scores=scores)
+    study = align(tmp_path, "head=cls")
+    assert ku.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    higher = study._replace(metric="pearson")
+    for record in study.arms[0].records:
+        record["oof"]["metric"] = "pearson"
+        log = record["folder"] / "log.jsonl"
+        log.write_text(log.read_text().replace("rmse", "pearson"))
+    # fold 0 would choose the 3rd, fold 1 the 1st
+    assert ku.optimism(higher, study.arms[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
+
+
+def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
+    records = []
+    for head in ("cls", "mean"):
+        cfg = tiny(head=head, run_name=head, fold_kind="group", group_column="author")
+        train, _, _ = ku.read_competition(ku.Config(data_dir=cfg.data_dir))
+        author = pd.Series([f"author {i // 4}" for i in range(40)])
+        ku.train(ku.make_folds(train.assign(author=author), cfg), cfg)
+    records = ku.read_records(tmp_path / "runs")
+    oof = pd.read_csv(records[0]["folder"] / "oof.csv", dtype={"id": str})
+    assert list(oof["group"]) == list(author)
+    study = ku.align_runs(records, "head=cls")
+    assert len(set(zip(study.groups, author, strict=True))) == len(set(study.groups)) == 10
+    score = ku.seed_scores(study, study.arms[1], "last")[0][0]
+    assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.arms[1].name == "head=mean"
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel", "regression"])
+def test_the_scores_are_those_of_the_record_in_every_task(task, competition, tiny, tmp_path):
+    labels = {
+        "binary": dict(target=["no", "yes"] * 20),
+        "multiclass": dict(target=["007", "1", "NA", "b"] * 10),
+        "multilabel": dict(x=[0, 1] * 20, y=[0, 0, 1, 1] * 10),
+        "regression": dict(x=np.linspace(0, 1, 40), y=np.linspace(1, 3, 40) ** 2),
+    }[task]
+    names = ",".join(labels)
+    frame = pd.read_csv(competition / "train.csv", dtype=str).assign(**labels)
+    frame.to_csv(competition / "train.csv", index=False)
+    (competition / "sample_submission.csv").unlink()
+    for head in ("cls", "mean"):
+        cfg = tiny(head=head, task=task, target_columns=names, fold_kind="plain", run_name=head)
+        train, _, _ = ku.read_competition(cfg)
+        ku.train(ku.make_folds(train, cfg), cfg)
+    study = align(tmp_path / "runs", "head=mean")
+    for arm in study.arms:
+        for kind in ("last", "best"):
+            assert ku.seed_scores(study, arm, kind)[0][0] == pytest.approx(arm.records[0]["oof"][kind], abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------
+# What is refused
+
+
+def other_run(tmp_path, **changes):
+    """A study of `cls` beside one run of `max` with changes."""
+    grid(tmp_path, {"cls": 0.1})
+    settings = dict(head="max") | changes.pop("settings", {})
+    return write_run(tmp_path / "other", settings=settings, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(folds=(1,)), r"head=max, seed 0 \(.*other\) has 10 rows, folds 1, the baseline 20 rows, folds 0, 1;"),
+        (dict(id=[f"{i:02d}" for i in range(1, 21)]), r"has 20 rows, .* 2 rows such as id '00' are in one only"),
+        (
+            dict(fold=1 - np.arange(20) % 2),
+            r"another fold than the baseline in 20 rows, such as 1 against 0 at id '00'",
+        ),
+        (dict(target=np.linspace(-1, 2, 20)), r"another target than the baseline in 19 rows, such as .* at id '01'"),
+        (dict(settings=dict(evals_per_epoch=2)), r"other has evaluations \[6\], the baseline \[3\]: of more"),
+    ],
+    ids=["missing fold", "other ids", "other folds", "other targets", "more evaluations"],
+)
+def test_runs_that_do_not_stand_for_the_same_are_refused_by_name(tmp_path, changes, expected):
+    other_run(tmp_path, **changes)
+    with pytest.raises(ku.ComparisonError, match=expected):
+        align(tmp_path, "head=cls")
+
+
+def test_more_epochs_can_be_compared_where_the_number_of_evaluations_is_the_same(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"three{seed}", seed, settings=dict(epochs=3))
+        write_run(tmp_path / f"one{seed}", seed, settings=dict(epochs=1, evals_per_epoch=3))
+    assert align(tmp_path).arms[1].name == "epochs=1 evals_per_epoch=3"
+
+
+def test_another_metric_is_refused(tmp_path):
+    path = other_run(tmp_path) / "record.json"
+    path.write_text(path.read_text().replace('"rmse", "better"', '"mae", "better"'))
+    with pytest.raises(ku.ComparisonError, match="other has metric mae, the baseline rmse"):
+        align(tmp_path, "head=cls")
+
+
+def test_a_metric_that_is_not_registered_is_refused(tmp_path):
+    grid(tmp_path, {"cls": 0.1, "max": 0.1})
+    for path in tmp_path.rglob("record.json"):
+        path.write_text(path.read_text().replace('"rmse", "better"', '"rmsle", "better"'))
+    with pytest.raises(ku.ConfigError, match=r"metric must be one of .*did you mean rmse"):
+        align(tmp_path, "head=cls")
+
+
+def test_a_fold_that_was_trained_twice_is_refused(tmp_path):
+    grid(tmp_path, {"cls": 0.1, "max": 0.1})
+    write_run(tmp_path / "again", 2, (1,), settings=dict(head="max", run_folds="1"))
+    with pytest.raises(ku.ComparisonError, match=r"head=max, seed 2 \(.*again, .*max-2\) has fold 1 more than once"):
+        align(tmp_path, "head=cls")
+
+
+def test_one_configuration_alone_is_refused(tmp_path):
+    with pytest.raises(ku.ComparisonError, match="all 3 runs have one configuration"):
+        align(grid(tmp_path, {"cls": 0.1}))
+
+
+def test_a_folder_without_finished_runs_is_refused(tmp_path):
+    with pytest.raises(ku.ComparisonError, match="has no finished run"):
+        ku.read_records(tmp_path / "no such folder")
+
+
+@pytest.mark.parametrize(
+    "baseline, expected",
+    [
+        ("head=clas", "head must be one of .*did you mean cls"),
+        ("heda=cls", r"'heda=cls' is no setting of a configuration \(did you mean head\?\)"),
+        ("cls", "'cls' is no setting of a configuration"),
+        ("seed=0", "'seed=0' is no setting of a configuration"),
+        ("head=gem", "no configuration fits; set it to what is one of: head=cls; head=max"),
+        ("", "several configurations fit; set it to what is one of: head=cls; head=max"),
+    ],
+)
+def test_a_baseline_that_is_not_one_configuration_is_refused(tmp_path, baseline, expected):
+    with pytest.raises(ku.ConfigError, match=expected):
+        align(grid(tmp_path, {"cls": 0.1, "max": 0.1}), baseline)
+
+
+def test_the_baseline_is_the_configuration_that_leaves_most_at_the_defaults(tmp_path):
+    variants = [dict(), dict(llrd=0.95), dict(reinit_layers=1), dict(backbone_dropout=0.1)]
+    for i, settings in enumerate(variants):
+        resolved = {"backbone_dropout": settings.get("backbone_dropout", 0.0)}
+        write_run(tmp_path / str(i), settings=dict(head="cls") | settings, resolved=resolved)
+    study = align(tmp_path)
+    names = ["backbone_dropout=0 reinit_layers=0 llrd=1", "llrd=0.95", "reinit_layers=1", "backbone_dropout=0.1"]
+    assert [arm.name for arm in study.arms] == names
+    other = align(tmp_path, "llrd=0.95")
+    assert [arm.name for arm in other.arms[:2]] == ["backbone_dropout=0 reinit_layers=0 llrd=0.95", "llrd=1"]
+
+
+def test_a_setting_left_open_and_the_same_said_are_one_configuration(tmp_path):
+    write_run(tmp_path / "a", 0, settings=dict(head="cls"))
+    write_run(tmp_path / "b", 1, settings=dict(head="cls", lr=1e-4, backbone_dropout=0.0))
+    write_run(tmp_path / "c", 0, settings=dict(head="max"))
+    assert [arm.seeds for arm in align(tmp_path, "head=cls").arms] == [[0, 1], [0]]
+
+
+def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):
+    path = other_run(tmp_path) / "record.json"
+    path.write_text(path.read_text().replace("a CPU", "a GPU"))
+    align(tmp_path, "head=cls")
+    assert "the runs differ in device: a CPU, a GPU\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """File name -> figure, as `save_figure` would have written it, laid out."""
+    figures = {}
+
+    def keep(figure, path):
+        figure.canvas.draw()
+        figures[path.name] = figure
+
+    monkeypatch.setattr(ku, "save_figure", keep)
+    return figures
+
+
+def texts(figure):
+    """Boxes of all texts that a figure shows, in pixels."""
+    from matplotlib.text import Text
+
+    beyond = set()  # ticks that lie outside of the limits are not drawn
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
+    return {t: t.get_window_extent() for t in shown}
+
+
+def test_no_label_of_the_figures_covers_another_or_leaves_the_figure(tmp_path, drawn):
+    values = [(0.98, 0, 0.0), (0.95, 0, 0.1), (0.9, 1, 0.0), (1.0, 2, 0.1), (1.0, 3, 0.0)]
+    for head, error in {"cls": 0.1, "conv1d": 0.1001, "attention": 0.3}.items():
+        for i, (llrd, reinit, dropout) in enumerate(values):
+            settings = dict(head=head, llrd=llrd, reinit_layers=reinit, backbone_dropout=dropout)
+            for seed in (0, 1):
+                resolved = {"backbone_dropout": dropout}
+                write_run(tmp_path / f"{head}{i}{seed}", seed, (0, 1), error, settings, resolved)
+    study = align(tmp_path, "head=cls llrd=0.98")
+    table = ku.compare_runs(study, 50)
+    ku.plot_differences(study, table, tmp_path)
+    ku.plot_cost(study, table, tmp_path)
+    ku.plot_folds(study, tmp_path)
+    ku.plot_learning(study, tmp_path)
+    assert len(drawn) == 4
+    for name, figure in drawn.items():
+        boxes = texts(figure)
+        width, height = figure.canvas.get_width_height()
+        for text, box in boxes.items():
+            assert box.x0 >= -1 and box.x1 <= width + 1, (name, text.get_text())
+            assert box.y0 >= -1 and box.y1 <= height + 1, (name, text.get_text())
+        for (one, a), (two, b) in itertools.combinations(boxes.items(), 2):
+            apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
+            assert apart, (name, one.get_text(), two.get_text())
+
+
+def test_better_and_worse_differ_in_more_than_colour(tmp_path, drawn):
+    study = align(grid(tmp_path, {"cls": 0.3, "max": 0.05, "gem": 0.9}), "head=cls")
+    ku.plot_folds(study, tmp_path)
+    ku.plot_differences(study, ku.compare_runs(study, 100), tmp_path)
+    for axis in drawn["folds.png"].axes:
+        for line in axis.lines:
+            base, score = line.get_ydata()
+            assert line.get_linestyle() == ("-" if score < base else "--")
+            assert line.get_color() == (ku.BLUE if score < base else ku.RED)
+    labels = [label.get_text() for label in drawn["differences.png"].axes[1].get_yticklabels()]
+    assert [label.split()[-1] for label in labels] == ["worse", "better"]
