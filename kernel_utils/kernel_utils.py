@@ -2090,6 +2090,7 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path):
+    figure.draw_without_rendering()  # the layout takes a second pass where labels are long
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -3,12 +3,16 @@
 import itertools
 import json
 import math
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import sklearn.metrics
+from conftest import ROOT, papermill, printed
 
 import kernel_utils as ku
 
@@ -152,10 +156,10 @@ def test_class_numbers_are_resampled_with_their_probabilities():
 
 
 def test_rows_of_a_group_are_drawn_together():
-    groups = np.repeat([0, 1], 50)
+    groups = np.repeat([0, 1], [80, 20])
     target, prediction = np.zeros((100, 1)), groups[:, None].astype(float)
     scores = ku.resampled_scores("mae", target, prediction[None], groups, 50, np.random.default_rng(0))
-    assert set(scores[:, 0]) == {0.0, 0.5, 1.0}
+    assert set(scores[:, 0]) == {0.0, 0.2, 1.0}
 
 
 def test_a_metric_without_a_value_on_many_resamples_is_an_error():
@@ -277,6 +281,14 @@ def test_more_configurations_need_more_evidence(tmp_path):
     many = compare(tmp_path / "many", "head=cls").loc["last", "head=max"]
     assert few["difference"] == many["difference"] and few["p of Holm"] == few["p"]
     assert many["p of Holm"] == pytest.approx(8 * many["p"])  # the smallest of 8
+
+
+@pytest.mark.parametrize("difference, better, word", [(-1, "lower", "better"), (1, "lower", "worse")])
+def test_the_verdict_stands_on_the_adjusted_p(difference, better, word):
+    row = {"difference": difference, "detectable": 0.5, "p": 0.01}
+    assert ku.verdict(row | {"p of Holm": 0.049}, better) == word
+    text = "not distinguishable (smallest detectable difference 0.5000)"
+    assert ku.verdict(row | {"p of Holm": 0.051}, better) == text
 
 
 def test_identical_predictions_are_not_distinguishable(tmp_path):
@@ -480,11 +492,11 @@ def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """File name -> figure, as `save_figure` would have written it, laid out."""
-    figures = {}
+    """File name -> figure, as it was written."""
+    figures, save = {}, ku.save_figure
 
     def keep(figure, path):
-        figure.canvas.draw()
+        save(figure, path)
         figures[path.name] = figure
 
     monkeypatch.setattr(ku, "save_figure", keep)
@@ -540,3 +552,39 @@ def test_better_and_worse_differ_in_more_than_colour(tmp_path, drawn):
             assert line.get_color() == (ku.BLUE if score < base else ku.RED)
     labels = [label.get_text() for label in drawn["differences.png"].axes[1].get_yticklabels()]
     assert [label.split()[-1] for label in labels] == ["worse", "better"]
+
+
+# ---------------------------------------------------------------------------------------
+# The notebook
+
+
+@pytest.mark.slow
+def test_the_sample_grid_is_swept_compared_and_exported_as_one_page(backbone_folder, tmp_path):
+    few = dict(backbone=backbone_folder("bert"), max_rows=60, n_folds=2, epochs=2, max_length=32)
+    options = [part for name, value in few.items() for part in ("--set", f"{name}={value}")]
+    grid = ["--grid", "head=cls,conv1d", "--seeds", "0,1", "--jobs", "2", "-o", tmp_path / "runs"]
+    done = subprocess.run([sys.executable, ROOT / "tools" / "sweep.py", *grid, *options], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    parameters = [("runs_dir", tmp_path / "runs"), ("baseline", "head=cls"), ("output_dir", tmp_path / "out")]
+    done, executed = papermill("compare.ipynb", tmp_path / "compare.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr
+    assert "2 configurations, 60 rows, 2 folds, 2 seeds\nbaseline: head=cls" in printed(executed)
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index(["checkpoint", "configuration"])
+    assert list(table.index) == [(kind, head) for kind in ("last", "best") for head in ("head=cls", "head=conv1d")]
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv").set_index(["configuration", "seed"])
+    for seed in (0, 1):
+        record = json.loads((tmp_path / "runs" / f"head=conv1d+seed={seed}" / "record.json").read_text())
+        assert scores["rmse last"]["head=conv1d", seed] == pytest.approx(record["oof"]["last"], abs=1e-5)
+    command = [sys.executable, ROOT / "tools" / "report.py", tmp_path / "compare.ipynb", "-o", tmp_path / "page.html"]
+    subprocess.run(command, check=True)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4 and not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+@pytest.mark.slow
+def test_a_typo_in_the_baseline_stops_the_notebook_with_the_names_that_can_be_set(tmp_path):
+    grid(tmp_path / "runs", {"cls": 0.1, "max": 0.1}, (0,))
+    parameters = [("runs_dir", tmp_path / "runs"), ("baseline", "head=gem")]
+    done, _ = papermill("compare.ipynb", tmp_path / "compare.ipynb", *parameters)
+    assert done.returncode != 0 and "set it to what is one of: head=cls; head=max" in done.stderr
+    assert not (tmp_path / "runs" / "comparison").exists()

@@ -1,0 +1,537 @@
+"""A grid of runs: what is started, skipped, refused and reported. Fast tests put a stub in the place of papermill."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import sweep
+from conftest import ROOT
+
+import kernel_utils as ku
+
+# argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves
+STUB = """
+import json, os, pathlib, sys, time
+notebook, text, run, settings, seconds = sys.argv[1:]
+pathlib.Path(notebook).write_text(text)
+if "error" in text:
+    sys.exit(1)
+run, record = pathlib.Path(run), {"status": "running", "settings": json.loads(settings)}
+run.mkdir()
+(run / "record.json").write_text(json.dumps(record))
+(run / "fold0").mkdir()
+(run / "fold0" / "model.safetensors").write_text("weights")
+(run / "environment.json").write_text(json.dumps(dict(os.environ)))
+print("the log of", run.name)
+time.sleep(float(seconds))
+oof = {"metric": "rmse", "last": 0.5, "best": 0.25}
+record |= {"status": "complete", "oof": oof, "rows_per_second": 10.0, "seconds": {"total": 8.0, "train": 4.0}}
+(run / "record.json").write_text(json.dumps(record))
+"""
+
+
+def notebook_text(error=""):
+    lines = {"output_type": "error", "ename": "KitError", "evalue": error, "traceback": []}
+    return json.dumps({"cells": [{"outputs": [lines] if error else []}]})
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Names of the cells that a stub of papermill ran, for `stub.seconds`; `stub.errors` says which fail with what."""
+
+    class Started(list):
+        errors = {}  # noqa: RUF012
+        seconds = 0
+
+    started = Started()
+
+    def command(cell, notebook):
+        started.append(cell.name)
+        settings = json.dumps(ku.Config.from_dict(cell.told).to_dict())
+        run = Path(cell.told["output_dir"]) / cell.name
+        text = notebook_text(started.errors.get(cell.name, ""))
+        return [sys.executable, "-c", STUB, str(notebook), text, str(run), settings, str(started.seconds)]
+
+    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(sweep, "POLL", 0.05)
+    return started
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def base(competition, backbone_folder, output):
+    """Function: settings -> arguments of a quick grid on the made competition; a setting that is None is left out."""
+
+    def arguments(**settings):
+        quick = dict(data_dir=competition, backbone=backbone_folder("bert"), n_folds=2, epochs=1, max_length=32)
+        given = {name: value for name, value in (quick | settings).items() if value is not None}
+        return [*(part for name, value in given.items() for part in ("--set", f"{name}={value}")), "-o", str(output)]
+
+    return arguments
+
+
+@pytest.fixture
+def call(base, monkeypatch, capsys):
+    """Function: arguments -> exit code and what was printed, of a sweep in this process."""
+
+    def run(*arguments, **settings):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *base(**settings), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            sweep.main()
+        code = ended.value.code
+        return (1, code) if isinstance(code, str) else (code, capsys.readouterr().out)
+
+    return run
+
+
+def names(shown):
+    """Names of the runs that a dry run lists."""
+    return [line.split(":")[0] for line in shown.splitlines() if line.startswith(("head=", "seed=", "llrd="))]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+# The cells
+
+
+def test_every_combination_of_settings_seeds_and_folds_is_a_run(call, stub):
+    code, _ = call("--grid", "head=cls,max", "--grid", "llrd=1,0.9", "--seeds", "3,4", "--folds", "0,1")
+    wanted = [
+        f"head={head}+llrd={llrd}+seed={seed}+fold={fold}"
+        for head in ("cls", "max")
+        for llrd in ("1.0", "0.9")
+        for seed in (3, 4)
+        for fold in (0, 1)
+    ]
+    assert code == 0 and sorted(stub) == sorted(wanted)
+
+
+def test_papermill_is_told_the_given_settings_as_yaml_and_no_other(base, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *base(), "--grid", "lr=1e-5", "--set", "conv_kernels=2,2"])
+    (cell,) = sweep.make_cells(sweep.parse())
+    arguments = sweep.command(cell, Path("out.ipynb"))
+    told = sweep.yaml.safe_load(arguments[arguments.index("-y") + 1])
+    assert told["lr"] == 1e-5 and told["conv_kernels"] == [2, 2] and told["run_name"] == "lr=1e-05+seed=0"
+    assert set(told) == {
+        *("data_dir backbone n_folds epochs max_length lr conv_kernels seed output_dir run_name".split())
+    }
+
+
+def test_cells_of_two_blocks_that_are_the_same_run_are_one_under_the_first_name(call, stub, tmp_path):
+    file = write(tmp_path / "g.toml", '[[grid]]\nhead = ["cls", "max"]\n[[grid]]\nhead = ["cls"]\nllrd = [1.0, 0.9]\n')
+    call(file)
+    assert stub == ["head=cls+seed=0", "head=max+seed=0", "head=cls+llrd=0.9+seed=0"]
+
+
+def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block(call, stub, tmp_path, output):
+    text = 'seeds = [1, 2]\n[settings]\nepochs = 7\nbatch_size = 4\n[[grid]]\nhead = ["cls"]\n[[grid]]\nllrd = [0.9]\n'
+    call(write(tmp_path / "g.toml", text), "--seeds", "5", "--grid", "reinit_layers=0,1")
+    assert stub == [f"{block}+reinit_layers={n}+seed=5" for block in ("head=cls", "llrd=0.9") for n in (0, 1)]
+    settings = ku.read_record(output / stub[0])["settings"]
+    assert settings["epochs"] == 1 and settings["batch_size"] == 4
+
+
+def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_name_are_refused(
+    call, stub, backbone_folder, tmp_path
+):
+    folder = backbone_folder("bert")
+    other = tmp_path / folder.name
+    other.symlink_to(folder)
+    code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)
+    assert code == 0 and shown.startswith(f"backbone={ku.short_name(str(folder))}+seed=0: to run")
+    code, shown = call("--grid", f"backbone={folder},{other}", backbone=None)
+    assert code == 1 and "2 different runs would be called backbone=" in shown and stub == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tools" / "grids").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
+    asked = sweep.argparse.Namespace(grid_file=file, seeds=None, folds=None, grid=[], set=[])
+    cells = [ku.Config.from_dict(settings) for _, settings in sweep.combinations(asked)]
+    blocks = tomllib.loads(file.read_text())["grid"]
+    seeds = tomllib.loads(file.read_text())["seeds"]
+    count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
+    assert len(set(cells)) == count == {"article": 57, "lr": 4}[file.stem]
+    if file.stem == "article":
+        assert {cfg.head for cfg in cells} == set(ku.HEADS)
+
+
+# What is refused before anything starts
+
+
+def test_misspelt_names_and_bad_values_of_all_cells_are_one_error_and_nothing_is_made(call, stub, output):
+    code, shown = call("--grid", "head=cls,clss", "--grid", "epoch=1,2", "--seeds", "0,x")
+    assert code == 1 and stub == [] and not output.exists()
+    for part in ("there is no setting 'epoch' (did you mean epochs?)", "got 'clss'", "seed must be a whole number"):
+        assert shown.count(part) == 1
+
+
+def test_a_typo_in_the_data_folder_is_one_message(call, stub, output):
+    code, shown = call("--grid", "head=cls,max", "--seeds", "0,1,2", data_dir="/nowhere")
+    assert code == 1 and shown.count("'/nowhere' is not a folder") == 1 and not output.exists()
+
+
+def test_a_fold_that_is_not_there_is_one_message(call, stub):
+    code, shown = call("--folds", "0,2", "--seeds", "0,1,2")
+    assert code == 1 and shown.count("run_folds must be") == 1 and stub == []
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed = [1]", "there is no 'seed', only seeds, [settings] and [[grid]]"),
+        ("seeds = 3", "seeds must be a list of values, got 3"),
+        ("[grid]\nhead = ['cls']", "grid must be tables [[grid]]"),
+        ("[[grid]]\nhead = 'cls'", "head must be a list of values, got 'cls'"),
+        ("seeds = [1]\n[[grid]]\nseed = [1]", "seeds and the setting seed are given"),
+        ("[settings]\nrun_name = 'a'", "run_name is made by this tool"),
+        ("seeds = [", "g.toml: "),
+    ],
+)
+def test_a_grid_file_that_is_wrong_is_named_with_what_was_expected(call, stub, tmp_path, text, part):
+    code, shown = call(write(tmp_path / "g.toml", text))
+    assert code == 1 and part in shown and stub == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--grid", "epochs=1,2"], "epochs is in --set and in the grid"),
+        (["--grid", "head=cls", "--grid", "head=max"], "--grid head is given twice"),
+        (["--folds", "0", "--grid", "run_folds=0"], "--folds and the setting run_folds are given"),
+        (["--grid", "output_dir=a"], "output_dir is made by this tool"),
+    ],
+)
+def test_a_setting_that_is_given_in_two_ways_is_refused(call, stub, arguments, part):
+    code, shown = call(*arguments)
+    assert code == 1 and part in shown and stub == []
+
+
+def test_runs_that_are_complete_with_other_settings_stop_the_grid_and_every_change_is_listed(call, stub):
+    call("--grid", "head=cls,max")
+    code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup=0.2)
+    assert code == 1 and stub == ["head=cls+seed=0", "head=max+seed=0"]
+    for name in stub:
+        assert f"{name} is complete with other settings: " in shown
+    assert shown.count("epochs was 1, now 5; warmup was 0.1, now 0.2") == 2
+
+
+def test_a_folder_that_is_no_run_is_never_touched(call, stub, output):
+    folder = output / "head=cls+seed=0"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 1 and f"{folder} is not a run" in shown and stub == []
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+# Going on
+
+
+def test_finished_runs_are_skipped_also_under_another_name(call, stub, output):
+    call("--grid", "head=cls")
+    (output / "head=cls+seed=0").rename(output / "mine")
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 0 and stub == ["head=cls+seed=0", "head=max+seed=0"]
+    assert "2 runs: 1 finished now, 1 before, 0 failed, 0 running elsewhere" in shown
+
+
+def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output):
+    call("--grid", "head=cls")
+    path = output / "head=cls+seed=0" / "record.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["bucket_batches"]
+    path.write_text(json.dumps(record))
+    assert call("--grid", "head=cls")[0] == 0 and len(stub) == 1
+    code, shown = call("--grid", "head=cls", "--set", "bucket_batches=9")
+    assert code == 1 and "bucket_batches was 4, now 9" in shown
+
+
+@pytest.mark.parametrize("left", ["running", "empty", "temporary"])
+def test_what_a_killed_run_left_is_removed_and_trained_again(call, stub, left, output):
+    folder = output / "head=cls+seed=0"
+    folder.mkdir(parents=True)
+    if left == "running":
+        (folder / "record.json").write_text('{"status": "running", "settings": {}}')
+        (folder / "half.txt").write_text("")
+    if left == "temporary":
+        (folder / ".record.json.tmp").write_text("{")
+    assert "head=cls+seed=0: interrupted, to run again" in call("--grid", "head=cls", "--dry-run")[1]
+    code, _ = call("--grid", "head=cls")
+    assert code == 0 and ku.read_record(folder)["status"] == "complete" and not (folder / "half.txt").exists()
+    assert sorted(path.suffix for path in (output / "notebooks").iterdir()) == [".ipynb", ".lock", ".log"]
+
+
+def test_a_cell_whose_lock_is_taken_is_left_alone(call, stub, output):
+    (output / "notebooks").mkdir(parents=True)
+    with open(output / "notebooks" / "head=cls+seed=0.lock", "w") as lock:
+        sweep.fcntl.flock(lock, sweep.fcntl.LOCK_EX)
+        code, shown = call("--grid", "head=cls,max")
+    assert code == 1 and stub == ["head=max+seed=0"]
+    assert "2 runs: 1 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    assert call("--grid", "head=cls,max")[0] == 0
+
+
+def test_failures_are_said_with_the_error_of_the_notebook_and_tried_again_by_the_next_call(call, stub, output):
+    stub.errors["head=cls+seed=0"] = "cannot go on:\n  the first thing\n  the second\n  the third"
+    code, shown = call("--grid", "head=cls,max")
+    notebook = output / "notebooks" / "head=cls+seed=0.ipynb"
+    problem = f"KitError: cannot go on: the first thing the second ({notebook})"
+    assert code == 1 and f"head=cls+seed=0: failed: {problem}" in shown and stub.count("head=cls+seed=0") == 1
+    assert f"2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere\n  head=cls+seed=0: {problem}" in shown
+    assert "compare" not in shown and notebook.is_file()
+    stub.errors.clear()
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 0 and stub == ["head=cls+seed=0", "head=max+seed=0", "head=cls+seed=0"]
+
+
+def test_an_error_outside_the_notebook_is_the_last_line_of_the_log(tmp_path):
+    log = write(tmp_path / "log", "Traceback\nDeadKernelError: Kernel died\n\n")
+    assert sweep.failure(tmp_path / "none.ipynb", log, 1) == "DeadKernelError: Kernel died"
+    assert sweep.failure(tmp_path / "none.ipynb", log, -9) == "papermill was ended by SIGKILL"
+
+
+def test_each_finished_run_has_a_line_and_the_end_names_the_command_to_compare(call, stub, output):
+    code, shown = call("--grid", "head=cls")
+    assert code == 0 and "head=cls+seed=0: rmse 0.5000 last, 0.2500 best, 8 s" in shown
+    assert f"papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {output}" in shown
+    assert "the log of head=cls+seed=0" in (output / "notebooks" / "head=cls+seed=0.log").read_text()
+
+
+def test_weights_are_deleted_only_where_asked_and_only_of_runs_that_are_complete(call, stub, output):
+    call("--grid", "head=cls")
+    call("--grid", "head=cls,max", "--drop-weights")
+    weights = sorted(path.parents[1].name for path in output.glob("*/fold0/model.safetensors"))
+    assert weights == ["head=cls+seed=0"]
+
+
+def test_the_dry_run_lists_the_runs_and_the_time_and_makes_nothing(call, stub, output):
+    code, shown = call("--grid", "head=cls,max", "--dry-run")
+    assert code == 0 and names(shown) == ["head=cls+seed=0", "head=max+seed=0"] and stub == []
+    assert "80 training rows, 1 side by side" in shown and "rough: by a probe of few rows" in shown
+    assert not output.exists()
+    call("--grid", "head=cls")
+    code, shown = call("--grid", "head=cls,max,mean", "--dry-run", "--jobs", "2")
+    assert "head=cls+seed=0: finished" in shown and "head=max+seed=0: to run" in shown
+    assert "about 00:08 for 80 training rows, 2 side by side, at 5.0 rows/s each (as in the 1 runs" in shown
+
+
+def test_a_dry_run_whose_probe_fails_says_that_the_time_cannot_be_estimated(call, stub):
+    code, shown = call("--set", "max_rows=2", "--set", "max_length=9", "--set", "lr=1e30", "--dry-run")
+    assert code == 0 and "the time cannot be estimated" in shown
+
+
+def test_the_work_of_a_cell_is_its_training_rows_and_its_log_says_how_much_is_done(base, monkeypatch, tmp_path, output):
+    arguments = ["sweep.py", *base(), "--set", "n_folds=4", "--set", "evals_per_epoch=2", "--folds", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    (cell,) = sweep.make_cells(sweep.parse())
+    assert cell.work == 30 and cell.evaluations == 2  # 40 rows in 4 folds, one epoch
+    log = output / cell.name / "log.jsonl"
+    assert sweep.rows_so_far(cell, output, 0) == 0
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 1, "loss": 0.5}\n{"step": 1, "rmse": 0.5}\n{"step": 2, "rm')
+    assert sweep.rows_so_far(cell, output, 0) == 15
+    assert sweep.rows_so_far(cell, output, time.time() + 60) == 0  # what a killed run left
+
+
+# Side by side
+
+
+def test_slots_are_spread_over_the_gpus_and_share_the_cores_of_a_cpu(monkeypatch):
+    environments = [sweep.slot_environment(slot, 4, ["0", "GPU-ab"]) for slot in range(4)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["0", "GPU-ab", "0", "GPU-ab"]
+    monkeypatch.setattr(sweep, "cores", lambda: 8)
+    threads = [sweep.slot_environment(0, jobs, []).get("OMP_NUM_THREADS") for jobs in (1, 3, 16)]
+    assert threads == [None, "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "gpus"), [(None, 2, ["0", "1"]), ("3,1", 2, ["3", "1"]), ("", 0, []), ("-1", 0, [])]
+)
+def test_the_gpus_are_those_that_cuda_visible_devices_leaves(monkeypatch, visible, count, gpus):
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sweep.gpu_names() == gpus
+
+
+def test_more_runs_than_the_gpus_take_are_refused(monkeypatch):
+    def jobs(jobs, per_gpu, gpus):
+        return sweep.count_jobs(sweep.argparse.Namespace(jobs=jobs, per_gpu=per_gpu), gpus)
+
+    assert [jobs(None, 2, ["0", "1"]), jobs(None, 1, []), jobs(3, 1, []), jobs(4, 2, ["0", "1"])] == [4, 1, 3, 4]
+    with pytest.raises(ku.KitError, match="--jobs 5 is more than 2 GPUs with 2 runs each take: raise --per-gpu"):
+        jobs(5, 2, ["0", "1"])
+
+
+def test_runs_side_by_side_see_their_share_of_the_cores(call, stub, monkeypatch, output):
+    monkeypatch.setattr(sweep, "cores", lambda: 6)
+    stub.seconds = 0.3
+    assert call("--grid", "head=cls,max,mean", "--jobs", "2")[0] == 0
+    threads = [json.loads(path.read_text())["OMP_NUM_THREADS"] for path in output.glob("*/environment.json")]
+    assert threads == ["3", "3", "3"]
+
+
+def test_ray_and_jobs_together_are_refused(call, stub):
+    code, _ = call("--ray", "auto", "--jobs", "2")
+    assert code == 2 and stub == []
+
+
+def test_a_missing_ray_is_said_with_how_to_install_it(call, stub, monkeypatch, output):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, shown = call("--ray", "auto")
+    assert code == 1 and "pip install ray" in shown and not output.exists()
+
+
+# The real notebook
+
+
+def start(base, *arguments):
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *base, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def wait_for(condition, seconds=120):
+    """Value of the condition, once it is true."""
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def papermill_of(name, process):
+    """The papermill process of a cell, once its run has begun."""
+    children = [child for child in process.children() if any(f"/{name}.ipynb" in word for word in child.cmdline())]
+    return children[0] if children else None
+
+
+def fingerprint(run):
+    """Changes when a run is trained again."""
+    stat = (run / "record.json").stat()
+    return stat.st_ino, stat.st_mtime_ns, (run / "oof.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, output):
+    first, second = output / "head=cls+seed=0", output / "head=max+seed=0"
+    process = start(base(), "--grid", "head=cls,max")
+    wait_for((first / "record.json").is_file)
+    papermill_of("head=cls+seed=0", psutil.Process(process.pid)).kill()
+    shown = process.communicate()[0]
+    assert process.returncode == 1 and "head=cls+seed=0: failed: papermill was ended by SIGKILL" in shown
+    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
+    assert ku.read_record(first)["status"] == "running"
+    before = fingerprint(second)
+    process = start(base(), "--grid", "head=cls,max")
+    shown = process.communicate()[0]
+    assert process.returncode == 0 and "1 finished now, 1 before" in shown and fingerprint(second) == before
+    runs = [folder for folder in output.iterdir() if folder.name != "notebooks"]
+    assert sorted(runs) == [first, second] and ku.read_record(first)["status"] == "complete"
+    executed = json.loads((output / "notebooks" / "head=cls+seed=0.ipynb").read_text())
+    assert executed["metadata"]["papermill"]["exception"] is None
+
+
+@pytest.mark.slow
+def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, output):
+    run = output / "head=cls+seed=0"
+    process = start(base(), "--grid", "head=cls")
+    wait_for((run / "record.json").is_file)
+    papermill = papermill_of(run.name, psutil.Process(process.pid))
+    papermill.suspend()  # so that the run cannot be over before the second call looks
+    try:
+        process.kill()
+        process.communicate()
+        inode = (run / "log.jsonl").stat().st_ino if (run / "log.jsonl").exists() else None
+        other = start(base(), "--grid", "head=cls")
+        shown = other.communicate()[0]
+    finally:
+        papermill.resume()
+    assert other.returncode == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    psutil.wait_procs([papermill], timeout=120)
+    assert ku.read_record(run)["status"] == "complete" and inode in (None, (run / "log.jsonl").stat().st_ino)
+    before = fingerprint(run)
+    process = start(base(), "--grid", "head=cls")
+    assert "0 finished now, 1 before" in process.communicate()[0]
+    assert process.returncode == 0 and fingerprint(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(base, output, number):
+    process = start(base(epochs=None), "--grid", "epochs=1,5000,6000")
+    wait_for((output / "epochs=5000+seed=0" / "record.json").is_file)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
+    before = fingerprint(output / "epochs=1+seed=0")
+    process.send_signal(number)
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped: 1 of 3 runs are complete and kept" in shown
+    assert psutil.wait_procs(descendants, timeout=10)[1] == []
+    assert fingerprint(output / "epochs=1+seed=0") == before and not (output / "epochs=6000+seed=0").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base, output):
+    process = start(base(), "--grid", "lr=1e-4,1e30", "--jobs", "2")
+    shown = process.communicate()[0]
+    assert process.returncode == 1 and "2 runs: 1 finished now, 0 before, 1 failed" in shown
+    assert re.search(
+        r"lr=1e\+30\+seed=0: failed: FloatingPointError: fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown
+    )
+    assert ku.read_record(output / "lr=0.0001+seed=0")["status"] == "complete"
+
+
+@pytest.fixture
+def cluster():
+    """Address of a local Ray cluster of two nodes with a core each."""
+    pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install ray")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made.address
+    ray.shutdown()
+    made.shutdown()
+
+
+def raylets(output):
+    """Process ids of the grandparents of the papermill processes that run for a folder."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "papermill" in words and any(str(output) in word for word in words):
+                found.add(process.parent().ppid())
+    return found
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, output, cluster):
+    process = start(base(), "--grid", "head=cls,max", "--ray", cluster)
+    wait_for(lambda: len(raylets(output)) == 2)  # both run at once, each under the daemon of another node
+    shown = process.communicate()[0]
+    assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown
+    runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]
+    before = [fingerprint(run) for run in runs]
+    for arguments in (["--ray", cluster], []):
+        process = start(base(), "--grid", "head=cls,max", *arguments)
+        assert "0 finished now, 2 before" in process.communicate()[0] and process.returncode == 0
+    assert [fingerprint(run) for run in runs] == before
