@@ -2947,7 +2947,7 @@ def effective(record):
     """What makes the configuration of a run: its settings, with what was left open as it was resolved."""
     settings = as_recorded(Config().to_dict()) | record["settings"] | record["resolved"]
     settings["precision"] = record["precision"]
-    return {name: value for name, value in settings.items() if name not in INCIDENTAL and name != "metric"}
+    return {name: value for name, value in settings.items() if name not in INCIDENTAL}
 
 
 def pairs(settings):
