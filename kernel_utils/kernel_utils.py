@@ -31,6 +31,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -1700,14 +1701,16 @@ def auc(target, prediction):
     return columns_mean(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
 
 
-@metric("logloss", "lower", CLASSES)
+@metric("logloss", "lower", CLASSES, outer=mean_last)
 def logloss(target, prediction):
     """Mean negative log-likelihood; of the cells in a multilabel task."""
     prediction = prediction.astype(np.float64)
     if target.ndim == 1:
         prediction = prediction / prediction.sum(1, keepdims=True)
-        return float(sklearn.metrics.log_loss(target, prediction, labels=range(prediction.shape[1])))
-    return columns_mean(functools.partial(sklearn.metrics.log_loss, labels=[0, 1]), target, prediction)
+        likelihood = np.take_along_axis(prediction, target[:, None], 1)
+    else:
+        likelihood = np.where(target == 1, prediction, 1 - prediction)
+    return -np.log(likelihood.clip(np.finfo(np.float64).eps))
 
 
 @metric("qwk", "higher", ("regression", "multiclass"))
@@ -2898,7 +2901,7 @@ class CompareConfig(Settings):
 
     runs_dir: str = option("runs", "folder whose finished runs are compared, those of its sub-folders included")
     baseline: str = option("", "configuration to compare with; empty means the one that is closest to the defaults")
-    output_dir: str = option("", "folder of the tables and figures; empty means comparison/ in runs_dir")
+    output_dir: str = option("comparison", "folder of the tables and figures")
 
 
 class ComparisonError(KitError):
@@ -2922,6 +2925,7 @@ class Study(NamedTuple):
     metric: str
     folds: np.ndarray  # (N,)
     groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
+    test_to_train: float  # rows of a fold by those that its models were trained on
     target: np.ndarray  # (N, K), or (N,) class numbers
     arms: list
 
@@ -2950,46 +2954,34 @@ def effective(record):
     return {name: value for name, value in settings.items() if name not in INCIDENTAL}
 
 
-def pairs(settings):
-    """Settings as text such as `head=cls llrd=0.95`."""
-    texts = []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        texts.append(f"{name}={','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}")
-    return " ".join(texts)
+def pair(name, value):
+    """A setting as text such as `llrd=0.95`; numbers are written in one way, whoever wrote them."""
+    with contextlib.suppress(TypeError, ValueError):
+        value = f"{float(value):.12g}" if not isinstance(value, bool) else value
+    return f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def parse_pairs(text):
-    """Settings of a text such as `head=cls llrd=0.95`, checked as `Config` does."""
-    fields, wanted, problems = {field.name: field for field in dataclasses.fields(Config)}, {}, []
-    for part in text.split():
-        name, _, value = part.partition("=")
-        if name not in fields or name in INCIDENTAL:
-            problems.append(f"baseline: {part!r} is no setting of a configuration{nearest(name, fields)}")
-            continue
-        try:
-            wanted[name] = checked(fields[name], value)
-        except ValueError as error:
-            problems.append(f"baseline: {error}")
-    if problems:
-        raise ConfigError(problems)
-    return as_recorded(wanted)
+def pairs(settings, names):
+    return " ".join(pair(name, settings.get(name)) for name in names)
 
 
 def choose_baseline(configurations, varied, baseline):
-    """The one of some configurations, lists of records, that `baseline` fits; of several the one with most of its
-    `varied` settings at their defaults. ConfigError where that is not one."""
-    wanted, default, changes = parse_pairs(baseline), as_recorded(Config().to_dict()), {}
+    """The one of some configurations, lists of records, that has the settings of `baseline`, such as `head=cls llrd=1`;
+    of several the one with most of its `varied` settings at their defaults. ConfigError where that is not one."""
+    wanted = {pair(*part.partition("=")[::2]) for part in baseline.split()}
+    default, changes, known = as_recorded(Config().to_dict()), {}, {}
     for i, runs in enumerate(configurations):
         settings = effective(runs[0])
-        if all(settings[key] == value for key, value in wanted.items()):
-            changes[i] = sum(runs[0]["settings"].get(key, default[key]) != default[key] for key in varied)
+        own = [pair(*item) for item in settings.items()]
+        known |= dict.fromkeys(own)
+        if wanted <= set(own) or baseline == pairs(settings, varied):
+            changes[i] = sum(runs[0]["settings"].get(key, default.get(key)) != default.get(key) for key in varied)
     chosen = [i for i, count in changes.items() if count == min(changes.values())]
     if len(chosen) != 1:
-        found = "several configurations fit" if chosen else "no configuration fits"
-        options = [effective(configurations[i][0]) for i in chosen or range(len(configurations))]
-        names = "; ".join(pairs({key: settings[key] for key in varied}) for settings in options)
-        raise ConfigError(f"baseline {baseline!r}: {found}; set it to what is one of: {names}")
+        lacking = [f"{part}{nearest(part, known)}" for part in sorted(wanted - set(known))]
+        found = "several configurations fit" if chosen else f"no configuration has {listing(lacking or [baseline])}"
+        names = [pairs(effective(configurations[i][0]), varied) for i in chosen or range(len(configurations))]
+        raise ConfigError(f"baseline {baseline!r}: {found}; set it to what is one of: {'; '.join(names)}")
     return configurations[chosen[0]]
 
 
@@ -2998,18 +2990,19 @@ def group_records(records, baseline):
     that of another those in which it differs from the baseline."""
     grouped = {}
     for record in records:
-        grouped.setdefault(json.dumps(effective(record)), []).append(record)
+        grouped.setdefault(json.dumps(effective(record), sort_keys=True), []).append(record)
     if len(grouped) == 1:
         raise ComparisonError(f"all {len(records)} runs have one configuration: there is nothing to compare it with")
     configurations = list(grouped.values())
     settings = [effective(runs[0]) for runs in configurations]
-    varied = [name for name in settings[0] if any(other[name] != settings[0][name] for other in settings)]
+    names = dict.fromkeys(name for own in settings for name in own)
+    varied = [name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)]
     first = choose_baseline(configurations, varied, baseline)
     base = effective(first[0])
-    named = {pairs({name: base[name] for name in varied}): first}
+    named = {pairs(base, varied): first}
     for runs, own in zip(configurations, settings, strict=True):
         if runs is not first:
-            named[pairs({name: own[name] for name in varied if own[name] != base[name]})] = runs
+            named[pairs(own, [name for name in varied if own.get(name) != base.get(name)])] = runs
     return named
 
 
@@ -3018,31 +3011,39 @@ def compared_config(record):
     return Config.from_dict({name: record["settings"][name] for name in NEEDED} | {"metric": record["oof"]["metric"]})
 
 
-def evaluations(record):
-    """How often each fold was evaluated: of so many scores `best` is the best."""
-    cfg = compared_config(record)
-    return sorted({len(evaluation_steps(fold["steps"] // cfg.epochs, cfg)) for fold in record["folds"]})
+def evaluations(records):
+    """{fold: how often it was evaluated} of the runs of one seed: of so many scores `best` is the best."""
+    cfg = compared_config(records[0])
+    steps = {fold["fold"]: fold["steps"] for record in records for fold in record["folds"]}
+    return {fold: len(evaluation_steps(n // cfg.epochs, cfg)) for fold, n in steps.items()}
+
+
+@contextlib.contextmanager
+def named_errors(path):
+    """A file that is missing or broken is a ComparisonError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ComparisonError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def read_oof(records):
     """(N, ...) table of what the runs of one seed, with different folds, predicted, by id. Labels stay text."""
-    text = {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {})
-    paths = [record["folder"] / "oof.csv" for record in records]
-    frames = [pd.read_csv(p, dtype=text, keep_default_na=False) for p in paths]
-    return pd.concat(frames).set_index("id")
+    text, frames = {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {}), []
+    for record in records:
+        with named_errors(path := record["folder"] / "oof.csv"):
+            frames.append(pd.read_csv(path, dtype=text, keep_default_na=False).set_index("id"))
+    return pd.concat(frames)
 
 
 def setting_problems(record, first):
     """How a run differs from the first of the baseline in what makes scores comparable."""
-    facts = [
-        {"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"], "evaluations": evaluations(r)}
-        for r in (record, first)
-    ]
-    hint = {"evaluations": ": of more evaluations the best is better by chance; make epochs x evals_per_epoch the same"}
+    facts = [{"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"]} for r in (record, first)]
+    ours, theirs = facts
     return [
-        f"{record['folder']} has {key} {facts[0][key]}, the baseline {facts[1][key]}{hint.get(key, '')}"
-        for key in facts[0]
-        if facts[0][key] != facts[1][key]
+        f"{record['folder']} has {key} {ours[key]}, the baseline {theirs[key]}"
+        for key in ours
+        if ours[key] != theirs[key]
     ]
 
 
@@ -3054,12 +3055,24 @@ def row_problems(name, oof, reference):
         ours, theirs = (f"{len(o)} rows, folds {listing(sorted(o['fold'].unique()))}" for o in (oof, reference))
         return [f"{name} has {ours}, the baseline {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
     problems, oof = [], oof.loc[reference.index]
-    for column in [c for c in reference if not c.startswith("prediction")]:
-        got = oof[column] if column in oof else pd.Series("none", reference.index)
-        if (differ := got != reference[column]).any():
+    for column in [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]:
+        got, expected = (o.get(column, pd.Series("none", reference.index)) for o in (oof, reference))
+        if (differ := got != expected).any():
             row = differ.idxmax()
-            example = f"{got[row]} against {reference[column][row]} at id {row!r}"
+            example = f"{got[row]} against {expected[row]} at id {row!r}"
             problems.append(f"{name} has another {column} than the baseline in {differ.sum()} rows, such as {example}")
+    return problems
+
+
+def seed_problems(name, records, oof, first, reference):
+    """How the runs of a seed differ from those of the first seed of the baseline."""
+    problems = row_problems(name, oof, reference)
+    if "group" in records[0]["settings"]["fold_kind"] and "group" not in oof:
+        problems.append(f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew")
+    ours, theirs = evaluations(records), evaluations(first)
+    if unequal := [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]:
+        counts = f"{ours[unequal[0]]} times in fold {unequal[0]}, the baseline {theirs[unequal[0]]} times"
+        problems.append(f"{name} was evaluated {counts}: of more evaluations the best is better by chance")
     return problems
 
 
@@ -3088,8 +3101,9 @@ def align_runs(records, baseline=""):
     oofs = {key: read_oof(runs) for key, runs in seeds.items()}
     reference = next(iter(oofs.values()))
     for (name, seed), oof in oofs.items():
-        runs = listing(record["folder"] for record in seeds[name, seed])
-        problems += row_problems(f"{name}, seed {seed} ({runs})", oof, reference)
+        runs = seeds[name, seed]
+        title = f"{name}, seed {seed} ({listing(record['folder'] for record in runs)})"
+        problems += seed_problems(title, runs, oof, first, reference)
     if problems:
         raise ComparisonError(problems)
 
@@ -3103,11 +3117,34 @@ def align_runs(records, baseline=""):
         arms.append(Arm(name, list(frames), runs, predictions))
     targets = reference.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
     groups = np.unique(reference.get("group", reference.index), return_inverse=True)[1]
+    if groups.max() == 0:
+        raise ComparisonError(f"all {len(reference)} rows are in one group: there is nothing to resample")
     target = encode_targets(targets, cfg, first[0]["classes"])
-    n_folds, n_seeds = reference["fold"].nunique(), sorted({len(arm.seeds) for arm in arms})
-    print(f"{len(arms)} configurations, {len(target)} rows, {n_folds} folds, {listing(n_seeds)} seeds")
+    sizes = reference["fold"].value_counts()
+    test_to_train = float((sizes / (first[0]["rows"] - sizes)).mean())
+    study = Study(cfg.metric, reference["fold"].to_numpy(), groups, test_to_train, target, arms)
+    check_scores(study)
+    n_seeds = listing(sorted({len(arm.seeds) for arm in arms}))
+    print(f"{len(arms)} configurations, {len(target)} rows, {len(sizes)} folds, {n_seeds} seeds")
     print("\n".join([f"baseline: {arms[0].name}", *mixture(records)]))
-    return Study(cfg.metric, reference["fold"].to_numpy(), groups, target, arms)
+    return study
+
+
+def seed_scores(study, arm, kind):
+    """(S,) scores over all rows and (S, F) scores of each fold."""
+    score, folds = METRICS[study.metric], np.unique(study.folds)
+    every = np.array([score(study.target, p) for p in arm.predictions[kind]])
+    parts = [[score(study.target[study.folds == f], p[study.folds == f]) for f in folds] for p in arm.predictions[kind]]
+    return every, np.array(parts)
+
+
+def check_scores(study):
+    """Raise ComparisonError where a seed has no score, as a correlation has none with constant predictions."""
+    for arm, kind in itertools.product(study.arms, KINDS):
+        scores, _ = seed_scores(study, arm, kind)
+        if len(bad := np.flatnonzero(~np.isfinite(scores))):
+            seeds = listing(arm.seeds[i] for i in bad)
+            raise ComparisonError(f"{arm.name}, seed {seeds}: the {kind} predictions have no {study.metric}")
 
 
 def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
@@ -3118,7 +3155,8 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
     if score.per_row:
         values = np.stack([score.per_row(target, p) for p in predictions], axis=1).astype(np.float64)  # (N, P, M)
     scores = np.empty((n_resamples, len(predictions)))
-    for i in range(n_resamples):
+    every = range(n_resamples) if score.per_row else progress(range(n_resamples), f"resamples of {metric_name}")
+    for i in every:
         times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[groups]  # (N,)
         if score.per_row:
             scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
@@ -3133,13 +3171,13 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
     return scores[defined]
 
 
-def corrected_t(differences):
-    """p of the corrected resampled t-test (Nadeau & Bengio 2003; Bouckaert & Frank 2004) of differences (folds, S).
+def corrected_t(differences, test_to_train):
+    """p of the corrected resampled t-test (Nadeau & Bengio 2003; Bouckaert & Frank 2004) of differences (F, S).
 
-    Runs of one fold number share training rows with all others, so their variance is enlarged by test / train rows.
+    Models of different folds share training rows, so the variance is enlarged by `test_to_train`.
     """
-    folds, n = len(differences), differences.size
-    variance = differences.var(ddof=1) * (1 / n + 1 / (folds - 1))
+    n = differences.size
+    variance = differences.var(ddof=1) * (1 / n + test_to_train)
     return 2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1) if variance > 0 else math.nan
 
 
@@ -3159,61 +3197,70 @@ class Difference(NamedTuple):
     low: float  # 95 % interval
     high: float
     p: float
-    detectable: float  # difference that a test at 5 % finds in 80 % of the cases
+    detectable: float  # true difference that is found in about four of five such studies
+
+
+def widened(n):
+    """Draws of n with replacement vary too little: by how much to stretch their deviations."""
+    return math.sqrt(n / (n - 1)) if n > 1 else 0.0
 
 
 def two_way_bootstrap(study, kind, n_resamples, seed):
     """The `Difference` of each configuration but the baseline: of the mean over seeds of the score over all rows.
 
-    Rows, or groups, and the seeds of each side are drawn with replacement at once (two-way bootstrap). A few seeds
-    drawn from themselves vary too little: their deviations are widened by sqrt(S / (S - 1)), and the normal quantiles
-    behind interval and p are replaced by those of t, with the degrees of freedom of Welch and Satterthwaite, where only
-    the variance from seeds is uncertain. A side with one seed has no such variance, and p is NaN.
+    Rows, or groups, and the seeds of each side are drawn with replacement at once (two-way bootstrap), their deviations
+    `widened`. Where a variance rests on few seeds or groups, t takes the place of the normal distribution behind
+    interval and p, with the degrees of freedom of Welch and Satterthwaite. A side with one seed has no variance of
+    seeds: its interval is over rows alone, and p is NaN. The detectable difference allows for the number of
+    configurations as Bonferroni does, and so for a little more than Holm.
     """
     rng, sides = np.random.default_rng(seed), []
     cuts = np.cumsum([len(arm.seeds) for arm in study.arms])[:-1]
     every = np.concatenate([arm.predictions[kind] for arm in study.arms])  # (P, N, K)
     point = np.array([METRICS[study.metric](study.target, p) for p in every])
     rows = resampled_scores(study.metric, study.target, every, study.groups, n_resamples, rng)  # (R, P)
+    n_groups = study.groups.max() + 1
     for scores, boot in zip(np.split(point, cuts), np.split(rows, cuts, axis=1), strict=True):
-        n, mean = len(scores), boot.mean(1)
-        drawn = np.take_along_axis(boot, rng.integers(n, size=boot.shape), 1).mean(1)
-        widening, variance = (math.sqrt(n / (n - 1)), scores.var(ddof=1) / n) if n > 1 else (0.0, math.nan)
-        sides.append((scores.mean(), mean + widening * (drawn - mean), variance, n - 1))
-    (mean0, boot0, variance0, freedom0), differences = sides[0], []
-    for mean, boot, variance, freedom in sides[1:]:
-        value, spread = mean - mean0, boot - boot0 - (mean - mean0)
+        n, by_rows = len(scores), boot.mean(1)
+        by_seeds = np.take_along_axis(boot, rng.integers(n, size=boot.shape), 1).mean(1) - by_rows
+        by_rows = widened(n_groups) * (by_rows - scores.mean())
+        sides.append((scores.mean(), by_rows, widened(n) * by_seeds, scores.var(ddof=1) / n if n > 1 else 0.0, n - 1))
+    (base, rows0, seeds0, variance0, freedom0), differences = sides[0], []
+    for mean, by_rows, by_seeds, variance, freedom in sides[1:]:
+        value, spread = mean - base, by_rows - rows0 + by_seeds - seeds0
         error, one_seed = spread.std(), min(freedom, freedom0) == 0
-        uncertain = 0.0 if one_seed else variance**2 / freedom + variance0**2 / freedom0
-        t = scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm()
-        low, high = value + t.ppf(0.975) / scipy.stats.norm.ppf(0.975) * np.quantile(spread, [0.025, 0.975])
+        parts = [((by_rows - rows0).var(), n_groups - 1), (variance, freedom), (variance0, freedom0)]
+        uncertain = sum(part**2 / degrees for part, degrees in parts if part)
+        t, normal = scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm(), scipy.stats.norm()
+        low, high = value + t.ppf(0.975) / normal.ppf(0.975) * np.quantile(spread, [0.025, 0.975])
         p = math.nan if one_seed else 2 * t.sf(abs(value) / error) if error else 1.0
-        differences.append(Difference(value, low, high, p, (t.ppf(0.975) + t.ppf(0.8)) * error))
+        level = LEVEL / len(sides[1:])
+        differences.append(Difference(value, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error))
     return differences
 
 
-def seed_scores(study, arm, kind):
-    """(S,) scores over all rows and (S, F) scores of each fold."""
-    score, folds = METRICS[study.metric], np.unique(study.folds)
-    every = np.array([score(study.target, p) for p in arm.predictions[kind]])
-    parts = [[score(study.target[study.folds == f], p[study.folds == f]) for f in folds] for p in arm.predictions[kind]]
-    return every, np.array(parts)
-
-
-def read_evaluations(record):
-    """Scores of a run's evaluations: fold, step and the metric, as log.jsonl has them."""
-    log = pd.read_json(record["folder"] / "log.jsonl", lines=True)
-    return log.dropna(subset=record["oof"]["metric"])[["fold", "step", record["oof"]["metric"]]]
+def seed_curves(arm, seed, metric_name):
+    """Evaluations of a seed that all its folds have: shares of the training done (E,) and scores (F, E)."""
+    logs = []
+    for record in arm.records:
+        if record["settings"]["seed"] == seed:
+            with named_errors(path := record["folder"] / "log.jsonl"):
+                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
+    log = pd.concat(logs)
+    log["number"] = log.groupby("fold").cumcount()
+    log["share"] = log["step"] / log.groupby("fold")["step"].transform("max")
+    scores, shares = (
+        log.pivot(index="fold", columns="number", values=v).dropna(axis=1) for v in (metric_name, "share")
+    )
+    return shares.mean().to_numpy(), scores.to_numpy()
 
 
 def optimism(study, arm):
     """How much better `best` looks for being chosen on the rows it is scored on: the mean over seeds and folds of its
-    distance to the score at the evaluation that the other folds of the seed would choose. NaN for fewer than two."""
+    distance to the score at the evaluation that the other folds of the seed would choose. NaN with one fold."""
     distances = []
     for seed in arm.seeds:
-        logs = pd.concat([read_evaluations(r) for r in arm.records if r["settings"]["seed"] == seed])
-        number = logs.groupby("fold").cumcount()
-        scores = logs.pivot_table(index="fold", columns=number, values=study.metric).to_numpy()  # (F, evaluations)
+        _, scores = seed_curves(arm, seed, study.metric)
         if METRICS[study.metric].better == "higher":
             scores = -scores
         for fold in range(len(scores) if len(scores) > 1 else 0):
@@ -3241,13 +3288,14 @@ def describe_arm(study, arm, kind):
 
 
 def fold_evidence(study, arm, kind):
-    """The corrected t-test over folds x seeds and the share of these cells in which a configuration beats the baseline;
-    which seed meets which does not matter."""
+    """p of `corrected_t` over folds x seeds, the seeds paired in their order, and the share of all folds and pairs of
+    seeds in which a configuration beats the baseline."""
     folds, base = (seed_scores(study, side, kind)[1] for side in (arm, study.arms[0]))  # (S, F)
-    n = min(len(folds), len(base))
+    n, every = min(len(folds), len(base)), folds[:, None] - base[None]  # (S, S of the baseline, F)
+    won = every < 0 if METRICS[study.metric].better == "lower" else every > 0
     cells = (folds[:n] - base[:n]).T
-    won = cells < 0 if METRICS[study.metric].better == "lower" else cells > 0
-    return {"p of t": corrected_t(cells) if min(cells.shape) > 1 else math.nan, "cells won": won.mean()}
+    p = corrected_t(cells, study.test_to_train) if min(cells.shape) > 1 else math.nan
+    return {"p of t": p, "cells won": won.mean()}
 
 
 def verdict(row, better):
@@ -3258,7 +3306,7 @@ def verdict(row, better):
         return "not distinguishable (one seed names no winner)"
     if row["p of Holm"] < LEVEL:
         return "better" if (row["difference"] < 0) == (better == "lower") else "worse"
-    return f"not distinguishable (smallest detectable difference {row['detectable']:.4f})"
+    return f"not distinguishable (smallest detectable difference {row['detectable']:.4g})"
 
 
 def compare_runs(study, n_resamples=2000, seed=0):
@@ -3267,8 +3315,8 @@ def compare_runs(study, n_resamples=2000, seed=0):
     Columns: the metric, mean over seeds of the score over all rows, and its standard deviation over seeds; difference
     to the baseline, its 95 % interval low and high, p and smallest detectable difference, see `two_way_bootstrap`;
     p of Holm, adjusted for the number of configurations, on which the verdict stands; p of t, the second opinion of
-    `corrected_t`; cells won, of folds x seeds; optimism, how much of `best` is chosen, see `optimism`; seconds of a
-    seed, training rows/s, peak GB.
+    `corrected_t`; cells won, of folds x pairs of seeds; how much of `best` is `optimism`; seconds of a seed, training
+    rows/s, peak GB.
     """
     kinds = []
     for kind in KINDS:
@@ -3301,7 +3349,7 @@ def run_scores(study):
             row["seconds"] = sum(record["seconds"]["total"] for record in runs)
             row["device"] = listing({f"{r['device']}, {r['threads']} threads, {r['precision']}": 0 for r in runs})
             rows.append(row)
-    return pd.DataFrame(rows).round(5)
+    return pd.DataFrame(rows)
 
 
 # Colours that colour-blind readers tell apart (Okabe & Ito)
@@ -3338,7 +3386,7 @@ def plot_differences(study, table, folder):
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL) for name in names])
     words = last["verdict"].str.partition(" (")[0]
-    texts = [f"{difference:+.4f} {word}" for difference, word in zip(last["difference"], words, strict=True)]
+    texts = [f"{difference:+.4g} {word}" for difference, word in zip(last["difference"], words, strict=True)]
     label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
     side = "left" if METRICS[study.metric].better == "lower" else "right"
     title = f"difference in out-of-fold {study.metric} ({side} is better), 95 % interval, to {study.arms[0].name}"
@@ -3385,15 +3433,6 @@ def plot_folds(study, folder):
     save_figure(figure, folder / "folds.png")
 
 
-def learning_curve(arm, metric_name):
-    """Mean over folds of the score of each evaluation: share of the training done (E,), scores (S, E)."""
-    logs = pd.concat([read_evaluations(r).assign(seed=r["settings"]["seed"]) for r in arm.records])
-    logs["number"] = logs.groupby(["seed", "fold"]).cumcount()
-    logs["share"] = logs["step"] / logs.groupby(["seed", "fold"])["step"].transform("max")
-    scores = logs.pivot_table(index="seed", columns="number", values=metric_name)
-    return logs.groupby("number")["share"].mean().to_numpy(), scores.to_numpy()
-
-
 def plot_learning(study, folder):
     """Validation score over the training, mean over folds and seeds with the range over seeds, as learning.png."""
     figure, parts = panels(
@@ -3401,7 +3440,8 @@ def plot_learning(study, folder):
     )
     for arm, axis in parts:
         for side, color, style in ((study.arms[0], GREY, "--"), (arm, BLUE, "-")):
-            share, scores = learning_curve(side, study.metric)
+            curves = [seed_curves(side, seed, study.metric) for seed in side.seeds]
+            share, scores = curves[0][0], np.stack([scores.mean(0) for _, scores in curves])
             axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
             axis.fill_between(share, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
         axis.set_xlabel("share of the training", fontsize="small")

@@ -21,19 +21,21 @@ import kernel_utils as ku
 
 
 def make_study(target, predictions, metric="rmse", folds=None, groups=None):
-    """A study of predictions (S, N, K) by the name of a configuration, as if they were both checkpoints'."""
+    """A study of 5 folds of predictions (S, N, K) by name; the best are the mean of two seeds."""
     n = len(target)
     record = {"seconds": {"total": 1.0}, "rows_per_second": 1.0, "peak_memory_bytes": 2**30}
     arms = [
-        ku.Arm(name, list(range(len(p))), [record] * len(p), {"last": p, "best": p}) for name, p in predictions.items()
+        ku.Arm(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
+        for name, p in predictions.items()
     ]
     folds = np.arange(n) % 5 if folds is None else folds
-    return ku.Study(metric, folds, np.arange(n) if groups is None else groups, target, arms)
+    return ku.Study(metric, folds, np.arange(n) if groups is None else groups, 0.25, target, arms)
 
 
-def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0):
+def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0, n_groups=0):
     """Two configurations of linear learners, 5 folds: each fold of each seed adds a random smooth function, and
-    each seed scales its errors by 1 + `seed_noise` x N(0, 1). The second has errors larger by the share `worse`."""
+    each seed scales its errors by 1 + `seed_noise` x N(0, 1). The second has errors larger by the share `worse`. Each
+    configuration has an advantage of its own in each group, 0 on average."""
     inputs = rng.normal(size=(n_rows, 10))
     target = inputs @ rng.normal(size=10) * 0.2 + 0.5 * rng.normal(size=n_rows)
     folds = rng.permutation(n_rows) % 5
@@ -41,7 +43,7 @@ def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0):
     for fold in range(5):
         train = folds != fold
         learnt[~train] = inputs[~train] @ np.linalg.lstsq(inputs[train], target[train], rcond=None)[0]
-    predictions = {}
+    predictions, groups = {}, rng.integers(n_groups, size=n_rows) if n_groups else None
     for name, share in (("a", 0.0), ("b", worse)):
         errors = np.empty((n_seeds, n_rows))
         for seed, fold in itertools.product(range(n_seeds), range(5)):
@@ -49,8 +51,10 @@ def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0):
             wave = np.sin(0.4 * inputs[rows] @ rng.normal(size=10) + rng.uniform(0, 6)) * rng.uniform(0.05, 0.25)
             errors[seed, rows] = learnt[rows] - target[rows] + wave
         errors *= (1 + seed_noise * rng.normal(size=(n_seeds, 1))) * (1 + share)
+        if n_groups:
+            errors *= (1 + 0.2 * rng.normal(size=n_groups))[groups]
         predictions[name] = (target + errors)[:, :, None]
-    return make_study(target[:, None], predictions, folds=folds)
+    return make_study(target[:, None], predictions, "mae", folds, groups)
 
 
 def found(n, n_resamples, **settings):
@@ -78,6 +82,12 @@ def test_seeds_of_one_configuration_are_rarely_called_different_and_a_true_diffe
 )
 def test_of_200_comparisons_of_one_configuration_at_most_5_percent_find_a_difference(settings):
     assert found(200, 300, **settings)[0] <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_groups", [3, 6, 12])
+def test_a_few_groups_are_no_evidence_for_a_difference_that_they_do_not_share(n_groups):
+    assert found(200, 300, n_groups=n_groups)[0] <= 0.08  # 200 draws of 5 % are up to 8 %
 
 
 @pytest.mark.slow
@@ -119,6 +129,21 @@ def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_se
     assert ours.difference == pytest.approx(np.mean(seeds["b"]) - np.mean(seeds["a"]))
     assert ours.p == pytest.approx(theirs.pvalue, rel=0.05)
     assert (ours.low, ours.high) == pytest.approx(tuple(interval), abs=0.1 * (interval.high - interval.low))
+
+
+def test_a_true_difference_of_the_detectable_size_is_found_in_about_four_of_five_comparisons():
+    rng = np.random.default_rng(0)
+    equal = [ku.two_way_bootstrap(simulated(rng, n_rows=200), "last", 200, 0)[0] for _ in range(100)]
+    effect = np.median([d.detectable for d in equal])
+    found = [d.difference + effect > d.difference - d.low for d in equal]  # the interval moved by it excludes 0
+    assert 0.75 < np.mean(found) < 0.97
+
+
+def test_among_ten_configurations_a_difference_must_be_larger_to_be_found():
+    study = simulated(np.random.default_rng(0))
+    many = study._replace(arms=[study.arms[0], *(study.arms[1]._replace(name=str(i)) for i in range(10))])
+    one, ten = (ku.two_way_bootstrap(s, "last", 2000, 0)[0].detectable for s in (study, many))
+    assert 1.25 < ten / one < 1.6  # by z (2.807 + 0.842) / (1.960 + 0.842), more with few seeds
 
 
 def drawn_rows(n, rng):
@@ -169,10 +194,10 @@ def test_a_metric_without_a_value_on_many_resamples_is_an_error():
 
 
 def test_the_corrected_t_is_the_plain_one_with_the_variance_enlarged_by_test_to_train_rows():
-    differences = np.random.default_rng(0).normal(0.1, 0.1, size=(5, 3))
+    differences = np.random.default_rng(0).normal(0.1, 0.1, size=(2, 3))  # 2 folds of 5 were trained
     plain = scipy.stats.ttest_1samp(differences.ravel(), 0).statistic
-    t = plain * math.sqrt((1 / 15) / (1 / 15 + 1 / 4))
-    assert ku.corrected_t(differences) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 14), rel=1e-12)
+    t = plain * math.sqrt((1 / 6) / (1 / 6 + 1 / 4))
+    assert ku.corrected_t(differences, 1 / 4) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5), rel=1e-12)
 
 
 def test_holms_p_values_are_those_of_the_step_down_by_hand():
@@ -198,6 +223,7 @@ def write_run(folder, seed=0, folds=(0, 1), error=0.1, settings=None, resolved=N
         "status": "complete",
         "settings": ku.as_recorded(ku.Config(seed=seed, **(settings or {})).to_dict()),
         "resolved": {"loss": "mse", "metric": "rmse", "lr": 1e-4, "backbone_dropout": 0.0} | (resolved or {}),
+        "rows": 20,
         "classes": [],
         "outputs": ["target"],
         "versions": ku.versions(),
@@ -252,7 +278,15 @@ def test_the_table_has_a_verdict_for_each_configuration_and_checkpoint_the_basel
     assert last["sd over seeds"]["head=gem"] == pytest.approx(np.std(rmse, ddof=1), rel=1e-9)
     best = [math.sqrt(((f["target"] - f["prediction_best"]) ** 2).mean()) for f in frames]
     assert table.loc["best"]["rmse"]["head=gem"] == pytest.approx(np.mean(best), rel=1e-12)
-    assert last["difference"]["head=gem"] == pytest.approx(last["rmse"]["head=gem"] - last["rmse"]["head=cls"])
+    for kind in ("last", "best"):
+        scores = table.loc[kind]["rmse"]
+        assert table.loc[kind]["difference"]["head=gem"] == pytest.approx(scores["head=gem"] - scores["head=cls"])
+        assert table.loc[kind]["low"]["head=gem"] < table.loc[kind]["difference"]["head=gem"]
+    frame = ku.run_scores(align(tmp_path, "head=cls")).set_index(["configuration", "seed"])
+    assert list(frame["rmse last"]["head=gem"]) == pytest.approx(rmse)
+    half = [math.sqrt(((f["target"] - f["prediction_best"]) ** 2)[f["fold"] == 1].mean()) for f in frames]
+    assert list(frame["best fold 1"]["head=gem"]) == pytest.approx(half)
+    assert (frame["lr"] == 1e-4).all() and (frame["seconds"] == 10).all()
 
 
 def test_where_more_is_better_the_larger_score_is(tmp_path):
@@ -287,7 +321,7 @@ def test_more_configurations_need_more_evidence(tmp_path):
 def test_the_verdict_stands_on_the_adjusted_p(difference, better, word):
     row = {"difference": difference, "detectable": 0.5, "p": 0.01}
     assert ku.verdict(row | {"p of Holm": 0.049}, better) == word
-    text = "not distinguishable (smallest detectable difference 0.5000)"
+    text = "not distinguishable (smallest detectable difference 0.5)"
     assert ku.verdict(row | {"p of Holm": 0.051}, better) == text
 
 
@@ -395,9 +429,24 @@ def other_run(tmp_path, **changes):
             r"another fold than the baseline in 20 rows, such as 1 against 0 at id '00'",
         ),
         (dict(target=np.linspace(-1, 2, 20)), r"another target than the baseline in 19 rows, such as .* at id '01'"),
-        (dict(settings=dict(evals_per_epoch=2)), r"other has evaluations \[6\], the baseline \[3\]: of more"),
+        (
+            dict(settings=dict(evals_per_epoch=2)),
+            r"evaluated 6 times in fold 0, the baseline 3 times: of more",
+        ),
+        (dict(settings=dict(eval_steps=1)), "was evaluated 6 times in fold 0"),
+        (dict(group="g"), "has another group than the baseline in 20 rows, such as g against none"),
+        (dict(settings=dict(fold_kind="group", group_column="g")), "its oof.csv does not say which"),
     ],
-    ids=["missing fold", "other ids", "other folds", "other targets", "more evaluations"],
+    ids=[
+        "missing fold",
+        "other ids",
+        "other folds",
+        "other targets",
+        "more evaluations",
+        "eval_steps",
+        "groups",
+        "no groups",
+    ],
 )
 def test_runs_that_do_not_stand_for_the_same_are_refused_by_name(tmp_path, changes, expected):
     other_run(tmp_path, **changes)
@@ -410,6 +459,76 @@ def test_more_epochs_can_be_compared_where_the_number_of_evaluations_is_the_same
         write_run(tmp_path / f"three{seed}", seed, settings=dict(epochs=3))
         write_run(tmp_path / f"one{seed}", seed, settings=dict(epochs=1, evals_per_epoch=3))
     assert align(tmp_path).arms[1].name == "epochs=1 evals_per_epoch=3"
+
+
+def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
+    for i, settings in enumerate(
+        [dict(lr=1.23456789e-5), dict(lr=0.001), dict(prefix="a: b "), dict(conv_kernels=(3, 3))]
+    ):
+        write_run(tmp_path / str(i), settings=settings, resolved={"lr": settings.get("lr", 1e-4)})
+    path = write_run(tmp_path / "4") / "record.json"
+    path.write_text(path.read_text().replace('"mean"', '"mine"').replace("float32", "bfloat16"))
+    with pytest.raises(ku.ConfigError) as error:
+        align(tmp_path, "head=gem")
+    names = str(error.value).partition("one of: ")[2].split("; ")
+    assert len(names) == 5
+    for name in names:
+        assert align(tmp_path, name).arms[0].name == name
+
+
+def test_a_setting_that_an_older_record_lacks_still_makes_another_configuration(tmp_path):
+    for i, value in enumerate([None, 1, 2]):
+        path = write_run(tmp_path / str(i), settings=dict(head="max" if i else "cls")) / "record.json"
+        record = json.loads(path.read_text())
+        record["settings"] |= {} if value is None else {"new": value}
+        path.write_text(json.dumps(record))
+    assert [arm.name for arm in align(tmp_path, "head=cls").arms] == [
+        "head=cls new=None",
+        "head=max new=1",
+        "head=max new=2",
+    ]
+
+
+def test_uneven_folds_with_eval_steps_are_compared_evaluation_by_evaluation(tmp_path):
+    for head, seed, fold in itertools.product(("cls", "max"), (0, 1), (0, 1)):
+        scores = {0: [0.5, 0.2, 0.6], 1: [0.7, 0.6, 0.4, 0.1, 0.2]}
+        settings = dict(head=head, run_folds=str(fold), eval_steps=2)
+        run = write_run(tmp_path / f"{head}{seed}{fold}", seed, (fold,), settings=settings, scores=scores)
+        path = run / "record.json"
+        path.write_text(path.read_text().replace('"steps": 6', f'"steps": {6 + 3 * fold}'))
+    study = align(tmp_path, "head=cls")
+    assert ku.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    share, scores = ku.seed_curves(study.arms[1], 1, "rmse")
+    np.testing.assert_allclose(share, np.mean([[1 / 3, 2 / 3, 1], [1 / 5, 2 / 5, 3 / 5]], axis=0))
+    np.testing.assert_allclose(scores, [[0.5, 0.2, 0.6], [0.7, 0.6, 0.4]])
+
+
+def test_one_group_alone_is_refused(tmp_path):
+    for head in ("cls", "max"):
+        write_run(tmp_path / head, settings=dict(head=head, fold_kind="group", group_column="g"), group="g")
+    with pytest.raises(ku.ComparisonError, match="all 20 rows are in one group"):
+        align(tmp_path, "head=cls")
+
+
+def test_predictions_without_a_score_are_refused_by_configuration_and_seed(tmp_path):
+    grid(tmp_path, {"cls": 0.1, "max": 0.1})
+    for path in tmp_path.rglob("record.json"):
+        path.write_text(path.read_text().replace('"rmse", "better"', '"pearson", "better"'))
+    oof = pd.read_csv(tmp_path / "max-1" / "oof.csv", dtype={"id": str})
+    oof.assign(prediction_best=0.5).to_csv(tmp_path / "max-1" / "oof.csv", index=False)
+    with pytest.raises(ku.ComparisonError, match="head=max, seed 1: the best predictions have no pearson"):
+        align(tmp_path, "head=cls")
+
+
+@pytest.mark.parametrize("name", ["oof.csv", "log.jsonl"])
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "missing"])
+def test_a_broken_file_of_a_run_is_named(tmp_path, name, broken):
+    path = other_run(tmp_path) / name
+    path.unlink()
+    if broken:
+        path.write_text('{"fold": 0, "st')
+    with pytest.raises(ku.ComparisonError, match=rf"other/{name}: \w+Error"):
+        compare(tmp_path, "head=cls")
 
 
 def test_another_metric_is_refused(tmp_path):
@@ -447,11 +566,11 @@ def test_a_folder_without_finished_runs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "baseline, expected",
     [
-        ("head=clas", "head must be one of .*did you mean cls"),
-        ("heda=cls", r"'heda=cls' is no setting of a configuration \(did you mean head\?\)"),
-        ("cls", "'cls' is no setting of a configuration"),
-        ("seed=0", "'seed=0' is no setting of a configuration"),
-        ("head=gem", "no configuration fits; set it to what is one of: head=cls; head=max"),
+        ("head=clas", r"no configuration has head=clas \(did you mean head=cls\?\); set it to .*: head=cls; head=max$"),
+        ("heda=cls", r"no configuration has heda=cls \(did you mean head=cls\?\)"),
+        ("cls", "no configuration has cls="),
+        ("seed=0", "no configuration has seed=0"),
+        ("head=cls llrd=0.5", "no configuration has llrd=0.5"),
         ("", "several configurations fit; set it to what is one of: head=cls; head=max"),
     ],
 )
@@ -550,8 +669,11 @@ def test_better_and_worse_differ_in_more_than_colour(tmp_path, drawn):
             base, score = line.get_ydata()
             assert line.get_linestyle() == ("-" if score < base else "--")
             assert line.get_color() == (ku.BLUE if score < base else ku.RED)
-    labels = [label.get_text() for label in drawn["differences.png"].axes[1].get_yticklabels()]
-    assert [label.split()[-1] for label in labels] == ["worse", "better"]
+    left, right = drawn["differences.png"].axes
+    assert [label.get_text().split()[-1] for label in right.get_yticklabels()] == ["worse", "better"]
+    assert "(left is better)" in left.get_xlabel()
+    ku.plot_differences(study._replace(metric="pearson"), ku.compare_runs(study, 100), tmp_path)
+    assert "(right is better)" in drawn["differences.png"].axes[0].get_xlabel()
 
 
 # ---------------------------------------------------------------------------------------
@@ -586,7 +708,7 @@ def test_the_sample_grid_is_swept_compared_and_exported_as_one_page(tmp_path):
 @pytest.mark.slow
 def test_a_typo_in_the_baseline_stops_the_notebook_with_the_names_that_can_be_set(tmp_path):
     grid(tmp_path / "runs", {"cls": 0.1, "max": 0.1}, (0,))
-    parameters = [("runs_dir", tmp_path / "runs"), ("baseline", "head=gem")]
+    parameters = [("runs_dir", tmp_path / "runs"), ("baseline", "head=gem"), ("output_dir", tmp_path / "out")]
     done, _ = papermill("compare.ipynb", tmp_path / "compare.ipynb", *parameters)
     assert done.returncode != 0 and "set it to what is one of: head=cls; head=max" in done.stderr
-    assert not (tmp_path / "runs" / "comparison").exists()
+    assert not (tmp_path / "out").exists()
