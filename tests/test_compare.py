@@ -200,6 +200,19 @@ def test_the_corrected_t_is_the_plain_one_with_the_variance_enlarged_by_test_to_
     assert ku.corrected_t(differences, 1 / 4) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5), rel=1e-12)
 
 
+def test_folds_that_were_not_trained_count_as_training_rows_of_the_t_test(tmp_path):
+    for path in grid(tmp_path, {"cls": 0.1, "max": 0.2}).rglob("record.json"):
+        path.write_text(path.read_text().replace('"rows": 20', '"rows": 50'))  # 2 of 5 folds of 10 rows
+    study = align(tmp_path, "head=cls")
+    frames = [[pd.read_csv(tmp_path / f"{head}-{seed}" / "oof.csv") for seed in range(3)] for head in ("max", "cls")]
+    errors = [[(f["target"] - f["prediction_last"]).pow(2).groupby(f["fold"]).mean() for f in arm] for arm in frames]
+    differences = np.sqrt(errors[0]) - np.sqrt(errors[1])  # (S, F)
+    evidence = ku.fold_evidence(study, study.arms[1], "last")
+    assert evidence["p of t"] == pytest.approx(ku.corrected_t(differences.T, 10 / 40))
+    pairs = [a < b for a, b in itertools.product(np.sqrt(errors[0]), np.sqrt(errors[1]))]
+    assert evidence["cells won"] == pytest.approx(np.mean(pairs))
+
+
 def test_holms_p_values_are_those_of_the_step_down_by_hand():
     adjusted = ku.holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
     np.testing.assert_allclose(adjusted, [0.09, 0.04, math.nan, 0.09, 0.5])
