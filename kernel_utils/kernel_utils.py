@@ -66,7 +66,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
 torch.backends.cudnn.allow_tf32 = False

@@ -122,15 +122,13 @@ def test_every_combination_of_settings_seeds_and_folds_is_a_run(call, stub):
     assert code == 0 and sorted(stub) == sorted(wanted)
 
 
-def test_papermill_is_told_the_given_settings_as_yaml_and_no_other(base, monkeypatch):
+def test_papermill_is_told_every_setting_as_yaml_so_that_an_edited_notebook_trains_the_same(base, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep.py", *base(), "--grid", "lr=1e-5", "--set", "conv_kernels=2,2"])
     (cell,) = sweep.make_cells(sweep.parse())
     arguments = sweep.command(cell, Path("out.ipynb"))
     told = sweep.yaml.safe_load(arguments[arguments.index("-y") + 1])
     assert told["lr"] == 1e-5 and told["conv_kernels"] == [2, 2] and told["run_name"] == "lr=1e-05+seed=0"
-    assert set(told) == {
-        *("data_dir backbone n_folds epochs max_length lr conv_kernels seed output_dir run_name".split())
-    }
+    assert set(told) == set(ku.Config().to_dict())
 
 
 def test_cells_of_two_blocks_that_are_the_same_run_are_one_under_the_first_name(call, stub, tmp_path):
@@ -166,7 +164,7 @@ def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
     blocks = tomllib.loads(file.read_text())["grid"]
     seeds = tomllib.loads(file.read_text())["seeds"]
     count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
-    assert len(set(cells)) == count == {"article": 57, "lr": 4}[file.stem]
+    assert len(set(cells)) == count == {"article": 57, "article_cpu": 24, "lr": 5}[file.stem]
     if file.stem == "article":
         assert {cfg.head for cfg in cells} == set(ku.HEADS)
 
@@ -277,9 +275,65 @@ def test_what_a_killed_run_left_is_removed_and_trained_again(call, stub, left, o
     assert sorted(path.suffix for path in (output / "notebooks").iterdir()) == [".ipynb", ".lock", ".log"]
 
 
-def test_a_cell_whose_lock_is_taken_is_left_alone(call, stub, output):
+def make_cells(base, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *base(), *arguments])
+    return sweep.make_cells(sweep.parse())
+
+
+def test_what_another_sweep_trained_under_another_name_meanwhile_is_not_trained_again(
+    call, base, stub, output, monkeypatch
+):
+    call("--grid", "head=mean")
+    (cell,) = make_cells(base, monkeypatch, "--seeds", "0")
+    assert sweep.run_cell(cell, output, ROOT, False) == sweep.TRAINED
+    assert (cell.name, stub) == ("seed=0", ["head=mean+seed=0"])
+    assert sweep.lock_path(cell, output) == next((output / "notebooks").glob("*.lock"))
+
+
+def test_a_notebook_that_fails_after_its_scores_is_reported_once_and_not_trained_again(call, stub, output, monkeypatch):
+    command = sweep.command
+    late = "sys.exit(1)"
+
+    def failing(cell, notebook):
+        arguments = command(cell, notebook)
+        return [*arguments[:2], arguments[2] + late, *arguments[3:]]
+
+    monkeypatch.setattr(sweep, "command", failing)
+    code, shown = call("--grid", "head=cls", "--drop-weights")
+    assert code == 1 and "its scores are complete and kept, but not the rest of the notebook: the log of" in shown
+    assert not list(output.rglob("*.safetensors"))
+    code, shown = call("--grid", "head=cls")
+    assert code == 0 and "0 finished now, 1 before" in shown and len(stub) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"status": "complete"}', "{"])
+def test_a_record_that_is_none_is_named_and_nothing_starts(call, stub, output, content):
+    (output / "other").mkdir(parents=True)
+    (output / "other" / "record.json").write_text(content)
+    code, shown = call("--grid", "head=cls")
+    assert code == 1 and "other/record.json is not the record of a run" in shown and stub == []
+
+
+def test_an_output_that_is_a_file_is_refused(call, stub, output):
+    output.write_text("")
+    code, shown = call("--grid", "head=cls")
+    assert code == 1 and f"-o {output} is a file" in shown and stub == []
+
+
+def test_an_error_of_the_sweep_itself_stops_its_runs(call, stub, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sweep, "report", broken)
+    with pytest.raises(BrokenPipeError):
+        call("--grid", "head=cls,max,gem,mean,gru")
+    assert len(stub) < 5
+
+
+def test_a_cell_whose_lock_is_taken_is_left_alone(call, base, stub, output, monkeypatch):
     (output / "notebooks").mkdir(parents=True)
-    with open(output / "notebooks" / "head=cls+seed=0.lock", "w") as lock:
+    (cell,) = make_cells(base, monkeypatch, "--grid", "head=cls")
+    with open(sweep.lock_path(cell, output), "w") as lock:
         sweep.fcntl.flock(lock, sweep.fcntl.LOCK_EX)
         code, shown = call("--grid", "head=cls,max")
     assert code == 1 and stub == ["head=max+seed=0"]
@@ -323,12 +377,12 @@ def test_weights_are_deleted_only_where_asked_and_only_of_runs_that_are_complete
 def test_the_dry_run_lists_the_runs_and_the_time_and_makes_nothing(call, stub, output):
     code, shown = call("--grid", "head=cls,max", "--dry-run")
     assert code == 0 and names(shown) == ["head=cls+seed=0", "head=max+seed=0"] and stub == []
-    assert "80 training rows, 1 side by side" in shown and "rough: by a probe of few rows" in shown
+    assert "80 training rows, 1 at a time" in shown and "rough: by a probe of few rows" in shown
     assert not output.exists()
     call("--grid", "head=cls")
     code, shown = call("--grid", "head=cls,max,mean", "--dry-run", "--jobs", "2")
     assert "head=cls+seed=0: finished" in shown and "head=max+seed=0: to run" in shown
-    assert "about 00:08 for 80 training rows, 2 side by side, at 5.0 rows/s each (as in the 1 runs" in shown
+    assert "about 00:08 for 80 training rows, 2 at a time, at 5.0 rows/s each (as in the 1 runs" in shown
 
 
 def test_a_dry_run_whose_probe_fails_says_that_the_time_cannot_be_estimated(call, stub):

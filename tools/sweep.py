@@ -8,6 +8,7 @@ A grid file is TOML: `seeds = [0, 1]`, a table [settings] that is the same in ev
 of values for each setting; every combination is run. The same command again goes on where it stopped: runs that are
 complete in the folder of -o are skipped, those that failed or were killed are trained again, and two terminals may
 share a grid. Its folder `notebooks` has each run's executed notebook, log and lock, which lives as long as the process.
+A run is complete once it has its scores: a notebook that fails after that, in a plot, is reported and not repeated.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -23,6 +25,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +47,7 @@ sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
 FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = "finished", "to run", "interrupted, to run again", "running elsewhere"
+TRAINED = "trained by another sweep by now"
 OTHER, FOREIGN, STOPPED = "is complete with other settings", "is not a run: it has no record.json", "stopped"
 PLACE = ("output_dir", "run_name")  # settings that say where a run lies, not what it is
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
@@ -56,7 +60,7 @@ class Cell(NamedTuple):
     """One run of the grid."""
 
     name: str
-    told: dict  # the settings that papermill is given
+    told: dict  # every setting, as papermill is given it: what the notebook's own cell says does not matter
     identity: dict  # every setting but the place: equal in runs that are the same
     work: int  # training rows over all folds and epochs
     evaluations: int
@@ -164,16 +168,16 @@ def make_cells(asked):
     sizes = collect(lambda pair: measure(pair[0], frames[pair[1]]), zip(configs, data, strict=True), ku.ConfigError)
     collect(ku.find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
     cells = {}
-    for cfg, names, given, size in zip(configs, varied, settings, sizes, strict=True):
+    for cfg, names, size in zip(configs, varied, sizes, strict=True):
         place = {"output_dir": asked.output, "run_name": name_run(cfg, names, asked)}
-        told = {name: getattr(cfg, name) for name in given} | place
-        cell = Cell(place["run_name"], told, identity(dataclasses.replace(cfg, **place).to_dict()), *size)
+        told = dataclasses.replace(cfg, **place).to_dict()
+        cell = Cell(place["run_name"], told, identity(told), *size)
         cells.setdefault(json.dumps(cell.identity), cell)
     names = Counter(cell.name for cell in cells.values())
     problems = [f"{count} different runs would be called {name}" for name, count in names.items() if count > 1]
     problems += [f"{name}: a name has at most 200 characters" for name in names if len(name.encode()) > 200]
     if problems:
-        raise ku.ConfigError([*problems, "rename a file or folder, or split the grid"])
+        raise ku.ConfigError([*problems, "split the grid into several folders"])
     return list(cells.values())
 
 
@@ -184,7 +188,14 @@ def make_cells(asked):
 def read_record(folder):
     """The record of a run, or nothing where it has none yet."""
     path = folder / "record.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["status"], record["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ku.KitError(f"{path} is not the record of a run ({type(error).__name__}): delete or mend it") from None
+    return record
 
 
 def state(folder, wanted):
@@ -245,7 +256,10 @@ def failure(notebook, log, code):
     """Why papermill ended with this exit code: the error in the notebook, else the last line of the log."""
     if code < 0:
         return f"papermill was ended by {signal.Signals(-code).name}"
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"] if notebook.is_file() else []
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # none yet, or a disk that is full
+        cells = []
     errors = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
     if errors:
         lines = [line.strip() for line in errors[0]["evalue"].splitlines()[:3]]
@@ -263,6 +277,12 @@ def end(process):
                 process.wait(GRACE)
 
 
+def lock_path(cell, output):
+    """One for all cells that are the same run, whatever they are called."""
+    digest = hashlib.sha256(json.dumps(cell.identity, sort_keys=True).encode()).hexdigest()
+    return output / "notebooks" / f"{digest[:16]}.lock"
+
+
 def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambda: False):
     """Train a cell in a process of its own, started in `folder`, and wait. Returns FINISHED, or what is in the way.
 
@@ -270,17 +290,21 @@ def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambd
     """
     run, notebooks = output / cell.name, output / "notebooks"
     notebook, log = notebooks / f"{cell.name}.ipynb", notebooks / f"{cell.name}.log"
-    with open(notebooks / f"{cell.name}.lock", "w") as lock:  # it stays: deleting one that another opens frees both
+    with open(lock_path(cell, output), "w") as lock:  # it stays: deleting one that another opens frees both
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return ELSEWHERE
-        what = state(run, cell.identity)  # anew: another sweep may have trained it by now
+        if finished([cell], output):
+            return TRAINED
+        what = state(run, cell.identity)
         if what not in (TO_RUN, INTERRUPTED):
             return what
+        rest = notebooks / f"{cell.name}.rest"  # or a kill would leave half of a half
         if what == INTERRUPTED:
-            rest = run.rename(notebooks / f"{cell.name}.{time.time_ns()}")  # or a kill would leave half of a half
-            shutil.rmtree(rest)
+            shutil.rmtree(rest, ignore_errors=True)
+            run.rename(rest)
+        shutil.rmtree(rest, ignore_errors=True)
         notebook.unlink(missing_ok=True)
         with open(log, "wb") as file:
             process = subprocess.Popen(
@@ -300,11 +324,17 @@ def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambd
             end(process)
         if stopped():
             return STOPPED
-        if process.returncode:
-            return failure(notebook, log, process.returncode)
-        if drop_weights:
+        complete = state(run, cell.identity) == FINISHED
+        if drop_weights and complete:
             for weights in run.glob("fold*/model.safetensors"):
                 weights.unlink()
+        if process.returncode:
+            problem = failure(notebook, log, process.returncode)
+            return (
+                f"its scores are complete and kept, but not the rest of the notebook: {problem}"
+                if complete
+                else problem
+            )
         return FINISHED
 
 
@@ -332,7 +362,7 @@ def slot_environment(slot, jobs, gpus):
     """Variables of the runs in a slot: its GPU, or on a CPU its share of the cores."""
     if gpus:
         return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))} if jobs > 1 else {}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))} if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else {}
 
 
 def cores():
@@ -367,7 +397,7 @@ def connect_ray(address):
         raise ku.KitError("--ray needs the package ray: pip install ray") from None
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    except ConnectionError as error:
+    except (ConnectionError, ValueError, RuntimeError) as error:
         raise ku.KitError(f"--ray {address}: {error}") from None
     if __name__ != "__main__":  # what the main script defines, Ray sends by itself
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -395,7 +425,7 @@ def outcome(future, cell, output):
         return f"{type(error).__name__}: {str(error).strip().split(chr(10))[-1]}"
     what = future.result()
     if what == FINISHED and state(output / cell.name, cell.identity) != FINISHED:
-        return f"it ended well but {output / cell.name} is no complete run: -o must be storage that all nodes share"
+        return f"it ended well but {output / cell.name} is no complete run (with --ray all nodes must share -o)"
     return what
 
 
@@ -404,7 +434,7 @@ def rows_so_far(cell, output, began):
     log = output / cell.name / "log.jsonl"
     try:
         lines = log.read_text().splitlines(keepends=True) if log.stat().st_mtime >= began else []
-    except FileNotFoundError:
+    except OSError:
         return 0
     evaluations = sum(line.endswith("\n") and '"loss"' not in line for line in lines)
     return cell.work * min(evaluations, cell.evaluations) // cell.evaluations
@@ -438,23 +468,28 @@ def train_cells(todo, before, output, submit):
     bar = tqdm(total=total, initial=before, unit=" rows", unit_scale=True, smoothing=0, miniters=0, mininterval=every)
     with caught_signals() as signals, bar:
         futures, stop = submit(todo)
-        while futures and not signals:
-            for future in concurrent.futures.wait(futures, POLL, concurrent.futures.FIRST_COMPLETED).done:
-                cell = futures.pop(future)
-                what = outcome(future, cell, output)
-                if what == FINISHED:
-                    done += cell.work
-                    bar.write(report(cell.name, read_record(output / cell.name)))
-                    continue
-                bar.total -= cell.work
-                if what != ELSEWHERE:
-                    failed[cell.name] = f"{what} ({output / 'notebooks' / cell.name}.ipynb)"
-                bar.write(f"{cell.name}: " + ("failed: " + failed[cell.name] if what != ELSEWHERE else what))
-            bar.set_description(f"{len(futures)} of {len(todo)} runs left", refresh=False)
-            bar.update(done + sum(rows_so_far(cell, output, began) for cell in futures.values()) - bar.n)
-        if signals:
-            bar.write("stopping the runs")
-            stop()
+        try:
+            while futures and not signals:
+                for future in concurrent.futures.wait(futures, POLL, concurrent.futures.FIRST_COMPLETED).done:
+                    cell = futures.pop(future)
+                    what = outcome(future, cell, output)
+                    if what == FINISHED:
+                        done += cell.work
+                        bar.write(report(cell.name, read_record(output / cell.name)))
+                        continue
+                    bar.total -= cell.work
+                    if what not in (ELSEWHERE, TRAINED):
+                        failed[cell.name] = f"{what} ({output / 'notebooks' / cell.name}.ipynb)"
+                    bar.write(
+                        f"{cell.name}: failed: {failed[cell.name]}" if cell.name in failed else f"{cell.name}: {what}"
+                    )
+                bar.set_description(f"{len(futures)} of {len(todo)} runs left", refresh=False)
+                bar.update(done + sum(rows_so_far(cell, output, began) for cell in futures.values()) - bar.n)
+            if signals:
+                bar.write("stopping the runs")
+        finally:
+            if futures:  # a signal, or an error of this process such as a closed pipe
+                stop()
     return failed, bool(signals)
 
 
@@ -496,7 +531,7 @@ def estimate(todo, output, jobs, gpus):
             return f"the time cannot be estimated, a probe of few rows fails: {error}"
         source = f"rough: by a probe of few rows of {todo[0].name}"
     time_left = tqdm.format_interval(rows / rate / jobs)
-    return f"about {time_left} for {rows:,} training rows, {jobs} side by side, at {rate:.1f} rows/s each ({source})"
+    return f"about {time_left} for {rows:,} training rows, {jobs} at a time, at {rate:.1f} rows/s each ({source})"
 
 
 def parse():
@@ -518,7 +553,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("grid_file", nargs="?", help="TOML file with seeds, [settings] and [[grid]]")
-    add("--grid", metavar="NAME=V1,V2", type=axis, action="append", default=[], help="values to try, in every block")
+    values = "values to try, in every block; values that are lists themselves need a grid file"
+    add("--grid", metavar="NAME=V1,V2", type=axis, action="append", default=[], help=values)
     add("--set", metavar="NAME=VALUE", type=assignment, action="append", default=[], help="a setting of every run")
     add("--seeds", type=lambda text: text.split(","), help="such as 0,1,2; default: those of the file, else 0")
     add("--folds", type=lambda text: text.split(","), help="such as 0,1,2: each fold a run of its own")
@@ -534,10 +570,11 @@ def parse():
     return asked
 
 
-def check_folder(folder):
-    clones = [place for place in (folder, *folder.parents) if (place / "kernel_utils" / "kernel_utils.py").is_file()]
-    if not clones and not ku.on_kaggle():
+def check_folders(folder, output):
+    if ROOT not in (folder, *folder.parents) and not ku.on_kaggle():
         raise ku.KitError(f"start this in {ROOT} or below: train.ipynb looks for the module from there, not {folder}")
+    if output.exists() and not output.is_dir():
+        raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")
 
 
 def show(cells, found, output, jobs, gpus):
@@ -553,7 +590,7 @@ def show(cells, found, output, jobs, gpus):
 def sweep(asked):
     """Do what the command line asks for; the exit code."""
     folder, output, gpus = Path.cwd(), Path(asked.output).expanduser().absolute(), gpu_names()
-    check_folder(folder)
+    check_folders(folder, output)
     jobs = 1 if asked.ray else count_jobs(asked, gpus)
     cells = make_cells(asked)
     found = states(cells, output)
@@ -580,7 +617,7 @@ def sweep(asked):
     print("\n  ".join([f"{len(cells)} runs: {counts}", *(f"{name}: {problem}" for name, problem in failed.items())]))
     if len(done) < len(cells):
         return 1
-    print(f"compare them: papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {asked.output}")
+    print(f"compare them: papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {shlex.quote(asked.output)}")
     return 0
 
 
