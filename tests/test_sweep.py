@@ -508,7 +508,9 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
     process = start(base(), "--grid", "head=cls")
     wait_for((run / "record.json").is_file)
     papermill = papermill_of(run.name, psutil.Process(process.pid))
-    papermill.suspend()  # so that the run cannot be over before the second call looks
+    asleep = [papermill, *papermill.children(recursive=True)]  # or the run could be over before the second call looks
+    for worker in asleep:
+        worker.suspend()
     try:
         process.kill()
         process.communicate()
@@ -516,7 +518,8 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
         other = start(base(), "--grid", "head=cls")
         shown = other.communicate()[0]
     finally:
-        papermill.resume()
+        for worker in asleep:
+            worker.resume()
     assert other.returncode == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
     psutil.wait_procs([papermill], timeout=120)
     assert ku.read_record(run)["status"] == "complete" and inode in (None, (run / "log.jsonl").stat().st_ino)
