@@ -3,12 +3,12 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices         7. Backbones                12. Training, one fold
-     2. Settings                  8. Losses and metrics       13. Plots
-     3. Environment and paths     9. Model                    14. Runs: all folds, records
-     4. Data and folds           10. Optimiser groups         15. Inference: bundles, submission
-     5. Tokens and batches       11. Prediction               16. Comparison of runs
-     6. Heads
+     1. Tables of choices         7. Backbones                13. Training, one fold
+     2. Settings                  8. Losses and metrics       14. Plots
+     3. Environment and paths     9. Model                    15. Runs: all folds, records
+     4. Data and folds           10. Optimiser groups         16. Inference: bundles, submission
+     5. Tokens and batches       11. Prediction               17. Comparison of runs
+     6. Heads                    12. Checkpoints
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -27,6 +27,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -39,10 +40,12 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -61,12 +64,13 @@ import sklearn.model_selection
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
 torch.backends.cudnn.allow_tf32 = False
@@ -375,6 +379,12 @@ class Config(Settings):
     output_dir: str = option("runs", "folder of the run folders")
     run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
     tracker: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
+    # interruptions
+    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
+    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
+    max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
+    predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
 
     def conflicts(self):
         problems = []
@@ -527,11 +537,43 @@ def read_record(run):
     return json.loads((Path(run) / "record.json").read_text())
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a full, failing or read-only disk raises into a KitError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise KitError(f"{path} could not be written: {why}; what was saved before is as it was") from None
+
+
+def open_lines(path, mode):
+    """A text file that is written a line at a time: nothing is left for closing it."""
+    with writing(path):
+        return open(path, mode, buffering=1, encoding="utf-8")
+
+
+def sync(path):
+    """Have a file or folder on the disk before anything that follows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # network disks: files only
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path, write):
     """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
 
 
 def file_sha256(path):
@@ -1896,10 +1938,11 @@ def make_scheduler(optimizer, steps, cfg):
 # 11. Prediction
 
 
-def progress(iterable, title, total=None):
+def progress(iterable, title, total=None, done=0):
     """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
-    return tqdm(iterable, title, total, mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
+    options = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
+    return tqdm(iterable, title, total, initial=done, **options)
 
 
 @torch.inference_mode()
@@ -1941,7 +1984,199 @@ def predict(model, tokens, cfg, rows=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 12. Training, one fold
+# 12. Checkpoints
+#
+# A checkpoint, and the folder of a finished fold, is written under another name, put on the disk, sealed by a manifest
+# with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
+# later is seen. Tensors are in state.safetensors, all else in state.json.
+
+MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
+SAVE_SHARE = 0.015  # share of the time that checkpoints may take
+
+
+def write_json(path, content):
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def canonical(content):
+    """The one way a manifest is written, as bytes."""
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def sealed(content):
+    """`content` with the SHA-256 of the rest as `sha256`."""
+    return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
+
+
+def read_sealed(path):
+    """What `canonical(sealed(content))` wrote to a file; ValueError where a byte of it differs."""
+    try:
+        data = path.read_bytes()
+        manifest = json.loads(data)
+        sound = canonical(sealed({key: manifest[key] for key in manifest if key != "sha256"})) == data
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
+    if not sound:
+        raise ValueError("its own checksum does not fit its content")
+    return manifest
+
+
+def integrity_problems(folder, files):
+    """What is wrong in a folder against the `files` of its manifest: missing, cut, changed, or not listed."""
+    problems = []
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name}: missing, or not a plain file in {folder}")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
+        elif file_sha256(path) != expected["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
+    there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
+    return problems + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
+
+
+def folder_problems(folder):
+    """What is wrong in a folder that `save_folder` wrote; an empty list where every byte is as it was written."""
+    try:
+        return integrity_problems(folder, read_sealed(folder / MANIFEST)["files"])
+    except (OSError, ValueError) as problem:
+        return [f"{MANIFEST}: {problem}"]
+
+
+def save_folder(folder, write):
+    """Make a folder of what `write(temporary folder)` writes, in place of one that is there. A crash at any moment
+    leaves it complete, as it was, or damaged in a way that shows. KitError where the disk is full or read-only."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        with writing(folder):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            paths = sorted(temporary.iterdir())
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
+            (temporary / MANIFEST).write_bytes(canonical(sealed({"files": files})))
+            for path in (*paths, temporary / MANIFEST, temporary):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+            sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_state(folder, state):
+    """Write any nest of dictionaries, lists, tuples, tensors, arrays and plain values, without pickle.
+
+    Tensors that share their memory, such as tied weights, are written once.
+    """
+    tensors, places = {}, {}  # place in the nest -> tensor; memory -> place
+
+    def pack(value, place):
+        if isinstance(value, np.ndarray):
+            return {"array": pack(torch.from_numpy(value), place)["tensor"]}
+        if isinstance(value, torch.Tensor):
+            place = places.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place)
+            tensors[place] = value.detach().cpu().contiguous()
+            return {"tensor": place}
+        if isinstance(value, dict):
+            return {"dict": [[key, pack(item, f"{place}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [pack(item, f"{place}.{number}") for number, item in enumerate(value)]}
+        return value
+
+    (folder / "state.json").write_text(json.dumps(pack(state, "state")))
+    save_file(tensors, folder / "state.safetensors")
+
+
+def read_state(folder):
+    """What `write_state` wrote."""
+    tensors = load_file(folder / "state.safetensors")
+
+    def unpack(packed):
+        if not isinstance(packed, dict):
+            return packed
+        ((kind, content),) = packed.items()
+        if kind == "dict":
+            return {key: unpack(item) for key, item in content}
+        if kind in ("list", "tuple"):
+            return (tuple if kind == "tuple" else list)(map(unpack, content))
+        return tensors[content].numpy() if kind == "array" else tensors[content]
+
+    return unpack(json.loads((folder / "state.json").read_text()))
+
+
+class RandomStates:
+    """The random states of Python, NumPy and PyTorch, as one part of a checkpoint."""
+
+    def state_dict(self):
+        state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+        state |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        return state | {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state):
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpoints:
+    """The checkpoints of a fold in `run/checkpoints`. The last two good ones are kept, until the fold is finished.
+
+    Their content is a dictionary of parts with `state_dict` and `load_state_dict`, as PyTorch calls them.
+    """
+
+    def __init__(self, run, fold):
+        self.folder, self.fold, self.good = run / "checkpoints", fold, []
+
+    def found(self):
+        """Folders of the checkpoints, newest first."""
+        folders = self.folder.glob(f"fold{self.fold}-step*")
+        return sorted(folders, key=lambda folder: int(folder.name.partition("-step")[2]), reverse=True)
+
+    def load(self, parts):
+        """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
+        for rest in self.folder.glob(".*.tmp"):
+            shutil.rmtree(rest)
+        for folder in self.found():
+            if problems := folder_problems(folder):
+                print(f"{folder} is damaged and not used: {problems[0]}")
+                continue
+            state = read_state(folder)
+            for name, part in parts.items():
+                if state[name]:  # that of a scaler is empty where it was off
+                    part.load_state_dict(state[name])
+            self.good = [folder]
+            return True
+        return False
+
+    def save(self, step, parts):
+        """Write a checkpoint, then delete all but the last two."""
+        if self.good and room_for_output(self.folder) < sum(path.stat().st_size for path in self.good[-1].iterdir()):
+            self.prune(1)  # better one at a time than none
+        folder = self.folder / f"fold{self.fold}-step{step}"
+        if folder in self.good:  # nothing has happened since
+            return
+        save_folder(folder, lambda temporary: write_state(temporary, {n: p.state_dict() for n, p in parts.items()}))
+        self.good.append(folder)
+        self.prune(2)
+
+    def prune(self, keep):
+        """Delete all but the last so many that this process has saved or loaded."""
+        self.good = self.good[len(self.good) - keep :] if keep else []
+        with writing(self.folder):
+            for folder in self.found():
+                if folder not in self.good:
+                    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------
+# 13. Training, one fold
 
 
 class Data(NamedTuple):
@@ -1953,19 +2188,125 @@ class Data(NamedTuple):
     folder: Path  # of the backbone
     tokenizer: object
     n_outputs: int
+    ids: np.ndarray  # (N,)
 
 
-NOT_FINITE = "lower lr, or set precision fp32"
+LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
+MAX_SKIPPED = 20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
+FINISH = 5.0  # seconds for the record and the plots of a run that is stopped
 
 
-def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg):
-    """One update from the rows of one optimiser batch. Returns its loss and gradient norm, on the device.
+class NumericError(KitError):
+    """A loss, gradient or prediction that is not a number."""
 
-    Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
+    title = "the training went wrong:"
+
+
+class Watch:
+    """What ends a run early, and when a checkpoint is due; it knows what a step, an evaluation and a save take.
+
+    Inside its `with` block the first SIGTERM or Ctrl-C is noted, for the loop to end well at the next step; a second
+    one acts at once.
     """
+
+    def __init__(self, cfg, test_rows=0):
+        self.began = self.saved = time.perf_counter()
+        self.limit, self.every = 60 * cfg.max_minutes or math.inf, 60 * cfg.checkpoint_minutes
+        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
+        self.models, self.signal = 1, ""
+        self.step_seconds = self.save_seconds = 0.0
+        self.row_seconds = None  # of evaluation; until it is known, what training takes
+        self.batch_size = cfg.batch_size
+        self.restored = 0.0  # seconds that earlier sessions spent
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other hears signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        self.signal = signal.Signals(number).name
+        signal.signal(number, self.handlers[number])
+
+    def left(self):
+        """Seconds that are left of max_minutes."""
+        return self.limit - (time.perf_counter() - self.began)
+
+    def told(self):
+        """The minutes that are left, as text, where there is a limit."""
+        return f", {max(0, self.left()) / 60:.0f} min left" if self.limit < math.inf else ""
+
+    def stop(self, rows):
+        """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
+        if self.signal:
+            return self.signal
+        row = self.step_seconds / self.batch_size if self.row_seconds is None else self.row_seconds
+        rows += self.test_rows * self.models
+        needed = 1.2 * (self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
+        return f"max_minutes {self.limit / 60:g}" if self.left() < needed else ""
+
+    def note_save(self, seconds):
+        self.save_seconds, self.saved = seconds, time.perf_counter()
+
+    def due(self, evaluated):
+        """Whether to save a checkpoint now: often enough, and at evaluations, but within its share of the time."""
+        elapsed = time.perf_counter() - self.saved
+        timely = evaluated or elapsed >= self.every
+        return bool(self.every) and timely and elapsed * SAVE_SHARE >= self.save_seconds
+
+
+@dataclasses.dataclass
+class FoldState:
+    """Where the training of a fold stands, beside its model, optimiser and random states: a part of a checkpoint."""
+
+    micro: int  # rows of a forward pass, halved where they do not fit into memory
+    step: int = 0
+    skipped: int = 0  # steps that fp16's loss scaling left out, and of them the last ones in a row
+    in_a_row: int = 0
+    best: dict | None = None  # evaluations: predictions, score, step
+    last: dict | None = None
+    best_weights: dict | None = None
+    seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0))
+    lines: list = dataclasses.field(default_factory=list)  # of the log
+
+    def __post_init__(self):
+        self.mark = time.perf_counter()
+
+    def state_dict(self):
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+    def spend(self, what):
+        """Book the seconds since `mark`, and move it to now."""
+        spent = time.perf_counter() - self.mark
+        self.seconds[what] += spent
+        self.mark += spent
+        return spent
+
+
+class Step(NamedTuple):
+    """What is known of an optimiser step; loss and norm are still on the device."""
+
+    number: int
+    rows: np.ndarray
+    loss: torch.Tensor
+    norm: torch.Tensor
+    rates: dict
+    scale: float  # of fp16's losses
+
+
+def accumulate(model, rows, tokens, targets, scaler, dtype, cfg, micro):
+    """Add the gradient of the mean of the losses of `rows`, `micro` rows at a time. Returns the mean, on the device."""
     device, mean = targets.device, torch.zeros((), device=targets.device)
-    size = cfg.micro_batch_size or len(rows)
-    for part in np.split(rows, range(size, len(rows), size)):
+    for part in np.split(rows, range(micro, len(rows), micro)):
         with autocast(device, dtype):
             raw = model(**tokens.batch(part, device))
         target = targets[torch.from_numpy(part).to(device)]
@@ -1977,6 +2318,39 @@ def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg):
         share = values.mean(0).sum() / len(rows)
         scaler.scale(share).backward()
         mean += share.detach()
+    return mean
+
+
+def fit_and_accumulate(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state):
+    """`accumulate` with micro-batches that fit into memory: `state.micro` is halved where they do not, and the same
+    rows are tried again from the same random state. KitError where one row alone does not fit."""
+    states = RandomStates()
+    before = states.state_dict()
+    while True:
+        size = min(state.micro, len(rows))
+        try:
+            return accumulate(model, rows, tokens, targets, scaler, dtype, cfg, size)
+        except torch.OutOfMemoryError as error:
+            full = str(error).strip().splitlines()[0]
+        optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
+        longest = tokens.lengths[rows].max()
+        if size == 1:
+            raise KitError(
+                f"a row of {longest} tokens does not fit into the memory of {device_name()} in training: set "
+                f"gradient_checkpointing True, a smaller max_length or backbone, or freeze_layers ({full})"
+            )
+        torch.cuda.empty_cache()
+        state.micro = size // 2
+        tqdm.write(f"out of memory with {size} rows of {longest} tokens: on with {state.micro} at a time, same step")
+        states.load_state_dict(before)
+
+
+def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state):
+    """One update from the rows of one optimiser batch. Returns its loss and gradient norm, on the device.
+
+    Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
+    """
+    mean = fit_and_accumulate(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state)
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     loss = model.loss.outer(mean.requires_grad_())
@@ -2005,22 +2379,65 @@ def epoch_batches(lengths, fold, cfg):
         yield from plan_batches(lengths, cfg.batch_size, rng, cfg.bucket_batches)
 
 
+def numeric_problem(data, fold, step, what, dtype):
+    """The NumericError of a step, with its rows and rates and what helps."""
+    names = f"{listing(data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
+    told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in step.rates.items())
+    if dtype == torch.float16:
+        told += f"; loss scale {step.scale:g}"
+        advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
+    else:
+        advice = "lower lr or head_lr, raise warmup" + (", or set precision fp32" if dtype == torch.bfloat16 else "")
+    return NumericError(f"fold {fold}, step {step.number}: {what} (rows {names}; learning rates {told}): {advice}")
+
+
+def write_steps(steps, data, fold, per_epoch, dtype, note):
+    """Log optimiser steps and forget them: one copy from the device for all. NumericError at a loss or gradient that is
+    not finite, but in fp16, where the scaler skips the step."""
+    if not steps:
+        return
+    losses = torch.stack([step.loss for step in steps]).tolist()
+    norms = torch.stack([step.norm for step in steps]).tolist()
+    for step, loss, norm in zip(steps, losses, norms, strict=True):
+        entry = {"fold": fold, "step": step.number, "epoch": step.number / per_epoch}
+        note(entry | {"loss": loss, "grad_norm": norm, "lr": step.rates})
+        for what, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value) and dtype != torch.float16:
+                raise numeric_problem(data, fold, step, f"the {what} is {value}", dtype)
+    steps.clear()
+
+
 def evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
     predictions = predict(model, data.tokens, cfg, rows)
-    if not np.isfinite(predictions).all():
-        raise FloatingPointError(f"fold {data.folds[rows[0]]}, step {step}: predictions are not finite; {NOT_FINITE}")
+    bad = np.flatnonzero(~np.isfinite(predictions).all(1))
+    if len(bad):
+        names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
+        raise NumericError(f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr")
     return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
 
 
-def train_fold(data, fold, cfg, log, say=print):
-    """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
-    `checkpoint` says, and a dictionary: `fold`, validation `rows`, `steps`, `seconds` spent, and for the
-    `best` and the `last` evaluation its `predictions`, `score` and `step`.
+def keep_best(model, state, cfg):
+    """Whether the last evaluation is the best so far; it is then kept, with its weights where `checkpoint` asks."""
+    better = state.best is None or improves(cfg.metric, state.last["score"], state.best["score"])
+    if better:
+        state.best = state.last
+        if cfg.checkpoint == "best":
+            state.best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+    return better
 
-    `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
-    each fold. Raises FloatingPointError at a loss that is not finite.
+
+def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, micro=0):
+    """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
+    `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
+    did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16, and for the `best`
+    and the `last` evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
+
+    It goes on from the newest of the `checkpoints`, and saves to them as `watch` says. `micro` is what fitted in the
+    fold before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same
+    in each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
+    watch = watch or Watch(cfg)
     seed_everything(cfg.seed, fold)
     device = pick_device()
     dtype = pick_dtype(cfg.precision, device)
@@ -2039,51 +2456,77 @@ def train_fold(data, fold, cfg, log, say=print):
     total, when = per_epoch * cfg.epochs, evaluation_steps(per_epoch, cfg)
     scheduler = make_scheduler(optimizer, total, cfg)
 
-    best, best_weights, entries, seconds = None, None, [], {"train": 0.0, "evaluate": 0.0}
+    state, steps = FoldState(micro or cfg.micro_batch_size or cfg.batch_size), []
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    parts |= dict(fold=state, random=RandomStates())  # all that has a state: what a checkpoint saves
+    if checkpoints and checkpoints.load(parts):
+        print(f"fold {fold} goes on after step {state.step} of {total}")
+        watch.restored += sum(state.seconds.values())
+        for line in state.lines:
+            log(json.loads(line))
+    watch.save_seconds = watch.save_seconds or 12 * n_parameters(model) / 3e8  # a guess, until the first is measured
+
+    def note(entry):
+        state.lines.append(json.dumps(entry))
+        log(entry)
+
+    def flush():
+        count = len(steps)
+        write_steps(steps, data, fold, per_epoch, dtype, note)
+        watch.step_seconds = state.spend("train") / max(1, count)
+
+    def validate():
+        state.last = evaluate(model, data, rows, cfg, state.step)
+        watch.row_seconds = state.spend("evaluate") / len(rows)
+        return keep_best(model, state, cfg)
+
+    def save():
+        checkpoints.save(state.step, parts)
+        watch.note_save(state.spend("save"))
+
     model.train()
-    bar = progress(epoch_batches(data.tokens.lengths[train_rows], fold, cfg), f"fold {fold}", total)
-    started = time.perf_counter()
-    for step, batch in enumerate(bar, 1):
+    stopped, state.mark = "", time.perf_counter()
+    batches = itertools.islice(epoch_batches(data.tokens.lengths[train_rows], fold, cfg), state.step, None)
+    bar = progress(batches, f"fold {fold}", total, state.step)
+    for batch in bar:
+        if stopped := watch.stop(len(rows)):
+            break
         rates, scale = {group["depth"]: group["lr"] for group in optimizer.param_groups}, scaler.get_scale()
-        value, norm = optimizer_step(model, train_rows[batch], data.tokens, targets, optimizer, scaler, dtype, cfg)
+        chosen = train_rows[batch]
+        value, norm = optimizer_step(model, chosen, data.tokens, targets, optimizer, scaler, dtype, cfg, state)
+        state.step += 1
+        steps.append(Step(state.step, chosen, value, norm, rates, scale))
         if scaler.get_scale() >= scale:  # else the scaler skipped the step
             scheduler.step()
-        entries.append((step, value, norm, rates))
-        if step not in when:
-            continue
-        write_steps(entries, fold, per_epoch, log)
-        seconds["train"] += time.perf_counter() - started
-        started = time.perf_counter()
-        last = evaluate(model, data, rows, cfg, step)
-        if better := best is None or improves(cfg.metric, last["score"], best["score"]):
-            best = last
-            if cfg.checkpoint == "best":
-                best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-        seconds["evaluate"] += time.perf_counter() - started
-        log({"fold": fold, "step": step, "epoch": step / per_epoch, cfg.metric: last["score"], "best": better})
-        bar.set_postfix_str(f"{cfg.metric} {last['score']:.4f}", refresh=False)
-        started = time.perf_counter()
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
-    return model, dict(fold=fold, rows=rows, best=best, last=last, steps=step, seconds=seconds)
-
-
-def write_steps(entries, fold, per_epoch, log):
-    """Log the optimiser steps since the last evaluation and forget them: one copy from the device for all.
-
-    A gradient may be not finite in fp16, where the scaler then skips the step; a loss may not.
-    """
-    losses = torch.stack([loss for _, loss, _, _ in entries]).tolist()
-    norms = torch.stack([norm for _, _, norm, _ in entries]).tolist()
-    for (step, _, _, rates), loss, norm in zip(entries, losses, norms, strict=True):
-        log({"fold": fold, "step": step, "epoch": step / per_epoch, "loss": loss, "grad_norm": norm, "lr": rates})
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"fold {fold}, step {step}: the loss is {loss}; {NOT_FINITE}")
-    entries.clear()
+            state.in_a_row = 0
+        else:
+            state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
+            if state.in_a_row == MAX_SKIPPED:
+                raise numeric_problem(data, fold, steps[-1], f"no finite gradient in {MAX_SKIPPED} steps", dtype)
+        evaluated, due = state.step in when, checkpoints and watch.due(state.step in when)
+        if evaluated or due or len(steps) == LOG_STEPS or not watch.step_seconds:
+            flush()
+        if evaluated:
+            better, score = validate(), state.last["score"]
+            note({"fold": fold, "step": state.step, "epoch": state.step / per_epoch, cfg.metric: score, "best": better})
+            bar.set_postfix_str(f"{cfg.metric} {score:.4f}{watch.told()}", refresh=False)
+        if due:
+            save()
+    if stopped and state.step:
+        print(f"{stopped}: saving and evaluating at step {state.step}; Ctrl-C ends it at once")
+        flush()
+        if checkpoints:
+            save()
+        if state.last is None or state.last["step"] < state.step:  # an evaluation of the end alone, not in the log
+            validate()
+    if state.best_weights is not None:
+        model.load_state_dict(state.best_weights)
+    kept = {name: getattr(state, name) for name in ("step", "micro", "skipped", "best", "last", "seconds", "lines")}
+    return model, dict(fold=fold, rows=rows, steps=total, stopped=stopped) | kept
 
 
 # ---------------------------------------------------------------------------------------
-# 13. Plots
+# 14. Plots
 
 
 def new_figure(width, height):
@@ -2104,6 +2547,7 @@ def plot_curves(run):
     """
     record, log = read_record(run), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
+    log = log.reindex(columns=log.columns.union([name, "best"]))  # a run that was stopped may have no evaluation
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for fold, lines in log.groupby("fold"):
@@ -2174,25 +2618,139 @@ def plot_oof(run):
 
 
 # ---------------------------------------------------------------------------------------
-# 14. Runs: all folds, records
+# 15. Runs: all folds, records
 
 
-def make_run_folder(cfg):
-    """A new folder for a run. What is there is never touched: a name that is set is refused where it exists,
-    a name made from the settings gets a number."""
+class Stopped(KitError):
+    """A run that was stopped before its end, with all that is needed to go on."""
+
+    title = "the run is stopped, not finished:"
+
+
+# Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data and of
+# the backbone is compared, not their places.
+FREE = {"data_dir", "backbone", "output_dir", "run_name", "run_folds", "tracker"}
+FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial"}
+
+
+def digest(*parts):
+    """SHA-256 of arrays, lists of texts and files, shortened."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            total.update(file_sha256(part).encode())
+        else:
+            total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
+    return total.hexdigest()[:16]
+
+
+def code_of(part):
+    """The compiled code of a function or class that a notebook defines, and of all it contains."""
+    if inspect.isclass(part):
+        classes = [cls for cls in part.__mro__ if cls.__module__ == part.__module__]
+        items = [item for cls in classes for item in vars(cls).items()]
+        return [[name, code_of(item)] for name, item in items if inspect.isfunction(item)]
+    code = part if inspect.iscode(part) else inspect.unwrap(part).__code__
+    sets = [sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)]  # in any order
+    inner = [code_of(value) for value in code.co_consts if inspect.iscode(value)]
+    rest = [repr(value) for value in code.co_consts if not (inspect.iscode(value) or isinstance(value, frozenset))]
+    return [code.co_code.hex(), code.co_names, sets, inner, rest]
+
+
+def fingerprint(frame, data, cfg):
+    """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
+    columns = dict.fromkeys([cfg.id_column, *input_columns(cfg)])
+    made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
+    made["the targets"], made["the folds"] = digest(data.targets), digest(data.folds)
+    made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
+    weights = [path for kind in ("*.safetensors", "*.bin") for path in sorted(data.folder.glob(kind))]
+    made["the backbone"] = digest(data.folder / "config.json", *weights)
+    parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
+    own = [code_of(part) for part in parts if part.__module__ != __name__]
+    made["the code (kernel_utils.py, or a part in the notebook)"] = digest(Path(__file__), own)
+    return made
+
+
+def differences(old, new):
+    """What keeps a run with the record `old` from going on as `new`, as texts."""
+    if "fingerprint" not in old:
+        return ["it was begun by a version of kernel_utils that could not go on"]
+    settings = [as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
+    changed = [name for name in settings[1] if name not in FREE and settings[0][name] != settings[1][name]]
+    found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
+    was, now = old["fingerprint"], new["fingerprint"]
+    return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
+
+
+def as_recorded(settings):
+    """Settings in the form of record.json, where a tuple is a list."""
+    return json.loads(json.dumps(settings))
+
+
+def copy_run(resume_from, record, folder):
+    """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
+    of `folder`, or the only one in it."""
+    source = Path(resume_from).expanduser()
+    runs = [source] if (source / "record.json").is_file() else [path.parent for path in source.rglob("record.json")]
+    runs = [run for run in runs if run.name == folder.name] or runs
+    if len(runs) != 1:
+        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder (record.json): {listing(runs)}")
+    if found := differences(read_record(runs[0]), record):
+        raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
+    print(f"copying {runs[0]} to {folder}")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for path in runs[0].rglob("*"):
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(runs[0]).parts):
+                target = temporary / path.relative_to(runs[0])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        os.replace(temporary, folder)
+
+
+def find_run_folder(cfg, record):
+    """The folder of a run: one that `resume` goes on with, or a new one. What is there with other content is never
+    touched: a name that is set is then refused, a name made from the settings gets a number."""
     base = Path(cfg.output_dir).expanduser() / (cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}")
+    if cfg.resume and cfg.resume_from and not base.exists():
+        copy_run(cfg.resume_from, record, base)
     folder, number = base, 1
     while folder.exists():
+        if {path.name for path in folder.iterdir()} <= {".lock", ".record.json.tmp"}:  # a run was killed as it began
+            return folder
+        found = ["it is no run"]
+        if (folder / "record.json").is_file():
+            found = differences(read_record(folder), record)
+        if cfg.resume and not found:
+            return folder
         if cfg.run_name:
-            raise ConfigError(f"run_name {cfg.run_name!r}: {folder} exists; choose another name or delete it")
+            why = found if cfg.resume else ["resume is False"]
+            raise ConfigError(
+                [f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it", *why]
+            )
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    folder.mkdir(parents=True)
+    with writing(folder):
+        folder.mkdir(parents=True)
     return folder
 
 
-def write_json(path, content):
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody."""
+    import fcntl  # not on Windows
+
+    with open_lines(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by another {file.read().strip()}; wait, or set run_name") from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file)
+        yield
 
 
 def start_tracker(cfg, folder):
@@ -2212,12 +2770,11 @@ def start_tracker(cfg, folder):
 def open_log(cfg, folder):
     """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
     tracker = start_tracker(cfg, folder)
-    with open(folder / "log.jsonl", "a") as file:
+    with open_lines(folder / "log.jsonl", "w") as file:
 
         def log(entry):
-            file.write(json.dumps(entry) + "\n")
-            if "loss" not in entry:
-                file.flush()
+            with writing(folder / "log.jsonl"):
+                file.write(json.dumps(entry) + "\n")
             if tracker:
                 flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
                 flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
@@ -2278,14 +2835,30 @@ def oof_scores(results, targets, cfg):
 def fold_scores(result):
     """What the record keeps of a fold."""
     scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
-    return {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"], **scores}
+    told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
+    return told | {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]} | scores
 
 
-def save_fold(model, folder):
-    """Weights and backbone config of one fold, the weights last."""
-    folder.mkdir()
-    model.backbone.config.save_pretrained(folder)
-    write_atomic(folder / "model.safetensors", functools.partial(save_model, model))
+def save_fold(model, folder, result):
+    """Weights and backbone config of a fold, and what `train_fold` returned for it."""
+
+    def write(temporary):
+        model.backbone.config.save_pretrained(temporary)
+        save_model(model, temporary / "model.safetensors")
+        write_state(temporary, result)
+
+    save_folder(folder, write)
+
+
+def finished_fold(folder):
+    """What `train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
+    if not folder.exists():
+        return None
+    if problems := folder_problems(folder):
+        print(f"{folder} is damaged and trained again: {problems[0]}")
+        return None
+    result = read_state(folder)
+    return None if result["stopped"] else result
 
 
 def describe(cfg, asked, record):
@@ -2300,7 +2873,9 @@ def describe(cfg, asked, record):
 
 
 def start_record(cfg, asked, frame, backbone, classes):
-    """What record.json says when a run begins."""
+    """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
+    place = {"device": device_name(), "precision": precision_name(cfg.precision)}
+    place |= {"threads": torch.get_num_threads(), "versions": versions()}
     return {
         "status": "running",
         "settings": asked.to_dict(),
@@ -2308,11 +2883,9 @@ def start_record(cfg, asked, frame, backbone, classes):
         "backbone": str(backbone),
         "classes": classes,
         "outputs": output_names(cfg, classes),
-        "versions": versions(),
-        "device": device_name(),
-        "precision": precision_name(cfg.precision),
-        "threads": torch.get_num_threads(),
         "rows": len(frame),
+        **place,
+        "sessions": [place],
     }
 
 
@@ -2352,38 +2925,165 @@ def make_golden(frame, data, results, cfg):
 
 
 def check_room(run, backbone, n_folds, cfg):
-    """Raise KitError where the weights of all folds will not fit into the run folder."""
+    """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
     with torch.device("meta"):
-        needed = 4 * n_folds * n_parameters(empty_backbone(backbone, cfg))
-    if needed > (room := room_for_output(run)):
+        size = 4 * n_parameters(empty_backbone(backbone, cfg))
+    saved = 4 if cfg.checkpoint == "best" else 3  # weights, two moments, and the best weights
+    needed, what = size * n_folds, f"the weights of {n_folds} folds"
+    if cfg.checkpoint_minutes:
+        needed, what = needed + 2 * saved * size, f"{what} and two checkpoints"
+    there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    if needed > (room := room_for_output(run) + there):
         raise KitError(
-            f"the weights of {n_folds} folds take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB: "
-            "train fewer with run_folds, or set output_dir"
+            f"{what} take {needed / 1e9:.1f} GB and {run} has room for "
+            f"{room / 1e9:.1f} GB: train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
         )
 
 
-def train_folds(data, folds, cfg, run):
-    """Train and save one fold after another; the dictionaries of `train_fold`."""
-    results = []
+def flat(place):
+    """Device, threads, precision and versions of a record, side by side."""
+    return {name: place[name] for name in ("device", "threads", "precision")} | place["versions"]
+
+
+def begin_run(run, record, folds):
+    """Write the record of a run that begins or goes on, and return it; one that is complete stays as it is."""
+    if not (run / "record.json").is_file():
+        write_json(run / "record.json", record)
+        return record
+    old = read_record(run)
+    if old["status"] == "complete":
+        there = {fold["fold"] for fold in old["folds"]}
+        if there == set(folds):
+            return old
+        if not there < set(folds):
+            raise ConfigError(f"{run} is complete with folds {listing(sorted(there))}: run_folds must ask for them too")
+    sessions = old["sessions"]
+    before, now = flat(sessions[-1]), flat(record)
+    print(f"{run} goes on, its status was {old['status']!r}")
+    if moved := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
+        print(f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run")
+    record = record | sessions[0] | {"sessions": sessions + record["sessions"]}
+    write_json(run / "record.json", record)
+    return record
+
+
+def train_folds(data, folds, cfg, run, watch):
+    """Train and save one fold after another; the dictionaries of `train_fold`. Folds that are finished are taken from
+    the disk. Where the watch stops a fold, it is the last."""
+    results, trained = [], 0
     with open_log(cfg, run) as log:
         for fold in folds:
-            model, result = train_fold(data, fold, cfg, log, say=(lambda text: None) if results else print)
-            save_fold(model, run / f"fold{fold}")
-            result["golden"] = golden_rows(model, data, result, cfg)
-            del model  # or two would be in memory while the next is built
+            folder, checkpoints = run / f"fold{fold}", Checkpoints(run, fold)
+            if result := finished_fold(folder):
+                for line in result["lines"]:
+                    log(json.loads(line))
+                watch.restored += sum(result["seconds"].values())
+                print(f"fold {fold} was finished before")
+            else:
+                say, micro = (lambda text: None) if trained else print, results[-1]["micro"] if results else 0
+                saved = checkpoints if cfg.checkpoint_minutes else None
+                model, result = train_fold(data, fold, cfg, log, say, watch, saved, micro)
+                trained += 1
+                if result["last"] is None:  # stopped before the first step
+                    return [*results, result]
+                result["golden"] = golden_rows(model, data, result, cfg)
+                mark = time.perf_counter()
+                save_fold(model, folder, result)
+                result["seconds"]["save"] += time.perf_counter() - mark
+                del model  # or two would be in memory while the next is built
             results.append(result)
+            watch.models = len(results) + 1
+            if result["stopped"]:
+                break
+            checkpoints.prune(0)
             scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-            print(f"fold {fold}: {cfg.metric} {scores} (step {result['best']['step']} of {result['steps']})")
+            best = f"step {result['best']['step']} of {result['steps']}"
+            print(f"fold {fold}: {cfg.metric} {scores} ({best}){watch.told()}")
     return results
 
 
-def train(frame, cfg):
+def usable(results):
+    """The folds that a run can be scored and used with: those that are finished, else one that was stopped."""
+    return [result for result in results if not result["stopped"]] or [result for result in results if result["last"]]
+
+
+def finish_record(record, results, data, cfg, watch):
+    """The record with the scores and figures of the folds in `results`."""
+    lengths = [data.tokens.lengths[data.folds != result["fold"]] for result in results]
+    epochs = [cfg.epochs * result["step"] / result["steps"] for result in results]
+    rows, tokens = (sum(map(lambda n, e: e * size(n), lengths, epochs)) for size in (len, np.sum))
+    seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
+    total = time.perf_counter() - watch.began + watch.restored
+    return record | {
+        "folds": [fold_scores(result) for result in results],
+        "oof": oof_scores(results, data.targets, cfg),
+        "rows_per_second": rows / seconds["train"],
+        "tokens_per_second": float(tokens / seconds["train"]),
+        "peak_memory_bytes": peak_memory(),
+        "seconds": record["seconds"] | seconds | {"total": total},
+    }
+
+
+def train_run(frame, data, folds, cfg, run, record, watch):
+    """What `train` does in a run folder that is its own."""
+    record = begin_run(run, record, folds)
+    if record["status"] == "complete":
+        print(f"{run} is complete, nothing is trained")
+    else:
+        try:
+            data.tokenizer.save_pretrained(run / "tokenizer")
+            check_room(run, data.folder, len(folds), cfg)
+            with watch:
+                results = train_folds(data, folds, cfg, run, watch)
+        except KitError:
+            log = run / "log.jsonl"
+            if not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
+                shutil.rmtree(run)  # a mistake in the settings leaves nothing behind
+            raise
+        record = save_results(frame, data, results, cfg, run, record, watch)
+    if "oof" in record:
+        print(summary(run, record))
+        plot_curves(run)
+        plot_oof(run)
+    if record["status"] == "complete":
+        (run / ".lock").unlink()
+    elif not (cfg.predict_partial and "oof" in record):
+        told = "the same command goes on from there; predict_partial True would have predicted with what is trained"
+        raise Stopped([record["stopped"], told])
+
+
+def save_results(frame, data, results, cfg, run, record, watch):
+    """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
+    used, last = usable(results), results[-1]
+    if used:
+        oof = oof_frame(frame, used, cfg, record["outputs"])
+        write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+        write_json(run / "golden.json", make_golden(frame, data, used, cfg))
+        record = finish_record(record, used, data, cfg, watch)
+    if last["stopped"]:
+        done = len([result for result in results if not result["stopped"]])
+        told = f"fold {last['fold']} is at step {last['step']} of {last['steps']}, {done} folds are finished"
+        record = record | {"status": "stopped", "stopped": f"{last['stopped']}: {told}"}
+    else:
+        record = record | {"status": "complete"}
+    write_json(run / "record.json", record)
+    if not last["stopped"]:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return record
+
+
+def train(frame, cfg, test=None):
     """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
 
-    `frame` is that of `make_folds`. The folder holds record.json (complete only at the end), oof.csv, golden.json,
-    log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and config.json.
+    `frame` is that of `make_folds`; of `test` only the number of rows counts, whose prediction `max_minutes` includes.
+    The folder holds record.json (complete only at the end), oof.csv, golden.json, log.jsonl, curves.png, oof.png,
+    tokenizer/ and for every fold the weights and config.json, and until then checkpoints/.
+
+    An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
+    ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
+    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
-    began, asked = time.perf_counter(), cfg
+    asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
     backbone = find_backbone(cfg.backbone)
     check_config(backbone / "config.json", HARMLESS)
     tokenizer = load_tokenizer(backbone)
@@ -2396,44 +3096,19 @@ def train(frame, cfg):
 
     if new := add_prefix_tokens(tokenizer, frame, cfg):
         print(f"{len(new)} new special tokens: {listing(new[:10])}")
-    seconds = {"load": time.perf_counter() - began}
+    loaded = time.perf_counter()
     tokens = tokenize_frame(frame, tokenizer, cfg)
     check_vocabulary(tokens, tokenizer)
-    seconds["tokenize"] = time.perf_counter() - began - seconds["load"]
+    record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
 
-    names, targets = record["outputs"], encode_targets(frame, cfg, classes)
-    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(names))
-    run = make_run_folder(cfg)
-    write_json(run / "record.json", record)
-    tokenizer.save_pretrained(run / "tokenizer")
-    try:
-        check_room(run, backbone, len(folds), cfg)
-        results = train_folds(data, folds, cfg, run)
-    except KitError:
-        if not any(run.glob("fold*")):  # a mistake in the settings leaves nothing behind
-            shutil.rmtree(run)
-        raise
-    seconds |= {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate")}
-
-    oof = oof_frame(frame, results, cfg, names)
-    write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-    write_json(run / "golden.json", make_golden(frame, data, results, cfg))
-    trained = np.concatenate([tokens.lengths[data.folds != fold] for fold in folds])
-    record |= {
-        "status": "complete",
-        "folds": [fold_scores(result) for result in results],
-        "oof": oof_scores(results, targets, cfg),
-        "rows_per_second": cfg.epochs * len(trained) / seconds["train"],
-        "tokens_per_second": cfg.epochs * int(trained.sum()) / seconds["train"],
-        "peak_memory_bytes": peak_memory(),
-        "seconds": seconds | {"total": time.perf_counter() - began},
-    }
-    write_json(run / "record.json", record)
-    print(summary(run, record))
-    plot_curves(run)
-    plot_oof(run)
+    targets, ids = encode_targets(frame, cfg, classes), frame[cfg.id_column].to_numpy()
+    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(record["outputs"]), ids)
+    record |= {"fingerprint": fingerprint(frame, data, cfg)}
+    run = find_run_folder(asked, record)
+    with locked(run):
+        train_run(frame, data, folds, cfg, run, record, watch)
     return run
 
 
@@ -2456,12 +3131,12 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Inference: bundles, submission
+# 16. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
 
-FORMAT, MANIFEST, METADATA = "kernel_utils bundle 1", "manifest.json", "dataset-metadata.json"
+FORMAT = "kernel_utils bundle 1"
 
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
 # 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
@@ -2496,16 +3171,6 @@ class Bundle(NamedTuple):
         return self.runs[0].cfg
 
 
-def canonical(content):
-    """The one way a manifest is written, as bytes."""
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def sealed(content):
-    """`content` with the SHA-256 of the rest as `sha256`."""
-    return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
-
-
 def manifest_problems(manifest):
     """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
     problems = []
@@ -2527,35 +3192,14 @@ def read_manifest(folder):
     """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        sound = canonical(sealed({key: manifest[key] for key in manifest if key != "sha256"})) == data
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BundleError(
-            f"{path}: not a manifest ({type(error).__name__}: {error}); attach or pack it again"
-        ) from None
-    if not sound:
-        raise BundleError(f"{path}: its own checksum does not fit its content; attach or pack it again")
+        manifest = read_sealed(path)
+    except ValueError as problem:
+        raise BundleError(f"{path}: {problem}; attach or pack it again") from None
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: expected the format {FORMAT!r}, got {manifest.get('format')!r}")
     if problems := manifest_problems(manifest):
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
-
-
-def integrity_problems(folder, files):
-    """What is wrong in a folder against the `files` of its manifest: missing, cut, changed, or not listed."""
-    problems = []
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"{name}: missing, or not a plain file in {folder}")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
-        elif file_sha256(path) != expected["sha256"]:
-            problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
-    there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
-    return problems + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
 
 
 def make_run(name, record, golden, config, tokenizer, weights):
@@ -2580,12 +3224,16 @@ def is_complete(folder):
 
 
 def load_run(folder):
-    """A complete run folder as a `Run`. Raises ConfigError where it is incomplete, or needs a head, loss or
-    metric that is not registered."""
+    """A complete run folder as a `Run`, or one that was stopped and may be used so (`predict_partial`). Raises
+    ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
     folder = Path(folder)
-    if not is_complete(folder):
+    record = read_record(folder) if (folder / "record.json").is_file() else {"status": "missing"}
+    partial = record["status"] == "stopped" and record["settings"]["predict_partial"] and "oof" in record
+    if partial:
+        used = listing(fold["fold"] for fold in record["folds"])
+        print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
+    elif not is_complete(folder):
         raise ConfigError(f"{folder}: the run did not finish (status in record.json)")
-    record = read_record(folder)
     weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
     config = next(iter(weights.values())).with_name("config.json")
     needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
@@ -2883,7 +3531,7 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Comparison of runs
+# 17. Comparison of runs
 #
 # Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
@@ -2940,11 +3588,6 @@ def read_records(folder):
     if not finished:
         raise ComparisonError(f"runs_dir {str(folder)!r} has no finished run, which is a folder with record.json")
     return [read_record(run) | {"folder": run} for run in finished]
-
-
-def as_recorded(settings):
-    """Settings in the form of record.json, where a tuple is a list."""
-    return json.loads(json.dumps(settings))
 
 
 def effective(record):

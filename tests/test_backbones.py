@@ -105,7 +105,7 @@ def test_an_architecture_that_changes_the_number_of_tokens_or_states_is_refused(
 @kinds()
 def test_saved_weights_loaded_into_an_empty_model_give_equal_outputs(kind, build, tmp_path):
     model, tokens = build(kind, head="concat")
-    ku.save_fold(model, tmp_path / "fold0")
+    ku.save_fold(model, tmp_path / "fold0", {})
     cfg = ku.Config(head="concat")
     empty = ku.TextModel(cfg, ku.empty_backbone(tmp_path / "fold0", cfg), model.loss, model.shape.cls_last).eval()
     ku.load_model(empty, tmp_path / "fold0" / "model.safetensors")
@@ -369,13 +369,13 @@ def test_the_packaged_weights_are_used_only_with_the_published_hash(monkeypatch)
 
 def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbone_folder):
     model, _ = build("bert")
-    ku.save_fold(model, tmp_path / "fold0")
+    ku.save_fold(model, tmp_path / "fold0", {})
     assert str(backbone_folder("bert")) not in json.dumps(json.loads((tmp_path / "fold0" / "config.json").read_text()))
 
 
 @kinds()
 def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, backbone_folder, tmp_path, monkeypatch):
-    folder, cfg = backbone_folder(kind), ku.Config()
+    folder, cfg = backbone_folder(kind), ku.Config(checkpoint_minutes=0)
     size = 4 * ku.n_parameters(ku.load_backbone(folder, cfg, say=lambda text: None))
     monkeypatch.setattr(ku, "room_for_output", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
     ku.check_room(tmp_path, folder, 2, cfg)

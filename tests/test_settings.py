@@ -19,7 +19,7 @@ import kernel_utils as ku
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPOSED = """data_dir backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr llrd
-reinit_layers backbone_dropout seed fold_seed output_dir run_name max_rows""".split()
+reinit_layers backbone_dropout seed fold_seed output_dir run_name resume max_minutes max_rows""".split()
 DEFAULTS = dict(
     max_length=256,
     n_folds=5,

@@ -550,7 +550,7 @@ def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base
     shown = process.communicate()[0]
     assert process.returncode == 1 and "2 runs: 1 finished now, 0 before, 1 failed" in shown
     assert re.search(
-        r"lr=1e\+30\+seed=0: failed: FloatingPointError: fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown
+        r"lr=1e\+30\+seed=0: failed: NumericError: the training went wrong: fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown
     )
     assert ku.read_record(output / "lr=0.0001+seed=0")["status"] == "complete"
 

@@ -26,7 +26,8 @@ def fold_data(cfg, frame=None, n_outputs=1):
     tokenizer = ku.load_tokenizer(folder)
     targets = ku.encode_targets(frame, cfg, ku.class_labels(frame, cfg))
     tokens = ku.tokenize_frame(frame, tokenizer, cfg)
-    return ku.Data(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs)
+    ids = frame["id"].to_numpy()
+    return ku.Data(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs, ids)
 
 
 def resolved(cfg):
@@ -56,9 +57,9 @@ def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     model = ku.build_model(cfg, data.folder, loss, data.tokenizer, targets, **QUIET)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    rows = np.arange(7)
+    rows, state = np.arange(7), ku.FoldState(cfg.micro_batch_size or 7)
     for _ in range(steps):
-        value, norm = ku.optimizer_step(model, rows, data.tokens, targets, optimizer, scaler, torch.float32, cfg)
+        value, norm = ku.optimizer_step(model, rows, data.tokens, targets, optimizer, scaler, torch.float32, cfg, state)
     return value, norm, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -160,8 +161,8 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
     expected = np.mean([(sample.detach().numpy() - 1) ** 2 for sample in model(**batch)])
     torch.manual_seed(5)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
-    targets = torch.ones(24, 1)
-    value, _ = ku.optimizer_step(model, np.arange(3), data.tokens, targets, optimizer, scaler, torch.float32, cfg)
+    targets, state = torch.ones(24, 1), ku.FoldState(3)
+    value, _ = ku.optimizer_step(model, np.arange(3), data.tokens, targets, optimizer, scaler, torch.float32, cfg, state)
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.eval()(**batch), model(**batch)) and model(**batch).shape == (3, 1)
 
@@ -263,14 +264,15 @@ def test_weights_that_would_not_fit_into_kaggles_working_folder_are_refused_befo
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "kaggle"))
     (working / "earlier.bin").write_bytes(b"x" * 1000)
     cfg = ku.dataclasses.replace(tiny(run_name="large"), output_dir=str(working / "runs"))
-    n_bytes = 2 * 4 * ku.n_parameters(ku.empty_backbone(cfg.backbone, cfg))
+    fold = 4 * ku.n_parameters(ku.empty_backbone(cfg.backbone, cfg))
+    n_bytes = 2 * fold + 2 * 3 * fold  # a checkpoint has the weights and two moments of each
     monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 500)
-    with pytest.raises(ku.KitError, match=r"the weights of 2 folds take .* train fewer with run_folds"):
+    with pytest.raises(ku.KitError, match=r"the weights of 2 folds and two checkpoints take .* train fewer with run_folds"):
         run(cfg)
     assert not (working / "runs" / "large").exists()
     monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 10**5)
     folder, _, _ = run(cfg)
-    assert len(list(working.rglob("*.safetensors"))) == 2 and not list(folder.rglob(".*"))
+    assert len(list(working.rglob("model.safetensors"))) == 2 and not list(folder.rglob(".*"))
 
 
 def test_two_runs_with_one_seed_give_identical_files_and_another_seed_does_not(tiny):
@@ -295,7 +297,8 @@ def test_a_run_folder_holds_what_the_design_says(tiny):
     names = {path.name for path in folder.iterdir()}
     files = {"record.json", "oof.csv", "golden.json", "log.jsonl", "curves.png", "oof.png"}
     assert names == files | {"fold0", "fold1", "tokenizer"}
-    assert {path.name for path in (folder / "fold0").iterdir()} == {"model.safetensors", "config.json"}
+    kept = {"model.safetensors", "config.json", "state.json", "state.safetensors", "manifest.json"}
+    assert {path.name for path in (folder / "fold0").iterdir()} == kept
     assert list(oof.columns) == ["id", "fold", "target", "prediction", "prediction_best", "prediction_last"]
     assert record["status"] == "complete" and record["rows"] == len(oof) == 40
     assert oof["id"].is_unique and set(oof["id"]) == set(train_frame()["id"])
@@ -435,13 +438,15 @@ def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil
 
 
 def test_a_folder_that_is_there_is_never_touched(tiny, tmp_path):
-    cfg = tiny(run_folds="0")
-    first, _, _ = run(cfg)
-    second, _, _ = run(cfg)
-    assert second.name == first.name + "-2"
+    first, _, _ = run(tiny(run_folds="0"))
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    second, _, _ = run(tiny(run_folds="0", resume=False))
+    third, _, _ = run(tiny(run_folds="0", lr=0.01))
+    assert [second.name, third.name] == [f"{first.name}-2", f"{first.name}-3"]
+    assert before == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     (tmp_path / "runs" / "thesis").mkdir()
     (tmp_path / "runs" / "thesis" / "chapter.txt").write_text("ten years of work")
-    with pytest.raises(ku.ConfigError, match="thesis exists; choose another name or delete it"):
+    with pytest.raises(ku.ConfigError, match="thesis exists and cannot go on; choose another name or delete it\n  it is no run"):
         run(tiny(run_name="thesis"))
     assert (tmp_path / "runs" / "thesis" / "chapter.txt").read_text() == "ten years of work"
 
@@ -454,7 +459,7 @@ def test_an_unfinished_run_is_not_loaded(tiny):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny):
-    with pytest.raises(FloatingPointError, match="fold 0, step 1: the loss is nan"):
+    with pytest.raises(ku.NumericError, match="fold 0, step 1: the loss is nan"):
 
         @ku.register(ku.LOSSES, "broken")
         class Broken(ku.MseLoss):
@@ -474,7 +479,7 @@ def test_predictions_that_are_not_finite_stop_the_run_and_name_the_step(tiny):
             return raw * math.nan
 
     try:
-        with pytest.raises(FloatingPointError, match="fold 1, step 3: predictions are not finite"):
+        with pytest.raises(ku.NumericError, match=r"fold 1, step 3: 20 predictions are not finite \(rows 0"):
             run(tiny(loss="broken", run_folds="1"))
     finally:
         del ku.LOSSES["broken"]
