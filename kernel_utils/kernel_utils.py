@@ -25,6 +25,7 @@ data set, K outputs.
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import difflib
 import errno
@@ -102,13 +103,19 @@ def register(table, name):
 # 2. Settings
 
 
+def shown(text):
+    """`text` fit to be shown: at most 2000 characters, what is no printable character written as Python does."""
+    text = text if len(text) <= 2000 else f"{text[:2000]} ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class KitError(ValueError):
     """A mistake the user can mend. Notebooks show the message alone, without a traceback."""
 
     title = "cannot go on:"
 
     def __init__(self, problems):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [shown(text) for text in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -312,6 +319,7 @@ FOLD_KINDS = {
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
 BATCH_TOKENS = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
+WIDEST = 2**16  # of a layer of a head
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -339,9 +347,11 @@ class Config(Settings):
     # model
     backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
     head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
-    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1)
-    conv_channels: tuple = option((256, 1), "conv1d: channels of each convolution, of the last for each output", low=1)
-    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1)
+    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1, high=WIDEST)
+    conv_channels: tuple = option(
+        (256, 1), "conv1d: channels of each convolution, of the last for each output", low=1, high=WIDEST
+    )
+    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=WIDEST)
     concat_layers: int = option(4, "concat: number of last layers", low=1)
     weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
     head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
@@ -397,6 +407,8 @@ class Config(Settings):
             problems.append(f"task {self.task} takes one target column, got target_columns {self.target_columns!r}")
         if not all(self.targets) or len(set(self.targets)) < len(self.targets):
             problems.append(f"target_columns has an empty or repeated name: {self.target_columns!r}")
+        if "fold" in self.targets:
+            problems.append("target_columns must not hold 'fold': that column has the folds")
         if len(self.conv_kernels) != len(self.conv_channels):
             problems.append(
                 f"conv_kernels has {len(self.conv_kernels)} and conv_channels {len(self.conv_channels)} values"
@@ -467,13 +479,33 @@ def listing(paths):
     return ", ".join(str(path) for path in paths) or "nothing"
 
 
+def user_path(setting, value):
+    """The path that a setting names, whether something is there or not; ConfigError where none can be."""
+    try:
+        path = Path(value).expanduser()
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not permitted; a user or a character unknown
+        raise ConfigError(f"{setting} {str(value)!r} cannot be used: {error}") from None
+    return path
+
+
+def is_there(path):
+    """Whether a file is there; DataError where its name is something else's, such as a dangling link."""
+    if os.path.lexists(path) and not path.is_file():
+        raise DataError(f"{path}: not a file")
+    return path.is_file()
+
+
 def find_data(data_dir, marker):
     """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
     if data_dir:
-        folder = Path(data_dir).expanduser()
+        folder = user_path("data_dir", data_dir)
         if not folder.is_dir():
             raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
-        if not (folder / marker).is_file():
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise DataError(f"data_dir {data_dir!r}: Permission denied")
+        if not is_there(folder / marker):
             raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {listing(sorted(os.listdir(folder)))}")
         return folder
     if on_kaggle():
@@ -533,8 +565,34 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def read_json(path):
+    """The object that a JSON file holds; KitError, with the file, where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise KitError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise KitError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
 def read_record(run):
-    return json.loads((Path(run) / "record.json").read_text())
+    return read_json(Path(run) / "record.json")
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Turn whatever a library raises at a file that it cannot read into a KitError that names `what`.
+
+    The one place that catches everything: transformers, torch and safetensors raise what their readers happen to
+    run into (KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...), tokenizers raises Exception itself.
+    """
+    try:
+        yield
+    except (KitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise KitError(f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}") from error
 
 
 @contextlib.contextmanager
@@ -569,11 +627,15 @@ def write_atomic(path, write):
     """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+    try:
+        with writing(path):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def file_sha256(path):
@@ -612,7 +674,7 @@ def foreign_code(content):
 
 def check_config(path, harmless=()):
     """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
-    keys = foreign_code(json.loads(Path(path).read_text(encoding="utf-8")))
+    keys = foreign_code(read_json(path))
     if keys := [key for key in keys if key not in harmless]:
         raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
 
@@ -621,14 +683,39 @@ def check_config(path, harmless=()):
 # 4. Data and folds
 
 
+def check_csv(path):
+    """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
+    characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
+    line = 1
+    try:
+        with open(path, "rb") as file:
+            for line, data in enumerate(file, 1):
+                if "\0" in data.decode("utf-8"):
+                    raise DataError(f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16")
+        csv.field_size_limit(2**31 - 1)  # the default refuses long texts
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader, header, line = csv.reader(file, strict=True), [], 1
+            for row in reader:
+                if not header and any(cell.strip() for cell in row):
+                    header = row
+                if len(row) > len(header) > 0:
+                    hint = "; is it separated by commas?" if len(header) == 1 else ""
+                    raise DataError(f"{path}, line {line}: more cells than the header has columns{hint}")
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
+    except (csv.Error, OSError) as error:
+        raise DataError(f"{path}, line {line}: no cells in commas and quotes ({error})") from None
+    if not header:
+        raise DataError(f"{path}: not a CSV file with a header; it is empty")
+    if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
+        raise DataError(f"{path}: the header has {listing(twice)} twice")
+
+
 def read_table(path, columns):
     """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise DataError(f"{path}: not a UTF-8 CSV file with a header ({error})") from None
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise DataError(f"{path}: the rows have more cells than the header has columns")
+    check_csv(path)
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
@@ -644,7 +731,8 @@ def bad_rows(path, frame, id_column, column, bad, expected):
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
-    shown = [f"row {i + 1} (id {frame[id_column].iloc[i]}): {str(frame[column].iloc[i])[:60]!r}" for i in rows[:3]]
+    ids, cells = ([str(frame[name].iloc[i])[:60] for i in rows[:3]] for name in (id_column, column))
+    shown = [f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
 
@@ -678,7 +766,7 @@ def read_train(cfg, data_dir):
     check = functools.partial(bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
     for column in (cfg.id_column, *extra):
-        problems += check(column, frame[column].eq("").to_numpy(), "a value")
+        problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a value")
     for column in text_columns(cfg):
         empty = frame[column].str.strip().eq("").to_numpy()
         problems += check(column, empty, "a text")
@@ -715,13 +803,14 @@ def read_test(cfg, data_dir, columns=()):
     in test.csv besides those that the settings name."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
     needed = dict.fromkeys([cfg.id_column, *input_columns(cfg), *columns])
-    test = read_table(paths[0], needed) if paths[0].is_file() else None
-    sample = read_table(paths[1], [cfg.id_column]) if paths[1].is_file() else None
+    test = read_table(paths[0], needed) if is_there(paths[0]) else None
+    sample = read_table(paths[1], [cfg.id_column]) if is_there(paths[1]) else None
     problems = []
     for path, frame in zip(paths, (test, sample), strict=True):
         if frame is not None:
-            duplicated = frame[cfg.id_column].duplicated().to_numpy()
-            problems += bad_rows(path, frame, cfg.id_column, cfg.id_column, duplicated, "each id once")
+            ids = frame[cfg.id_column]
+            for bad, expected in ((ids.duplicated(), "each id once"), (ids.str.strip().eq(""), "a value")):
+                problems += bad_rows(path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected)
     if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in text_columns(cfg))):
         warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
     if test is not None and sample is not None:
@@ -818,7 +907,7 @@ def make_folds(frame, cfg):
     """
     if "fold" in frame.columns:
         folds = to_numbers(frame["fold"])
-        bad = ~(np.isfinite(folds) & (folds >= 0) & (folds == np.floor(folds)))
+        bad = ~((folds >= 0) & (folds < 2**31) & (folds == np.floor(folds)))  # NaN too
         problems = bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
         if problems or len(set(folds)) < 2:
             raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
@@ -876,10 +965,9 @@ def load_tokenizer(folder):
     """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
     if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
         raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ImportError, ValueError) as error:  # spm.model alone needs sentencepiece, which the message may not say
-        raise KitError(f"no tokenizer from {folder}, add tokenizer.json or install sentencepiece: {error}") from None
+    with reading(f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a word, and one that nobody knows: \U0010fffd")
     for key in HARMLESS:  # they would be saved with a run, and refused there
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
@@ -993,6 +1081,13 @@ def check_vocabulary(tokens, tokenizer):
     share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
     if share > 0.5:
         raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
+
+
+def check_ids(tokens, new, config, folder):
+    """Raise KitError where the texts have token ids without an embedding, but for the `new` ones that will get one."""
+    size = getattr(config, "vocab_size", math.inf)
+    if len(beyond := np.setdiff1d(tokens.ids[tokens.ids >= size], new)):
+        raise KitError(f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings")
 
 
 def make_prefixes(frame, cfg):
@@ -1328,7 +1423,7 @@ def hub_backbone(name, cached):
 def find_backbone(name):
     """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
     cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
-    path = Path(name).expanduser()
+    path = user_path("backbone", name)
     if path.is_dir() and is_backbone(path):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
@@ -1389,7 +1484,10 @@ def model_class(config):
 
 def load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(f"the config of {folder}"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not min(config.hidden_size, config.num_hidden_layers) > 0:
+            raise ValueError(f"hidden_size {config.hidden_size}, num_hidden_layers {config.num_hidden_layers}")
     for key in HARMLESS:
         vars(config).pop(key, None)
     old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
@@ -1420,21 +1518,32 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
     if old:
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    with quiet_transformers():
+    files = sorted(path.name for kind in ("*.safetensors*", "pytorch_model*.bin") for path in Path(folder).glob(kind))
+    if not any(".safetensors" in name for name in files):
+        if torch.__version__ < (2, 10):  # CVE-2026-24747
+            raise KitError(f"{folder} has its weights as a pickle, which is safe to read from torch 2.10 on: {files[0]}")
+        say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
+    with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
         model, info = model_class(config).from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below
             **attention_option(cfg),
         )
-        if n_tokens > model.get_input_embeddings().num_embeddings:
+        if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
+            say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
     missing = [name for name in info["missing_keys"] if "pooler" not in name]
     if missing or info["mismatched_keys"]:
         names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
         raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {listing(bad[:5])}")
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
         say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
@@ -1444,7 +1553,9 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
 def empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
     config, _ = load_config(folder, cfg)
-    return encoder_only(model_class(config).from_config(config, dtype=torch.float32, **attention_option(cfg)))
+    with reading(f"the config of {folder}"):
+        options = dict(dtype=torch.float32, trust_remote_code=False, **attention_option(cfg))
+        return encoder_only(model_class(config).from_config(config, **options))
 
 
 def n_parameters(module):
@@ -2215,7 +2326,7 @@ class Watch:
         self.test_rows = test_rows  # to be predicted by each of `models` when training ends
         self.models, self.signal = 1, ""
         self.step_seconds = self.save_seconds = 0.0
-        self.row_seconds = None  # of evaluation; until it is known, what training takes
+        self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.batch_size = cfg.batch_size
         self.restored = 0.0  # seconds that earlier sessions spent
 
@@ -2246,10 +2357,11 @@ class Watch:
         """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
         if self.signal:
             return self.signal
-        row = self.step_seconds / self.batch_size if self.row_seconds is None else self.row_seconds
+        row = self.step_seconds / self.batch_size / 2 if self.row_seconds is None else self.row_seconds
         rows += self.test_rows * self.models
         needed = 1.2 * (self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
-        return f"max_minutes {self.limit / 60:g}" if self.left() < needed else ""
+        told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
+        return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
 
     def note_save(self, seconds):
         self.save_seconds, self.saved = seconds, time.perf_counter()
@@ -2675,6 +2787,9 @@ def differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
     if "fingerprint" not in old:
         return ["it was begun by a version of kernel_utils that could not go on"]
+    needed = ["settings", "resolved", "status", "sessions"] + ["folds"] * (old.get("status") == "complete")
+    if missing := [name for name in needed if name not in old]:
+        return [f"record.json has no {listing(missing)}"]
     settings = [as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
     changed = [name for name in settings[1] if name not in FREE and settings[0][name] != settings[1][name]]
     found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
@@ -2690,7 +2805,7 @@ def as_recorded(settings):
 def copy_run(resume_from, record, folder):
     """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
     of `folder`, or the only one in it."""
-    source = Path(resume_from).expanduser()
+    source = user_path("resume_from", resume_from)
     runs = [source] if (source / "record.json").is_file() else [path.parent for path in source.rglob("record.json")]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
@@ -2713,7 +2828,8 @@ def copy_run(resume_from, record, folder):
 def find_run_folder(cfg, record):
     """The folder of a run: one that `resume` goes on with, or a new one. What is there with other content is never
     touched: a name that is set is then refused, a name made from the settings gets a number."""
-    base = Path(cfg.output_dir).expanduser() / (cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}")
+    name = cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+    base = user_path("output_dir", Path(cfg.output_dir) / name)
     if cfg.resume and cfg.resume_from and not base.exists():
         copy_run(cfg.resume_from, record, base)
     folder, number = base, 1
@@ -3086,8 +3202,8 @@ def train(frame, cfg, test=None):
     asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
     backbone = find_backbone(cfg.backbone)
     check_config(backbone / "config.json", HARMLESS)
-    tokenizer = load_tokenizer(backbone)
-    cfg = cfg.resolved(transformers.AutoConfig.from_pretrained(backbone, local_files_only=True))
+    config, _ = load_config(backbone, cfg)
+    tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
     record = start_record(cfg, asked, frame, backbone, classes)
     describe(cfg, asked, record)
@@ -3099,6 +3215,7 @@ def train(frame, cfg, test=None):
     loaded = time.perf_counter()
     tokens = tokenize_frame(frame, tokenizer, cfg)
     check_vocabulary(tokens, tokenizer)
+    check_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
     record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
@@ -3181,6 +3298,7 @@ def manifest_problems(manifest):
         for parts in manifest["runs"].values():
             needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
             bad = [name for name in parts["tokenizer"] if Path(name).name != name]  # copied under these names
+            problems += [f"{fold!r} is no number of a fold" for fold in parts["weights"] if not fold.isdecimal()]
             problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
             problems += [] if parts["golden"]["rows"] and parts["golden"]["texts"] else ["a run has nothing to prove"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -3202,12 +3320,44 @@ def read_manifest(folder):
     return manifest
 
 
+def check_record(path, record):
+    """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
+    try:
+        record["settings"] | record["resolved"], record["versions"].keys(), record["classes"], len(record["outputs"])
+        summary("", record)
+        for fold in record["folds"]:
+            if type(fold["fold"]) is not int:
+                raise TypeError(f"fold {fold['fold']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+    if not record["folds"]:
+        raise BundleError(f"{path}: the run has no folds")
+    return record
+
+
+def golden_problem(golden, cfg, weights):
+    """What is wrong with the golden part of a run, or ''."""
+    try:
+        for row in golden["rows"]:
+            row["id"], row["prediction"], [row["cells"][name] for name in input_columns(cfg)], weights[row["fold"]]
+        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
+            return "no rows, or other texts than token_ids"
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def make_run(name, record, golden, config, tokenizer, weights):
     """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
     config could run code from elsewhere."""
     for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
         check_config(path)
-    cfg = Config.from_dict(record["settings"] | record["resolved"])
+    try:
+        cfg = Config.from_dict(record["settings"] | record["resolved"])
+    except ConfigError as error:
+        raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
+    if problem := golden_problem(golden, cfg, weights):
+        raise BundleError(f"{name}: what is golden is malformed: {problem}")
     emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.precision == "bf16" and emulated:
         print(f"{name}: {device_name()} has no bf16, so precision auto instead")
@@ -3227,12 +3377,14 @@ def load_run(folder):
     """A complete run folder as a `Run`, or one that was stopped and may be used so (`predict_partial`). Raises
     ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
     folder = Path(folder)
-    record = read_record(folder) if (folder / "record.json").is_file() else {"status": "missing"}
-    partial = record["status"] == "stopped" and record["settings"]["predict_partial"] and "oof" in record
-    if partial:
+    record = read_record(folder) if (folder / "record.json").is_file() else {}
+    status = record.get("status")
+    if status == "complete" or (status == "stopped" and "oof" in record):
+        check_record(folder / "record.json", record)
+    if status == "stopped" and "oof" in record and record["settings"].get("predict_partial"):
         used = listing(fold["fold"] for fold in record["folds"])
         print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
-    elif not is_complete(folder):
+    elif status != "complete":
         raise ConfigError(f"{folder}: the run did not finish (status in record.json)")
     weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
     config = next(iter(weights.values())).with_name("config.json")
@@ -3240,13 +3392,13 @@ def load_run(folder):
     if missing := [path for path in needed if not path.is_file()]:
         raise ConfigError(f"{folder}: the run lacks {listing(path.relative_to(folder) for path in missing)}")
     tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()}
-    golden = json.loads((folder / "golden.json").read_text())
+    golden = read_json(folder / "golden.json")
     return make_run(folder.name, record, golden, config, tokenizer, weights)
 
 
 def bundled_run(folder, name, parts):
     """A `Run` of a bundle; `parts` is what the manifest says of it."""
-    record = json.loads((folder / parts["record"]).read_text())
+    record = check_record(folder / parts["record"], read_json(folder / parts["record"]))
     tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
     weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
     return make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
@@ -3255,7 +3407,7 @@ def bundled_run(folder, name, parts):
 def find_bundle(bundle_dir):
     """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
     if bundle_dir:
-        folder = Path(bundle_dir).expanduser()
+        folder = user_path("bundle_dir", bundle_dir)
         if not any((folder / name).is_file() for name in (MANIFEST, "record.json")):
             raise ConfigError(
                 f"bundle_dir {bundle_dir!r} has neither {MANIFEST} nor record.json (looked in {Path.cwd()})"
@@ -3327,7 +3479,8 @@ def open_run(run):
 
 
 def load_fold(model, run, fold):
-    load_model(model, run.weights[fold], device=str(next(model.parameters()).device))
+    with reading(run.weights[fold]):
+        load_model(model, run.weights[fold], device=str(next(model.parameters()).device))
 
 
 def check_probes(run, tokenizer):
@@ -3514,7 +3667,8 @@ def write_submission(path, ids, predictions, run, sample=None):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
         table = table.loc[sample[cfg.id_column]]
     table = table.reset_index()[[cfg.id_column, *columns] if sample is None else list(sample.columns)]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
     print(f"wrote {path}: {len(table)} rows, columns {listing(table.columns)}")
     return table
@@ -3537,7 +3691,7 @@ def predict_test(run_folder, test, sample=None):
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
 # Shapes: S seeds, R resamples, A configurations.
 
-INCIDENTAL = {"seed", "run_folds", "data_dir", "output_dir", "run_name", "checkpoint", "batch_tokens", "tracker"}
+INCIDENTAL = (FREE - {"backbone"}) | {"seed", "checkpoint", "batch_tokens"}
 NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")  # what comparing asks of the settings
 KINDS = ("last", "best")  # checkpoints
 LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equal configurations different

@@ -489,7 +489,7 @@ HOSTILE = {  # what is done to a run, and what the message must name
     ),
     "golden rows without texts": (
         lambda run: edit(run / "golden.json", lambda g: [r.pop("cells") for r in g["rows"]]),
-        "one: does not predict what training predicted",
+        "one: what is golden is malformed: KeyError: 'cells'",
     ),
     "a hidden file": (lambda run: (run / "tokenizer/.env").write_text("KEY=1"), "tokenizer/.env: expected .json"),
     "an archive": (lambda run: (run / "tokenizer/vocab.zip").write_text("x"), "tokenizer/vocab.zip: expected"),

@@ -370,15 +370,15 @@ class Clock:
         monkeypatch.setattr(ku, "optimizer_step", stepping)
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(4, 1), (8, 7), (14.5, 14), (100, 18)])
+@pytest.mark.parametrize(("minutes", "steps"), [(3, 1), (8, 7), (14.5, 14), (100, 18)])
 def test_a_run_stops_in_time_for_max_minutes_and_goes_on_to_the_same_bytes(minutes, steps, tiny, whole, monkeypatch):
-    """A minute for a step, and at first as much for the rows of an evaluation, with a margin of a fifth."""
+    """A minute for a step, at first half as much for as many rows of an evaluation, and a margin of a fifth."""
     expected, cfg = whole(tiny, **NOISY), tiny(run_name="r", max_minutes=minutes, **NOISY)
     with monkeypatch.context() as patch:
         clock = Clock(patch)
         if steps < 18:
             fold, step = divmod(steps, 9)
-            with pytest.raises(ku.Stopped, match=rf"max_minutes {minutes}: fold {fold} is at step {step} of 9"):
+            with pytest.raises(ku.Stopped, match=rf"max_minutes {minutes}, .*: fold {fold} is at step {step} of 9"):
                 start(cfg)
             assert clock.now == 60 * steps
     assert content(start(ku.dataclasses.replace(cfg, max_minutes=0))) == expected
@@ -388,9 +388,9 @@ def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
     watch = ku.Watch(ku.Config(max_minutes=10), test_rows=1000)
     watch.step_seconds, watch.row_seconds, watch.save_seconds, watch.models = 2.0, 0.1, 5.0, 3
     needed = 1.2 * (2 + 0.1 * (100 + 3000) + 10) + ku.FINISH
-    for spare, reason in ((1, ""), (-1, "max_minutes 10")):
+    for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
-        assert watch.stop(100) == reason
+        assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)
     assert "min left" in watch.told() and ku.Watch(ku.Config()).told() == "" == ku.Watch(ku.Config()).stop(10**9)
 
 
@@ -435,7 +435,7 @@ def test_a_run_that_was_stopped_can_be_finished_with_the_folds_that_it_has(tiny,
 
 
 def test_a_stop_before_the_first_step_is_told_and_the_run_goes_on(tiny, whole):
-    with pytest.raises(ku.Stopped, match="max_minutes 1e-06: fold 0 is at step 0 of 9, 0 folds are finished"):
+    with pytest.raises(ku.Stopped, match=r"max_minutes 1e-06, .*: fold 0 is at step 0 of 9, 0 folds are finished"):
         start(tiny(run_name="r", max_minutes=1e-6, predict_partial=True, **NOISY))
     assert content(start(tiny(run_name="r", **NOISY))) == whole(tiny, **NOISY)
 

@@ -6,8 +6,9 @@
 
 A grid file is TOML: `seeds = [0, 1]`, a table [settings] that is the same in every run, and tables [[grid]] with a list
 of values for each setting; every combination is run. The same command again goes on where it stopped: runs that are
-complete in the folder of -o are skipped, those that failed or were killed are trained again, and two terminals may
-share a grid. Its folder `notebooks` has each run's executed notebook, log and lock, which lives as long as the process.
+complete in the folder of -o are skipped, those that failed or were killed go on from their checkpoints, and two
+terminals may share a grid. Its folder `notebooks` has each run's executed notebook, log and lock, which lives as long as
+the process.
 A run is complete once it has its scores: a notebook that fails after that, in a plot, is reported and not repeated.
 """
 
@@ -26,7 +27,6 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,10 +46,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
-FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = "finished", "to run", "interrupted, to run again", "running elsewhere"
+FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = "finished", "to run", "interrupted, to go on", "running elsewhere"
 TRAINED = "trained by another sweep by now"
 OTHER, FOREIGN, STOPPED = "is complete with other settings", "is not a run: it has no record.json", "stopped"
-PLACE = ("output_dir", "run_name")  # settings that say where a run lies, not what it is
+PLACE = ("output_dir", "run_name")
+KEEPING = ku.FREE - {"data_dir", "backbone", "run_folds"}  # settings that say where a run lies and how it is kept
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
 ROWS += "n_folds fold_kind group_column fold_seed".split()  # settings that say which rows are in which fold
 DEFAULTS = ku.Config().to_dict()
@@ -61,7 +62,7 @@ class Cell(NamedTuple):
 
     name: str
     told: dict  # every setting, as papermill is given it: what the notebook's own cell says does not matter
-    identity: dict  # every setting but the place: equal in runs that are the same
+    identity: dict  # every setting but those of keeping: equal in runs that are the same
     work: int  # training rows over all folds and epochs
     evaluations: int
 
@@ -140,8 +141,8 @@ def name_run(cfg, names, asked):
 
 
 def identity(settings):
-    """Settings without the place, as JSON has them; what an older record lacks was the default."""
-    settings = {name: value for name, value in (DEFAULTS | settings).items() if name not in PLACE}
+    """Settings without those of keeping, as JSON has them; what an older record lacks was the default."""
+    settings = {name: value for name, value in (DEFAULTS | settings).items() if name not in KEEPING}
     return json.loads(json.dumps(settings))
 
 
@@ -204,7 +205,7 @@ def state(folder, wanted):
         return TO_RUN
     record = read_record(folder)
     if not record:  # a run makes the folder, then the record
-        begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {".record.json.tmp"}
+        begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", ".record.json.tmp"}
         return INTERRUPTED if begun else FOREIGN
     if record.get("status") != "complete":
         return INTERRUPTED
@@ -300,11 +301,6 @@ def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambd
         what = state(run, cell.identity)
         if what not in (TO_RUN, INTERRUPTED):
             return what
-        rest = notebooks / f"{cell.name}.rest"  # or a kill would leave half of a half
-        if what == INTERRUPTED:
-            shutil.rmtree(rest, ignore_errors=True)
-            run.rename(rest)
-        shutil.rmtree(rest, ignore_errors=True)
         notebook.unlink(missing_ok=True)
         with open(log, "wb") as file:
             process = subprocess.Popen(
