@@ -1521,7 +1521,7 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
     files = sorted(path.name for kind in ("*.safetensors*", "pytorch_model*.bin") for path in Path(folder).glob(kind))
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(f"{folder} has its weights as a pickle, which is safe to read from torch 2.10 on: {files[0]}")
+            raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
         say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
     with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
         model, info = model_class(config).from_pretrained(

@@ -162,7 +162,9 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
     torch.manual_seed(5)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
     targets, state = torch.ones(24, 1), ku.FoldState(3)
-    value, _ = ku.optimizer_step(model, np.arange(3), data.tokens, targets, optimizer, scaler, torch.float32, cfg, state)
+    value, _ = ku.optimizer_step(
+        model, np.arange(3), data.tokens, targets, optimizer, scaler, torch.float32, cfg, state
+    )
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.eval()(**batch), model(**batch)) and model(**batch).shape == (3, 1)
 
@@ -267,7 +269,9 @@ def test_weights_that_would_not_fit_into_kaggles_working_folder_are_refused_befo
     fold = 4 * ku.n_parameters(ku.empty_backbone(cfg.backbone, cfg))
     n_bytes = 2 * fold + 2 * 3 * fold  # a checkpoint has the weights and two moments of each
     monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 500)
-    with pytest.raises(ku.KitError, match=r"the weights of 2 folds and two checkpoints take .* train fewer with run_folds"):
+    with pytest.raises(
+        ku.KitError, match=r"the weights of 2 folds and two checkpoints take .* train fewer with run_folds"
+    ):
         run(cfg)
     assert not (working / "runs" / "large").exists()
     monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 10**5)
@@ -446,7 +450,9 @@ def test_a_folder_that_is_there_is_never_touched(tiny, tmp_path):
     assert before == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     (tmp_path / "runs" / "thesis").mkdir()
     (tmp_path / "runs" / "thesis" / "chapter.txt").write_text("ten years of work")
-    with pytest.raises(ku.ConfigError, match="thesis exists and cannot go on; choose another name or delete it\n  it is no run"):
+    with pytest.raises(
+        ku.ConfigError, match="thesis exists and cannot go on; choose another name or delete it\n  it is no run"
+    ):
         run(tiny(run_name="thesis"))
     assert (tmp_path / "runs" / "thesis" / "chapter.txt").read_text() == "ten years of work"
 
