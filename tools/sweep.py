@@ -8,7 +8,8 @@ A grid file is TOML: `seeds = [0, 1]`, a table [settings] that is the same in ev
 of values for each setting; every combination is run. The same command again goes on where it stopped: runs that are
 complete in the folder of -o are skipped, those that failed or were killed go on from their checkpoints, and two
 terminals may share a grid. Its folder `notebooks` has each run's executed notebook, log and lock, which lives as long
-as the process. A run is complete once it has its scores: a notebook that fails after that, in a plot, is reported and not repeated.
+as the process. A run is complete once it has its scores: a notebook that fails after that, in a plot, is reported and
+not repeated.
 """
 
 import argparse
