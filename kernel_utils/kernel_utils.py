@@ -1486,8 +1486,9 @@ def load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
     with reading(f"the config of {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if not min(config.hidden_size, config.num_hidden_layers) > 0:
-            raise ValueError(f"hidden_size {config.hidden_size}, num_hidden_layers {config.num_hidden_layers}")
+        for name in ("hidden_size", "num_hidden_layers"):
+            if not (isinstance(size := getattr(config, name), int) and size > 0):
+                raise ValueError(f"expected a positive {name}, got {size!r}")
     for key in HARMLESS:
         vars(config).pop(key, None)
     old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
@@ -3151,6 +3152,12 @@ def train_run(frame, data, folds, cfg, run, record, watch):
             check_room(run, data.folder, len(folds), cfg)
             with watch:
                 results = train_folds(data, folds, cfg, run, watch)
+        except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
+            full = str(error).strip().splitlines()[0]
+            raise KitError(
+                f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
+                f"freeze_layers and freeze_embeddings ({full})"
+            ) from None
         except KitError:
             log = run / "log.jsonl"
             if not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):

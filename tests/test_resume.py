@@ -483,6 +483,17 @@ def test_a_row_that_does_not_fit_alone_is_an_error_that_says_what_helps(tiny, mo
         start(tiny(run_name="r"))
 
 
+def test_an_optimiser_that_does_not_fit_is_an_error_that_says_what_helps(tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(
+        ku.KitError, match=r"weights and optimiser do not fit .*freeze_layers.* Tried to allocate 1 GiB"
+    ):
+        start(tiny(run_name="r"))
+
+
 def wrong_from(monkeypatch, step, value=math.nan, until=math.inf):
     """Make the loss of the steps from this one on not finite."""
     loss, count = ku.MseLoss.__call__, iter(range(1, 10**6))
