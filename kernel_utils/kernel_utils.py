@@ -606,9 +606,16 @@ def writing(path):
 
 
 def open_lines(path, mode):
-    """A text file that is written a line at a time: nothing is left for closing it."""
+    """A file of lines without a buffer, so that nothing is left for closing it."""
     with writing(path):
-        return open(path, mode, buffering=1, encoding="utf-8")
+        return open(path, mode, buffering=0)
+
+
+def write_line(file, text):
+    line = f"{text}\n".encode()
+    with writing(file.name):
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync(path):
@@ -2859,14 +2866,15 @@ def locked(folder):
     """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody."""
     import fcntl  # not on Windows
 
-    with open_lines(folder / ".lock", "a+") as file:
+    with open_lines(folder / ".lock", "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"{folder} is in use by another {file.read().strip()}; wait, or set run_name") from None
+            holder = file.read().decode().strip()
+            raise ConfigError(f"{folder} is in use by another {holder}; wait, or set run_name") from None
         file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=file)
+        write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield
 
 
@@ -2887,11 +2895,10 @@ def start_tracker(cfg, folder):
 def open_log(cfg, folder):
     """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
     tracker = start_tracker(cfg, folder)
-    with open_lines(folder / "log.jsonl", "w") as file:
+    with open_lines(folder / "log.jsonl", "wb") as file:
 
         def log(entry):
-            with writing(folder / "log.jsonl"):
-                file.write(json.dumps(entry) + "\n")
+            write_line(file, json.dumps(entry))
             if tracker:
                 flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
                 flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
@@ -3148,7 +3155,8 @@ def train_run(frame, data, folds, cfg, run, record, watch):
         print(f"{run} is complete, nothing is trained")
     else:
         try:
-            data.tokenizer.save_pretrained(run / "tokenizer")
+            with writing(run / "tokenizer"):
+                data.tokenizer.save_pretrained(run / "tokenizer")
             check_room(run, data.folder, len(folds), cfg)
             with watch:
                 results = train_folds(data, folds, cfg, run, watch)
@@ -3169,7 +3177,10 @@ def train_run(frame, data, folds, cfg, run, record, watch):
         plot_curves(run)
         plot_oof(run)
     if record["status"] == "complete":
-        (run / ".lock").unlink()
+        with writing(run):
+            if (run / "checkpoints").exists():
+                shutil.rmtree(run / "checkpoints")
+            (run / ".lock").unlink()
     elif not (cfg.predict_partial and "oof" in record):
         told = "the same command goes on from there; predict_partial True would have predicted with what is trained"
         raise Stopped([record["stopped"], told])
@@ -3190,8 +3201,6 @@ def save_results(frame, data, results, cfg, run, record, watch):
     else:
         record = record | {"status": "complete"}
     write_json(run / "record.json", record)
-    if not last["stopped"]:
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return record
 
 

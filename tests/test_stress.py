@@ -1,0 +1,94 @@
+"""The quick form of tools/stress.py finds nothing in the kit, and finds a kit that is broken on purpose."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def python(*arguments):
+    """A process of its own: what runs in pytest must not fork."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Function: a group -> its row of the table, and what the tool printed. It runs once."""
+    path = tmp_path_factory.mktemp("stress") / "stress.csv"
+    done = python("stress.py", "--quick", "-o", path)
+    assert path.is_file(), done.stdout + done.stderr
+    table = pd.read_csv(path).set_index("group")
+    return lambda group: (table.loc[group], done.stdout)
+
+
+def check(row, printed, *words):
+    assert row["cases"] > 0
+    assert (row[list(words)] == row["cases"]).all(), printed
+    assert (row[["silently different", "crashed"]] == 0).all(), printed
+
+
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(quick):
+    row, printed = quick("kills")
+    check(row, printed, "resumed", "equal")
+    assert row["cases"] >= 12
+    assert row["began anew"] < row["cases"]
+
+
+def test_a_kill_at_any_call_that_changes_a_file_costs_the_step_under_way_at_most(quick):
+    check(*quick("boundaries"), "resumed", "equal")
+
+
+def test_a_kill_inside_a_write_costs_the_step_under_way_at_most(quick):
+    check(*quick("bytes"), "resumed", "equal")
+
+
+def test_a_disk_that_fails_is_explained_and_what_was_saved_stays_good(quick):
+    check(*quick("errors"), "resumed", "equal", "detected")
+
+
+def test_a_write_that_fails_is_explained_and_what_was_saved_stays_good(quick):
+    check(*quick("limits"), "resumed", "equal", "detected")
+
+
+def test_a_second_fault_soon_after_a_kill_does_no_more_harm(quick):
+    check(*quick("restarts"), "resumed", "equal")
+
+
+def test_damage_is_said_aloud_and_what_was_saved_before_is_used(quick):
+    check(*quick("damage"), "resumed", "equal", "detected")
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(quick):
+    check(*quick("flips"), "detected")
+
+
+def test_sigterm_and_ctrl_c_stop_a_run_that_then_goes_on_without_loss(quick):
+    check(*quick("signals"), "resumed", "equal", "detected")
+
+
+@pytest.mark.parametrize(
+    ("broken", "group", "case", "verdict"),
+    [
+        ("folder_problems = lambda folder: []", "damage", 11, "silently different"),
+        ("RandomStates.load_state_dict = lambda self, state: None", "restarts", 1, "silently different"),
+        ("Checkpoints.load = lambda self, parts: False", "restarts", 1, "not resumed"),
+    ],
+)
+def test_a_kit_that_is_broken_is_reported(broken, group, case, verdict):
+    arguments = ["--quick", "--only", group, "--case", case]
+    program = f"import stress; stress.ku.{broken}; stress.main()"
+    done = python("-c", program, *arguments)
+    assert done.returncode == 1
+    assert f"{group}-{case}: {verdict}" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_comparison_with_the_trainer_names_the_package_it_needs():
+    program = "import stress; stress.importlib.util.find_spec = lambda name: None; stress.main()"
+    done = python("-c", program, "--trainer")
+    assert done.returncode == 1
+    assert "--trainer needs the package accelerate: pip install accelerate==" in done.stderr

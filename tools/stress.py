@@ -1,0 +1,843 @@
+"""Break training in every way a process or a disk can break, give the same call again, and compare byte for byte.
+
+    python tools/stress.py --trainer -o results/stress.csv
+    python tools/stress.py --quick --only kills,damage
+    python tools/stress.py --only boundaries --case 17
+
+A tiny BERT with dropout is trained on a made competition, 2 folds of 8 steps, a checkpoint after each, once without
+interruption. What every other run leaves must equal that: oof.csv, golden.json, log.jsonl, all weights, and the scores
+in record.json, and the names of all files. Each attempt is a fork of this process. The groups:
+
+    kills       SIGKILL at random moments, every other time several in a row
+    boundaries  SIGKILL before each call that opens a file to write, makes, renames, syncs or removes one
+    bytes       death inside write(2), in native code too, where a file reaches a random size
+    errors      each such call fails with no space, an I/O error or a read-only disk; once, or from then on
+    limits      write(2) fails where a file reaches a random size
+    restarts    a run killed, and the next killed or its disk failing soon after it began
+    damage      files of a checkpoint and of a finished fold missing, cut, empty or changed, and partial folders
+    flips       one bit in every region of every such file; is it noticed?
+    signals     SIGTERM and Ctrl-C at random moments
+    notebook    papermill killed, and its kernel (not with --quick)
+
+`--trainer` does kills and damage to the Trainer of transformers as well: one fold of 12 steps, a checkpoint after each.
+In the table `resumed` are the cases that went on from the newest good checkpoint with at most the step under way lost,
+`began anew` those of them that started at the first step, because nothing good was there; `detected` those where a
+message said what was wrong. `silently different` is another result without a word. The exit code is 0 only if all of
+ours resumed, were equal, and were detected where something was wrong. A case that fails is kept, and can be repeated:
+where it depends on the time, not to the instant.
+"""
+
+import argparse
+import errno
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import mmap
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# One thread, or forks would hang; the CPU, where runs are exact; before libraries are imported
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+import matplotlib.backends.backend_agg  # imported here, or every fork would do so by itself
+import matplotlib.figure  # noqa: F401
+import pandas as pd
+import psutil
+import tokenizers
+import torch
+import transformers
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers.trainer_utils import get_last_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernel_utils"))
+import kernel_utils as ku
+
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # or a bar starts a thread
+tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked where one is killed
+ku.SAVE_SHARE = math.inf
+
+GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
+COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
+DONE, CRASHED, KIT_ERROR, STOPPED, INTERRUPTED = ENDS = "done", "crashed", "KitError", "Stopped", "KeyboardInterrupt"
+KILLED, OVERSIZED = "SIGKILL", "SIGXFSZ"  # other ends of a process
+PATIENCE = 120  # seconds until a process counts as hung
+
+
+# ---------------------------------------------------------------------------------------
+# A task that trains in a second
+
+ROWS, BATCH, EPOCHS, FOLDS = 32, 4, 2, 2
+FOLD_STEPS = ROWS // FOLDS // BATCH * EPOCHS
+TRAINER_STEPS = 12  # one and a half epochs of all rows
+WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why".split()
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+SETTINGS = dict(
+    n_folds=FOLDS,
+    epochs=EPOCHS,
+    batch_size=BATCH,
+    max_length=24,
+    backbone_dropout=0.1,
+    head_dropout=0.1,
+    dropout_samples=2,
+    lr=0.01,
+    checkpoint="best",
+)
+
+
+def make_task(folder):
+    """Write data/train.csv and bert/, a backbone with its tokenizer."""
+    rng, data, bert = random.Random(0), folder / "data", folder / "bert"
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) for _ in range(ROWS)]
+    shares = [text.split().count("cat") / len(text.split()) for text in texts]
+    data.mkdir()
+    frame = pd.DataFrame({"id": range(ROWS), "excerpt": texts, "target": shares, "standard_error": 0.5})
+    frame.to_csv(data / "train.csv", index=False)
+
+    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    marks = [(word, vocabulary[word]) for word in ("<s>", "</s>")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=marks)
+    names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(bert)
+    torch.manual_seed(0)
+    BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **SIZES)).save_pretrained(bert)
+
+
+# ---------------------------------------------------------------------------------------
+# Attempts: a fork that can be ended at any moment
+
+
+class Tally:
+    """A number that a fork raises and its parent reads, whatever became of the fork."""
+
+    def __init__(self):
+        self.memory = mmap.mmap(-1, 8)
+
+    def add(self, *_):
+        self.memory[:] = (self.value + 1).to_bytes(8, "little")
+
+    @property
+    def value(self):
+        return int.from_bytes(self.memory[:], "little")
+
+
+class Attempt(NamedTuple):
+    """What came of a fork."""
+
+    end: str  # one of ENDS, or the name of the signal that ended it
+    steps: int  # that the optimiser took
+    text: str  # that was printed
+    seconds: float
+
+
+def run_here(job, fault, steps, output):
+    """Run a job in this fork, its output into a pipe. Whatever happens, it ends here and not in the parent's code."""
+    end = CRASHED
+    try:
+        os.dup2(output, sys.stdout.fileno())
+        os.dup2(output, sys.stderr.fileno())
+        register_optimizer_step_post_hook(steps.add)
+        fault()
+        job()
+        end = DONE
+    except BaseException as error:
+        traceback.print_exc()
+        end = next((kind.__name__ for kind in type(error).mro() if kind.__name__ in ENDS), CRASHED)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ENDS.index(end))
+
+
+def listen(pipe, child, moment, number):
+    """What a child prints until its end. At `moment` it is sent a signal, and killed if it then hangs."""
+    parts = []
+    while True:
+        ready, _, _ = select.select([pipe], [], [], max(0, moment - time.perf_counter()))
+        if not ready:
+            os.kill(child, number)
+            moment, number = time.perf_counter() + PATIENCE, signal.SIGKILL
+        elif part := pipe.read(2**16):
+            parts.append(part)
+        else:
+            return b"".join(parts).decode(errors="replace")
+
+
+def attempt(job, fault=lambda: None, after=PATIENCE, number=signal.SIGKILL):
+    """Call `job()` in a fork after `fault()`, and send it a signal when it still runs `after` so many seconds."""
+    steps, (reader, writer) = Tally(), os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    began = time.perf_counter()
+    child = os.fork()
+    if not child:
+        run_here(job, fault, steps, writer)
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as pipe:
+        text = listen(pipe, child, began + after, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    end = ENDS[code] if code >= 0 else signal.Signals(-code).name
+    return Attempt(end, steps.value, text, time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------------------------------
+# Faults: functions that a fork calls before its job
+
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+FULL_DISKS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_step(number, action):
+    """Fault: `action` after the so-manieth optimiser step, before it where that is 0."""
+    if not number:
+        return action
+    steps = itertools.count(1)
+    return lambda: register_optimizer_step_post_hook(lambda *_: action() if next(steps) == number else None)
+
+
+def written(event, arguments, folder):
+    """The path that an audited call is about to change below `folder`, or None. Calls by a descriptor of a folder, as
+    shutil.rmtree makes them, have a relative path."""
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return None
+    path = arguments[0] if event == "open" or event in WRITES else None
+    inside = isinstance(path, (str, Path)) and (Path(path).is_relative_to(folder) or not os.path.isabs(path))
+    return path if inside else None
+
+
+def at_writes(folder, numbers, action):
+    """Fault: `action(path)` before those of the calls that change something in `folder` whose numbers are asked for;
+    os.fsync has no path."""
+    calls, sync = itertools.count(1), os.fsync
+
+    def audit(event, arguments):
+        path = written(event, arguments, folder)
+        if path is not None and next(calls) in numbers:
+            action(path)
+
+    def fsync(descriptor):
+        if next(calls) in numbers:
+            action(None)
+        sync(descriptor)
+
+    def fault():
+        sys.addaudithook(audit)
+        os.fsync = fsync
+
+    return fault
+
+
+def fail(number, path):
+    """Raise what the operating system raises."""
+    raise OSError(number, os.strerror(number), *([path] if path else []))
+
+
+def limit_files(size, action):
+    """Let no file grow beyond a size; `action` is that of the signal which write(2) sends then."""
+    signal.signal(signal.SIGXFSZ, action)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+# ---------------------------------------------------------------------------------------
+# Damage to a folder that was saved
+
+
+class Damage(NamedTuple):
+    folder: str  # of a checkpoint or a fold, below that of the run
+    label: str
+    apply: Callable  # of the path of `folder`
+
+    def __str__(self):
+        return f"{self.folder}: {self.label}"
+
+
+def remove(names, folder):
+    for name in names:
+        (folder / name).unlink()
+
+
+def cut(name, size, folder):
+    os.truncate(folder / name, size)
+
+
+def flip(name, position, folder):
+    """Change one bit of the byte at a position."""
+    with open(folder / name, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << position % 8]))
+
+
+def flip_all(name, folder):
+    """Change one bit of the same file of this and every other checkpoint."""
+    for path in folder.parent.iterdir():
+        flip(name, 100, path)
+
+
+def add_file(folder):
+    (folder / "extra.bin").write_bytes(b"extra")
+
+
+def make_damages(run, folder, last):
+    """Every file of a folder damaged in four ways, and four folders as an interrupted copy leaves them. `last` is the
+    file that is written last."""
+    sizes = {path.name: path.stat().st_size for path in sorted((run / folder).iterdir())}
+    for name, size in sizes.items():
+        yield Damage(folder, f"{name} missing", functools.partial(remove, [name]))
+        yield Damage(folder, f"{name} cut in half", functools.partial(cut, name, size // 2))
+        yield Damage(folder, f"{name} empty", functools.partial(cut, name, 0))
+        yield Damage(folder, f"{name} with a flipped bit", functools.partial(flip, name, size // 2))
+    others = [name for name in sizes if name != last]
+    yield Damage(folder, f"{last} alone", functools.partial(remove, others))
+    yield Damage(folder, f"{others[0]} alone", functools.partial(remove, [*others[1:], last]))
+    yield Damage(folder, "an extra file", add_file)
+    yield Damage(folder, "no file", functools.partial(remove, sizes))
+
+
+def regions(path):
+    """A position in every region of a file: in safetensors all of the length, and the first, middle and last byte of
+    every tensor; fiftieths of the header, and of other files."""
+    size = path.stat().st_size
+    if path.suffix != ".safetensors":
+        return {size * part // 50 for part in range(50)}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    positions = {*range(8), *(8 + length * part // 50 for part in range(50))}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            first, end = (8 + length + offset for offset in tensor["data_offsets"])
+            positions |= {first, (first + end) // 2, end - 1} if end > first else set()
+    return positions
+
+
+def make_flips(run, folder):
+    """One bit in every region of every file of a folder."""
+    for path in sorted((run / folder).iterdir()):
+        for position in sorted(regions(path)):
+            yield Damage(folder, f"{path.name} bit in byte {position}", functools.partial(flip, path.name, position))
+
+
+# ---------------------------------------------------------------------------------------
+# What is broken: this kit, and the Trainer of transformers
+
+
+class Subject(NamedTuple):
+    """A way to train whose result must not depend on interruptions."""
+
+    name: str
+    train: Callable  # (folder, save): trains there, or goes on, with a checkpoint after each step or none
+    steps: int  # of a whole run
+    result: Callable  # of a run folder: name -> what must be equal
+    progress: Callable  # of a run folder: steps that its good checkpoints hold
+    stop: int  # a step whose end leaves two checkpoints behind
+    saved: list  # folders below the run folder then, the newest checkpoint first
+    last: str  # the file of them that is written last
+    says: Callable  # (printed text, name of a folder): whether it says that the folder is damaged
+    again: float  # share of the kills that another follows
+
+
+def train_kit(task, folder, save=True):
+    cfg = ku.Config(
+        data_dir=task / "data",
+        backbone=task / "bert",
+        output_dir=folder.parent,
+        run_name=folder.name,
+        checkpoint_minutes=1e-9 if save else 0,
+        **SETTINGS,
+    )
+    ku.train(ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg), cfg)
+
+
+def kit_result(folder):
+    record = ku.read_record(folder)
+    names = ["oof.csv", "golden.json", "log.jsonl", *(f"fold{fold}/model.safetensors" for fold in range(FOLDS))]
+    result = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names}
+    result |= {f"{name} of the record": record.get(name) for name in ("status", "folds", "oof")}
+    return result | {"names of files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
+
+
+def is_good(folder):
+    return folder.is_dir() and not ku.folder_problems(folder)
+
+
+def kit_progress(folder):
+    good = [fold for fold in range(FOLDS) if is_good(folder / f"fold{fold}")]
+    finished = [fold for fold in good if not ku.read_state(folder / f"fold{fold}")["stopped"]]
+    steps = [0]
+    for path in folder.glob("checkpoints/fold*-step*"):
+        fold, step = map(int, re.findall(r"\d+", path.name))
+        if fold not in finished and is_good(path):
+            steps.append(step)
+    return FOLD_STEPS * len(finished) + max(steps)
+
+
+def kit_subject(task):
+    return Subject(
+        name="kernel_utils",
+        train=functools.partial(train_kit, task),
+        steps=FOLDS * FOLD_STEPS,
+        result=kit_result,
+        progress=kit_progress,
+        stop=FOLD_STEPS + 6,
+        saved=["checkpoints/fold1-step5", "fold0"],
+        last="manifest.json",
+        says=lambda text, name: any(name in line and "damaged" in line for line in text.splitlines()),
+        again=0.5,
+    )
+
+
+def train_trainer(task, folder, save=True):
+    """As its documentation has it, and as a careful user would: on from the last checkpoint if there is one."""
+    transformers.set_seed(0)
+    frame = pd.read_csv(task / "data" / "train.csv")
+    tokenizer = AutoTokenizer.from_pretrained(task / "bert")
+    tokens = tokenizer(list(frame["excerpt"]), padding=True, return_tensors="pt")
+    labels = torch.tensor(frame["target"], dtype=torch.float32)
+    rows = [{"labels": label} | {name: tokens[name][row] for name in tokens} for row, label in enumerate(labels)]
+    config = AutoConfig.from_pretrained(task / "bert", num_labels=1)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=TRAINER_STEPS,
+        per_device_train_batch_size=BATCH,
+        save_strategy="steps" if save else "no",
+        save_steps=1,
+        save_total_limit=2,
+        report_to="none",
+        use_cpu=True,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=True if trainer_progress(folder) else None)
+    trainer.save_model(folder / "final")
+
+
+def trainer_result(folder):
+    path = folder / "final" / "model.safetensors"
+    return {"weights": path.read_bytes() if path.is_file() else b""}
+
+
+def trainer_progress(folder):
+    newest = get_last_checkpoint(folder) if folder.is_dir() else None
+    return int(newest.rpartition("-")[2]) if newest else 0
+
+
+def trainer_subject(task):
+    if importlib.util.find_spec("accelerate") is None:
+        raise ku.KitError("--trainer needs the package accelerate: pip install accelerate==1.15.0")
+    import accelerate  # noqa: F401  imported here, or every fork would do so by itself
+
+    return Subject(
+        name=f"Trainer {transformers.__version__}",
+        train=functools.partial(train_trainer, task),
+        steps=TRAINER_STEPS,
+        result=trainer_result,
+        progress=trainer_progress,
+        stop=9,
+        saved=["checkpoint-8"],
+        last="trainer_state.json",
+        says=lambda text, name: re.search("missing|corrupt|damaged|not found|not find", text.lower()) is not None,
+        again=0.0,
+    )
+
+
+class Lab(NamedTuple):
+    """A subject and its runs to compare with."""
+
+    subject: Subject
+    task: Path
+    folder: Path  # of the cases
+    reference: dict  # result of a run without interruption and checkpoints
+    first: float  # seconds until the end of the first step
+    seconds: float  # of a whole run
+    writes: int  # calls in it that change a file or folder
+    stopped: Path  # run folder with two checkpoints
+
+
+def prepare(subject, task, folder):
+    """Runs without interruption, with and without checkpoints, and one that is stopped in the middle."""
+    plain, saving, short, stopped = (folder / name for name in ("reference", "saving", "short", "stopped"))
+    folder.mkdir()
+    writes = Tally()
+    count = at_writes(saving, range(sys.maxsize), writes.add)
+    ends = [
+        attempt(functools.partial(subject.train, plain, save=False)),
+        attempt(functools.partial(subject.train, saving), count),
+        attempt(functools.partial(subject.train, short), after_step(1, die)),
+        attempt(functools.partial(subject.train, stopped), after_step(subject.stop, die)),
+    ]
+    if [done.end for done in ends] != [DONE, DONE, KILLED, KILLED]:
+        raise ku.KitError([f"{subject.name} does not train undisturbed:", *(done.text for done in ends)])
+    reference = subject.result(plain)
+    if subject.result(saving) != reference:
+        raise ku.KitError(f"{subject.name}: a run with checkpoints differs from one without")
+    if missing := [name for name in subject.saved if not (stopped / name).is_dir()]:
+        raise ku.KitError(f"{subject.name}: a run stopped at step {subject.stop} lacks {ku.listing(missing)}")
+    return Lab(subject, task, folder, reference, ends[2].seconds, ends[1].seconds, writes.value, stopped)
+
+
+# ---------------------------------------------------------------------------------------
+# Cases
+
+
+class Case:
+    """A run folder, what is done to it, and what came of that."""
+
+    def __init__(self, lab, group, number, seed):
+        self.lab, self.number, self.name = lab, number, f"{group}-{number}"
+        self.folder = lab.folder / self.name / "run"
+        self.folder.parent.mkdir()
+        self.rng = random.Random(f"{seed} {self.name}")
+        self.counts, self.notes, self.kept = Counter(cases=1), [], True
+
+    def attempt(self, fault=lambda: None, after=PATIENCE, number=signal.SIGKILL):
+        """Call the training once. `kept` stays true while no step is lost but the one under way at a sudden end."""
+        subject = self.lab.subject
+        before = subject.progress(self.folder)
+        done = attempt(functools.partial(subject.train, self.folder), fault, after, number)
+        now = subject.progress(self.folder)
+        least = done.steps if done.end in (DONE, STOPPED) else max(0, done.steps - 1)
+        self.kept &= before + least <= now <= before + done.steps
+        why = f" ({done.text.splitlines()[-1]})" if done.end == CRASHED else ""
+        self.notes.append(f"{done.end} after {done.steps} steps{why}, {before} saved before, {now} after")
+        with open(self.folder.with_name("output.txt"), "a") as file:
+            file.write(done.text)
+        return done
+
+    def moment(self):
+        """Random seconds into a run, four times in five after its first step."""
+        return self.rng.uniform(self.rng.choice([0, *4 * [self.lab.first]]), self.lab.seconds)
+
+    def go_on(self, name=""):
+        """Give the same call again, without a fault, and count how it ends. Returns whether it completed and said that
+        the folder called `name` is damaged."""
+        subject, last = self.lab.subject, self.attempt()
+        complete = last.end == DONE and subject.progress(self.folder) == subject.steps
+        said = last.end == DONE and subject.says(last.text, name)
+        found = subject.result(self.folder) if last.end == DONE else {}
+        different = [part for part in found if found[part] != self.lab.reference[part]]
+        if different:
+            self.notes.append(f"not equal: {', '.join(different)}")
+        self.counts["resumed"] += complete and self.kept
+        self.counts["began anew"] += complete and last.steps == subject.steps
+        self.counts["equal"] += bool(found) and not different
+        self.counts["silently different"] += bool(different) and not said
+        self.counts["crashed"] += last.end != DONE
+        return said
+
+
+def kill(case):
+    """A chain of kills counts as so many cases. A run that was faster is none."""
+    hits, more = 0, True
+    while more:
+        done = case.attempt(after=case.moment())
+        hits += done.end == KILLED
+        more = done.end == KILLED and case.rng.random() < case.lab.subject.again
+    if done.end == DONE and not hits:
+        case.counts.clear()
+        return
+    case.kept &= done.end in (KILLED, DONE)
+    case.go_on()
+    case.counts = Counter({word: count * max(1, hits) for word, count in case.counts.items()})
+
+
+def kill_at_write(case):
+    done = case.attempt(at_writes(case.folder, [case.number], die))
+    case.kept &= done.end == KILLED
+    case.go_on()
+
+
+def limit_at_random(case, action):
+    """Attempt in which no file may grow beyond a size, below that of some file, from some step on."""
+    sizes = [path.stat().st_size for path in sorted(case.lab.stopped.rglob("*")) if path.is_file()]
+    size = case.rng.randrange(case.rng.choice(sizes) or 1)
+    step = case.rng.randrange(case.lab.subject.steps)
+    case.notes.append(f"no file beyond {size} bytes after step {step}")
+    return case.attempt(after_step(step, lambda: limit_files(size, action)))
+
+
+def kill_in_write(case):
+    case.kept &= limit_at_random(case, signal.SIG_DFL).end == OVERSIZED
+    case.go_on()
+
+
+def explained(case, done, number):
+    """Whether an attempt ended with an error for the user that names a path and the reason, or completed unharmed, as
+    where a file that is gone already could not be removed."""
+    if done.end == DONE:
+        return case.lab.subject.result(case.folder) == case.lab.reference
+    return done.end == KIT_ERROR and str(case.folder) in done.text and os.strerror(number) in done.text
+
+
+def fail_at_write(case):
+    call, kind = divmod(case.number, len(FULL_DISKS))
+    forever = case.rng.random() < 0.5
+    calls, number = range(call + 1, sys.maxsize if forever else call + 2), FULL_DISKS[kind]
+    case.notes.append(f"{os.strerror(number)} at call {call + 1}{' and all after it' if forever else ''}")
+    done = case.attempt(at_writes(case.folder, calls, functools.partial(fail, number)))
+    case.counts["detected"] += explained(case, done, number)
+    case.go_on()
+
+
+def fail_in_write(case):
+    done = limit_at_random(case, signal.SIG_IGN)
+    case.counts["detected"] += explained(case, done, errno.EFBIG)
+    case.go_on()
+
+
+def break_restart(case):
+    """Kill a run, then kill the next one too or let its disk fail, soon after it began."""
+    actions = [die, *(functools.partial(fail, number) for number in FULL_DISKS)]
+    first, call = case.rng.randrange(1, case.lab.subject.steps), case.rng.randrange(1, 40)
+    case.attempt(after_step(first, die))
+    done = case.attempt(at_writes(case.folder, range(call, sys.maxsize), case.rng.choice(actions)))
+    case.kept &= done.end in (KILLED, KIT_ERROR, DONE)
+    case.go_on()
+
+
+def apply_damage(case, damage):
+    shutil.copytree(case.lab.stopped, case.folder)
+    damage.apply(case.folder / damage.folder)
+    case.notes.append(str(damage))
+
+
+def go_on_damaged(damages, case):
+    damage = damages[case.number]
+    apply_damage(case, damage)
+    case.counts["detected"] += case.go_on(Path(damage.folder).name)
+
+
+def look_at_flip(flips, case):
+    damage = flips[case.number]
+    apply_damage(case, damage)
+    case.counts["detected"] += not is_good(case.folder / damage.folder)
+
+
+def stop(case):
+    """Signals that came before the first step or after the last are no cases: those end the process at once."""
+    number = (signal.SIGTERM, signal.SIGINT)[case.number % 2]
+    done = case.attempt(after=case.moment(), number=number)
+    at_once = done.end in (number.name, INTERRUPTED) and done.steps in (0, case.lab.subject.steps)
+    if at_once or done.end == DONE:
+        case.counts.clear()
+        return
+    case.counts["detected"] += done.end == STOPPED and ku.read_record(case.folder)["status"] == "stopped"
+    case.go_on()
+
+
+NOTEBOOK_EPOCHS = 40  # seconds for a fold, so that there is time to kill
+
+
+def start_papermill(lab, folder):
+    """A process that runs train.ipynb into a run folder."""
+    settings = SETTINGS | dict(data_dir=lab.task / "data", backbone=lab.task / "bert", epochs=NOTEBOOK_EPOCHS)
+    settings |= dict(output_dir=folder.parent, run_name=folder.name)
+    notebook, executed = ROOT / "notebooks" / "train.ipynb", folder.with_name("train.ipynb")
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, executed]
+    command += [part for name, value in settings.items() for part in ("-p", name, str(value))]
+    with open(folder.with_name("output.txt"), "a") as output:
+        return psutil.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+
+def notebook_reference(lab):
+    """Result of a notebook that nobody killed."""
+    folder = lab.folder / "notebook" / "run"
+    if not folder.parent.is_dir():
+        folder.parent.mkdir()
+        start_papermill(lab, folder).wait()
+    return kit_result(folder)
+
+
+def kill_papermill(case):
+    """In the second fold kill papermill, whose kernel must then end by itself, or the kernel, without which papermill
+    must end; then the same command again. The first fold must stay as it is."""
+    reference, first = notebook_reference(case.lab), case.folder / "fold0"
+    process = start_papermill(case.lab, case.folder)
+    while process.poll() is None and not first.is_dir():
+        time.sleep(0.01)
+    if process.poll() is not None:
+        case.counts["crashed"] += 1
+        return
+    both = [process, *process.children()]
+    both[case.number].kill()
+    _, alive = psutil.wait_procs(both, PATIENCE)
+    for one in alive:
+        one.kill()
+    case.notes.append(f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed")
+    made, complete = first.stat().st_mtime_ns, ku.is_complete(case.folder)
+    case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
+    case.counts["resumed"] += not alive and not complete and first.stat().st_mtime_ns == made
+    case.counts["equal"] += kit_result(case.folder) == reference
+
+
+# ---------------------------------------------------------------------------------------
+# Groups of cases
+
+
+class Group(NamedTuple):
+    """Cases that are broken in the same way."""
+
+    test: Callable  # of a case
+    numbers: range  # of the cases
+    quick: int  # how many cases, drawn at random, are enough with --quick
+    required: tuple = ("resumed", "equal")  # what every case must be
+    enough: int = 0  # how many cases are enough in the long form; 0 means all
+
+
+WORDED = ("resumed", "equal", "detected")
+
+
+def damage_group(damages, required=WORDED):
+    return Group(functools.partial(go_on_damaged, damages), range(len(damages)), 12, required)
+
+
+def trainer_groups(lab, kills):
+    damages = list(make_damages(lab.stopped, lab.subject.saved[0], lab.subject.last))
+    return {"kills": Group(kill, range(10 * kills), kills, (), kills), "damage": damage_group(damages, ())}
+
+
+def kit_groups(lab, kills):
+    saved, last = lab.subject.saved, lab.subject.last
+    flips = [damage for folder in saved for damage in make_flips(lab.stopped, folder)]
+    damages = [damage for folder in saved for damage in make_damages(lab.stopped, folder, last)]
+    damages.append(Damage(saved[0], "all checkpoints with a flipped bit", functools.partial(flip_all, last)))
+    damages += random.Random(0).sample(flips, 20)
+    return {
+        "kills": Group(kill, range(10 * kills), kills, enough=kills),
+        "boundaries": Group(kill_at_write, range(1, lab.writes + 1), 20),
+        "bytes": Group(kill_in_write, range(100), 6),
+        "errors": Group(fail_at_write, range(len(FULL_DISKS) * lab.writes), 8, WORDED, 200),
+        "limits": Group(fail_in_write, range(100), 5, WORDED),
+        "restarts": Group(break_restart, range(100), 8),
+        "damage": damage_group(damages),
+        "flips": Group(functools.partial(look_at_flip, flips), range(len(flips)), 100, ("detected",)),
+        "signals": Group(stop, range(1000), 4, WORDED, 100),
+        "notebook": Group(kill_papermill, range(2), 0),
+    }
+
+
+def choose(name, group, asked):
+    """Numbers of the cases to run, in order, and how many of them are enough."""
+    if asked.case is not None:
+        if asked.case not in group.numbers:
+            raise ku.KitError(f"--case {asked.case}: the cases of {name} are {group.numbers[0]} to {group.numbers[-1]}")
+        return [asked.case], 1
+    order = random.Random(f"{asked.seed} {name}").sample(group.numbers, len(group.numbers))
+    return order, group.quick if asked.quick else group.enough or len(order)
+
+
+def report(case, required):
+    """What is wrong with a case in one line, or nothing."""
+    wrong = [word for word in ("crashed", "silently different") if case.counts[word]]
+    wrong += [f"not {word}" for word in required if case.counts[word] < case.counts["cases"]]
+    return f"{case.lab.subject.name} {case.name}: {', '.join(wrong)} ({'; '.join(case.notes)})" if wrong else ""
+
+
+def run_group(lab, name, group, asked, failed):
+    """A row of the table. What failed of ours is kept, and listed in `failed`."""
+    total, began, every = Counter(), time.perf_counter(), 1 if sys.stderr.isatty() else 30
+    order, enough = choose(name, group, asked)
+    with tqdm(total=enough, desc=f"{lab.subject.name} {name}", unit=" cases", mininterval=every) as bar:
+        for number in order:
+            if total["cases"] >= enough:
+                break
+            case = Case(lab, name, number, asked.seed)
+            group.test(case)
+            total += case.counts
+            bar.update(case.counts["cases"])
+            if line := report(case, group.required):
+                bar.write(line)
+            if line and group.required:
+                failed.append(case)
+                again = f"{'--quick ' if asked.quick else ''}--only {name} --seed {asked.seed} --case {number}"
+                bar.write(f"  kept in {case.folder.parent}; again: python tools/stress.py {again}")
+            else:
+                shutil.rmtree(case.folder.parent)
+    counts = {column: total[column] for column in COLUMNS}
+    return {"subject": lab.subject.name, "group": name} | counts | {"seconds": round(time.perf_counter() - began)}
+
+
+def stress(asked, folder, failed):
+    """The table, a row for each subject and group."""
+    task = folder / "task"
+    task.mkdir()
+    sides = [(kit_subject(task), kit_groups)]
+    sides += [(trainer_subject(task), trainer_groups)] if asked.trainer else []
+    attempt(functools.partial(make_task, task))
+    if asked.quick:
+        ku.plot_curves = ku.plot_oof = lambda run: None
+    rows = []
+    for subject, make_groups in sides:
+        lab = prepare(subject, task, folder / subject.name)
+        for name, group in make_groups(lab, asked.kills).items():
+            if name in asked.only and (group.quick or not asked.quick):
+                rows.append(run_group(lab, name, group, asked, failed))
+    return pd.DataFrame(rows)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a sample of every group, without plots: about a minute")
+    add("--kills", type=int, help="kills that must hit a running process; default 200, with --quick 12")
+    add("--trainer", action="store_true", help="also the Trainer of transformers; needs accelerate")
+    add("--only", type=lambda text: text.split(","), default=GROUPS, help=f"groups to run, of {','.join(GROUPS)}")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--case", type=int, help="run this case of the group in --only alone")
+    add("-o", "--output", type=Path, help="write the table to this CSV file")
+    asked = parser.parse_args()
+    if unknown := set(asked.only) - set(GROUPS):
+        parser.error(f"there is no group {', '.join(sorted(unknown))}, only {', '.join(GROUPS)}")
+    if asked.case is not None and len(asked.only) > 1:
+        parser.error("--case needs one group in --only")
+    asked.kills = asked.kills or (12 if asked.quick else 200)
+    return asked
+
+
+def main():
+    asked, folder, failed = parse(), Path(tempfile.mkdtemp(prefix="stress-")), []
+    try:
+        table = stress(asked, folder, failed)
+    except ku.KitError as error:
+        sys.exit(str(error))
+    finally:
+        if not failed:
+            shutil.rmtree(folder)
+    print(table.to_string(index=False))
+    if asked.output:
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(asked.output, index=False)
+    sys.exit(f"{len(failed)} cases failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
