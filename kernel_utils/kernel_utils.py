@@ -614,8 +614,8 @@ def open_lines(path, mode):
 def write_line(file, text):
     line = f"{text}\n".encode()
     with writing(file.name):
-        if file.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        while line:  # a full disk may take a part
+            line = line[file.write(line) :]
 
 
 def sync(path):
@@ -3182,8 +3182,9 @@ def train_run(frame, data, folds, cfg, run, record, watch):
                 shutil.rmtree(run / "checkpoints")
             (run / ".lock").unlink()
     elif not (cfg.predict_partial and "oof" in record):
-        told = "the same command goes on from there; predict_partial True would have predicted with what is trained"
-        raise Stopped([record["stopped"], told])
+        place = "from there" if cfg.checkpoint_minutes else "after the finished folds (checkpoint_minutes is 0)"
+        told = "predict_partial True would have predicted with what is trained"
+        raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
 
 
 def save_results(frame, data, results, cfg, run, record, watch):
