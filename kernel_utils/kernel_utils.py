@@ -421,6 +421,8 @@ class Config(Settings):
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
             problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
+        if self.resume_from and not self.resume:
+            problems.append("resume_from does nothing while resume is False")
         if not re.fullmatch(r"[\w.=+-]*", self.run_name) or self.run_name.strip(".") != self.run_name:
             problems.append(f"run_name must be letters, digits and . _ - = + only, got {self.run_name!r}")
         return problems
@@ -1385,9 +1387,12 @@ PACKAGES = {  # hub name -> (installed package that carries the weights, folder 
 }
 
 
+def weight_files(folder):
+    return [path for kind in ("*.safetensors*", "pytorch_model*.bin") for path in sorted(Path(folder).glob(kind))]
+
+
 def is_backbone(folder):
-    weights = any(next(folder.glob(name), None) for name in ("*.safetensors", "pytorch_model*.bin"))
-    return (folder / "config.json").is_file() and weights
+    return (folder / "config.json").is_file() and bool(weight_files(folder))
 
 
 def short_name(name):
@@ -1526,7 +1531,7 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
     if old:
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    files = sorted(path.name for kind in ("*.safetensors*", "pytorch_model*.bin") for path in Path(folder).glob(kind))
+    files = [path.name for path in weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
             raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
@@ -2140,8 +2145,8 @@ def read_sealed(path):
     return manifest
 
 
-def integrity_problems(folder, files):
-    """What is wrong in a folder against the `files` of its manifest: missing, cut, changed, or not listed."""
+def damaged(folder, files):
+    """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
     problems = []
     for name, expected in files.items():
         path = folder / name
@@ -2151,14 +2156,19 @@ def integrity_problems(folder, files):
             problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
         elif file_sha256(path) != expected["sha256"]:
             problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
+    return problems
+
+
+def integrity_problems(folder, files):
+    """What is `damaged` in a folder, or not listed in its manifest."""
     there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
-    return problems + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
+    return damaged(folder, files) + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
 
 
 def folder_problems(folder):
     """What is wrong in a folder that `save_folder` wrote; an empty list where every byte is as it was written."""
     try:
-        return integrity_problems(folder, read_sealed(folder / MANIFEST)["files"])
+        return damaged(folder, read_sealed(folder / MANIFEST)["files"])
     except (OSError, ValueError) as problem:
         return [f"{MANIFEST}: {problem}"]
 
@@ -2213,7 +2223,8 @@ def write_state(folder, state):
 
 def read_state(folder):
     """What `write_state` wrote."""
-    tensors = load_file(folder / "state.safetensors")
+    mapped = load_file(folder / "state.safetensors")  # what is read from a map keeps the file's room on the disk
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
 
     def unpack(packed):
         if not isinstance(packed, dict):
@@ -2255,8 +2266,8 @@ class Checkpoints:
 
     def found(self):
         """Folders of the checkpoints, newest first."""
-        folders = self.folder.glob(f"fold{self.fold}-step*")
-        return sorted(folders, key=lambda folder: int(folder.name.partition("-step")[2]), reverse=True)
+        steps = {path: path.name.partition("-step")[2] for path in self.folder.glob(f"fold{self.fold}-step*")}
+        return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
@@ -2333,7 +2344,7 @@ class Watch:
         self.limit, self.every = 60 * cfg.max_minutes or math.inf, 60 * cfg.checkpoint_minutes
         self.test_rows = test_rows  # to be predicted by each of `models` when training ends
         self.models, self.signal = 1, ""
-        self.step_seconds = self.save_seconds = 0.0
+        self.build_seconds = self.step_seconds = self.save_seconds = 0.0
         self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.batch_size = cfg.batch_size
         self.restored = 0.0  # seconds that earlier sessions spent
@@ -2342,7 +2353,8 @@ class Watch:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other hears signals
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_):
@@ -2350,8 +2362,8 @@ class Watch:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        self.signal = signal.Signals(number).name
-        signal.signal(number, self.handlers[number])
+        self.signal = self.signal or signal.Signals(number).name
+        self.__exit__()
 
     def left(self):
         """Seconds that are left of max_minutes."""
@@ -2367,7 +2379,7 @@ class Watch:
             return self.signal
         row = self.step_seconds / self.batch_size / 2 if self.row_seconds is None else self.row_seconds
         rows += self.test_rows * self.models
-        needed = 1.2 * (self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
+        needed = 1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
         told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
         return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
 
@@ -2557,7 +2569,7 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, mi
     fold before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same
     in each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
-    watch = watch or Watch(cfg)
+    watch, began = watch or Watch(cfg), time.perf_counter()
     seed_everything(cfg.seed, fold)
     device = pick_device()
     dtype = pick_dtype(cfg.precision, device)
@@ -2568,6 +2580,8 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, mi
     model = build_model(cfg, data.folder, loss, data.tokenizer, targets[train_rows].cpu(), say)
     check_padding(model.eval(), data.tokens)
     model = model.to(device)
+    for weight in model.parameters():  # a checkpoint's tensors come back contiguous, fused AdamW wants one layout
+        weight.data = weight.data.contiguous()
     groups = parameter_groups(model, cfg)
     say(group_table(groups))
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -2593,7 +2607,9 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, mi
     def flush():
         count = len(steps)
         write_steps(steps, data, fold, per_epoch, dtype, note)
-        watch.step_seconds = state.spend("train") / max(1, count)
+        spent = state.spend("train")
+        if state.step > begun + 1:  # the first step of a session loads kernels and asks for memory: no measure
+            watch.step_seconds = spent / max(1, count)
 
     def validate():
         state.last = evaluate(model, data, rows, cfg, state.step)
@@ -2605,7 +2621,8 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, mi
         watch.note_save(state.spend("save"))
 
     model.train()
-    stopped, state.mark = "", time.perf_counter()
+    stopped, begun, state.mark = "", state.step, time.perf_counter()
+    watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
     batches = itertools.islice(epoch_batches(data.tokens.lengths[train_rows], fold, cfg), state.step, None)
     bar = progress(batches, f"fold {fold}", total, state.step)
     for batch in bar:
@@ -2635,7 +2652,7 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, mi
     if stopped and state.step:
         print(f"{stopped}: saving and evaluating at step {state.step}; Ctrl-C ends it at once")
         flush()
-        if checkpoints:
+        if checkpoints and cfg.checkpoint_minutes:
             save()
         if state.last is None or state.last["step"] < state.step:  # an evaluation of the end alone, not in the log
             validate()
@@ -2764,17 +2781,33 @@ def digest(*parts):
     return total.hexdigest()[:16]
 
 
-def code_of(part):
-    """The compiled code of a function or class that a notebook defines, and of all it contains."""
+def code_of(part, module, seen):
+    """The compiled code of what `module` defines and `part` uses, with its defaults and constants."""
+    if isinstance(part, (staticmethod, classmethod)):
+        part = part.__func__
+    if isinstance(part, property):
+        return [code_of(function, module, seen) for function in (part.fget, part.fset)]
+    if not (inspect.iscode(part) or getattr(part, "__module__", None) == module):
+        plain = isinstance(part, (int, float, str, bytes, type(None)))
+        if isinstance(part, (list, tuple)):
+            return [code_of(item, module, seen) for item in part]
+        return repr(part) if plain else getattr(part, "__qualname__", type(part).__qualname__)
+    if id(part) in seen:
+        return "again"
+    seen.add(id(part))
     if inspect.isclass(part):
-        classes = [cls for cls in part.__mro__ if cls.__module__ == part.__module__]
-        items = [item for cls in classes for item in vars(cls).items()]
-        return [[name, code_of(item)] for name, item in items if inspect.isfunction(item)]
-    code = part if inspect.iscode(part) else inspect.unwrap(part).__code__
+        own = [item for item in vars(part).items() if not item[0].startswith("__") or inspect.isfunction(item[1])]
+        return [code_of(item, module, seen) for item in (*part.__bases__, *own)]
+    if not (inspect.iscode(part) or inspect.isfunction(part)):
+        return type(part).__qualname__
+    code, rest = part, []
+    if inspect.isfunction(part):
+        code, used = part.__code__, inspect.getclosurevars(part)
+        rest = [part.__defaults__, sorted((part.__kwdefaults__ or {}).items())]
+        rest += [*used.nonlocals.values(), *used.globals.values()]
     sets = [sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)]  # in any order
-    inner = [code_of(value) for value in code.co_consts if inspect.iscode(value)]
-    rest = [repr(value) for value in code.co_consts if not (inspect.iscode(value) or isinstance(value, frozenset))]
-    return [code.co_code.hex(), code.co_names, sets, inner, rest]
+    rest += [value for value in code.co_consts if not isinstance(value, frozenset)]
+    return [code.co_code.hex(), code.co_names, sets, [code_of(value, module, seen) for value in rest]]
 
 
 def fingerprint(frame, data, cfg):
@@ -2783,12 +2816,16 @@ def fingerprint(frame, data, cfg):
     made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
     made["the targets"], made["the folds"] = digest(data.targets), digest(data.folds)
     made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
-    weights = [path for kind in ("*.safetensors", "*.bin") for path in sorted(data.folder.glob(kind))]
-    made["the backbone"] = digest(data.folder / "config.json", *weights)
+    made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
     parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
-    own = [code_of(part) for part in parts if part.__module__ != __name__]
+    own = [code_of(part, part.__module__, set()) for part in parts if part.__module__ != __name__]
     made["the code (kernel_utils.py, or a part in the notebook)"] = digest(Path(__file__), own)
     return made
+
+
+def as_recorded(settings):
+    """Settings in the form of record.json, where a tuple is a list."""
+    return json.loads(json.dumps(settings))
 
 
 def differences(old, new):
@@ -2805,11 +2842,6 @@ def differences(old, new):
     return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
 
 
-def as_recorded(settings):
-    """Settings in the form of record.json, where a tuple is a list."""
-    return json.loads(json.dumps(settings))
-
-
 def copy_run(resume_from, record, folder):
     """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
     of `folder`, or the only one in it."""
@@ -2822,15 +2854,18 @@ def copy_run(resume_from, record, folder):
         raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
     print(f"copying {runs[0]} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with writing(folder):
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            for path in runs[0].rglob("*"):
+                place = path.relative_to(runs[0])
+                if path.is_file() and not any(part.startswith(".") for part in place.parts):
+                    (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, temporary / place)
+            os.replace(temporary, folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for path in runs[0].rglob("*"):
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(runs[0]).parts):
-                target = temporary / path.relative_to(runs[0])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-        os.replace(temporary, folder)
 
 
 def find_run_folder(cfg, record):
@@ -2838,7 +2873,9 @@ def find_run_folder(cfg, record):
     touched: a name that is set is then refused, a name made from the settings gets a number."""
     name = cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
     base = user_path("output_dir", Path(cfg.output_dir) / name)
-    if cfg.resume and cfg.resume_from and not base.exists():
+    if cfg.resume_from and base.exists():
+        print(f"{base} is there already: resume_from is not read")
+    elif cfg.resume_from:
         copy_run(cfg.resume_from, record, base)
     folder, number = base, 1
     while folder.exists():
@@ -2854,6 +2891,7 @@ def find_run_folder(cfg, record):
             raise ConfigError(
                 [f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it", *why]
             )
+        print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     with writing(folder):
@@ -2873,6 +2911,8 @@ def locked(folder):
             file.seek(0)
             holder = file.read().decode().strip()
             raise ConfigError(f"{folder} is in use by another {holder}; wait, or set run_name") from None
+        except OSError as error:
+            raise KitError(f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir") from None
         file.truncate(0)
         write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield
@@ -3070,9 +3110,8 @@ def flat(place):
 
 
 def begin_run(run, record, folds):
-    """Write the record of a run that begins or goes on, and return it; one that is complete stays as it is."""
+    """The record of a run that begins or goes on; that of a run which is complete as it is."""
     if not (run / "record.json").is_file():
-        write_json(run / "record.json", record)
         return record
     old = read_record(run)
     if old["status"] == "complete":
@@ -3086,9 +3125,7 @@ def begin_run(run, record, folds):
     print(f"{run} goes on, its status was {old['status']!r}")
     if moved := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
         print(f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run")
-    record = record | sessions[0] | {"sessions": sessions + record["sessions"]}
-    write_json(run / "record.json", record)
-    return record
+    return record | sessions[0] | {"sessions": sessions + record["sessions"]}
 
 
 def train_folds(data, folds, cfg, run, watch):
@@ -3105,8 +3142,7 @@ def train_folds(data, folds, cfg, run, watch):
                 print(f"fold {fold} was finished before")
             else:
                 say, micro = (lambda text: None) if trained else print, results[-1]["micro"] if results else 0
-                saved = checkpoints if cfg.checkpoint_minutes else None
-                model, result = train_fold(data, fold, cfg, log, say, watch, saved, micro)
+                model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, micro)
                 trained += 1
                 if result["last"] is None:  # stopped before the first step
                     return [*results, result]
@@ -3135,56 +3171,18 @@ def finish_record(record, results, data, cfg, watch):
     """The record with the scores and figures of the folds in `results`."""
     lengths = [data.tokens.lengths[data.folds != result["fold"]] for result in results]
     epochs = [cfg.epochs * result["step"] / result["steps"] for result in results]
-    rows, tokens = (sum(map(lambda n, e: e * size(n), lengths, epochs)) for size in (len, np.sum))
+    rows = sum(len(n) * e for n, e in zip(lengths, epochs, strict=True))
+    tokens = sum(int(n.sum()) * e for n, e in zip(lengths, epochs, strict=True))
     seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
     total = time.perf_counter() - watch.began + watch.restored
     return record | {
         "folds": [fold_scores(result) for result in results],
         "oof": oof_scores(results, data.targets, cfg),
         "rows_per_second": rows / seconds["train"],
-        "tokens_per_second": float(tokens / seconds["train"]),
+        "tokens_per_second": tokens / seconds["train"],
         "peak_memory_bytes": peak_memory(),
         "seconds": record["seconds"] | seconds | {"total": total},
     }
-
-
-def train_run(frame, data, folds, cfg, run, record, watch):
-    """What `train` does in a run folder that is its own."""
-    record = begin_run(run, record, folds)
-    if record["status"] == "complete":
-        print(f"{run} is complete, nothing is trained")
-    else:
-        try:
-            with writing(run / "tokenizer"):
-                data.tokenizer.save_pretrained(run / "tokenizer")
-            check_room(run, data.folder, len(folds), cfg)
-            with watch:
-                results = train_folds(data, folds, cfg, run, watch)
-        except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
-            full = str(error).strip().splitlines()[0]
-            raise KitError(
-                f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
-                f"freeze_layers and freeze_embeddings ({full})"
-            ) from None
-        except KitError:
-            log = run / "log.jsonl"
-            if not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
-                shutil.rmtree(run)  # a mistake in the settings leaves nothing behind
-            raise
-        record = save_results(frame, data, results, cfg, run, record, watch)
-    if "oof" in record:
-        print(summary(run, record))
-        plot_curves(run)
-        plot_oof(run)
-    if record["status"] == "complete":
-        with writing(run):
-            if (run / "checkpoints").exists():
-                shutil.rmtree(run / "checkpoints")
-            (run / ".lock").unlink()
-    elif not (cfg.predict_partial and "oof" in record):
-        place = "from there" if cfg.checkpoint_minutes else "after the finished folds (checkpoint_minutes is 0)"
-        told = "predict_partial True would have predicted with what is trained"
-        raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
 
 
 def save_results(frame, data, results, cfg, run, record, watch):
@@ -3203,6 +3201,47 @@ def save_results(frame, data, results, cfg, run, record, watch):
         record = record | {"status": "complete"}
     write_json(run / "record.json", record)
     return record
+
+
+def train_run(frame, data, folds, cfg, run, record, watch):
+    """What `train` does in a run folder that is its own."""
+    new = not (run / "record.json").is_file()
+    record = begin_run(run, record, folds)
+    if record["status"] == "complete":
+        print(f"{run} is complete, nothing is trained")
+    else:
+        try:
+            check_room(run, data.folder, len(folds), cfg)
+            write_json(run / "record.json", record)
+            with writing(run / "tokenizer"):
+                data.tokenizer.save_pretrained(run / "tokenizer")
+            with watch:
+                results = train_folds(data, folds, cfg, run, watch)
+        except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
+            full = str(error).strip().splitlines()[0]
+            raise KitError(
+                f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
+                f"freeze_layers and freeze_embeddings ({full})"
+            ) from None
+        except KitError:
+            log = run / "log.jsonl"
+            if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
+                shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings leaves nothing behind
+            raise
+        record = save_results(frame, data, results, cfg, run, record, watch)
+    if "oof" in record:
+        print(summary(run, record))
+        plot_curves(run)
+        plot_oof(run)
+    if record["status"] == "complete":
+        with writing(run):
+            with contextlib.suppress(OSError):  # those of folds that are not asked for stay
+                (run / "checkpoints").rmdir()
+            (run / ".lock").unlink(missing_ok=True)
+    elif not (cfg.predict_partial and "oof" in record):
+        place = "from there" if cfg.checkpoint_minutes else "after the finished folds (checkpoint_minutes is 0)"
+        told = "predict_partial True would have predicted with what is trained"
+        raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
 
 
 def train(frame, cfg, test=None):

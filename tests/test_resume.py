@@ -244,6 +244,103 @@ def test_a_run_does_not_go_on_with_other_code_of_the_module_or_of_a_head_in_the_
     start(cfg)
 
 
+PARTS = {  # a line of the head -> the same line, changed
+    "a class attribute": "    power = {}",
+    "a default": "    def raised(self, x, power={}):\n        return x",
+    "a static method": "    @staticmethod\n    def raised(x):\n        return x * {}",
+    "a helper of the notebook": "    helper = lambda self, x: helping(x)",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_complete_run_is_not_taken_for_that_of_a_head_of_which_anything_is_changed(part, tiny, monkeypatch):
+    def head(value):
+        scope = {"ku": ku, "__name__": "notebook"}
+        exec(f"def helping(x):\n    return x * {value}\nclass Own(ku.MeanHead):\n{PARTS[part].format(value)}\n", scope)
+        return scope["Own"]
+
+    folders = []
+    for value in (1, 1, 2):
+        monkeypatch.setitem(ku.HEADS, "mean", head(value))
+        folders.append(start(tiny(head="mean", run_folds="0")).name)
+    assert folders == [folders[0], folders[0], f"{folders[0]}-2"]
+
+
+def test_a_mistake_met_by_a_run_that_goes_on_leaves_it_as_it_is(tiny, often, whole, monkeypatch):
+    cfg = tiny(run_name="r", **often, **NOISY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(cfg)
+
+    def unreadable(*_):
+        raise ku.KitError("the backbone cannot be read")
+
+    with monkeypatch.context() as patch, pytest.raises(ku.KitError, match="the backbone cannot be read"):
+        patch.setattr(ku, "build_model", unreadable)
+        start(cfg)
+    assert [path.name for path in ku.Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()] == [
+        "fold0-step4",
+        "fold0-step3",
+    ]
+    assert content(start(cfg)) == whole(tiny, **NOISY)
+
+
+def test_weights_that_are_not_contiguous_go_on_to_the_same_bytes(tiny, often, tmp_path, monkeypatch):
+    """As a pickle may hold them; AdamW's moments come back contiguous."""
+    cfg = tiny(run_name="whole", **NOISY)
+    backbone = ku.Path(shutil.copytree(cfg.backbone, tmp_path / "backbone"))
+    tensors = ku.load_file(backbone / "model.safetensors")
+    (backbone / "model.safetensors").unlink()
+    turned = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in tensors.items()}
+    torch.save(turned, backbone / "pytorch_model.bin")
+    cfg = ku.dataclasses.replace(cfg, backbone=str(backbone), lr=0.01)
+    expected = content(start(cfg))
+    cfg = ku.dataclasses.replace(cfg, run_name="killed", **often)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(cfg)
+    assert content(start(cfg)) == expected
+
+
+def test_a_stray_file_does_not_spoil_what_was_saved(tiny, often, whole, monkeypatch):
+    cfg = tiny(run_name="r", **often, **NOISY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 14, kill)
+        start(cfg)
+    run, steps = ku.Path(cfg.output_dir) / "r", []
+    for folder in (run / "fold0", run / "checkpoints" / "fold1-step4"):
+        (folder / ".DS_Store").write_text("")
+    (run / "checkpoints" / "fold1-step4.bak").mkdir()
+    step = ku.optimizer_step
+    with monkeypatch.context() as patch:
+        patch.setattr(ku, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
+        assert content(start(cfg)) == whole(tiny, **NOISY)
+    assert len(steps) == 5
+
+
+def test_checkpoints_are_used_where_no_more_are_asked_for(tiny, often, whole, monkeypatch):
+    cfg = tiny(run_name="r", **often, **NOISY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(cfg)
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, kill)  # fourteen are left
+        assert content(start(ku.dataclasses.replace(cfg, checkpoint_minutes=0))) == whole(tiny, **NOISY)
+
+
+def test_the_slow_first_step_of_a_session_is_no_measure_of_the_others(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        clock, step = Clock(patch), ku.optimizer_step
+        clock.step = 1.0
+
+        def slow_at_first(*rest):
+            clock.now += 200 if clock.now < 1 else 0
+            return step(*rest)
+
+        patch.setattr(ku, "optimizer_step", slow_at_first)
+        start(tiny(run_name="r", max_minutes=30, **NOISY), test=range(3000))
+
+
 def test_what_does_not_shape_the_result_may_change(tiny, often, whole, tmp_path, monkeypatch, competition):
     cfg = tiny(run_name="r", **often, **NOISY)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -357,20 +454,20 @@ def test_a_second_signal_acts_at_once(tiny, monkeypatch):
 
 
 class Clock:
-    """A clock of which every optimiser step takes a minute."""
+    """A clock of which every optimiser step takes a minute, and nothing else any time."""
 
     def __init__(self, monkeypatch):
-        self.now, step = 0.0, ku.optimizer_step
+        self.now, self.step, step = 0.0, 60.0, ku.optimizer_step
         monkeypatch.setattr(ku.time, "perf_counter", lambda: self.now)
 
         def stepping(*arguments):
-            self.now += 60
+            self.now += self.step
             return step(*arguments)
 
         monkeypatch.setattr(ku, "optimizer_step", stepping)
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(3, 1), (8, 7), (14.5, 14), (100, 18)])
+@pytest.mark.parametrize(("minutes", "steps"), [(3, 2), (8, 7), (14.5, 14), (100, 18)])
 def test_a_run_stops_in_time_for_max_minutes_and_goes_on_to_the_same_bytes(minutes, steps, tiny, whole, monkeypatch):
     """A minute for a step, at first half as much for as many rows of an evaluation, and a margin of a fifth."""
     expected, cfg = whole(tiny, **NOISY), tiny(run_name="r", max_minutes=minutes, **NOISY)
@@ -387,7 +484,8 @@ def test_a_run_stops_in_time_for_max_minutes_and_goes_on_to_the_same_bytes(minut
 def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
     watch = ku.Watch(ku.Config(max_minutes=10), test_rows=1000)
     watch.step_seconds, watch.row_seconds, watch.save_seconds, watch.models = 2.0, 0.1, 5.0, 3
-    needed = 1.2 * (2 + 0.1 * (100 + 3000) + 10) + ku.FINISH
+    watch.build_seconds = 4.0
+    needed = 1.2 * (4 + 2 + 0.1 * (100 + 3000) + 10) + ku.FINISH
     for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
         assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)

@@ -1,5 +1,6 @@
 """The quick form of tools/stress.py finds nothing in the kit, and finds a kit that is broken on purpose."""
 
+import os
 import subprocess
 import sys
 
@@ -10,17 +11,18 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def python(*arguments):
-    """A process of its own: what runs in pytest must not fork."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, timeout=600)
+def python(folder, *arguments):
+    """A process of its own: what runs in pytest must not fork. What it keeps is below `folder`."""
+    command, environment = [sys.executable, *map(str, arguments)], os.environ | {"TMPDIR": str(folder)}
+    return subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """Function: a group -> its row of the table, and what the tool printed. It runs once."""
-    path = tmp_path_factory.mktemp("stress") / "stress.csv"
-    done = python("stress.py", "--quick", "-o", path)
+    folder = tmp_path_factory.mktemp("stress")
+    path = folder / "stress.csv"
+    done = python(folder, "stress.py", "--quick", "-o", path)
     assert path.is_file(), done.stdout + done.stderr
     table = pd.read_csv(path).set_index("group")
     return lambda group: (table.loc[group], done.stdout)
@@ -79,16 +81,16 @@ def test_sigterm_and_ctrl_c_stop_a_run_that_then_goes_on_without_loss(quick):
         ("Checkpoints.load = lambda self, parts: False", "restarts", 1, "not resumed"),
     ],
 )
-def test_a_kit_that_is_broken_is_reported(broken, group, case, verdict):
+def test_a_kit_that_is_broken_is_reported(broken, group, case, verdict, tmp_path):
     arguments = ["--quick", "--only", group, "--case", case]
     program = f"import stress; stress.ku.{broken}; stress.main()"
-    done = python("-c", program, *arguments)
+    done = python(tmp_path, "-c", program, *arguments)
     assert done.returncode == 1
     assert f"{group}-{case}: {verdict}" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_comparison_with_the_trainer_names_the_package_it_needs():
+def test_the_comparison_with_the_trainer_names_the_package_it_needs(tmp_path):
     program = "import stress; stress.importlib.util.find_spec = lambda name: None; stress.main()"
-    done = python("-c", program, "--trainer")
+    done = python(tmp_path, "-c", program, "--trainer")
     assert done.returncode == 1
     assert "--trainer needs the package accelerate: pip install accelerate==" in done.stderr
