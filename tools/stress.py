@@ -729,6 +729,7 @@ def kit_groups(lab, kills):
     saved, last = lab.subject.saved, lab.subject.last
     flips = [damage for folder in saved for damage in make_flips(lab.stopped, folder)]
     damages = [damage for folder in saved for damage in make_damages(lab.stopped, folder, last)]
+    damages = [damage for damage in damages if damage.apply is not add_file]  # it does no harm, and stays
     damages.append(Damage(saved[0], "all checkpoints with a flipped bit", functools.partial(flip_all, last)))
     damages += random.Random(0).sample(flips, 20)
     return {
