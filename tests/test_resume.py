@@ -416,6 +416,14 @@ def test_a_resume_from_that_is_not_one_run_is_refused(runs, tiny, tmp_path):
 # Stops: time, signals
 
 
+@pytest.fixture(autouse=True)
+def attentive():
+    """Ctrl-C is heard even where the tests run in the background of a shell, which ignores it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 def stop_by(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -440,6 +448,12 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
     with pytest.raises(ku.ConfigError, match="did not finish"):
         ku.load_run(run)
     assert content(start(cfg)) == whole(tiny, **NOISY)
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tiny, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup has it
+    at_step(monkeypatch, 2, stop_by(signal.SIGINT))
+    assert ku.read_record(start(tiny(run_name="r")))["status"] == "complete"
 
 
 def test_a_second_signal_acts_at_once(tiny, monkeypatch):
