@@ -714,7 +714,7 @@ def check_csv(path):
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
     except (csv.Error, OSError) as error:
-        raise DataError(f"{path}, line {line}: no cells in commas and quotes ({error})") from None
+        raise DataError(f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})") from None
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
     if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
