@@ -3,12 +3,12 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices         7. Backbones                13. Training, one fold
-     2. Settings                  8. Losses and metrics       14. Plots
-     3. Environment and paths     9. Model                    15. Runs: all folds, records
-     4. Data and folds           10. Optimiser groups         16. Inference: bundles, submission
-     5. Tokens and batches       11. Prediction               17. Comparison of runs
-     6. Heads                    12. Checkpoints
+     1. Tables of choices            7. Backbones                   13. Checkpoints
+     2. Settings                     8. Attention over packed rows  14. Training, one fold
+     3. Environment and paths        9. Losses and metrics          15. Plots
+     4. Data and folds              10. Model                       16. Runs: all folds, records
+     5. Tokens and batches          11. Optimiser groups            17. Inference: bundles, submission
+     6. Heads                       12. Prediction                  18. Comparison of runs
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -17,7 +17,7 @@ stands below what it uses.
     ku.predict_test(run, test, sample)
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
-schedules are added the same way, metrics with `@ku.metric`: see section 8.
+schedules are added the same way, metrics with `@ku.metric`: see section 9.
 
 Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
 data set, K outputs.
@@ -49,6 +49,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,10 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
 torch.backends.cudnn.allow_tf32 = False
@@ -363,7 +366,9 @@ class Config(Settings):
     freeze_layers: int = option(0, "keep this many first layers as they are", low=0)
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
-    attention: str = option("", "eager, sdpa or flash_attention_2; empty means transformers' choice", ATTENTIONS)
+    attention: str = option("", "eager, sdpa or flash_attention_2 with padded rows; empty means packed", ATTENTIONS)
+    cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
+    compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
     label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
@@ -371,7 +376,9 @@ class Config(Settings):
     epochs: int = option(3, "passes over the training folds", low=1)
     batch_size: int = option(16, "rows of an optimiser step", low=1)
     micro_batch_size: int = option(0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    bucket_batches: int = option(4, "batches sorted by length together in training; 1 means plain random", low=1)
+    bucket_batches: int = option(
+        0, "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4", low=0
+    )
     lr: float = option(0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0)
     head_lr: float = option(1e-3, "peak learning rate of the head", low=0)
     llrd: float = option(1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1)
@@ -982,6 +989,35 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def send(array, device):
+    """An array as a tensor on a device; to a GPU the copy is not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Pack(NamedTuple):
+    """Where texts stand that are packed end to end into N token slots, and where in their padded form (B, T).
+
+    Slots that are left over are segments of their own after those of the texts, so that no kernel meets an undefined
+    one; what is computed there goes nowhere.
+    """
+
+    starts: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
+    longest: int  # T: no segment is longer
+    positions: torch.Tensor  # (1, N), from 0 in each segment
+    places: torch.Tensor  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
+    mask: torch.Tensor  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
+
+    def pad(self, x):
+        """(N, ...) -> (B, T, ...), zeros where no token is."""
+        flat = x.new_zeros(self.mask.numel() + 1, *x.shape[1:]).index_copy(0, self.places, x)
+        return flat[:-1].unflatten(0, self.mask.shape)
+
+    def unpad(self, x):
+        """(B, T, ...) -> (N, ...), zeros in slots that are left over."""
+        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(0, self.places)
+
+
 class Tokens:
     """Token ids of N texts, kept flat: text i is `ids[offsets[i]:offsets[i + 1]]`.
 
@@ -994,6 +1030,7 @@ class Tokens:
         self.ids = np.concatenate(ids).astype(np.int32) if ids else np.empty(0, np.int32)
         self.types = np.concatenate(types).astype(np.int32) if types else None
         self.pad_id = pad_id
+        self.resident = {}  # device -> what `on` gives
 
     def __len__(self):
         return len(self.lengths)
@@ -1007,10 +1044,48 @@ class Tokens:
         if self.types is not None:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
             arrays["token_type_ids"][mask] = self.types[spans]
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return {name: send(array, device) for name, array in arrays.items()}
+
+    def on(self, device):
+        """The texts as tensors that stay on `device`: ids, types (or None), offsets, lengths."""
+        if device not in self.resident:
+            arrays = (self.ids, self.types, self.offsets, self.lengths)
+            self.resident[device] = [None if array is None else send(array, device) for array in arrays]
+        return self.resident[device]
+
+    def pack(self, rows, slots, longest, spare=False):
+        """The rows packed end to end as tensors (1, N) on the device of `rows` (B,): input_ids, token_type_ids, `pack`.
+
+        N is `slots`, at least the tokens of the rows, T is `longest`, at least the tokens of a row. Everything is
+        computed on the device without waiting for it. A row of -1 is a filler. With `spare` there are segments for
+        slots that are left over; else the rows must fill all of them.
+        """
+        ids, types, offsets, lengths = self.on(rows.device)
+        texts = rows.clamp(min=0)
+        lengths = lengths[texts].masked_fill(rows < 0, 0)  # (B,)
+        ends = lengths.cumsum(0)
+        if spare:
+            more = torch.arange(1, math.ceil(slots / longest) + 1, device=rows.device) * longest
+            ends = torch.cat([ends, (ends[-1] + more).clamp(max=slots)])
+        starts = F.pad(ends, (1, 0))  # (S + 1,)
+        slot = torch.arange(slots, device=rows.device)
+        segment = torch.searchsorted(ends, slot, right=True)  # (N,)
+        positions = slot - starts[segment]
+        used, row = segment < len(rows), segment.clamp(max=len(rows) - 1)
+        source = offsets[texts[row]] + positions.where(used, 0)
+
+        def fill(flat, value):
+            return flat[source].long().masked_fill(~used, value)[None]
+
+        places = torch.where(used, row * longest + positions, len(rows) * longest)
+        mask = (torch.arange(longest, device=rows.device) < lengths.clamp(min=1)[:, None]).long()
+        tensors = {"input_ids": fill(ids, self.pad_id)} | ({} if types is None else {"token_type_ids": fill(types, 0)})
+        return tensors | {"pack": Pack(starts.int(), longest, positions[None], places, mask)}
+
+    def packed(self, rows, device):
+        """`pack` for rows as they are, without fillers or slots left over."""
+        lengths = self.lengths[rows]
+        return self.pack(send(rows, device), int(lengths.sum()), int(lengths.max()))
 
 
 def find_part(part, whole, start):
@@ -1159,7 +1234,7 @@ def plan_prediction(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `states`, a tuple of L + 1 float32 tensors (B, T, H), embeddings first, and `mask` (B, T),
+# A head gets `states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `mask` (B, T),
 # and returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
 # the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
 
@@ -1626,15 +1701,19 @@ def parameter_depths(backbone):
     return depths | outside
 
 
-def position_limit(backbone):
-    """Tokens that the table of absolute positions has room for; infinity without such a table."""
-    limit = math.inf
+def position_tables(backbone):
+    """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            limit = min(limit, module.num_embeddings - max(first, getattr(module, "offset", 0)))  # BART from 2
-    return limit
+            yield module, 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+
+
+def position_limit(backbone):
+    """Tokens that the table of absolute positions has room for; infinity without such a table."""
+    tables = position_tables(backbone)
+    rooms = [table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables]  # BART from 2
+    return min(rooms, default=math.inf)
 
 
 def reinit_layers(model, n):
@@ -1678,7 +1757,110 @@ def freeze(model, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 8. Losses and metrics
+# 8. Attention over packed rows
+#
+# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `Pack`, through
+# transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
+
+PACKED = "kernel_utils_packed"  # our name in the interface
+
+
+class PackingError(Exception):
+    """Why a backbone cannot take packed rows."""
+
+
+def attend_each(query, key, value, pack, dropout, scale, reach, causal):
+    """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
+    lengths, parts = pack.starts.diff().tolist(), []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
+        mask = None
+        if q.shape[2] > reach + 1:
+            place = torch.arange(q.shape[2])
+            distance = place[:, None] - place  # (T, T)
+            mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
+        parts.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale))
+    return torch.cat(parts, 2).transpose(1, 2)  # (1, N, heads, d)
+
+
+def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
+    """Flash attention over texts of various lengths, arXiv:2307.08691: half precision, no dropout, sm_80 and later."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if reach >= pack.longest - 1 else reach
+    texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
+    window = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
+    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, scale=scale, **window)[None]
+
+
+def attend_efficient(query, key, value, pack, dropout, scale, reach, causal):
+    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682: any GPU and precision, dropout."""
+    if reach < pack.longest - 1:
+        raise PackingError("the memory-efficient kernel has no local attention")
+    texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
+    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    return torch.ops.aten._efficient_attention_forward(*texts, None, *spans, dropout, int(causal), True, scale=scale)[0]
+
+
+def attention_kernel(device, dtype, dropout):
+    """The function for attention over packed rows that is quickest on a device and can do it."""
+    if device.type == "cpu":
+        return attend_each
+    flash = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32 and dropout == 0
+    return attend_flash if flash else attend_efficient
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options):
+    """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
+    for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
+    if pack is None:
+        options |= dict(scaling=scaling, dropout=dropout)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if bias := [name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None]:
+        raise PackingError(f"its attention has a {bias[0]}")
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
+    attend = attention_kernel(query.device, query.dtype, dropout)
+    return attend(query, key, value, pack, dropout, scaling, math.inf if window is None else window - 1, causal), None
+
+
+def packed_mask(*args, attention_mask=None, **options):
+    """The mask of padded rows as SDPA wants it; packed rows need none."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+transformers.AttentionInterface.register(PACKED, packed_attention)
+transformers.AttentionMaskInterface.register(PACKED, packed_mask)
+
+
+def use_packed_attention(backbone):
+    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
+        return "its attention is its own"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return "it takes no position ids"
+    with quiet_transformers():
+        backbone.set_attn_implementation(PACKED)
+    return "" if backbone.config._attn_implementation == PACKED else "its attention cannot be replaced"
+
+
+class PaddedStates(Sequence):
+    """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made when asked for."""
+
+    def __init__(self, states, pack):
+        self.states, self.pack = states, pack
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self.pack.pad(self.states[index][0]).float()
+
+
+# ---------------------------------------------------------------------------------------
+# 9. Losses and metrics
 
 
 class Loss:
@@ -1897,7 +2079,7 @@ def improves(metric_name, new, old):
 
 
 # ---------------------------------------------------------------------------------------
-# 9. Model
+# 10. Model
 
 
 def cls_is_last(tokenizer):
@@ -1921,25 +2103,38 @@ class TextModel(nn.Module):
             nn.init.eye_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
+        self.first_position = max((first for _, first in position_tables(backbone)), default=0)
+        why = "attention is set" if cfg.attention else use_packed_attention(backbone)
+        self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """Token tensors (B, T) -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout samples.
-
-        Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs.
-        """
-        types = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+    def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
+        """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
+        (B, T, H) in float32, embeddings first, the last one normed, and the mask (B, T)."""
+        inputs = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        if pack is None:
+            inputs["attention_mask"] = attention_mask
+        else:
+            inputs |= {"position_ids": pack.positions + self.first_position, "pack": pack}
         try:
-            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types)
+            out = self.backbone(input_ids=input_ids, output_hidden_states=True, **inputs)
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
             raise KitError(f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32") from None
-        states = (*out.hidden_states[:-1], out.last_hidden_state)  # L + 1 of (B, T, H); the last one normed
+        states = (*out.hidden_states[:-1], out.last_hidden_state)
         if len(states) != self.shape.n_states or states[-1].shape[1] != input_ids.shape[1]:
             name = type(self.backbone).__name__
             raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
-        with torch.autocast(input_ids.device.type, enabled=False):  # float32, whatever the backbone ran in
-            features = self.head(tuple(state.float() for state in states), attention_mask)  # (B, D)
+        if pack is None:
+            return tuple(state.float() for state in states), attention_mask
+        return PaddedStates(states, pack), pack.mask
+
+    def forward(self, *inputs, **named):
+        """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
+        samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs."""
+        states, mask = self.encode(*inputs, **named)
+        with torch.autocast(mask.device.type, enabled=False):  # float32, whatever the backbone ran in
+            features = self.head(states, mask)  # (B, D)
             if self.training and self.samples > 1:
                 return torch.stack([self.output(self.dropout(features)) for _ in range(self.samples)])
             return self.output(self.dropout(features))
@@ -1948,7 +2143,7 @@ class TextModel(nn.Module):
 @torch.no_grad()
 def check_padding(model, tokens):
     """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
-    inputs = tokens.batch(np.array([tokens.lengths.argmin()]), torch.device("cpu"))
+    inputs = tokens.batch(np.array([tokens.lengths.argmin()]), next(model.parameters()).device)
     inputs = {name: ids[:, :8] for name, ids in inputs.items()}
     fill = {"input_ids": tokens.pad_id}
     padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
@@ -1956,6 +2151,44 @@ def check_padding(model, tokens):
     if change > 1e-3:
         name = type(model.backbone).__name__
         warnings.warn(f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch", stacklevel=2)
+
+
+# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
+PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+
+@torch.no_grad()
+def packing_problem(model, tokens, dtype):
+    """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
+    packed: their states must be those of padded rows, and those of the first must not move with the second."""
+    device, rows = next(model.parameters()).device, np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+    inputs = tokens.packed(rows, device)
+    other = inputs | {"input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
+    try:
+        with autocast(device, dtype):
+            padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
+    except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+    real = inputs["pack"].mask.bool()
+    scale = padded[real].std()
+    gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
+    allowed = PACKING_TOLERANCES[dtype]
+    if not gap <= allowed:  # NaN too
+        return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
+    return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
+
+
+def takes_packed_rows(model, tokens, dtype):
+    """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
+    if None in model.unpackable:
+        return False
+    if dtype not in model.unpackable:
+        training, name = model.training, type(model.backbone).__name__
+        why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype)
+        model.train(training)
+        print(f"{name} gets padded rows: {why}" if why else f"{name} gets packed rows: nothing is padded")
+    return not model.unpackable[dtype]
 
 
 def build_model(cfg, folder, loss, tokenizer, targets, say=print):
@@ -1990,7 +2223,7 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
 
 
 # ---------------------------------------------------------------------------------------
-# 10. Optimiser groups
+# 11. Optimiser groups
 
 
 def parameter_groups(model, cfg):
@@ -2046,8 +2279,8 @@ def constant(progress):
     return 1.0
 
 
-def make_scheduler(optimizer, steps, cfg):
-    """Moves the rate of every group: up over the share `warmup` of `steps`, then as `schedule` says."""
+def rate_table(groups, steps, cfg):
+    """Learning rates (steps, G) of every group in every step: up over the share `warmup`, then as `schedule` says."""
     warm = round(cfg.warmup * steps)
 
     def factor(step):
@@ -2055,11 +2288,11 @@ def make_scheduler(optimizer, steps, cfg):
             return (step + 1) / warm
         return SCHEDULES[cfg.schedule]((step - warm) / max(1, steps - warm))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return np.outer([factor(step) for step in range(steps)], [group["lr"] for group in groups])
 
 
 # ---------------------------------------------------------------------------------------
-# 11. Prediction
+# 12. Prediction
 
 
 def progress(iterable, title, total=None, done=0):
@@ -2081,12 +2314,13 @@ def predict(model, tokens, cfg, rows=None):
     dtype = pick_dtype(cfg.precision, device)
     model.eval()
     budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
+    inputs = tokens.packed if takes_packed_rows(model, tokens, dtype) else tokens.batch
     predictions, done, plan = [], [], plan_prediction(lengths, budget)
     while plan:
         batch = plan[0]
         try:
             with autocast(device, dtype):
-                raw = model(**tokens.batch(rows[batch], device))
+                raw = model(**inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
             full = str(error).strip().splitlines()[0]
         else:
@@ -2108,7 +2342,7 @@ def predict(model, tokens, cfg, rows=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 12. Checkpoints
+# 13. Checkpoints
 #
 # A checkpoint, and the folder of a finished fold, is written under another name, put on the disk, sealed by a manifest
 # with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
@@ -2306,7 +2540,7 @@ class Checkpoints:
 
 
 # ---------------------------------------------------------------------------------------
-# 13. Training, one fold
+# 14. Training, one fold
 
 
 class Data(NamedTuple):
@@ -2397,7 +2631,6 @@ class Watch:
 class FoldState:
     """Where the training of a fold stands, beside its model, optimiser and random states: a part of a checkpoint."""
 
-    micro: int  # rows of a forward pass, halved where they do not fit into memory
     step: int = 0
     skipped: int = 0  # steps that fp16's loss scaling left out, and of them the last ones in a row
     in_a_row: int = 0
@@ -2424,6 +2657,258 @@ class FoldState:
         return spent
 
 
+class CaptureError(Exception):
+    """Why a function cannot be captured in a CUDA graph."""
+
+
+class Graphs:
+    """CUDA graphs of functions of tensors, which launch all their kernels at once.
+
+    A function runs as it is at its first call, at the second under watch for waiting, and is captured at the third:
+    no call has to be undone, and none is made but those that are asked for. Whatever it reads or changes besides its
+    inputs must stay at its place in memory.
+    """
+
+    def __init__(self):
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+        self.pool, self.calls, self.made = torch.cuda.graph_pool_handle(), {}, {}
+
+    def __call__(self, name, function, *inputs):
+        """`function(*inputs)`, a tuple of tensors. The inputs have the same shapes whenever `name` is the same."""
+        count = self.calls[name] = self.calls.get(name, 0) + 1
+        if count == 1:
+            return function(*inputs)
+        if count == 2:
+            return self.watched(function, *inputs)
+        if name not in self.made:
+            self.made[name] = self.capture(function, *inputs)
+        graph, places, outputs = self.made[name]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def watched(self, function, *inputs):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*inputs)
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise CaptureError("the head or loss waits for the GPU") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def capture(self, function, *inputs):
+        graph, places = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        try:
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+                outputs = function(*places)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(textwrap.shorten(str(error), 200)) from error
+        return graph, places, outputs
+
+
+def token_budgets(totals, count=4):
+    """At most `count` numbers of token slots, multiples of 64, into which batches of so many tokens fit."""
+    edges = np.quantile(totals, np.arange(1, count + 1) / count)
+    return sorted({64 * math.ceil(edge / 64) for edge in edges})
+
+
+class Engine:
+    """What makes optimiser steps: a model with its optimiser and loss scaler on the device, and the way of rows there.
+
+    Rows are packed where the model takes that. Captured or compiled code needs static shapes, a few numbers of token
+    slots, and reads the memory it was made with, so that the next fold begins in the same model.
+    """
+
+    def __init__(self, data, cfg):
+        self.data, self.cfg = data, cfg
+        self.device = pick_device()
+        self.dtype = pick_dtype(cfg.precision, self.device)
+        targets = torch.from_numpy(data.targets)
+        self.targets = (targets.float() if targets.is_floating_point() else targets).to(self.device)
+        self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
+        self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
+        self.model = self.graphs = None
+        self.found = {}  # of what models can take packed rows, as in `TextModel`
+
+    def begin(self, fold, say=print):
+        """A fresh model and optimiser for a fold; `say` is told what is the same in each."""
+        data, cfg = self.data, self.cfg
+        resident = self.model is not None and self.static and not self.scaler.is_enabled()
+        if not resident:
+            self.model = self.optimizer = None  # or two models would be in memory while the next is built
+        seed_everything(cfg.seed, fold)
+        rows = np.flatnonzero(data.folds != fold)
+        loss = LOSSES[cfg.loss](cfg, data.n_outputs)
+        fresh = build_model(cfg, data.folder, loss, data.tokenizer, self.targets.cpu()[rows], say)
+        groups = parameter_groups(fresh, cfg)
+        self.depths = [group["depth"] for group in groups]
+        self.table = rate_table(groups, cfg.epochs * math.ceil(len(rows) / cfg.batch_size), cfg)
+        self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
+        if resident:
+            self.model.load_state_dict(fresh.state_dict())
+            for state in self.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+            return
+        say(group_table(groups))
+        fresh.unpackable |= self.found
+        self.found = fresh.unpackable
+        self.model = fresh.to(self.device)
+        for (
+            weight
+        ) in self.model.parameters():  # a checkpoint's tensors come back contiguous, fused AdamW wants one layout
+            weight.data = weight.data.contiguous()
+        gpu = self.device.type == "cuda"
+        self.rates = torch.zeros(len(groups), device=self.device)
+        self.optimizer = torch.optim.AdamW(groups, fused=True, capturable=gpu)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.packed = takes_packed_rows(self.model, data.tokens, self.dtype)
+        if not self.packed:
+            check_padding(self.model.eval(), data.tokens)
+        if cfg.compile and self.packed:
+            self.model.backbone.compile(dynamic=False)
+        elif cfg.compile:
+            say("compile is left out: rows are padded to various lengths")
+        self.graphs = Graphs() if cfg.cuda_graphs and gpu and self.packed else None
+        self.static = self.packed and (cfg.compile or self.graphs is not None)
+        self.place()
+
+    def place(self):
+        """Bind what may have moved: the rates of the optimiser; budgets for micro-batches; graphs are captured anew."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        if self.graphs:
+            self.graphs = Graphs()
+        if self.static:
+            self.budgets = token_budgets(self.micro_totals())
+
+    def micro_totals(self):
+        """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
+        lengths, folds = self.data.tokens.lengths, self.data.folds
+        batches = (
+            lengths[folds != fold][batch]
+            for fold in np.unique(folds)
+            for batch in epoch_batches(lengths[folds != fold], fold, self.cfg, self.bucket_batches)
+        )
+        return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
+
+    @property
+    def bucket_batches(self):
+        """Packed rows need no neighbours of their length."""
+        return self.cfg.bucket_batches or (1 if self.packed else 4)
+
+    def state_dict(self):
+        return {"micro": self.micro}
+
+    def load_state_dict(self, state):
+        """To be called after the other parts, which may move what `place` binds."""
+        self.micro = state["micro"]
+        self.place()
+
+    def rates_at(self, step):
+        return dict(zip(self.depths, self.table[step].tolist(), strict=True))
+
+    def backward(self, inputs, rows, count):
+        """Add the gradient of the share that `rows` (B,) have in the mean loss of the `count` rows of a step."""
+        with autocast(self.device, self.dtype):
+            raw = self.model(**inputs)
+        target = self.targets[rows.clamp(min=0)]
+        values = torch.stack([self.model.loss(sample, target) for sample in (raw if raw.dim() == 3 else raw[None])])
+        if values.shape[1:] != rows.shape:
+            raise KitError(
+                f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
+            )
+        share = (values.mean(0).masked_fill(rows < 0, 0) / count).sum()
+        self.scaler.scale(share).backward()
+        self.mean += share.detach()
+        return ()
+
+    def accumulate(self, part, count):
+        """`backward` for the rows of a micro-batch."""
+        tokens, lengths = self.data.tokens, self.data.tokens.lengths[part]
+        if not self.packed:
+            return self.backward(tokens.batch(part, self.device), send(part, self.device), count)
+        slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
+        if self.static:
+            slots, longest = next(n for n in self.budgets if n >= slots), int(tokens.lengths.max())
+            fill = [-1] * (self.micro - len(part))
+
+        def pack_and_backward(sent):
+            rows, count = sent[:-1], sent[-1]
+            return self.backward(tokens.pack(rows, slots, longest, self.static), rows, count)
+
+        return self.call(("accumulate", slots), pack_and_backward, send(np.array([*part, *fill, count]), self.device))
+
+    def call(self, name, function, *inputs):
+        return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
+
+    def fit_and_accumulate(self, rows):
+        """`accumulate` micro-batches that fit into memory: `micro` is halved where they do not, and the same rows are
+        tried again from the same random state. KitError where one row alone does not fit."""
+        states = RandomStates()
+        before = states.state_dict()
+        while True:
+            size = min(self.micro, len(rows))
+            try:
+                for part in np.split(rows, range(size, len(rows), size)):
+                    self.accumulate(part, len(rows))
+                return
+            except CaptureError as error:
+                self.graphs, why = None, f"CUDA graphs are off: {error}"
+            except torch.OutOfMemoryError as error:
+                full = str(error).strip().splitlines()[0]
+                why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
+                self.micro = size // 2
+            self.optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
+            self.mean.zero_()
+            if not self.micro:
+                raise KitError(
+                    f"a row of {self.data.tokens.lengths[rows].max()} tokens does not fit into the memory of "
+                    f"{device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
+                    f"or freeze_layers ({full})"
+                )
+            self.place()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tqdm.write(f"{why}: on with {self.micro} at a time, same step")
+            states.load_state_dict(before)
+
+    def update(self):
+        """Step the optimiser with the gradients so far. Returns loss and gradient norm."""
+        self.scaler.unscale_(self.optimizer)
+        mean, gradients = self.mean.clone().requires_grad_(), [p.grad for p in self.model.parameters()]
+        loss = self.model.loss.outer(mean)
+        if loss is not mean:  # chain rule: the gradients so far are those of the mean
+            (slope,) = torch.autograd.grad(loss, mean)
+            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm or math.inf)
+        self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
+        self.mean.zero_()
+        return loss.detach(), norm
+
+    def optimizer_step(self, step, rows):
+        """Optimiser step number `step`, from 0, with a batch of rows. Returns loss and gradient norm, on the device.
+
+        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
+        """
+        self.rates.copy_(self.rates_to_come[step])
+        self.fit_and_accumulate(rows)
+        try:
+            return self.call("update", self.update)
+        except CaptureError as error:
+            self.graphs = None
+            tqdm.write(f"CUDA graphs are off: {error}")
+            return self.update()
+
+
 class Step(NamedTuple):
     """What is known of an optimiser step; loss and norm are still on the device."""
 
@@ -2431,69 +2916,6 @@ class Step(NamedTuple):
     rows: np.ndarray
     loss: torch.Tensor
     norm: torch.Tensor
-    rates: dict
-    scale: float  # of fp16's losses
-
-
-def accumulate(model, rows, tokens, targets, scaler, dtype, cfg, micro):
-    """Add the gradient of the mean of the losses of `rows`, `micro` rows at a time. Returns the mean, on the device."""
-    device, mean = targets.device, torch.zeros((), device=targets.device)
-    for part in np.split(rows, range(micro, len(rows), micro)):
-        with autocast(device, dtype):
-            raw = model(**tokens.batch(part, device))
-        target = targets[torch.from_numpy(part).to(device)]
-        values = torch.stack([model.loss(sample, target) for sample in (raw if raw.dim() == 3 else raw[None])])
-        if values.shape[1:] != (len(part),):
-            raise KitError(
-                f"loss {cfg.loss} must give a value for each of {len(part)} rows, gave {tuple(values.shape[1:])}"
-            )
-        share = values.mean(0).sum() / len(rows)
-        scaler.scale(share).backward()
-        mean += share.detach()
-    return mean
-
-
-def fit_and_accumulate(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state):
-    """`accumulate` with micro-batches that fit into memory: `state.micro` is halved where they do not, and the same
-    rows are tried again from the same random state. KitError where one row alone does not fit."""
-    states = RandomStates()
-    before = states.state_dict()
-    while True:
-        size = min(state.micro, len(rows))
-        try:
-            return accumulate(model, rows, tokens, targets, scaler, dtype, cfg, size)
-        except torch.OutOfMemoryError as error:
-            full = str(error).strip().splitlines()[0]
-        optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
-        longest = tokens.lengths[rows].max()
-        if size == 1:
-            raise KitError(
-                f"a row of {longest} tokens does not fit into the memory of {device_name()} in training: set "
-                f"gradient_checkpointing True, a smaller max_length or backbone, or freeze_layers ({full})"
-            )
-        torch.cuda.empty_cache()
-        state.micro = size // 2
-        tqdm.write(f"out of memory with {size} rows of {longest} tokens: on with {state.micro} at a time, same step")
-        states.load_state_dict(before)
-
-
-def optimizer_step(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state):
-    """One update from the rows of one optimiser batch. Returns its loss and gradient norm, on the device.
-
-    Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
-    """
-    mean = fit_and_accumulate(model, rows, tokens, targets, optimizer, scaler, dtype, cfg, state)
-    scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    loss = model.loss.outer(mean.requires_grad_())
-    if loss is not mean:  # chain rule: the gradients so far are those of the mean
-        (slope,) = torch.autograd.grad(loss, mean)
-        torch._foreach_mul_([p.grad for p in parameters], slope)
-    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_norm or math.inf)
-    scaler.step(optimizer)  # in fp16 it skips a step whose gradients are not finite
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
 
 
 def evaluation_steps(per_epoch, cfg):
@@ -2504,39 +2926,11 @@ def evaluation_steps(per_epoch, cfg):
     return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
 
 
-def epoch_batches(lengths, fold, cfg):
+def epoch_batches(lengths, fold, cfg, bucket_batches):
     """Row numbers of every optimiser batch of a fold. Each epoch has a generator of its own."""
     for epoch in range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
-        yield from plan_batches(lengths, cfg.batch_size, rng, cfg.bucket_batches)
-
-
-def numeric_problem(data, fold, step, what, dtype):
-    """The NumericError of a step, with its rows and rates and what helps."""
-    names = f"{listing(data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
-    told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in step.rates.items())
-    if dtype == torch.float16:
-        told += f"; loss scale {step.scale:g}"
-        advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
-    else:
-        advice = "lower lr or head_lr, raise warmup" + (", or set precision fp32" if dtype == torch.bfloat16 else "")
-    return NumericError(f"fold {fold}, step {step.number}: {what} (rows {names}; learning rates {told}): {advice}")
-
-
-def write_steps(steps, data, fold, per_epoch, dtype, note):
-    """Log optimiser steps and forget them: one copy from the device for all. NumericError at a loss or gradient that is
-    not finite, but in fp16, where the scaler skips the step."""
-    if not steps:
-        return
-    losses = torch.stack([step.loss for step in steps]).tolist()
-    norms = torch.stack([step.norm for step in steps]).tolist()
-    for step, loss, norm in zip(steps, losses, norms, strict=True):
-        entry = {"fold": fold, "step": step.number, "epoch": step.number / per_epoch}
-        note(entry | {"loss": loss, "grad_norm": norm, "lr": step.rates})
-        for what, value in (("loss", loss), ("norm of the gradient", norm)):
-            if not math.isfinite(value) and dtype != torch.float16:
-                raise numeric_problem(data, fold, step, f"the {what} is {value}", dtype)
-    steps.clear()
+        yield from plan_batches(lengths, cfg.batch_size, rng, bucket_batches)
 
 
 def evaluate(model, data, rows, cfg, step):
@@ -2559,111 +2953,147 @@ def keep_best(model, state, cfg):
     return better
 
 
-def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, micro=0):
+class Training:
+    """The training of one fold by an engine: its state, its log, its evaluations and its checkpoints."""
+
+    def __init__(self, engine, fold, log, watch, checkpoints):
+        self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
+        self.log, self.watch, self.checkpoints = log, watch, checkpoints
+        folds = self.data.folds
+        self.train_rows, self.rows = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        self.per_epoch = math.ceil(len(self.train_rows) / self.cfg.batch_size)
+        self.total, self.when = self.per_epoch * self.cfg.epochs, evaluation_steps(self.per_epoch, self.cfg)
+        self.state, self.steps = FoldState(), []  # steps since the last `flush`
+        # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
+        self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler, engine=engine)
+        self.parts |= dict(fold=self.state, random=RandomStates())
+
+    def resume(self):
+        """Go on from the newest checkpoint, if there is one."""
+        if self.checkpoints and self.checkpoints.load(self.parts):
+            print(f"fold {self.fold} goes on after step {self.state.step} of {self.total}")
+            self.watch.restored += sum(self.state.seconds.values())
+            for line in self.state.lines:
+                self.log(json.loads(line))
+        self.begun, self.state.mark = self.state.step, time.perf_counter()
+
+    def batches(self):
+        """Rows of the optimiser steps that are left."""
+        lengths = self.data.tokens.lengths[self.train_rows]
+        batches = epoch_batches(lengths, self.fold, self.cfg, self.engine.bucket_batches)
+        return (self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None))
+
+    def note(self, entry):
+        entry = {"fold": self.fold, "step": self.state.step, "epoch": self.state.step / self.per_epoch} | entry
+        self.state.lines.append(json.dumps(entry))
+        self.log(entry)
+
+    def problem(self, step, what):
+        """The NumericError of a step, with its rows and rates and what helps."""
+        names = f"{listing(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
+        told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items())
+        advice, dtype = "lower lr or head_lr, raise warmup", self.engine.dtype
+        if dtype == torch.float16:
+            told += f"; loss scale {self.engine.scaler.get_scale():g}"
+            advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
+        elif dtype == torch.bfloat16:
+            advice += ", or set precision fp32"
+        place = f"fold {self.fold}, step {step.number}"
+        return NumericError(f"{place}: {what} (rows {names}; learning rates {told}): {advice}")
+
+    def check(self, step, loss, norm):
+        """Raise NumericError at a loss or gradient that is not finite. In fp16, where the scaler skips such a step,
+        count them, and raise after too many in a row."""
+        if self.engine.dtype == torch.float16:
+            skipped = not math.isfinite(norm)
+            self.state.skipped, self.state.in_a_row = self.state.skipped + skipped, (self.state.in_a_row + 1) * skipped
+            if self.state.in_a_row == MAX_SKIPPED:
+                raise self.problem(step, f"no finite gradient in {MAX_SKIPPED} steps")
+            return
+        for what, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise self.problem(step, f"the {what} is {value}")
+
+    def flush(self):
+        """Log the steps since the last time, with one copy from the device for all."""
+        steps, self.steps = self.steps, []
+        if steps:
+            values = torch.stack([torch.stack([step.loss, step.norm]) for step in steps])
+            for step, (loss, norm) in zip(steps, values.tolist(), strict=True):
+                entry = {"step": step.number, "epoch": step.number / self.per_epoch}
+                self.note(entry | {"loss": loss, "grad_norm": norm, "lr": self.engine.rates_at(step.number - 1)})
+                self.check(step, loss, norm)
+        spent = self.state.spend("train")
+        if self.state.step > self.begun + 1:  # the first of a session loads kernels and asks for memory: no measure
+            self.watch.step_seconds = spent / max(1, len(steps))
+
+    def validate(self):
+        """Evaluate the model as it is; whether it is the best so far."""
+        self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
+        self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
+        return keep_best(self.engine.model, self.state, self.cfg)
+
+    def save(self):
+        self.checkpoints.save(self.state.step, self.parts)
+        self.watch.note_save(self.state.spend("save"))
+
+    def stop(self, why):
+        """Save and evaluate a fold that ends early."""
+        print(f"{why}: saving and evaluating at step {self.state.step}; Ctrl-C ends it at once")
+        self.flush()
+        if self.checkpoints and self.cfg.checkpoint_minutes:
+            self.save()
+        if self.state.last is None or self.state.last["step"] < self.state.step:  # of the end alone, not in the log
+            self.validate()
+
+
+def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
     """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
     `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
     did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16, and for the `best`
     and the `last` evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
 
-    It goes on from the newest of the `checkpoints`, and saves to them as `watch` says. `micro` is what fitted in the
-    fold before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same
-    in each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
+    It goes on from the newest of the `checkpoints`, and saves to them as `watch` says. `engine` is that of the fold
+    before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
+    each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
-    watch, began = watch or Watch(cfg), time.perf_counter()
-    seed_everything(cfg.seed, fold)
-    device = pick_device()
-    dtype = pick_dtype(cfg.precision, device)
-    train_rows, rows = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
-    targets = torch.from_numpy(data.targets)
-    targets = (targets.float() if targets.is_floating_point() else targets).to(device)
-    loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-    model = build_model(cfg, data.folder, loss, data.tokenizer, targets[train_rows].cpu(), say)
-    check_padding(model.eval(), data.tokens)
-    model = model.to(device)
-    for weight in model.parameters():  # a checkpoint's tensors come back contiguous, fused AdamW wants one layout
-        weight.data = weight.data.contiguous()
-    groups = parameter_groups(model, cfg)
-    say(group_table(groups))
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    per_epoch = math.ceil(len(train_rows) / cfg.batch_size)
-    total, when = per_epoch * cfg.epochs, evaluation_steps(per_epoch, cfg)
-    scheduler = make_scheduler(optimizer, total, cfg)
-
-    state, steps = FoldState(micro or cfg.micro_batch_size or cfg.batch_size), []
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    parts |= dict(fold=state, random=RandomStates())  # all that has a state: what a checkpoint saves
-    if checkpoints and checkpoints.load(parts):
-        print(f"fold {fold} goes on after step {state.step} of {total}")
-        watch.restored += sum(state.seconds.values())
-        for line in state.lines:
-            log(json.loads(line))
+    watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
+    engine.begin(fold, say)
+    model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
+    training.resume()
+    state = training.state
     watch.save_seconds = watch.save_seconds or 12 * n_parameters(model) / 3e8  # a guess, until the first is measured
-
-    def note(entry):
-        state.lines.append(json.dumps(entry))
-        log(entry)
-
-    def flush():
-        count = len(steps)
-        write_steps(steps, data, fold, per_epoch, dtype, note)
-        spent = state.spend("train")
-        if state.step > begun + 1:  # the first step of a session loads kernels and asks for memory: no measure
-            watch.step_seconds = spent / max(1, count)
-
-    def validate():
-        state.last = evaluate(model, data, rows, cfg, state.step)
-        watch.row_seconds = state.spend("evaluate") / len(rows)
-        return keep_best(model, state, cfg)
-
-    def save():
-        checkpoints.save(state.step, parts)
-        watch.note_save(state.spend("save"))
-
-    model.train()
-    stopped, begun, state.mark = "", state.step, time.perf_counter()
     watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
-    batches = itertools.islice(epoch_batches(data.tokens.lengths[train_rows], fold, cfg), state.step, None)
-    bar = progress(batches, f"fold {fold}", total, state.step)
-    for batch in bar:
-        if stopped := watch.stop(len(rows)):
+    model.train()
+    stopped = ""
+    bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
+    for rows in bar:
+        if stopped := watch.stop(len(training.rows)):
             break
-        rates, scale = {group["depth"]: group["lr"] for group in optimizer.param_groups}, scaler.get_scale()
-        chosen = train_rows[batch]
-        value, norm = optimizer_step(model, chosen, data.tokens, targets, optimizer, scaler, dtype, cfg, state)
+        loss, norm = engine.optimizer_step(state.step, rows)
         state.step += 1
-        steps.append(Step(state.step, chosen, value, norm, rates, scale))
-        if scaler.get_scale() >= scale:  # else the scaler skipped the step
-            scheduler.step()
-            state.in_a_row = 0
-        else:
-            state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
-            if state.in_a_row == MAX_SKIPPED:
-                raise numeric_problem(data, fold, steps[-1], f"no finite gradient in {MAX_SKIPPED} steps", dtype)
-        evaluated, due = state.step in when, checkpoints and watch.due(state.step in when)
-        if evaluated or due or len(steps) == LOG_STEPS or not watch.step_seconds:
-            flush()
+        training.steps.append(Step(state.step, rows, loss, norm))
+        evaluated = state.step in training.when
+        due = checkpoints and watch.due(evaluated)
+        if evaluated or due or len(training.steps) == LOG_STEPS or not watch.step_seconds:
+            training.flush()
         if evaluated:
-            better, score = validate(), state.last["score"]
-            note({"fold": fold, "step": state.step, "epoch": state.step / per_epoch, cfg.metric: score, "best": better})
+            better, score = training.validate(), state.last["score"]
+            training.note({cfg.metric: score, "best": better})
             bar.set_postfix_str(f"{cfg.metric} {score:.4f}{watch.told()}", refresh=False)
         if due:
-            save()
+            training.save()
     if stopped and state.step:
-        print(f"{stopped}: saving and evaluating at step {state.step}; Ctrl-C ends it at once")
-        flush()
-        if checkpoints and cfg.checkpoint_minutes:
-            save()
-        if state.last is None or state.last["step"] < state.step:  # an evaluation of the end alone, not in the log
-            validate()
+        training.stop(stopped)
     if state.best_weights is not None:
         model.load_state_dict(state.best_weights)
-    kept = {name: getattr(state, name) for name in ("step", "micro", "skipped", "best", "last", "seconds", "lines")}
-    return model, dict(fold=fold, rows=rows, steps=total, stopped=stopped) | kept
+    kept = {name: getattr(state, name) for name in ("step", "skipped", "best", "last", "seconds", "lines")}
+    told = dict(fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro)
+    return model, told | kept
 
 
 # ---------------------------------------------------------------------------------------
-# 14. Plots
+# 15. Plots
 
 
 def new_figure(width, height):
@@ -2755,7 +3185,7 @@ def plot_oof(run):
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Runs: all folds, records
+# 16. Runs: all folds, records
 
 
 class Stopped(KitError):
@@ -3131,7 +3561,7 @@ def begin_run(run, record, folds):
 def train_folds(data, folds, cfg, run, watch):
     """Train and save one fold after another; the dictionaries of `train_fold`. Folds that are finished are taken from
     the disk. Where the watch stops a fold, it is the last."""
-    results, trained = [], 0
+    results, engine, trained = [], Engine(data, cfg), 0
     with open_log(cfg, run) as log:
         for fold in folds:
             folder, checkpoints = run / f"fold{fold}", Checkpoints(run, fold)
@@ -3141,8 +3571,8 @@ def train_folds(data, folds, cfg, run, watch):
                 watch.restored += sum(result["seconds"].values())
                 print(f"fold {fold} was finished before")
             else:
-                say, micro = (lambda text: None) if trained else print, results[-1]["micro"] if results else 0
-                model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, micro)
+                say = (lambda text: None) if trained else print
+                model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
                 trained += 1
                 if result["last"] is None:  # stopped before the first step
                     return [*results, result]
@@ -3150,7 +3580,7 @@ def train_folds(data, folds, cfg, run, watch):
                 mark = time.perf_counter()
                 save_fold(model, folder, result)
                 result["seconds"]["save"] += time.perf_counter() - mark
-                del model  # or two would be in memory while the next is built
+                del model  # the engine may let go of it before it builds the next
             results.append(result)
             watch.models = len(results) + 1
             if result["stopped"]:
@@ -3304,7 +3734,7 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Inference: bundles, submission
+# 17. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
@@ -3741,7 +4171,7 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 17. Comparison of runs
+# 18. Comparison of runs
 #
 # Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.

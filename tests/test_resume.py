@@ -33,14 +33,14 @@ def start(cfg, test=None):
 
 def at_step(monkeypatch, number, act):
     """Call `act` before the optimiser step of this number, counted over all folds from now on."""
-    step, count = ku.optimizer_step, iter(range(1, 10**6))
+    step, count = ku.Engine.optimizer_step, iter(range(1, 10**6))
 
     def counting(*arguments):
         if next(count) == number:
             act()
         return step(*arguments)
 
-    monkeypatch.setattr(ku, "optimizer_step", counting)
+    monkeypatch.setattr(ku.Engine, "optimizer_step", counting)
 
 
 def kill():
@@ -107,8 +107,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whol
     steps = []
     with monkeypatch.context() as patch:
         at_step(patch, 0, kill)
-        counting = ku.optimizer_step
-        patch.setattr(ku, "optimizer_step", lambda *rest: steps.append(1) or counting(*rest))
+        counting = ku.Engine.optimizer_step
+        patch.setattr(ku.Engine, "optimizer_step", lambda *rest: steps.append(1) or counting(*rest))
         assert content(start(cfg)) == expected
     assert len(steps) == 2 * 9 - (step - 1)  # none is repeated: the killed one had not begun
 
@@ -311,9 +311,9 @@ def test_a_stray_file_does_not_spoil_what_was_saved(tiny, often, whole, monkeypa
     for folder in (run / "fold0", run / "checkpoints" / "fold1-step4"):
         (folder / ".DS_Store").write_text("")
     (run / "checkpoints" / "fold1-step4.bak").mkdir()
-    step = ku.optimizer_step
+    step = ku.Engine.optimizer_step
     with monkeypatch.context() as patch:
-        patch.setattr(ku, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
+        patch.setattr(ku.Engine, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
         assert content(start(cfg)) == whole(tiny, **NOISY)
     assert len(steps) == 5
 
@@ -330,14 +330,14 @@ def test_checkpoints_are_used_where_no_more_are_asked_for(tiny, often, whole, mo
 
 def test_the_slow_first_step_of_a_session_is_no_measure_of_the_others(tiny, monkeypatch):
     with monkeypatch.context() as patch:
-        clock, step = Clock(patch), ku.optimizer_step
+        clock, step = Clock(patch), ku.Engine.optimizer_step
         clock.step = 1.0
 
         def slow_at_first(*rest):
             clock.now += 200 if clock.now < 1 else 0
             return step(*rest)
 
-        patch.setattr(ku, "optimizer_step", slow_at_first)
+        patch.setattr(ku.Engine, "optimizer_step", slow_at_first)
         start(tiny(run_name="r", max_minutes=30, **NOISY), test=range(3000))
 
 
@@ -471,14 +471,14 @@ class Clock:
     """A clock of which every optimiser step takes a minute, and nothing else any time."""
 
     def __init__(self, monkeypatch):
-        self.now, self.step, step = 0.0, 60.0, ku.optimizer_step
+        self.now, self.step, step = 0.0, 60.0, ku.Engine.optimizer_step
         monkeypatch.setattr(ku.time, "perf_counter", lambda: self.now)
 
         def stepping(*arguments):
             self.now += self.step
             return step(*arguments)
 
-        monkeypatch.setattr(ku, "optimizer_step", stepping)
+        monkeypatch.setattr(ku.Engine, "optimizer_step", stepping)
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(3, 2), (8, 7), (14.5, 14), (100, 18)])
@@ -559,12 +559,12 @@ def test_a_stop_before_the_first_step_is_told_and_the_run_goes_on(tiny, whole):
 def out_of_memory_above(monkeypatch, rows, failures):
     forward = ku.TextModel.forward
 
-    def limited(model, input_ids, **rest):
-        if model.training and len(input_ids) > rows:
+    def limited(model, pack, **rest):
+        if model.training and len(pack.mask) > rows:
             torch.rand(1)  # as dropout before the layer that does not fit
-            failures.append(len(input_ids))
+            failures.append(len(pack.mask))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return forward(model, input_ids, **rest)
+        return forward(model, pack=pack, **rest)
 
     monkeypatch.setattr(ku.TextModel, "forward", limited)
 
@@ -622,8 +622,8 @@ def test_a_loss_that_is_not_finite_names_the_step_its_rows_and_rates_and_leaves_
     precision, tiny, often, monkeypatch
 ):
     cfg = tiny(run_name="r", precision=precision, **often, **NOISY)
-    rows, step = [], ku.optimizer_step
-    monkeypatch.setattr(ku, "optimizer_step", lambda model, *rest: rows.append(rest[0]) or step(model, *rest))
+    rows, step = [], ku.Engine.optimizer_step
+    monkeypatch.setattr(ku.Engine, "optimizer_step", lambda *rest: rows.append(rest[-1]) or step(*rest))
     wrong_from(monkeypatch, 5)
     with pytest.raises(ku.NumericError, match=r"fold 0, step 5: the loss is nan \(rows .*; learning rates ") as caught:
         start(cfg)
@@ -662,7 +662,7 @@ def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeyp
 def test_float16_that_skips_too_many_steps_in_a_row_stops_with_advice(tiny, monkeypatch):
     wrong_from(monkeypatch, 3)
     monkeypatch.setattr(ku, "MAX_SKIPPED", 4)
-    told = r"fold 0, step 6: no finite gradient in 4 steps \(rows .*; loss scale 8192\): .*set precision bf16, or fp32"
+    told = r"fold 0, step 6: no finite gradient in 4 steps \(rows .*; loss scale 4096\): .*set precision bf16, or fp32"
     with pytest.raises(ku.NumericError, match=told):
         start(tiny(run_name="r", precision="fp16", **NOISY))
 

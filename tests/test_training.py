@@ -52,15 +52,12 @@ def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     data = fold_data(cfg, frame, n_outputs=3 if task == "multiclass" else 1)
     targets = torch.from_numpy(data.targets)
     targets = targets.float() if targets.is_floating_point() else targets
-    torch.manual_seed(0)
-    loss = ku.LOSSES[loss](cfg, data.n_outputs)
-    model = ku.build_model(cfg, data.folder, loss, data.tokenizer, targets, **QUIET)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    rows, state = np.arange(7), ku.FoldState(cfg.micro_batch_size or 7)
+    engine = ku.Engine(data, cfg)
+    engine.begin(1, **QUIET)
+    engine.optimizer = torch.optim.SGD(engine.model.eval().parameters(), lr=rate)
     for _ in range(steps):
-        value, norm = ku.optimizer_step(model, rows, data.tokens, targets, optimizer, scaler, torch.float32, cfg, state)
-    return value, norm, torch.cat([p.detach().flatten() for p in model.parameters()])
+        value, norm = engine.optimizer_step(0, np.arange(7))
+    return value, norm, torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
 
 @pytest.mark.parametrize("loss", ku.LOSSES)
@@ -93,10 +90,9 @@ def test_clipping_bounds_the_gradient_norm_of_the_step(tiny):
 def one_step_start(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg, train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6))
-    torch.manual_seed(0)
-    targets = torch.from_numpy(data.targets).float()
-    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, targets, **QUIET)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    engine = ku.Engine(data, cfg)
+    engine.begin(1, **QUIET)
+    return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
 
 @pytest.mark.parametrize(
@@ -154,17 +150,17 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
     cfg = resolved(tiny(head_dropout=0.5, dropout_samples=4))
     data = fold_data(cfg)
     model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
-    batch = data.tokens.batch(np.arange(3), CPU)
+    batch = data.tokens.packed(np.arange(3), CPU)
     outputs = model.train()(**batch)
     assert outputs.shape == (4, 3, 1) and not torch.equal(outputs[0], outputs[1])
     torch.manual_seed(5)
     expected = np.mean([(sample.detach().numpy() - 1) ** 2 for sample in model(**batch)])
+    engine = ku.Engine(data, cfg)
+    engine.begin(1, **QUIET)
+    engine.model.load_state_dict(model.state_dict())
+    engine.targets, engine.optimizer = torch.ones(24, 1), torch.optim.SGD(engine.model.parameters(), lr=0.0)
     torch.manual_seed(5)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
-    targets, state = torch.ones(24, 1), ku.FoldState(3)
-    value, _ = ku.optimizer_step(
-        model, np.arange(3), data.tokens, targets, optimizer, scaler, torch.float32, cfg, state
-    )
+    value, _ = engine.optimizer_step(0, np.arange(3))
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.eval()(**batch), model(**batch)) and model(**batch).shape == (3, 1)
 
@@ -186,11 +182,11 @@ def out_of_memory_above(model, slots, seen):
     """Make a model fail as a GPU does for batches of more than so many tokens with padding."""
     forward = model.forward
 
-    def limited(input_ids, **rest):
-        seen.append(input_ids.numel())
-        if input_ids.numel() > slots:
+    def limited(pack, **rest):
+        seen.append(pack.mask.numel())
+        if pack.mask.numel() > slots:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(input_ids=input_ids, **rest)
+        return forward(pack=pack, **rest)
 
     model.forward = limited
 
