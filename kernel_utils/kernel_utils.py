@@ -1769,6 +1769,7 @@ class PackingError(Exception):
     """Why a backbone cannot take packed rows."""
 
 
+@torch.compiler.disable  # its shapes are those of the texts
 def attend_each(query, key, value, pack, dropout, scale, reach, causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
     lengths, parts = pack.starts.diff().tolist(), []
@@ -1817,6 +1818,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if bias := [name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None]:
         raise PackingError(f"its attention has a {bias[0]}")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
@@ -2302,6 +2306,11 @@ def progress(iterable, title, total=None, done=0):
     return tqdm(iterable, title, total, initial=done, **options)
 
 
+def uncompiled(cfg):
+    """Inside, what is compiled for the shapes of training runs as it is written."""
+    return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
+
+
 @torch.inference_mode()
 def predict(model, tokens, cfg, rows=None):
     """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`).
@@ -2319,7 +2328,7 @@ def predict(model, tokens, cfg, rows=None):
     while plan:
         batch = plan[0]
         try:
-            with autocast(device, dtype):
+            with autocast(device, dtype), uncompiled(cfg):
                 raw = model(**inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
             full = str(error).strip().splitlines()[0]
@@ -2670,7 +2679,9 @@ class Graphs:
     """
 
     def __init__(self):
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+        if torch.cuda.current_stream() == torch.cuda.default_stream():  # which cannot be captured
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
         self.pool, self.calls, self.made = torch.cuda.graph_pool_handle(), {}, {}
 
     def __call__(self, name, function, *inputs):
@@ -2760,9 +2771,7 @@ class Engine:
         fresh.unpackable |= self.found
         self.found = fresh.unpackable
         self.model = fresh.to(self.device)
-        for (
-            weight
-        ) in self.model.parameters():  # a checkpoint's tensors come back contiguous, fused AdamW wants one layout
+        for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         gpu = self.device.type == "cuda"
         self.rates = torch.zeros(len(groups), device=self.device)
@@ -2776,11 +2785,10 @@ class Engine:
         elif cfg.compile:
             say("compile is left out: rows are padded to various lengths")
         self.graphs = Graphs() if cfg.cuda_graphs and gpu and self.packed else None
-        self.static = self.packed and (cfg.compile or self.graphs is not None)
         self.place()
 
     def place(self):
-        """Bind what may have moved: the rates of the optimiser; budgets for micro-batches; graphs are captured anew."""
+        """Bind the rates to the optimiser, choose budgets, forget graphs: after something has moved in memory."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         if self.graphs:
@@ -2797,6 +2805,11 @@ class Engine:
             for batch in epoch_batches(lengths[folds != fold], fold, self.cfg, self.bucket_batches)
         )
         return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
+
+    @property
+    def static(self):
+        """Whether shapes and places in memory must stay as they are."""
+        return self.packed and (self.cfg.compile or self.graphs is not None)
 
     @property
     def bucket_batches(self):
@@ -2819,7 +2832,8 @@ class Engine:
         with autocast(self.device, self.dtype):
             raw = self.model(**inputs)
         target = self.targets[rows.clamp(min=0)]
-        values = torch.stack([self.model.loss(sample, target) for sample in (raw if raw.dim() == 3 else raw[None])])
+        samples = raw if raw.dim() == 3 else raw[None]
+        values = torch.stack([self.model.loss(sample, target) for sample in samples])  # (S, B)
         if values.shape[1:] != rows.shape:
             raise KitError(
                 f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
