@@ -1,0 +1,495 @@
+"""Packed rows against padded ones, and the training step in the shape that CUDA graphs and torch.compile want."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_texts, train_frame
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import kernel_utils as ku
+
+CPU = torch.device("cpu")
+# those that take packed rows on transformers 5
+PACKED = ["bert", "roberta", "distilbert", "albert", "electra", "modernbert", "gpt2", "llama"]
+old_transformers = pytest.mark.skipif(ku.transformers.__version__ < "5", reason="fewer architectures on transformers 4")
+
+
+@pytest.fixture
+def build(backbone_folder):
+    """Function: architecture and settings -> (model in eval mode, tokens of six texts of 5 to 32 tokens)."""
+
+    def make(kind, **settings):
+        folder = backbone_folder(kind)
+        cfg = ku.Config(max_length=40, backbone=str(folder), **({"backbone_dropout": 0.0} | settings))
+        tokenizer = ku.load_tokenizer(folder)
+        torch.manual_seed(0)
+        model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1), lambda text: None)
+        return model.eval(), ku.tokenize(make_texts(6), tokenizer, cfg)
+
+    return make
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    (output[:6] * torch.arange(1, 7)[:, None]).sum().backward()
+    named = {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), named
+
+
+# ---------------------------------------------------------------------------------------
+# Layout
+
+
+def test_texts_are_packed_end_to_end_and_padded_for_the_heads_again(build):
+    _, tokens = build("bert")
+    rows = np.array([4, 0, 2])
+    inputs = tokens.packed(rows, CPU)
+    spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
+    assert inputs["input_ids"].tolist() == [np.concatenate(spans).tolist()]
+    pack = inputs["pack"]
+    assert pack.starts.tolist() == [0, *np.cumsum([len(span) for span in spans])]
+    assert pack.positions.tolist() == [[i for span in spans for i in range(len(span))]]
+    assert pack.mask.tolist() == tokens.batch(rows, CPU)["attention_mask"].tolist()
+    padded = pack.pad(inputs["input_ids"][0])
+    assert torch.equal(padded, tokens.batch(rows, CPU)["input_ids"] * pack.mask)
+    assert torch.equal(pack.unpad(padded), inputs["input_ids"][0])
+
+
+@pytest.mark.parametrize(("slots", "filler"), [(200, 2), (97, 1), (96, 0)])
+def test_slots_that_are_left_over_are_segments_of_their_own_that_go_nowhere(slots, filler, build):
+    _, tokens = build("bert")
+    rows = np.array([4, 0, 2])
+    used = int(tokens.lengths[rows].sum())
+    assert used < 96
+    pack = tokens.pack(torch.tensor([*rows, *[-1] * filler]), slots, 40, spare=True)["pack"]
+    segments = pack.starts.diff()
+    assert pack.starts[0] == 0 and pack.starts[-1] == slots and segments.min() >= 0 and segments.max() <= 40
+    assert segments[: 3 + filler].tolist() == [*tokens.lengths[rows], *[0] * filler]
+    x = torch.arange(1.0, slots + 1)
+    assert pack.pad(x).sum() == x[:used].sum() and pack.mask.sum() == used + filler
+    assert torch.equal(pack.unpad(pack.pad(x)), x * (x <= used))
+
+
+def test_a_gradient_passes_through_padding_and_back(build):
+    _, tokens = build("bert")
+    pack = tokens.pack(torch.tensor([1, 3, -1]), 120, 40, spare=True)["pack"]
+    x = torch.randn(120, 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: pack.unpad(pack.pad(x) ** 2), x)
+
+
+def test_budgets_hold_every_batch_and_are_few():
+    totals = np.random.default_rng(0).integers(1000, 3000, 500)
+    budgets = ku.token_budgets(totals)
+    assert len(budgets) <= 4 and budgets == sorted(budgets) and all(budget % 64 == 0 for budget in budgets)
+    chosen = np.array([next(budget for budget in budgets if budget >= total) for total in totals])
+    assert totals.sum() / chosen.sum() > 0.85
+    assert ku.token_budgets([64, 64]) == [64]
+
+
+# ---------------------------------------------------------------------------------------
+# Parity
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("head", ["mean", "weighted", "conv1d", "lstm"])
+def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, build):
+    model, tokens = build(kind, head=head)
+    if not ku.takes_packed_rows(model, tokens, torch.float32):
+        assert kind not in PACKED or ku.transformers.__version__ < "5"
+        pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
+    padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
+    static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
+    for inputs in (tokens.packed(np.arange(6), CPU), static):
+        packed, got = gradients(model, inputs)
+        torch.testing.assert_close(packed[:6], padded, atol=1e-5, rtol=0)
+        assert packed.isfinite().all() and got.keys() == slopes.keys()
+        for name, slope in slopes.items():
+            assert (got[name] - slope).norm() <= 1e-4 * slope.norm() + 1e-6, name
+        both = [torch.cat(list(part.values())) for part in (slopes, got)]
+        assert F.cosine_similarity(*both, dim=0) > 0.9999
+
+
+@old_transformers
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_text_does_not_move_with_its_neighbours(kind, build):
+    model, tokens = build(kind)
+    with torch.no_grad():
+        alone = model(**tokens.packed(np.array([3]), CPU))
+        for neighbours in ([3, 1, 2], [3, 5], [3, 0, 4, 1]):
+            torch.testing.assert_close(model(**tokens.packed(np.array(neighbours), CPU))[:1], alone, atol=1e-6, rtol=0)
+
+
+def leaky(query, key, value, pack, dropout, scale, reach, causal):
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+def everywhere(query, key, value, pack, dropout, scale, reach, causal):
+    return ku.attend_each(query, key, value, pack, dropout, scale, math.inf, causal)
+
+
+@old_transformers
+@pytest.mark.parametrize(
+    ("kind", "fault", "told"),
+    [
+        ("bert", lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: leaky), "states differ by"),
+        (
+            "modernbert",
+            lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: everywhere),
+            "states differ",
+        ),
+        ("roberta", lambda model, patch: setattr(model, "first_position", 0), "states differ by"),
+        (
+            "bert",
+            lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: absent_kernel),
+            "TypeError: no op",
+        ),
+    ],
+    ids=["texts see each other", "local attention lost", "positions from 0", "no kernel"],
+)
+def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
+    kind, fault, told, build, monkeypatch, capsys
+):
+    model, tokens = build(kind)
+    with torch.no_grad():
+        for layer in ku.transformer_layers(model.backbone):
+            for parameter in layer.parameters():  # as in a trained model, not the small ones of the beginning
+                if parameter.ndim > 1:
+                    parameter.mul_(10)
+    padded = model(**tokens.batch(np.arange(6), CPU))
+    fault(model, monkeypatch)
+    assert not ku.takes_packed_rows(model, tokens, torch.float32)
+    assert f"Model gets padded rows: {told}" in capsys.readouterr().out
+    predictions = ku.predict(model, tokens, ku.Config())
+    torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
+
+
+def absent_kernel(*_):
+    raise TypeError("no op of this name")
+
+
+def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_were_right(build, monkeypatch):
+    model, tokens = build("bert")
+    states, last = torch.randn(2, tokens.lengths.max(), 4), []
+
+    def encode(input_ids, pack=None, **_):
+        last.extend([input_ids[0, -1]] if pack else [])
+        return (states + (last[-1] - last[0] if pack else 0),), pack and pack.mask
+
+    monkeypatch.setattr(model, "encode", encode)
+    assert "a text moves by" in ku.packing_problem(model, tokens, torch.float32)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_that_is_set_gets_padded_rows_and_predicts_the_same(attention, build, capsys):
+    model, tokens = build("bert")
+    expected = ku.predict(model, tokens, ku.Config())
+    assert "BertModel gets packed rows" in capsys.readouterr().out
+    model, tokens = build("bert", attention=attention)
+    assert model.backbone.config._attn_implementation == attention
+    np.testing.assert_allclose(ku.predict(model, tokens, ku.Config()), expected, atol=1e-6)
+    assert "packed" not in capsys.readouterr().out
+
+
+@old_transformers
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_checkpointed_gradients_of_packed_rows_are_the_same(kind, build):
+    model, tokens = build(kind)
+    again, _ = build(kind, gradient_checkpointing=True)
+    _, expected = gradients(model.train(), tokens.packed(np.arange(6), CPU))
+    _, got = gradients(again.train(), tokens.packed(np.arange(6), CPU))
+    for name, slope in expected.items():
+        torch.testing.assert_close(got[name], slope, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_of_the_attention_is_kept(build):
+    model, tokens = build("bert", backbone_dropout=0.0)
+    inputs = tokens.packed(np.arange(6), CPU)
+    for layer in ku.transformer_layers(model.backbone):
+        layer.attention.self.dropout.p = 0.5
+    assert torch.equal(model(**inputs), model(**inputs))
+    assert not torch.equal(model.train()(**inputs), model(**inputs))
+
+
+def test_saved_folds_do_not_name_our_attention(tiny, build):
+    model, _ = build("bert")
+    assert ku.PACKED not in model.backbone.config.to_json_string()
+
+
+# ---------------------------------------------------------------------------------------
+# The step
+
+
+def engine_of(cfg, frame=None):
+    frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
+    cfg = cfg.resolved(ku.load_config(cfg.backbone, cfg)[0])
+    tokenizer = ku.load_tokenizer(cfg.backbone)
+    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
+    targets = ku.encode_targets(frame, cfg, None)
+    folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
+    data = ku.Data(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids)
+    return ku.Engine(data, cfg)
+
+
+def weights(engine):
+    return torch.cat([p.detach().flatten().cpu() for p in engine.model.parameters()])
+
+
+def static(monkeypatch):
+    """Static shapes and a resident model, as graphs and compiled code have them."""
+    monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
+
+
+def test_static_shapes_and_a_resident_model_train_as_if_they_were_not(tiny, monkeypatch):
+    settings = dict(epochs=2, batch_size=5, micro_batch_size=3, n_folds=3)
+    results = []
+    for patch in (None, static):
+        if patch:
+            patch(monkeypatch)
+        cfg = tiny(run_name=f"run{len(results)}", **settings)
+        train, _, _ = ku.read_competition(cfg)
+        folder = ku.train(ku.make_folds(train, cfg), cfg)
+        results.append(ku.pd.read_csv(folder / "oof.csv").set_index("id"))
+    np.testing.assert_allclose(results[1]["prediction"], results[0]["prediction"], atol=1e-5)
+    assert results[0]["prediction"].std() > 0
+
+
+def test_a_resident_model_begins_a_fold_with_fresh_weights_and_moments(tiny, monkeypatch):
+    static(monkeypatch)
+    engine, fresh = (engine_of(tiny(epochs=3)) for _ in range(2))
+    engine.begin(0, lambda text: None)
+    model, place = engine.model, next(engine.model.parameters()).data_ptr()
+    for step in range(3):
+        engine.optimizer_step(step, np.arange(1, 9, 2))
+    engine.begin(1, lambda text: None)
+    fresh.begin(1, lambda text: None)
+    assert engine.model is model and next(model.parameters()).data_ptr() == place and fresh.model is not model
+    assert torch.equal(weights(engine), weights(fresh))
+    for other in (engine, fresh):
+        for step in range(3):
+            other.optimizer_step(step, np.arange(0, 8, 2))
+    assert torch.equal(weights(engine), weights(fresh))
+
+
+def test_a_loss_of_fillers_counts_nothing_even_where_it_is_not_finite(tiny, monkeypatch):
+    static(monkeypatch)
+    plain, filled = engine_of(tiny()), engine_of(tiny(micro_batch_size=8))
+    for engine in (plain, filled):
+        engine.begin(0, lambda text: None)
+    plain.micro = 3
+    plain.place()
+    logs = [engine.optimizer_step(0, np.array([1, 3, 5]))[0] for engine in (plain, filled)]
+    torch.testing.assert_close(logs[0], logs[1])
+    torch.testing.assert_close(weights(plain), weights(filled), atol=1e-6, rtol=0)
+
+
+class Recorder(TorchDispatchMode):
+    """What a piece of code asks of a device: operators, shapes, and the numbers that a graph would freeze."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        told = tree_map(lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        if "profiler" not in str(func):  # marks in a trace
+            self.calls.append((str(func), repr(told)))
+        return func(*args, **kwargs)
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "_to_cpu")
+
+
+def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
+    """Attention in static shapes, standing in for the kernels of a GPU."""
+    segment = torch.searchsorted(pack.starts[1:].contiguous(), torch.arange(query.shape[2]), right=True, out_int32=True)
+    mask = segment[:, None] == segment
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale).transpose(1, 2)
+
+
+@old_transformers
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(head="mean"),
+        dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
+        dict(head="concat", loss="rmse", clip_norm=0.0, backbone_dropout=0.1),
+        dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
+    ],
+    ids=lambda settings: settings["head"],
+)
+def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
+    kind, settings, tiny, backbone_folder, monkeypatch
+):
+    """Two steps with other rows, other lengths, other learning rates ask for the same operators with the same numbers,
+    and none of them brings a value from the device to Python."""
+    monkeypatch.setattr(ku, "attention_kernel", lambda *_: attend_dense)
+    if kind == "modernbert":  # its window is wider than these texts
+        settings = settings | dict(max_length=8)
+    cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
+    engine = engine_of(cfg)
+    engine.begin(0, lambda text: None)
+    assert engine.packed, engine.model.unpackable
+    recorded = []
+
+    def record(name, function, *inputs):
+        with Recorder() as recorder:
+            outputs = function(*inputs)
+        recorded[-1].append((str(name), recorder.calls))
+        return outputs
+
+    engine.graphs = record
+    engine.budgets = [128]
+    engine.model.train()
+    for step, rows in enumerate([[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]):
+        recorded.append([])
+        engine.optimizer_step(step, np.array(rows))
+    first, second = recorded[1:]  # the first step makes the state of the optimiser
+    assert [name for name, _ in first] == ["('accumulate', 128)"] * 2 + ["update"]
+    for (_, calls), (_, others) in zip(first, second, strict=True):
+        assert len(calls) > 10 and calls == others
+        assert not [call for call, _ in calls if any(word in call for word in WAITING)]
+
+
+def test_the_recorder_finds_what_waits_and_what_would_be_frozen():
+    def scale(x, rate):
+        return x * rate.item()
+
+    calls = []
+    for rate in (0.1, 0.2):
+        with Recorder() as recorder:
+            scale(torch.ones(3), torch.tensor(rate))
+        calls.append(recorder.calls)
+    assert calls[0] != calls[1] and any(word in name for name, _ in calls[0] for word in WAITING)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_as_the_one_that_is_not_and_is_made_once_for_all_folds(tiny):
+    results, counters = [], []
+    for compiled in (False, True):
+        cfg = tiny(run_name=f"compiled{compiled}", compile=compiled, n_folds=3)
+        train, _, _ = ku.read_competition(cfg)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        folder = ku.train(ku.make_folds(train, cfg), cfg)
+        counters.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        results.append(ku.pd.read_csv(folder / "oof.csv").set_index("id")["prediction"])
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+    layers, budgets = 4, 4
+    assert counters[0] == 0 < counters[1] <= (layers + 2) * budgets  # not times three folds
+
+
+# ---------------------------------------------------------------------------------------
+# On a GPU
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
+
+
+def after_steps(cfg, steps, begin=0):
+    """Weights after some steps with the rows of the odd numbers in turn."""
+    engine = engine_of(cfg)
+    engine.begin(0, lambda text: None)
+    engine.model.train()
+    rng = np.random.default_rng(0)
+    for step in range(begin, begin + steps):
+        engine.optimizer_step(step, rng.permutation(np.arange(1, 24, 2))[:5])
+    return engine
+
+
+@gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "reach"),
+    [
+        ("flash", "bfloat16", math.inf),
+        ("flash", "bfloat16", 3),
+        ("efficient", "float32", math.inf),
+        ("efficient", "float16", math.inf),
+    ],
+)
+def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, reach, causal):
+    dtype = getattr(torch, dtype)
+    if kernel == "flash" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no flash attention on this GPU")
+    torch.manual_seed(0)
+    rows = [torch.randn(1, 4, 40, 32, requires_grad=True) for _ in range(3)]
+    starts = torch.tensor([0, 7, 8, 8, 24, 40], dtype=torch.int32)
+    pack = ku.Pack(starts, 16, None, None, None)
+    expected = ku.attend_each(*rows, pack, 0.0, 0.2, reach, causal)
+    slopes = torch.autograd.grad(expected.square().sum(), rows)
+    there = [row.detach().cuda().to(dtype).requires_grad_() for row in rows]
+    attend = getattr(ku, f"attend_{kernel}")
+    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, reach, causal)
+    atol = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got.float().cpu(), expected.detach(), atol=atol, rtol=atol)
+    for slope, other in zip(slopes, torch.autograd.grad(got.float().square().sum(), there), strict=True):
+        torch.testing.assert_close(other.float().cpu(), slope, atol=4 * atol, rtol=4 * atol)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
+    model, tokens = build(kind)
+    model, device = model.cuda(), torch.device("cuda")
+    assert ku.takes_packed_rows(model, tokens, torch.float32), model.unpackable
+    with torch.no_grad():
+        padded = model(**tokens.batch(np.arange(6), device))
+        torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("settings", [dict(), dict(micro_batch_size=2, llrd=0.8), dict(loss="rmse", clip_norm=0.1)])
+def test_steps_in_cuda_graphs_give_the_weights_of_steps_without(settings, precision, tiny):
+    cfg = tiny(precision=precision, epochs=10, warmup=0.3, lr=1e-3, **settings)
+    graphed, plain = (after_steps(ku.dataclasses.replace(cfg, cuda_graphs=graphs), 20) for graphs in (True, False))
+    assert graphed.graphs.made and plain.graphs is None
+    start = engine_of(cfg)
+    start.begin(0, lambda text: None)
+    moved = (weights(plain) - weights(start)).norm()
+    assert (weights(graphed) - weights(plain)).norm() < (0.02 if precision == "fp32" else 0.1) * moved
+
+
+@gpu
+def test_a_steady_step_never_waits_for_the_gpu(tiny):
+    engine = after_steps(tiny(epochs=10, head_dropout=0.1, backbone_dropout=0.1), 12)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(12, 16):
+            engine.optimizer_step(step, np.arange(1, 11, 2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.graphs.made
+
+
+@gpu
+def test_replays_draw_new_dropout_masks(tiny):
+    engine = after_steps(tiny(epochs=10, head_dropout=0.5, lr=1e-9, head_lr=1e-9), 8)
+    losses = {engine.optimizer_step(8, np.arange(1, 11, 2))[0].item() for _ in range(4)}
+    assert engine.graphs.made and len(losses) == 4
+
+
+@gpu
+def test_a_head_that_waits_switches_graphs_off_aloud_and_trains_all_the_same(tiny, capsys):
+    engine = after_steps(tiny(head="lstm", epochs=10), 6)
+    assert engine.graphs is None and "CUDA graphs are off: the head or loss waits" in capsys.readouterr().out
+    plain = after_steps(tiny(head="lstm", epochs=10, cuda_graphs=False), 6)
+    torch.testing.assert_close(weights(engine), weights(plain), atol=1e-3, rtol=0)
+
+
+@gpu
+def test_graphs_are_made_once_for_all_folds(tiny):
+    engine = after_steps(tiny(epochs=10, precision="fp32"), 8)
+    made = dict(engine.graphs.made)
+    engine.begin(1, lambda text: None)
+    for step in range(4):
+        engine.optimizer_step(step, np.arange(0, 10, 2))
+    assert all(engine.graphs.made[name] is graph for name, graph in made.items())
