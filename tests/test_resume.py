@@ -87,6 +87,9 @@ VARIANTS = {
     "multi-sample dropout, decay, frozen and new layers": NOISY
     | dict(dropout_samples=3, llrd=0.8, freeze_layers=1, reinit_layers=1, schedule="linear"),
     "a recurrent head": NOISY | dict(head="bilstm", rnn_size=8),
+    "padded rows": NOISY | dict(attention="eager"),
+    "static shapes": NOISY | dict(micro_batch_size=3),
+    "8-bit moments": NOISY | dict(optimizer="adamw8bit"),
 }
 
 
@@ -97,6 +100,10 @@ PLACES += [(variant, 14) for variant in VARIANTS]
 @pytest.mark.parametrize(("variant", "step"), PLACES)
 def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whole, monkeypatch):
     settings = VARIANTS[variant]
+    if variant == "static shapes":
+        monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
+    if variant == "8-bit moments":
+        pytest.importorskip("bitsandbytes")
     expected = whole(tiny, **settings)
     cfg = tiny(run_name="killed", **often, **settings)
     with monkeypatch.context() as patch:

@@ -514,6 +514,37 @@ def test_a_loss_of_ones_own_trains_by_its_name(tiny):
         del ku.LOSSES["log_cosh"]
 
 
+def test_eight_bit_adamw_trains_with_a_quarter_of_the_moments():
+    pytest.importorskip("bitsandbytes")
+    cfg = resolved_default(optimizer="adamw8bit", max_length=8)
+    data, moved = fold_data(cfg), []
+    for optimizer in ("adamw", "adamw8bit"):
+        engine = ku.Engine(data, ku.dataclasses.replace(cfg, optimizer=optimizer))
+        engine.begin(0, **QUIET)
+        start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        for step in range(3):
+            engine.optimizer_step(step, np.arange(1, 9, 2))
+        moved.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in engine.model.named_parameters()]))
+        states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+        size = sum(t.numel() * t.element_size() for t in states if isinstance(t, torch.Tensor) and t.numel() > 256)
+        bytes_each = size / ku.n_parameters(engine.model)
+        assert bytes_each == pytest.approx({"adamw": 8, "adamw8bit": 2}[optimizer], rel=0.1)
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.9 and not torch.equal(*moved)
+
+
+def resolved_default(**settings):
+    cfg = ku.Config(**settings)
+    folder = ku.find_backbone(cfg.backbone)
+    return ku.dataclasses.replace(cfg, backbone=str(folder)).resolved(ku.load_config(folder, cfg)[0])
+
+
+def test_without_bitsandbytes_eight_bit_adamw_is_an_error_that_says_what_to_install(tiny, monkeypatch):
+    find = ku.importlib.util.find_spec
+    monkeypatch.setattr(ku.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ku.ConfigError, match="adamw8bit needs the package bitsandbytes: pip install bitsandbytes"):
+        run(tiny(optimizer="adamw8bit"))
+
+
 def test_the_default_rate_follows_the_width_and_is_recorded(tiny):
     for width, lr in ((384, 1e-4), (768, 2e-5), (1024, 1e-5)):
         config = ku.transformers.BertConfig(hidden_size=width)
