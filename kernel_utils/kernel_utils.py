@@ -4,7 +4,7 @@ One file, so that it can be uploaded as a Kaggle dataset. It reads from top to b
 stands below what it uses.
 
      1. Tables of choices            7. Backbones                   13. Checkpoints
-     2. Settings                     8. Attention over packed rows  14. Training, one fold
+     2. Settings                     8. Attention                   14. Training, one fold
      3. Environment and paths        9. Losses and metrics          15. Plots
      4. Data and folds              10. Model                       16. Runs: all folds, records
      5. Tokens and batches          11. Optimiser groups            17. Inference: bundles, submission
@@ -1759,7 +1759,7 @@ def freeze(model, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 8. Attention over packed rows
+# 8. Attention: packed rows, DeBERTa
 #
 # To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `Pack`, through
 # transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
@@ -1839,8 +1839,128 @@ transformers.AttentionInterface.register(PACKED, packed_attention)
 transformers.AttentionMaskInterface.register(PACKED, packed_mask)
 
 
+def distance_rows(T, buckets, longest, device):
+    """Rows of DeBERTa's position table for the distances T - 1, T - 2, ..., -T, and for their negatives: (2, 2T).
+
+    Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
+    (DeBERTa-v2). What lies outside the table takes its first or last row.
+    """
+    distance = torch.arange(T - 1, -T - 1, -1, device=device)
+    if buckets > 0:  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
+        exact, far = buckets // 2, distance.abs()
+        steps = (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
+        distance = torch.where(far <= exact, distance, distance.sign() * (steps.ceil() + exact)).long()
+    span = buckets if buckets > 0 else longest
+    return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
+
+
+def slide(x, table):
+    """Products of x (B, T, heads, d) with the table's row for each distance: (heads, B, T, T), [i, j] for j - i.
+
+    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C rows of it; what
+    row i of the block needs begins at column C - 1 - i of the products: a view with steps of T + C - 1 elements.
+    """
+    (B, T, heads, d), blocks = x.shape, []
+    table = table.unflatten(-1, (heads, d)).permute(1, 2, 0)  # (heads, d, 2T)
+    for start in range(0, T, 128):
+        rows = x[:, start : start + 128]  # (B, C, heads, d)
+        C, width = rows.shape[1], T + rows.shape[1]
+        near = table[..., T - start - C : 2 * T - start]
+        products = torch.bmm(rows.flatten(0, 1).transpose(0, 1), near)  # (heads, B * C, T + C), in new memory
+        steps = (B * C * width, C * width, width - 1, 1)
+        blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
+    return torch.cat(blocks, 2)
+
+
+class DisentangledAttention(nn.Module):
+    """Self attention of DeBERTa-v2 and v3 (arXiv:2006.03654): scores of content, plus content with position.
+
+    It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens that
+    are no padding. Positions are projected once per distance, not looked up per pair of tokens, and their
+    scores go into PyTorch's attention as a bias. Attention weights are never returned.
+    """
+
+    def __init__(self, old):
+        super().__init__()
+        vars(self).update(vars(old))
+
+    def forward(self, hidden, mask, output_attentions=False, query_states=None, relative_pos=None, rel_embeddings=None):
+        """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
+
+        mask: (1, B, 1, T), 1 where there is no token; relative_pos: `distance_rows` and the pack, if any.
+        """
+        rows, pack = relative_pos
+        q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
+        if pack is not None:
+            q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
+        q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
+        c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
+        scale = 1 / math.sqrt(q.shape[-1] * (1 + c2p + p2c))
+        bias = mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # half of it: sums with it stay finite
+        if self.relative_attention:
+            table = self.pos_dropout(rel_embeddings)
+            if c2p:
+                project = self.key_proj if self.share_att_key else self.pos_key_proj
+                bias = bias + slide(q, project(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
+            if p2c:
+                project = self.query_proj if self.share_att_key else self.pos_query_proj
+                bias = bias + slide(k, project(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
+        q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.transpose(0, 1)  # B, heads first
+        dropout = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+        out = out.transpose(1, 2).flatten(2)  # (B, T, H)
+        return out if pack is None else pack.unpad(out)[None], None
+
+
+class DebertaLayout:
+    """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
+
+    Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
+    (DeBERTa-v2 xlarge), that reads neighbours.
+    """
+
+    def __init__(self, encoder):
+        self.pack = None
+        self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
+
+    def get_attention_mask(self, mask):
+        """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
+        return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
+
+    def get_rel_pos(self, hidden, *_):
+        """What the attention of every layer takes as relative_pos: `distance_rows` and the pack."""
+        T = (hidden if self.pack is None else self.pack.mask).shape[1]
+        return self.table and distance_rows(T, *self.table, hidden.device), self.pack
+
+    def pad(self, _, inputs):
+        return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
+
+    def unpad(self, _, inputs, output):
+        return output if self.pack is None else self.pack.unpad(output)[None]
+
+
+def faster_deberta(backbone):
+    """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
+
+    Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
+    padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
+    Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
+    """
+    encoder = backbone.encoder
+    layout = encoder.layout = DebertaLayout(encoder)
+    encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
+    if encoder.conv is not None:
+        encoder.conv.register_forward_pre_hook(layout.pad)
+        encoder.conv.register_forward_hook(layout.unpad)
+    for layer in encoder.layer:
+        layer.attention.self = DisentangledAttention(layer.attention.self)
+
+
 def use_packed_attention(backbone):
     """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    if isinstance(backbone, transformers.DebertaV2Model):
+        faster_deberta(backbone)
+        return ""
     if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
@@ -2112,6 +2232,7 @@ class TextModel(nn.Module):
         self.first_position = max((first for _, first in position_tables(backbone)), default=0)
         why = "attention is set" if cfg.attention else use_packed_attention(backbone)
         self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
+        self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
         """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
@@ -2120,7 +2241,12 @@ class TextModel(nn.Module):
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
-            inputs |= {"position_ids": pack.positions + self.first_position, "pack": pack}
+            inputs["position_ids"] = pack.positions + self.first_position
+        if self.layout is not None:
+            self.layout.pack = pack
+            inputs.setdefault("attention_mask", torch.ones_like(input_ids))
+        elif pack is not None:
+            inputs["pack"] = pack
         try:
             out = self.backbone(input_ids=input_ids, output_hidden_states=True, **inputs)
         except RuntimeError as error:

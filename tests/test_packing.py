@@ -14,7 +14,7 @@ import kernel_utils as ku
 
 CPU = torch.device("cpu")
 # those that take packed rows on transformers 5
-PACKED = ["bert", "roberta", "distilbert", "albert", "electra", "modernbert", "gpt2", "llama"]
+PACKED = ["bert", "roberta", "deberta-v2", "distilbert", "albert", "electra", "modernbert", "gpt2", "llama"]
 old_transformers = pytest.mark.skipif(ku.transformers.__version__ < "5", reason="fewer architectures on transformers 4")
 
 
@@ -313,7 +313,7 @@ def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
 
 
 @old_transformers
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "deberta-v2"])
 @pytest.mark.parametrize(
     "settings",
     [
