@@ -31,6 +31,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -315,7 +316,7 @@ TASKS = {  # task -> (default loss, default metric)
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
 FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
@@ -367,7 +368,9 @@ class Config(Settings):
     freeze_layers: int = option(0, "keep this many first layers as they are", low=0)
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
-    attention: str = option("", "eager, sdpa or flash_attention_2 with padded rows; empty means packed", ATTENTIONS)
+    attention: str = option(
+        "", "empty means packed rows; disentangled_flash too; eager sdpa flash_attention_2 pad", ATTENTIONS
+    )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
     # optimisation
@@ -1596,7 +1599,7 @@ def encoder_only(model):
 
 
 def attention_option(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention else {}
+    return {"attn_implementation": cfg.attention} if cfg.attention not in ("", "disentangled_flash") else {}
 
 
 def load_backbone(folder, cfg, n_tokens=0, say=print):
@@ -1884,29 +1887,39 @@ class DisentangledAttention(nn.Module):
         super().__init__()
         vars(self).update(vars(old))
 
+    def position_projection(self, kind):
+        """What projects the position table for `c2p` or `p2c` scores; None where the model has no such scores."""
+        if kind not in self.pos_att_type or not self.relative_attention:
+            return None
+        own, shared = {"c2p": ("pos_key_proj", "key_proj"), "p2c": ("pos_query_proj", "query_proj")}[kind]
+        return getattr(self, shared if self.share_att_key else own)
+
     def forward(self, hidden, mask, output_attentions=False, query_states=None, relative_pos=None, rel_embeddings=None):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
-        mask: (1, B, 1, T), 1 where there is no token; relative_pos: `distance_rows` and the pack, if any.
+        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `DebertaLayout.get_rel_pos` gives.
         """
-        rows, pack = relative_pos
+        rows, pack, plan = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
+        scale = 1 / math.sqrt(
+            q.shape[-1] / self.num_attention_heads * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
+        )
+        c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
+        table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
+        dropout = self.dropout.p if self.training else 0.0
+        if plan is not None and q.dtype != torch.float32:
+            q, k, v = (x[0].unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (N, heads, d)
+            positions = (project and project(table[plan.active_slots]) for project in (c2p, p2c))
+            return disentangled_flash(q, k, v, *positions, plan, pack, scale, dropout)[None], None
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
         q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
-        c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
-        scale = 1 / math.sqrt(q.shape[-1] * (1 + c2p + p2c))
         bias = mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # half of it: sums with it stay finite
-        if self.relative_attention:
-            table = self.pos_dropout(rel_embeddings)
-            if c2p:
-                project = self.key_proj if self.share_att_key else self.pos_key_proj
-                bias = bias + slide(q, project(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
-            if p2c:
-                project = self.query_proj if self.share_att_key else self.pos_query_proj
-                bias = bias + slide(k, project(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
+        if c2p:
+            bias = bias + slide(q, c2p(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
+        if p2c:
+            bias = bias + slide(k, p2c(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
         q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.transpose(0, 1)  # B, heads first
-        dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
         out = out.transpose(1, 2).flatten(2)  # (B, T, H)
         return out if pack is None else pack.unpad(out)[None], None
@@ -1916,11 +1929,11 @@ class DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours.
+    (DeBERTa-v2 xlarge), that reads neighbours. `plans` are those of disentangled-flash, where it is used.
     """
 
-    def __init__(self, encoder):
-        self.pack = None
+    def __init__(self, encoder, plans=None):
+        self.pack, self.plans = None, plans
         self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
 
     def get_attention_mask(self, mask):
@@ -1928,9 +1941,12 @@ class DebertaLayout:
         return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
 
     def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `distance_rows` and the pack."""
+        """What the attention of every layer takes as relative_pos: `distance_rows`, and for packed rows the pack and
+        the plan of disentangled-flash."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        return self.table and distance_rows(T, *self.table, hidden.device), self.pack
+        rows = self.table and distance_rows(T, *self.table, hidden.device)
+        flash = self.plans is not None and self.pack is not None and hidden.is_cuda
+        return rows, self.pack, self.plans.compact(T, hidden.device) if flash else None
 
     def pad(self, _, inputs):
         return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
@@ -1939,15 +1955,68 @@ class DebertaLayout:
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
-def faster_deberta(backbone):
+FLASH_VERSION = "1.1.1"  # of disentangled-flash: the kernels have no public name, so another may call them otherwise
+
+
+def flash_plans(encoder):
+    """The position plans of disentangled-flash for an encoder; ConfigError where the package is not the one we know."""
+    try:
+        version = importlib.metadata.version("disentangled-flash")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    if version != FLASH_VERSION:
+        wanted = f"disentangled-flash=={FLASH_VERSION}"
+        raise ConfigError(f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}")
+    from disentangled_flash.position import SharedPositionPlanCache
+
+    buckets, longest = encoder.position_buckets, encoder.max_relative_positions
+    return SharedPositionPlanCache(
+        position_buckets=buckets,
+        max_relative_positions=longest,
+        position_embedding_size=buckets if buckets > 0 else longest,
+        uses_position_bias=bool(encoder.layer[0].attention.self.pos_att_type),
+    )
+
+
+def disentangled_flash(q, k, v, pos_key, pos_query, plan, pack, scale, dropout):
+    """Attention of packed q, k, v (N, heads, d) -> (N, heads * d) by the package disentangled-flash, from sm_80 on.
+
+    pos_key, pos_query: (R, heads * d), the R rows `plan.active_slots` of the position table, projected; or None.
+    """
+    from disentangled_flash.position import pad_position_table
+    from disentangled_flash.training._kernels import training_attention_packed
+    from disentangled_flash.tuning import DeviceResources, heuristic_config
+
+    heads = q.shape[1]
+    positions = (
+        x if x is None else pad_position_table(x.unflatten(-1, (heads, -1)).transpose(0, 1))
+        for x in (pos_key, pos_query)
+    )
+    workload = dict(sequence_length=plan.sequence_length, head_dim=q.shape[-1], dtype=str(q.dtype).split(".")[1])
+    device = dict(batch_heads=None, resources=DeviceResources.current(q.device))
+    phases = {"forward_config": "training_forward", "dq_config": "backward_dq", "dkv_config": "backward_dkv"}
+    return training_attention_packed(
+        *(x.transpose(0, 1) for x in (q, k, v)),  # (heads, N, d)
+        *(*positions, plan.delta_to_local, pack.starts),
+        max_seqlen=plan.sequence_length,
+        score_scale=scale,
+        strict_fp32=True,
+        dropout_p=dropout,
+        gradient_band=plan.gradient_band,  # without it, atomics
+        **{name: heuristic_config(phase=phase, **workload, **device) for name, phase in phases.items()},
+    )
+
+
+def faster_deberta(backbone, flash=False):
     """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
 
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
     padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
     Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
+    With `flash` packed rows in half precision on a GPU go to disentangled-flash.
     """
     encoder = backbone.encoder
-    layout = encoder.layout = DebertaLayout(encoder)
+    layout = encoder.layout = DebertaLayout(encoder, flash_plans(encoder) if flash else None)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
@@ -1956,11 +2025,16 @@ def faster_deberta(backbone):
         layer.attention.self = DisentangledAttention(layer.attention.self)
 
 
-def use_packed_attention(backbone):
-    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
-    if isinstance(backbone, transformers.DebertaV2Model):
-        faster_deberta(backbone)
+def use_packed_attention(backbone, attention=""):
+    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''.
+    ConfigError where the setting `attention` is for DeBERTa, and the backbone is another."""
+    if isinstance(backbone, transformers.DebertaV2Model) and attention in ("", "disentangled_flash"):
+        faster_deberta(backbone, attention == "disentangled_flash")
         return ""
+    if attention == "disentangled_flash":
+        raise ConfigError(f"attention disentangled_flash is for DeBERTa-v2 and v3, not for {type(backbone).__name__}")
+    if attention:
+        return "attention is set"
     if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
@@ -2230,7 +2304,7 @@ class TextModel(nn.Module):
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
         self.first_position = max((first for _, first in position_tables(backbone)), default=0)
-        why = "attention is set" if cfg.attention else use_packed_attention(backbone)
+        why = use_packed_attention(backbone, cfg.attention)
         self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
 
@@ -2291,35 +2365,42 @@ def check_padding(model, tokens, dtype=torch.float32):
 PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
-@torch.no_grad()
-def packing_problem(model, tokens, dtype):
+def packing_problem(model, tokens, dtype, gradients=False):
     """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
-    packed: their states must be those of padded rows, and those of the first must not move with the second."""
+    packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
+    the first must not move with the second."""
     device, rows = next(model.parameters()).device, np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
     inputs = tokens.packed(rows, device)
     other = inputs | {"input_ids": inputs["input_ids"].clone()}
     other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
+    weights, slopes = [p for p in model.backbone.parameters() if p.requires_grad], []
+    real = inputs["pack"].mask.bool()
     try:
-        with autocast(device, dtype):
+        with autocast(device, dtype), torch.no_grad():
             padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
+        for x in (tokens.batch(rows, device), inputs) if gradients else ():
+            with autocast(device, dtype):
+                states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
+                loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
+            slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, materialize_grads=True)]))
     except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-    real = inputs["pack"].mask.bool()
-    scale = padded[real].std()
+    scale, allowed = padded[real].std(), PACKING_TOLERANCES[dtype]
     gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
-    allowed = PACKING_TOLERANCES[dtype]
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
+    if slopes and not (cosine := F.cosine_similarity(*slopes, dim=0)) > 1 - allowed:
+        return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
-def takes_packed_rows(model, tokens, dtype):
+def takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
         return False
     if dtype not in model.unpackable:
         training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype)
+        why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
         model.train(training)
         print(f"{name} gets padded rows: {why}" if why else f"{name} gets packed rows: nothing is padded")
     return not model.unpackable[dtype]
@@ -2918,7 +2999,7 @@ class Engine:
         self.rates = torch.zeros(len(groups), device=self.device)
         self.optimizer = make_optimizer(groups, cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.packed = takes_packed_rows(self.model, data.tokens, self.dtype)
+        self.packed = takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
         if not self.packed:
             check_padding(self.model.eval(), data.tokens, self.dtype)
         wanted = {"compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda"}
@@ -3000,7 +3081,8 @@ class Engine:
             return self.backward(tokens.batch(part, self.device), send(part, self.device), count)
         slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
         if self.static:
-            slots, longest = next(n for n in self.budgets if n >= slots), int(tokens.lengths.max())
+            slots = next(n for n in self.budgets if n >= slots)
+            longest = 8 * math.ceil(tokens.lengths.max() / 8)  # aligned for the kernels of a GPU
             fill = [-1] * (self.micro - len(part))
 
         def pack_and_backward(sent):

@@ -168,6 +168,25 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
 
 
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return -slope
+
+
+def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
+    model, tokens = build("bert")
+    wrong = lambda *arguments: Backwards.apply(ku.attend_each(*arguments))  # noqa: E731
+    assert ku.packing_problem(model, tokens, torch.float32, gradients=True) == ""
+    monkeypatch.setattr(ku, "attention_kernel", lambda *_: wrong)
+    assert ku.packing_problem(model, tokens, torch.float32) == ""
+    assert "gradients have a cosine of" in ku.packing_problem(model, tokens, torch.float32, gradients=True)
+
+
 def absent_kernel(*_):
     raise TypeError("no op of this name")
 
