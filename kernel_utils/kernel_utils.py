@@ -2394,6 +2394,17 @@ def packing_problem(model, tokens, dtype, gradients=False):
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
+def attention_name(model, device, dtype):
+    """How a model attends over packed rows in training, as text."""
+    if model.layout:
+        flash = model.layout.plans is not None and device.type == "cuda" and dtype != torch.float32
+        return "disentangled-flash" if flash else "attention by relative shift"
+    rates = [rate for name, rate in model.backbone.config.to_dict().items() if "att" in name and "drop" in name]
+    kernel = attention_kernel(device, dtype, max(filter(None, rates), default=0))
+    names = {attend_flash: "flash attention", attend_efficient: "memory-efficient attention"}
+    return names.get(kernel, "attention text by text")
+
+
 def takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
@@ -2402,7 +2413,8 @@ def takes_packed_rows(model, tokens, dtype, gradients=False):
         training, name = model.training, type(model.backbone).__name__
         why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
         model.train(training)
-        print(f"{name} gets padded rows: {why}" if why else f"{name} gets packed rows: nothing is padded")
+        packed = f"packed rows, {attention_name(model, next(model.parameters()).device, dtype)}"
+        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else packed}")
     return not model.unpackable[dtype]
 
 
@@ -3010,6 +3022,9 @@ class Engine:
         if self.compiled:
             self.model.backbone.compile(dynamic=False)
         self.place()
+        if self.static:
+            ways = "compiled, " * self.compiled + ("in CUDA graphs" if self.graphs else "no CUDA graphs")
+            say(f"steps are {ways}, for {', '.join(map(str, self.budgets))} token slots")
 
     def unfit(self):
         """Why steps can be neither compiled nor captured, or ''."""

@@ -163,7 +163,7 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
     padded = model(**tokens.batch(np.arange(6), CPU))
     fault(model, monkeypatch)
     assert not ku.takes_packed_rows(model, tokens, torch.float32)
-    assert f"Model gets padded rows: {told}" in capsys.readouterr().out
+    assert f"Model in float32: padded rows, {told}" in capsys.readouterr().out
     predictions = ku.predict(model, tokens, ku.Config())
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
 
@@ -207,7 +207,7 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
 def test_attention_that_is_set_gets_padded_rows_and_predicts_the_same(attention, build, capsys):
     model, tokens = build("bert")
     expected = ku.predict(model, tokens, ku.Config())
-    assert "BertModel gets packed rows" in capsys.readouterr().out
+    assert "BertModel in float32: packed rows, attention text by text" in capsys.readouterr().out
     model, tokens = build("bert", attention=attention)
     assert model.backbone.config._attn_implementation == attention
     np.testing.assert_allclose(ku.predict(model, tokens, ku.Config()), expected, atol=1e-6)
