@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_texts, train_frame
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import kernel_utils as ku
 
@@ -106,10 +107,18 @@ def one_step_start(tiny):
 def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
     cfg = resolved(tiny(schedule=schedule, warmup=0.2, llrd=0.5, lr=0.01))
     logged = []
-    data = fold_data(cfg)
-    ku.train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
+    data, used = fold_data(cfg), []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: used.append([float(group["lr"]) for group in optimizer.param_groups])
+    )
+    try:
+        ku.train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
+    finally:
+        hook.remove()
     rates = [entry["lr"] for entry in logged if "loss" in entry]
-    assert len(rates) == 30
+    assert len(rates) == len(used) == 30
+    for told, groups in zip(rates, used, strict=True):
+        assert sorted(set(groups)) == pytest.approx(sorted(set(told.values())), rel=1e-6)
     for step, lr in enumerate(rates):
         factor = (step + 1) / 6 if step < 6 else after((step - 6) / 24)
         expected = {"embeddings": 0.5**4, "head": 0.1, **{f"layer {i}": 0.5 ** (4 - i) for i in range(1, 5)}}
