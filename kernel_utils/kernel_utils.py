@@ -57,6 +57,7 @@ from typing import NamedTuple
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress here is plain text
+warnings.filterwarnings("ignore", message=".*capturable=True")  # the first steps are not captured, as `Graphs` says
 
 import numpy as np
 import pandas as pd
@@ -1794,8 +1795,10 @@ def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
 
     left = -1 if reach >= pack.longest - 1 else reach
     texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
-    window = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
-    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, scale=scale, **window)[None]
+    options = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
+    if scale is not None and scale != query.shape[-1] ** -0.5:  # torch 2.10 knows the usual scale alone
+        options["scale"] = scale
+    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[None]
 
 
 def attend_efficient(query, key, value, pack, dropout, scale, reach, causal):
@@ -2506,11 +2509,11 @@ def constant(progress):
     return 1.0
 
 
-def make_optimizer(groups, cfg, device):
+def make_optimizer(groups, cfg):
     """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which saves 6 of the 8
     bytes that they take for each parameter."""
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
+        return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw")
     import bitsandbytes
@@ -3009,7 +3012,7 @@ class Engine:
         for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         self.rates = torch.zeros(len(groups), device=self.device)
-        self.optimizer = make_optimizer(groups, cfg, self.device)
+        self.optimizer = make_optimizer(groups, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.packed = takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
         if not self.packed:
@@ -3036,7 +3039,7 @@ class Engine:
         """Bind the rates to the optimiser, choose budgets, forget graphs: after something has moved in memory."""
         if self.cfg.optimizer == "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate
+                group |= {"lr": rate, "capturable": self.graphs is not None}
         if self.graphs:
             self.graphs = Graphs()
         if self.static:
