@@ -355,7 +355,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     engine = engine_of(cfg)
     engine.begin(0, lambda text: None)
     assert engine.packed, engine.model.unpackable
-    recorded = []
+    recorded, places = [], []
 
     def record(name, function, *inputs):
         with Recorder() as recorder:
@@ -369,6 +369,10 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     for step, rows in enumerate([[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]):
         recorded.append([])
         engine.optimizer_step(step, np.array(rows))
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        places.append([gradient.data_ptr() for gradient in gradients])
+        assert len(gradients) > 10 and not any(gradient.any() for gradient in gradients)
+    assert places[0] == places[1] == places[2]
     first, second = recorded[1:]  # the first step makes the state of the optimiser
     assert [name for name, _ in first] == ["('accumulate', 128)"] * 2 + ["update"]
     for (_, calls), (_, others) in zip(first, second, strict=True):
