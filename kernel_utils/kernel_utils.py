@@ -585,13 +585,17 @@ def unfit(precision):
         return "int8 is for CPUs"
     if precision == "int8" and "avx512_vnni" not in cpu_flags():  # pytorch issue 103646
         return f"{device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
+    if precision == "int8" and not (
+        hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
+    ):
+        return f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
     return ""
 
 
 def cpu_precisions():
-    """Precisions below float32 that this CPU has instructions for, the more exact one first."""
-    bf16 = ["bf16"] if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else []
-    return bf16 + ([] if unfit("int8") else ["int8"])
+    """Precisions below float32, the more exact one first -> why this CPU has nothing to gain by it, or ''."""
+    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
+    return {"bf16": "" if native else f"{device_name()} has no instructions for bf16", "int8": unfit("int8")}
 
 
 def autocast(device, dtype):
@@ -3611,14 +3615,16 @@ def architecture(run):
     return json.dumps([reading_of(run), file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
 
 
-def open_runs(bundle):
-    """(run, tokenizer, model) of every run, those of one architecture in a row: they share one model, whose weights
-    are whichever were loaded last. No more than one is in memory, and it stays in `bundle.opened`."""
-    for key, run in sorted(((architecture(run), run) for run in bundle.runs), key=lambda pair: pair[0]):
-        if key not in bundle.opened:
+def each_run(bundle, work):
+    """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
+    are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
+    results = []
+    for run in sorted(bundle.runs, key=architecture):
+        if (key := architecture(run)) not in bundle.opened:
             bundle.opened.clear()
             bundle.opened[key] = open_run(run)
-        yield run, *bundle.opened[key]
+        results.append(work(run, *bundle.opened[key]))
+    return results
 
 
 def int8_forward(linear):
@@ -3629,7 +3635,10 @@ def int8_forward(linear):
     """
     weight = linear.weight.detach()
     scales = (weight.abs().amax(1).double() / 127).clamp(min=1e-12)
-    rounded = torch.quantize_per_channel(weight, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8)
+    zeros = torch.zeros_like(scales, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
     return lambda states: torch.ops.quantized.linear_dynamic(states, packed, reduce_range=False)
 
@@ -3693,16 +3702,20 @@ def check_gaps(run, predictions, precision):
     return float(gaps.max())
 
 
+def check_run(run, tokenizer, model):
+    """`check_golden` for one run."""
+    check_probes(run, tokenizer)
+    precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
+    got = golden_predictions(run, tokenizer, model, precisions.values())
+    for name, precision in precisions.items():
+        gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
+        print(f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed")
+
+
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    for run, tokenizer, model in open_runs(bundle):
-        check_probes(run, tokenizer)
-        precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
-        got = golden_predictions(run, tokenizer, model, precisions.values())
-        for name, precision in precisions.items():
-            gap, rows = check_gaps(run, got[precision], name), len(got[precision])
-            print(f"{run.name}: {rows} golden rows in {name}: {gap:.1e} from training, {TOLERANCES[name]:g} allowed")
+    each_run(bundle, check_run)
 
 
 def rms_gap(run, predictions, others):
@@ -3730,7 +3743,10 @@ def probe_precisions(run, tokenizer, model, frame, batch_tokens):
     load_fold(model, run, next(iter(run.weights)))
     best, exact = probe(model, tokens, cfg, "fp32")
     found, told = ["fp32"], [f"fp32 {best:.2f} s"]
-    for precision in cpu_precisions():
+    for precision, why in cpu_precisions().items():
+        if why:
+            told.append(f"no {precision}: {why}")
+            continue
         try:
             seconds, predictions = probe(model, tokens, cfg, precision)
         except (KitError, RuntimeError, AttributeError, TypeError) as error:  # this backbone, or this torch, cannot
@@ -3763,39 +3779,40 @@ def agreed(run, tokenizer, model, precisions):
 def choose_precision(bundle, frame, batch_tokens):
     """The bundle with the precision that each run is predicted in. Only on a CPU, only where the setting is auto, and
     only for as many rows as pay for the probe: the fastest that agrees with float32 and with training."""
-    if bundle.precision != "auto" or pick_device().type != "cpu" or not cpu_precisions():
+    if bundle.precision != "auto" or pick_device().type != "cpu":
         return bundle
     if len(frame) * sum(len(run.weights) for run in bundle.runs) < PROBE_PAYS:
         print("predicted in fp32: too few rows for a search of what is faster to pay")
         return bundle
-    found, chosen = {}, {}  # architecture -> precisions; run -> precision
-    for run, tokenizer, model in open_runs(bundle):
+    found = {}  # architecture -> precisions
+
+    def choose(run, tokenizer, model):
         if (key := architecture(run)) not in found:
             found[key] = probe_precisions(run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens)
-        chosen[run.name] = agreed(run, tokenizer, model, found[key])
-    return with_precisions(bundle, chosen)
+        return run.name, agreed(run, tokenizer, model, found[key])
 
-
-def predict_run(run, model, tokens, batch_tokens=0):
-    """Mean of the folds' predictions (N, K), in target units or probabilities."""
-    cfg, total = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens), 0
-    for fold in progress(list(run.weights), f"predict {run.name}"):
-        load_fold(model, run, fold)
-        with in_precision(model, cfg, run.precision) as used:
-            total = total + predict(model, tokens, used)
-    return total / len(run.weights)
+    return with_precisions(bundle, dict(each_run(bundle, choose)))
 
 
 def predict_runs(bundle, frame, batch_tokens):
-    """Mean of the runs' predictions (N, K), in this process. Runs that read the texts alike share their tokens."""
-    texts, means = {}, []
-    for run, tokenizer, model in open_runs(bundle):
+    """Mean over runs of the means of their folds, (N, K), in this process. Runs that read the texts alike share their
+    tokens."""
+    texts = {}  # what decides the tokens -> tokens
+
+    def predict_run(run, tokenizer, model):
+        cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
         if (key := reading_of(run)) not in texts:
-            if new := new_prefix_words(tokenizer, frame, run.cfg):
+            if new := new_prefix_words(tokenizer, frame, cfg):
                 warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
-            texts[key] = tokenize_frame(frame, tokenizer, run.cfg)
-        means.append(predict_run(run, model, texts[key], batch_tokens))
-    return np.mean(means, axis=0)
+            texts[key] = tokenize_frame(frame, tokenizer, cfg)
+        total = 0
+        for fold in progress(list(run.weights), f"predict {run.name}"):
+            load_fold(model, run, fold)
+            with in_precision(model, cfg, run.precision) as used:
+                total = total + predict(model, texts[key], used)
+        return total / len(run.weights)
+
+    return np.mean(each_run(bundle, predict_run), axis=0)
 
 
 def equal_gpus():
