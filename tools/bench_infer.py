@@ -8,9 +8,10 @@ to 500, cut from the same texts) padded to 512. One fold of the run; tokenizing 
 plain loop's seconds by ours, the median over the rounds with the smallest and largest.
 
 With `--precisions` another comparison: infer.ipynb's prediction by all folds, in float32, in bf16 and int8 where this
-machine has them, and with the setting auto, its probe and checks included, against a float32 loop over the folds that
+machine has them, and, with rows enough for its probe, with the setting auto, against a float32 loop over the folds that
 tokenizes once, sorts the texts by length and pads to the longest of a batch, with as many tokens a batch. `gap` is the
-root mean square distance from the loop's predictions, in standard deviations of the target.
+root mean square distance from the loop's predictions, in standard deviations of the target. Seconds are those of the
+CPU, so that a machine may be shared; with OMP_NUM_THREADS=1 none of them are spent waiting.
 """
 
 import argparse
@@ -84,7 +85,8 @@ def ours_in(frame, bundle):
 
 def compare_precisions(folder, frame, tokenizer, model, asked):
     """Rows of the second table: seconds of the sorted loop and of every precision, in turn."""
-    run, names = ku.load_run(folder), ["fp32", *(p for p, why in ku.cpu_precisions().items() if not why), "auto"]
+    run, names = ku.load_run(folder), ["fp32", *(p for p, why in ku.cpu_precisions().items() if not why)]
+    names += ["auto"] if len(frame) * len(run.weights) >= ku.PROBE_PAYS else []
     texts = list(frame[run.cfg.text_column])
     sides = {"loop": (sorted_loop, texts, tokenizer, model, run)}
     sides |= {name: (ours_in, frame, ku.load_bundle(folder, name)) for name in names}
@@ -93,9 +95,9 @@ def compare_precisions(folder, frame, tokenizer, model, asked):
     for round_ in range(asked.rounds):
         for name in list(sides) if round_ % 2 == 0 else list(sides)[::-1]:
             function, *arguments = sides[name]
-            began = time.perf_counter()
+            began = time.process_time()  # of all threads; others on the machine do not count
             predictions[name] = function(*arguments)
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.process_time() - began)
         print(f"round {round_}: {', '.join(f'{name} {took[-1]:.1f} s' for name, took in times.items())}", flush=True)
     rows = []
     for name in names:
@@ -105,7 +107,9 @@ def compare_precisions(folder, frame, tokenizer, model, asked):
         row |= {"rows/s": round(len(texts) / np.median(times[name]), 1), "ratio": round(np.median(ratios), 2)}
         row |= {"smallest": round(ratios.min(), 2), "largest": round(ratios.max(), 2), "rounds": asked.rounds}
         gap = ku.rms_gap(run, predictions[name], predictions["loop"])
-        rows.append(row | {"gap": f"{gap:.1g}", "device": f"{ku.device_name()}, {torch.get_num_threads()} threads"})
+        rows.append(
+            row | {"gap": f"{gap:.1g}", "device": f"{ku.device_name()}, {torch.get_num_threads()} threads, CPU seconds"}
+        )
     return rows
 
 
