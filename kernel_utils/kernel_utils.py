@@ -316,6 +316,7 @@ TASKS = {  # task -> (default loss, default metric)
     "multilabel": ("bce", "auc"),
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
 FOLD_KINDS = {
@@ -469,6 +470,11 @@ class InferConfig(Settings):
     bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, BATCH_TOKENS, low=0)
+    precision: str = option(
+        "auto",
+        "auto, fp32, bf16 or int8; auto: as trained on a GPU, the fastest that agrees on a CPU",
+        INFER_PRECISIONS,
+    )
 
 
 # ---------------------------------------------------------------------------------------
@@ -572,8 +578,37 @@ def pick_dtype(precision, device):
 
 
 def precision_name(precision):
-    """float32, bfloat16 or float16: what the setting `precision` means on this machine."""
-    return str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+    """float32, bfloat16, float16 or int8: what the setting `precision` means on this machine."""
+    return "int8" if precision == "int8" else str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+
+
+def cpu_flags():
+    """The instruction sets of the CPU as Linux names them; none elsewhere."""
+    info = Path("/proc/cpuinfo")
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
+    return set(line[1].split()) if line else set()
+
+
+def unfit(precision):
+    """Why this machine cannot predict in a precision, or ''."""
+    gpu = torch.cuda.is_available()
+    if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{device_name()} has no bf16"
+    if precision == "int8" and gpu:
+        return "int8 is for CPUs"
+    if precision == "int8" and "avx512_vnni" not in cpu_flags():  # pytorch issue 103646
+        return f"{device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
+    if precision == "int8" and not (
+        hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
+    ):
+        return f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
+    return ""
+
+
+def cpu_precisions():
+    """Precisions below float32, the more exact one first -> why this CPU has nothing to gain by it, or ''."""
+    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
+    return {"bf16": "" if native else f"{device_name()} has no instructions for bf16", "int8": unfit("int8")}
 
 
 def autocast(device, dtype):
@@ -4009,8 +4044,18 @@ def summary(name, record):
 FORMAT = "kernel_utils bundle 1"
 
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
-# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# 6e-4 in float16, 6e-3 in bfloat16 and 5e-2 in int8; a deeper model adds up more. Float32, always checked too, is the
+# sharp one.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
+
+# What a CPU may take for speed unasked: a root mean square gap g to float32, in standard deviations of the target (in
+# units of 1 for probabilities), turns an RMSE r into sqrt(r^2 + g^2): 0.04 costs at most 0.5 % where r is 0.4 or more,
+# and the best of CommonLit is at 0.43. MiniLM's on CLEAR: bf16 0.001, int8 0.01 to 0.015. The four golden rows of a
+# fold tell such a gap from a larger one only roughly; that all folds must pass, and the probe, makes up for it.
+AGREEMENT = 0.04
+PROBE_ROWS = 32  # texts that speeds are measured on
+PROBE_PAYS = 1000  # rows by models, of which a probe takes as long as 150 and can save half
+CLEARLY = 0.95  # share of the seconds that is clearly faster: two probes of the same differ by less
 
 
 class BundleError(KitError):
@@ -4029,11 +4074,14 @@ class Run(NamedTuple):
     config: Path  # of the backbone
     tokenizer: dict  # name of a file of the tokenizer -> its path
     weights: dict  # fold -> path
+    precision: str  # to predict in: that of training, of the setting, or what a CPU is fastest in
 
 
 class Bundle(NamedTuple):
     folder: Path
     runs: list
+    opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
+    precision: str = ""  # the setting of infer.ipynb; empty means as trained
 
     @property
     def cfg(self):
@@ -4111,11 +4159,10 @@ def make_run(name, record, golden, config, tokenizer, weights):
         raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
     if problem := golden_problem(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if cfg.precision == "bf16" and emulated:
-        print(f"{name}: {device_name()} has no bf16, so precision auto instead")
+    if why := unfit(cfg.precision):
+        print(f"{name}: {why}, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    return Run(name, record, golden, cfg, config, tokenizer, weights)
+    return Run(name, record, golden, cfg, config, tokenizer, weights, cfg.precision)
 
 
 def is_complete(folder):
@@ -4188,17 +4235,19 @@ def find_bundle(bundle_dir):
 def open_bundle(folder):
     """A bundle or run folder as a `Bundle`, its files not verified."""
     if not (folder / MANIFEST).is_file():
-        return Bundle(folder, [load_run(folder)])
+        return Bundle(folder, [load_run(folder)], {})
     runs = read_manifest(folder)["runs"]
-    return Bundle(folder, [bundled_run(folder, name, parts) for name, parts in runs.items()])
+    return Bundle(folder, [bundled_run(folder, name, parts) for name, parts in runs.items()], {})
 
 
-def load_bundle(bundle_dir=""):
+def load_bundle(bundle_dir="", precision=""):
     """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
 
     A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
-    BundleError, which names every file that is not what was packed.
+    BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
     """
+    if why := unfit(precision):
+        raise ConfigError(f"precision {precision} cannot be used here: {why}")
     folder = find_bundle(bundle_dir)
     if (folder / MANIFEST).is_file():
         files = read_manifest(folder)["files"]
@@ -4217,7 +4266,17 @@ def load_bundle(bundle_dir=""):
         here, then = versions(), run.record["versions"]
         if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
             print(f"  trained with {'; '.join(moved)}")
-    return bundle
+    bundle = bundle._replace(precision=precision)
+    if precision == "auto" and pick_device().type == "cpu":
+        precision = "fp32"  # until `choose_precision` has seen the texts
+    return with_precisions(bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")})
+
+
+def with_precisions(bundle, precisions):
+    """The bundle with other precisions for some runs, {name: precision}."""
+    return bundle._replace(
+        runs=[run._replace(precision=precisions.get(run.name, run.precision)) for run in bundle.runs]
+    )
 
 
 def open_run(run):
@@ -4232,8 +4291,78 @@ def open_run(run):
 
 
 def load_fold(model, run, fold):
+    """Copy the weights of a fold into the model, tensor by tensor from a map of the file: no second model in memory."""
     with reading(run.weights[fold]):
-        load_model(model, run.weights[fold], device=str(next(model.parameters()).device))
+        load_model(model, run.weights[fold])
+
+
+READING = "text_column pair_column prefix max_length truncation".split()  # settings that `tokenize_frame` reads
+SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
+
+
+def reading_of(run):
+    """What decides the token ids of a run, as text."""
+    files = {name: file_sha256(path) for name, path in run.tokenizer.items()}
+    return json.dumps([files, [getattr(run.cfg, name) for name in READING]], sort_keys=True)
+
+
+def architecture(run):
+    """What decides the tokenizer and all of the model but its weights, as text. The settings in which the runs of an
+    ensemble mostly differ are left out; one more would only build a model of its own."""
+    settings = {name: value for name, value in run.cfg.to_dict().items() if name not in SHAPELESS.split()}
+    return json.dumps([reading_of(run), file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
+
+
+def each_run(bundle, work):
+    """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
+    are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
+    results = []
+    for run in sorted(bundle.runs, key=architecture):
+        if (key := architecture(run)) not in bundle.opened:
+            bundle.opened.clear()
+            bundle.opened[key] = open_run(run)
+        results.append(work(run, *bundle.opened[key]))
+    return results
+
+
+def int8_forward(linear):
+    """`forward` of a linear layer with weights of 8 bits, a scale for each output, and inputs rounded to 8 bits by the
+    range of a batch. A layer that narrows follows the activation function, whose outliers are in a few tokens: there
+    each token has a range of its own.
+
+    torch.ao's quantize_dynamic, deprecated, rounds inputs to 7 bits, which CPUs without VNNI need. On 160 texts of
+    CLEAR its predictions moved 2.6 times as far; the ranges by token halved the distance once more.
+    """
+    weight, narrows = linear.weight.detach(), linear.in_features > linear.out_features
+    scales = (weight.abs().amax(1).double() / 127).clamp(min=1e-12)
+    zeros = torch.zeros_like(scales, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(rounded, None if narrows else linear.bias)
+
+    def forward(states):
+        if not narrows:
+            return torch.ops.quantized.linear_dynamic(states, packed, reduce_range=False)
+        largest = states.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # (B, T, 1)
+        out = torch.ops.quantized.linear_dynamic(states / largest, packed, reduce_range=False) * largest
+        return out if linear.bias is None else out + linear.bias
+
+    return forward
+
+
+@contextlib.contextmanager
+def in_precision(model, cfg, precision):
+    """The settings to `predict` with in a precision. For int8 the linear layers of the backbone compute with copies of
+    the weights that are in the model now, a quarter of their size, and as before afterwards."""
+    linears = [layer for layer in model.backbone.modules() if type(layer) is nn.Linear] if precision == "int8" else []
+    try:
+        for layer in linears:
+            layer.forward = int8_forward(layer)
+        yield dataclasses.replace(cfg, precision="fp32" if precision == "int8" else precision)
+    finally:
+        for layer in linears:
+            vars(layer).pop("forward", None)
 
 
 def check_probes(run, tokenizer):
@@ -4256,8 +4385,8 @@ def golden_predictions(run, tokenizer, model, precisions):
     for fold in run.weights:
         load_fold(model, run, fold)
         for precision, predictions in got.items():
-            cfg = dataclasses.replace(run.cfg, precision=precision)
-            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+            with in_precision(model, run.cfg, precision) as cfg:
+                predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
 
@@ -4281,11 +4410,10 @@ def check_gaps(run, predictions, precision):
     return float(gaps.max())
 
 
-def check_run(run):
+def check_run(run, tokenizer, model):
     """`check_golden` for one run."""
-    tokenizer, model = open_run(run)
     check_probes(run, tokenizer)
-    precisions = {precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
+    precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
     got = golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
         gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
@@ -4295,26 +4423,104 @@ def check_run(run):
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    for run in bundle.runs:
-        check_run(run)
+    each_run(bundle, check_run)
 
 
-def predict_run(run, frame, batch_tokens=0):
-    """Mean of the folds' predictions (N, K) for a test frame, in target units or probabilities."""
-    tokenizer, model = open_run(run)
-    cfg, total = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens), 0
-    if new := new_prefix_words(tokenizer, frame, cfg):
-        warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
-    tokens = tokenize_frame(frame, tokenizer, cfg)
-    for fold in progress(list(run.weights), f"predict {run.name}"):
-        load_fold(model, run, fold)
-        total = total + predict(model, tokens, cfg)
-    return total / len(run.weights)
+def rms_gap(run, predictions, others):
+    """Root mean square distance of predictions, in standard deviations of the target; of probabilities, as it is."""
+    return float(np.sqrt(np.square(predictions - others).mean()) / run.record["oof"].get("target_sd", 1))
+
+
+def probe(model, tokens, cfg, precision):
+    """(seconds, predictions) of a few texts in a precision: the faster of two times, after a first row."""
+    with in_precision(model, cfg, precision) as cfg:
+        predict(model, tokens, cfg, [0])
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            predictions = predict(model, tokens, cfg)
+            seconds.append(time.perf_counter() - began)
+    return min(seconds), predictions
+
+
+def probe_precisions(run, tokenizer, model, frame, batch_tokens):
+    """Precisions in which this CPU predicts some texts of a frame clearly faster than in a more exact one, the fastest
+    first and float32 last, and as float32 does within AGREEMENT. Seconds and distances are printed."""
+    rows = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, PROBE_ROWS).astype(int))]
+    tokens, cfg = tokenize_frame(rows, tokenizer, run.cfg), dataclasses.replace(run.cfg, batch_tokens=batch_tokens)
+    load_fold(model, run, next(iter(run.weights)))
+    best, exact = probe(model, tokens, cfg, "fp32")
+    found, told = ["fp32"], [f"fp32 {best:.2f} s"]
+    for precision, why in cpu_precisions().items():
+        if why:
+            told.append(f"no {precision}: {why}")
+            continue
+        try:
+            seconds, predictions = probe(model, tokens, cfg, precision)
+        except (KitError, RuntimeError, AttributeError, TypeError) as error:  # this backbone, or this torch, cannot
+            told.append(f"{precision} fails ({textwrap.shorten(str(error), 100)})")
+            continue
+        gap = rms_gap(run, predictions, exact)
+        told.append(f"{precision} {seconds:.2f} s, {gap:.2g} off")
+        if seconds < CLEARLY * best and gap <= AGREEMENT:
+            best, found = seconds, [precision, *found]
+    print(f"{run.name}, {len(tokens)} texts by one fold: {'; '.join(told)} ({AGREEMENT:g} allowed)")
+    return found
+
+
+def agreed(run, tokenizer, model, precisions):
+    """The first precision whose golden rows agree with training in every fold; of float32 that is proved already."""
+    folds = np.array([row["fold"] for row in run.golden["rows"]])
+    golden = np.array([row["prediction"] for row in run.golden["rows"]])
+    for precision in precisions[:-1]:
+        (got,) = golden_predictions(run, tokenizer, model, [precision]).values()
+        gaps = {fold: rms_gap(run, got[folds == fold], golden[folds == fold]) for fold in run.weights}
+        off = [f"fold {fold} {gap:.2g}" for fold, gap in gaps.items() if not gap <= AGREEMENT]
+        if not off:
+            print(f"{run.name}: predicted in {precision}, golden rows at most {max(gaps.values()):.2g} off training")
+            return precision
+        print(f"{run.name}: not in {precision}, golden rows are off training: {listing(off)} ({AGREEMENT:g} allowed)")
+    print(f"{run.name}: predicted in fp32")
+    return "fp32"
+
+
+def choose_precision(bundle, frame, batch_tokens):
+    """The bundle with the precision that each run is predicted in. Only on a CPU, only where the setting is auto, and
+    only for as many rows as pay for the probe: the fastest that agrees with float32 and with training."""
+    if bundle.precision != "auto" or pick_device().type != "cpu":
+        return bundle
+    if len(frame) * sum(len(run.weights) for run in bundle.runs) < PROBE_PAYS:
+        print("predicted in fp32: too few rows for a search of what is faster to pay")
+        return bundle
+    found = {}  # architecture -> precisions
+
+    def choose(run, tokenizer, model):
+        if (key := architecture(run)) not in found:
+            found[key] = probe_precisions(run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens)
+        return run.name, agreed(run, tokenizer, model, found[key])
+
+    return with_precisions(bundle, dict(each_run(bundle, choose)))
 
 
 def predict_runs(bundle, frame, batch_tokens):
-    """Mean of the runs' predictions (N, K), in this process."""
-    return np.mean([predict_run(run, frame, batch_tokens) for run in bundle.runs], axis=0)
+    """Mean over runs of the means of their folds, (N, K), in this process. Runs that read the texts alike share their
+    tokens."""
+    texts = {}  # what decides the tokens -> tokens
+
+    def predict_run(run, tokenizer, model):
+        cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
+        if (key := reading_of(run)) not in texts:
+            if new := new_prefix_words(tokenizer, frame, cfg):
+                warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
+            texts[key] = tokenize_frame(frame, tokenizer, cfg)
+        total = 0
+        for fold in progress(list(run.weights), f"predict {run.name}"):
+            load_fold(model, run, fold)
+            with in_precision(model, cfg, run.precision) as used:
+                total = total + predict(model, texts[key], used)
+        return total / len(run.weights)
+
+    return np.mean(each_run(bundle, predict_run), axis=0)
 
 
 def equal_gpus():
@@ -4329,7 +4535,8 @@ def start_process(number, bundle, frame, batch_tokens, folder):
     gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
     job, output, log = (Path(folder) / f"{number}.{kind}" for kind in ("json", "npy", "log"))
     cells = {name: list(frame[name]) for run in bundle.runs for name in input_columns(run.cfg)}
-    told = dict(bundle=str(bundle.folder), runs=[run.name for run in bundle.runs], device=device_name())
+    runs = {run.name: run.precision for run in bundle.runs}
+    told = dict(bundle=str(bundle.folder), runs=runs, device=device_name())
     write_json(job, told | dict(cells=cells, batch_tokens=batch_tokens, output=str(output)))
     with open(log, "w") as file:
         return subprocess.Popen(
@@ -4347,6 +4554,7 @@ def predict_job(path):
         raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
     bundle = open_bundle(Path(job["bundle"]))
     bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
+    bundle = with_precisions(bundle, job["runs"])
     np.save(job["output"], predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
@@ -4354,9 +4562,10 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """Mean over runs of the means of their folds, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
-    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
+    that one GPU, or the CPU, needs no other. A few rows take the same way as many, but for `choose_precision`.
     """
     began = time.perf_counter()
+    bundle = choose_precision(bundle, frame, batch_tokens)
     count = min(processes or max(1, len(equal_gpus())), len(frame))
     parts = [table[getattr(run.cfg, field)] for run in bundle.runs for field, table in PARTS.items()]
     if count > 1 and (cells := [part.__name__ for part in parts if part.__module__ != __name__]):
@@ -4378,7 +4587,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})
+    used = sorted({precision_name(run.precision) for run in bundle.runs})
     print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
     print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
     return predictions

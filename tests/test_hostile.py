@@ -946,7 +946,7 @@ def packed(run, folder):
 def infer(settings):
     """Predict as infer.ipynb does."""
     cfg = ku.InferConfig.from_dict(settings)
-    bundle = ku.load_bundle(cfg.bundle_dir)
+    bundle = ku.load_bundle(cfg.bundle_dir, cfg.precision)
     ku.check_golden(bundle)
     test, sample = ku.read_test_set(bundle, cfg.data_dir)
     ids, path = test[bundle.cfg.id_column], Path(cfg.output_dir) / "submission.csv"
