@@ -3830,13 +3830,13 @@ def listen(watch):
 def train_job(path):
     """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
     beside the job."""
-    job, folder = read_job(path), Path(path).parent
+    path = Path(path)
+    job, folder = read_job(path), path.parent
     torch.set_num_threads(job["threads"])
     cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
     watch = Watch(cfg, job["test_rows"])
     watch.began -= time.time() - job["began"]
     threading.Thread(target=listen, args=[watch], daemon=True).start()
-    told = print if job["number"] == 0 else lambda text: None  # what is the same in all
     try:
         data = rebuild_data(read_state(folder), Path(job["backbone"]), load_tokenizer(run / "tokenizer"))
         engine = Engine(data, cfg)
@@ -3848,12 +3848,13 @@ def train_job(path):
                 except FileExistsError:  # another has taken it
                     continue
                 watch.models = job["finished"] + len(list(folder.glob("fold*")))
+                first = job["number"] == 0 and engine.model is None
                 with open_log(cfg, place) as log:
-                    result = train_and_save(data, fold, cfg, run, log, told, watch, engine)
-                told = lambda text: None  # noqa: E731
-                told_more = dict(result=result, restored=watch.restored, peak=peak_memory())
+                    say = print if first else lambda text: None
+                    result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                left = dict(result=result, restored=watch.restored, peak=peak_memory())
+                save_folder(place / "result", functools.partial(write_state, state=left))
                 watch.restored = 0.0
-                save_folder(place / "result", lambda temporary, told=told_more: write_state(temporary, told))
                 if result["stopped"]:
                     break
     except KitError as error:
