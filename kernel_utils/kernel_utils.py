@@ -9,12 +9,18 @@ stands below what it uses.
      4. Data and folds              10. Model                       16. Runs: all folds, records
      5. Tokens and batches          11. Optimiser groups            17. Inference: bundles, submission
      6. Heads                       12. Prediction                  18. Comparison of runs
+                                                                    19. Command line
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
     train, test, sample = ku.read_competition(cfg)
     run = ku.train(ku.make_folds(train, cfg), cfg)
     ku.predict_test(run, test, sample)
+
+The same from a file of settings, and in processes that share every step:
+
+    python kernel_utils.py train --config run.json
+    python -m torch.distributed.run --nproc_per_node 2 kernel_utils.py train --config run.json
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
 schedules are added the same way, metrics with `@ku.metric`: see section 9.
@@ -23,10 +29,12 @@ Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a hea
 data set, K outputs.
 """
 
+import argparse
 import ast
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -375,6 +383,7 @@ class Config(Settings):
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
+    fold_processes: int = option(0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0)
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
     label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
@@ -708,7 +717,11 @@ def room_for_output(folder):
     free, working = shutil.disk_usage(folder).free, (kaggle_root() / "working").resolve()
     if not (on_kaggle() and folder.resolve().is_relative_to(working)):
         return free
-    used = sum(path.lstat().st_size for path in working.rglob("*") if not path.is_dir())
+    used = 0
+    for place, _, names in os.walk(working):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # of another process, which moved it
+                used += os.lstat(os.path.join(place, name)).st_size
     return min(free, KAGGLE_OUTPUT - used)
 
 
@@ -734,6 +747,67 @@ def check_config(path, harmless=()):
     keys = foreign_code(read_json(path))
     if keys := [key for key in keys if key not in harmless]:
         raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+
+
+def rank():
+    """Number of this process among those that share every step of one run; 0 is the one that writes and prints."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size():
+    """How many processes share every step of this run: 1 but for those of torch.distributed.run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def join_processes():
+    """Meet the other processes that torch.distributed.run started, if it did; each takes the GPU of its number."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend, place = "gloo", int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if place >= (count := torch.cuda.device_count()):
+            raise KitError(f"process {place + 1} of this machine has no GPU: --nproc_per_node must be at most {count}")
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU does not wait for a GPU
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))  # while one saves, others wait
+
+
+def add_up(tensors):
+    """Replace each of the tensors, which are of one type, by its sum over all processes, in few large messages."""
+    sizes = np.cumsum([tensor.numel() for tensor in tensors]) // 2**25
+    for _, bucket in itertools.groupby(zip(sizes, tensors, strict=True), key=lambda pair: pair[0]):
+        bucket = [tensor for _, tensor in bucket]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        torch.distributed.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def anyone(why):
+    """`why`, or the reason of another process, or '' where none has one."""
+    if world_size() == 1:
+        return why
+    count = torch.tensor(int(bool(why)))
+    torch.distributed.all_reduce(count)
+    return why or ("another process has to stop" if count else "")
+
+
+def from_first(value):
+    """What process 0 has as `value`, in every process."""
+    values = [value]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def check_same(value, problem):
+    """Raise a KitError of the `problem` where `value`, which JSON can hold, is not the same in all processes."""
+    if world_size() > 1:
+        number = int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:7])
+        ends = torch.tensor([number, -number])
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        if ends.sum():
+            raise KitError(f"the {world_size()} processes of the run {problem}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -2787,7 +2861,7 @@ class Checkpoints:
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
-        for rest in self.folder.glob(".*.tmp"):
+        for rest in self.folder.glob(f".fold{self.fold}-*.tmp") if rank() == 0 else ():
             shutil.rmtree(rest)
         for folder in self.found():
             if problems := folder_problems(folder):
@@ -2864,6 +2938,7 @@ class Watch:
         self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.batch_size = cfg.batch_size
         self.restored = 0.0  # seconds that earlier sessions spent
+        self.peak = 0  # bytes, the largest peak of memory of other processes
 
     def __enter__(self):
         self.handlers = {}
@@ -3147,7 +3222,7 @@ class Engine:
     def call(self, name, function, *inputs):
         return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
 
-    def fit_and_accumulate(self, rows):
+    def fit_and_accumulate(self, rows, count):
         """`accumulate` micro-batches that fit into memory: `micro` is halved where they do not, and the same rows are
         tried again from the same random state. KitError where one row alone does not fit."""
         states = RandomStates()
@@ -3156,7 +3231,7 @@ class Engine:
             size = min(self.micro, len(rows))
             try:
                 for part in np.split(rows, range(size, len(rows), size)):
-                    self.accumulate(part, len(rows))
+                    self.accumulate(part, count)
                 return
             except CaptureError as error:
                 self.graphs, why = None, f"CUDA graphs are off: {error}"
@@ -3178,8 +3253,26 @@ class Engine:
             tqdm.write(f"{why}: on with {self.micro} at a time, same step")
             states.load_state_dict(before)
 
+    def add_up(self):
+        """Sum the loss and the gradients over all processes; weights that have none in any of them keep none."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        given = torch.tensor([weight.grad is not None for weight in weights]).int()
+        torch.distributed.all_reduce(given)
+        weights = [weight for weight, count in zip(weights, given.tolist(), strict=True) if count]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        add_up([self.mean, *(weight.grad for weight in weights)])
+
+    def checksum(self):
+        """A number that changes with any bit of the weights."""
+        with torch.no_grad():
+            sums = [weight.view(torch.int32).sum(dtype=torch.int64) for weight in self.model.parameters()]
+            return torch.stack(sums).sum().item()
+
     def update(self):
-        """Step the optimiser with the gradients so far. Returns loss and gradient norm."""
+        """Step the optimiser with the gradients so far, of all processes. Returns loss and gradient norm."""
+        if world_size() > 1:
+            self.add_up()
         self.scaler.unscale_(self.optimizer)
         mean, gradients = self.mean.clone().requires_grad_(), [p.grad for p in self.model.parameters()]
         loss = self.model.loss.outer(mean)
@@ -3196,13 +3289,17 @@ class Engine:
     def optimizer_step(self, step, rows):
         """Optimiser step number `step`, from 0, with a batch of rows. Returns loss and gradient norm, on the device.
 
-        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
+        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size. Where
+        several processes share the run, each has a share of the rows, which may be none.
         """
         self.rates.copy_(self.rates_to_come[step])
         if self.cfg.optimizer != "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.table[step], strict=True):
                 group["lr"] = float(rate)
-        self.fit_and_accumulate(rows)
+        if len(share := rows[rank() :: world_size()]):
+            self.fit_and_accumulate(share, len(rows))
+        else:
+            self.scaler.scale(self.mean)  # it comes to be at its first call
         try:
             return self.call("update", self.update)
         except CaptureError as error:
@@ -3235,9 +3332,20 @@ def epoch_batches(lengths, fold, cfg, bucket_batches):
         yield from plan_batches(lengths, cfg.batch_size, rng, bucket_batches)
 
 
+def predict_together(model, data, rows, cfg):
+    """`predict`, with the rows shared by the processes of the run; each gets all predictions."""
+    if world_size() == 1:
+        return predict(model, data.tokens, cfg, rows)
+    predictions, share = np.zeros((len(rows), data.n_outputs)), slice(rank(), None, world_size())
+    if len(rows[share]):
+        predictions[share] = predict(model, data.tokens, cfg, rows[share])
+    torch.distributed.all_reduce(torch.from_numpy(predictions))  # of which all but one are 0: exact
+    return predictions
+
+
 def evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
-    predictions = predict(model, data.tokens, cfg, rows)
+    predictions = predict_together(model, data, rows, cfg)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
         names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
@@ -3277,6 +3385,7 @@ class Training:
             self.watch.restored += sum(self.state.seconds.values())
             for line in self.state.lines:
                 self.log(json.loads(line))
+        check_same(self.state.step, f"see other checkpoints of fold {self.fold}: the run folder must be on one disk")
         self.begun, self.state.mark = self.state.step, time.perf_counter()
 
     def batches(self):
@@ -3331,12 +3440,16 @@ class Training:
 
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
+        if world_size() > 1:
+            place = f"fold {self.fold}, step {self.state.step}"
+            check_same(self.engine.checksum(), f"have come to other weights ({place}): their machines differ")
         self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
         return keep_best(self.engine.model, self.state, self.cfg)
 
     def save(self):
-        self.checkpoints.save(self.state.step, self.parts)
+        if rank() == 0:
+            self.checkpoints.save(self.state.step, self.parts)
         self.watch.note_save(self.state.spend("save"))
 
     def stop(self, why):
@@ -3361,6 +3474,7 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     """
     watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
     engine.begin(fold, say)
+    check_same(engine.packed, "do not agree whether rows are packed: their machines differ")
     model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
@@ -3370,8 +3484,10 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     stopped = ""
     bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
-        if stopped := watch.stop(len(training.rows)):
+        if stopped := anyone(watch.signal if rank() else watch.stop(len(training.rows))):
             break
+        if world_size() > 1:  # dropout is another in each process, and the same where a run goes on
+            seed_everything(cfg.seed, fold, state.step, rank())
         loss, norm = engine.optimizer_step(state.step, rows)
         state.step += 1
         training.steps.append(Step(state.step, rows, loss, norm))
@@ -3499,7 +3615,7 @@ class Stopped(KitError):
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data and of
 # the backbone is compared, not their places.
 FREE = {"data_dir", "backbone", "output_dir", "run_name", "run_folds", "tracker"}
-FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial"}
+FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
 
 
 def digest(*parts):
@@ -3633,7 +3749,8 @@ def find_run_folder(cfg, record):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody."""
+    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody. Gives the descriptor
+    of the lock: a process that inherits it keeps the folder locked while it lives."""
     import fcntl  # not on Windows
 
     with open_lines(folder / ".lock", "ab+") as file:
@@ -3647,7 +3764,7 @@ def locked(folder):
             raise KitError(f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir") from None
         file.truncate(0)
         write_line(file, f"process {os.getpid()} on {platform.node()}")
-        yield
+        yield file.fileno()
 
 
 def start_tracker(cfg, folder):
@@ -3771,7 +3888,7 @@ def describe(cfg, asked, record):
 def start_record(cfg, asked, frame, backbone, classes):
     """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
     place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    place |= {"threads": torch.get_num_threads(), "versions": versions()}
+    place |= {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
     return {
         "status": "running",
         "settings": asked.to_dict(),
@@ -3820,16 +3937,21 @@ def make_golden(frame, data, results, cfg):
     return {"texts": PROBES, "token_ids": probe_ids(PROBES, data.tokenizer, cfg), "rows": rows}
 
 
-def check_room(run, backbone, n_folds, cfg):
-    """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
+def room_and_sizes(run, backbone, cfg):
+    """Bytes: of the room in a run folder for what training saves, of the weights of a fold, of two checkpoints."""
     with torch.device("meta"):
         size = 4 * n_parameters(empty_backbone(backbone, cfg))
     saved = 4 if cfg.checkpoint == "best" else 3  # weights, two moments, and the best weights
-    needed, what = size * n_folds, f"the weights of {n_folds} folds"
-    if cfg.checkpoint_minutes:
-        needed, what = needed + 2 * saved * size, f"{what} and two checkpoints"
     there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    if needed > (room := room_for_output(run) + there):
+    return room_for_output(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
+
+
+def check_room(run, backbone, n_folds, cfg):
+    """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
+    room, size, checkpoints = room_and_sizes(run, backbone, cfg)
+    needed, what = size * n_folds + checkpoints, f"the weights of {n_folds} folds"
+    what += " and two checkpoints" if checkpoints else ""
+    if needed > room:
         raise KitError(
             f"{what} take {needed / 1e9:.1f} GB and {run} has room for "
             f"{room / 1e9:.1f} GB: train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
@@ -3838,7 +3960,8 @@ def check_room(run, backbone, n_folds, cfg):
 
 def flat(place):
     """Device, threads, precision and versions of a record, side by side."""
-    return {name: place[name] for name in ("device", "threads", "precision")} | place["versions"]
+    told = {name: place[name] for name in ("device", "threads", "precision")}
+    return told | {"world_size": place.get("world_size", 1)} | place["versions"]
 
 
 def begin_run(run, record, folds):
@@ -3860,42 +3983,286 @@ def begin_run(run, record, folds):
     return record | sessions[0] | {"sessions": sessions + record["sessions"]}
 
 
-def train_folds(data, folds, cfg, run, watch):
-    """Train and save one fold after another; the dictionaries of `train_fold`. Folds that are finished are taken from
-    the disk. Where the watch stops a fold, it is the last."""
+def train_and_save(data, fold, cfg, run, log, say, watch, engine):
+    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows. Of several processes
+    that share the run the first saves."""
+    checkpoints = Checkpoints(run, fold)
+    try:
+        model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
+        if result["last"] is None or rank():  # stopped before the first step
+            return result
+        result["golden"] = golden_rows(model, data, result, cfg)
+    except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
+        full = str(error).strip().splitlines()[0]
+        raise KitError(
+            f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
+            f"freeze_layers and freeze_embeddings ({full})"
+        ) from None
+    mark = time.perf_counter()
+    save_fold(model, run / f"fold{fold}", result)
+    result["seconds"]["save"] += time.perf_counter() - mark
+    if not result["stopped"]:
+        checkpoints.prune(0)
+    return result
+
+
+def tell_fold(result, cfg, watch):
+    scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
+    best = f"step {result['best']['step']} of {result['steps']}"
+    print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
+
+
+def train_in_turn(data, folds, finished, cfg, run, watch):
+    """Train one fold after another; the dictionaries of `train_fold`, of those that are `finished` too. Where the watch
+    stops a fold, it is the last."""
     results, engine, trained = [], Engine(data, cfg), 0
-    with open_log(cfg, run) as log:
+    with contextlib.nullcontext(lambda entry: None) if rank() else open_log(cfg, run) as log:
         for fold in folds:
-            folder, checkpoints = run / f"fold{fold}", Checkpoints(run, fold)
-            if result := finished_fold(folder):
+            watch.models = len(results) + 1
+            if result := finished[fold]:
                 for line in result["lines"]:
                     log(json.loads(line))
-                watch.restored += sum(result["seconds"].values())
-                print(f"fold {fold} was finished before")
             else:
                 say = (lambda text: None) if trained else print
-                model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
+                result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
                 trained += 1
-                if result["last"] is None:  # stopped before the first step
-                    return [*results, result]
-                result["golden"] = golden_rows(model, data, result, cfg)
-                mark = time.perf_counter()
-                save_fold(model, folder, result)
-                result["seconds"]["save"] += time.perf_counter() - mark
-                del model  # the engine may let go of it before it builds the next
+                if not result["stopped"]:
+                    tell_fold(result, cfg, watch)
             results.append(result)
-            watch.models = len(results) + 1
             if result["stopped"]:
                 break
-            checkpoints.prune(0)
-            scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-            best = f"step {result['best']['step']} of {result['steps']}"
-            print(f"fold {fold}: {cfg.metric} {scores} ({best}){watch.told()}")
     return results
 
 
+def equal_gpus():
+    """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
+    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
+
+
+def notebook_parts(*configs):
+    """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in PARTS.items()]
+    return [part.__name__ for part in parts if part.__module__ != __name__]
+
+
+def start_process(number, kind, job, folder, **options):
+    """Run this module as `kind` with `job`, a dictionary, in a process of its own, on the GPU that has this number
+    here; its job file and log lie in `folder`. (Threads would wait for each other: most time goes into launching.)"""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
+    path = Path(folder) / f"{number}.json"
+    write_json(path, job | {"device": device_name()})
+    with open(path.with_suffix(".log"), "w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-u", __file__, kind, str(path)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+
+def read_job(path):
+    """The job of a process that `start_process` began."""
+    job = json.loads(Path(path).read_text())
+    if device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
+    return job
+
+
+def died(number, count, code, folder):
+    """The KitError of a process that `start_process` began."""
+    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
+    return KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
+
+
+def choose_processes(data, n_folds, cfg, run):
+    """How many processes train so many folds side by side; why not more is printed."""
+    asked = cfg.fold_processes or max(1, len(equal_gpus()))
+    count = min(asked, n_folds) if world_size() == 1 else 1
+    if count > 1 and (cells := notebook_parts(cfg)):
+        print(f"1 process instead of {count}: {listing(cells)} of the notebook cannot be read by others")
+        return 1
+    if count > 1:
+        room, size, checkpoints = room_and_sizes(run, data.folder, cfg)
+        fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
+        if fit < count:
+            print(f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more")
+            count = int(fit)
+    return count
+
+
+def describe_data(data):
+    """`Data` without the folders it came from, as a nest of plain values and arrays."""
+    tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
+    told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
+    return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=cls_is_last(data.tokenizer))
+
+
+def rebuild_data(told, backbone, tokenizer):
+    """The `Data` that `describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
+    if (len(tokenizer), cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
+        raise KitError("the tokenizer of the run is another where it is read again: set fold_processes 1")
+    flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
+    types = None if flat["types"] is None else np.split(flat["types"], cuts)
+    tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
+    ids = np.array(told["ids"], dtype=object)
+    return Data(tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
+
+
+def listen(watch):
+    """Have the watch stop the run where the process that started this one says why, or is gone."""
+    watch.signal = os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+
+
+def train_job(path):
+    """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
+    beside the job."""
+    path = Path(path)
+    job, folder = read_job(path), path.parent
+    torch.set_num_threads(job["threads"])
+    cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
+    watch = Watch(cfg, job["test_rows"])
+    watch.began -= time.time() - job["began"]
+    threading.Thread(target=listen, args=[watch], daemon=True).start()
+    try:
+        data = rebuild_data(read_state(folder), Path(job["backbone"]), load_tokenizer(run / "tokenizer"))
+        engine = Engine(data, cfg)
+        with watch:
+            for fold in job["folds"]:
+                place = folder / f"fold{fold}"
+                try:
+                    place.mkdir()
+                except FileExistsError:  # another has taken it
+                    continue
+                watch.models = job["finished"] + len(list(folder.glob("fold*")))
+                first = job["number"] == 0 and engine.model is None
+                with open_log(cfg, place) as log:
+                    say = print if first else lambda text: None
+                    result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                left = dict(result=result, restored=watch.restored, peak=peak_memory())
+                save_folder(place / "result", functools.partial(write_state, state=left))
+                watch.restored = 0.0
+                if result["stopped"]:
+                    break
+    except KitError as error:
+        write_json(path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems})
+        sys.exit(1)
+
+
+def worker_error(number, count, code, folder):
+    """The KitError that a process of `train_side_by_side` met, or the one of its death."""
+    path = Path(folder) / f"{number}.error"
+    if not path.is_file():
+        return died(number, count, code, folder)
+    told, kinds = read_json(path), {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())}
+    return kinds.get(told["kind"], KitError)(told["problems"])
+
+
+class Workers:
+    """Processes that train folds side by side, from one queue: `folder` has what they are given and what they leave.
+
+    They hear that they have to stop by a pipe, which also ends with this process, however it ends: their own group
+    keeps them from the signals of a terminal, of which a second would end them at once.
+    """
+
+    def __init__(self, count, job, folder, lock):
+        self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
+        for number in range(count):
+            told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
+            self.processes.append(start_process(number, "train-folds", job | {"number": number}, folder, **told))
+
+    def stop(self, why):
+        """Have them save and end."""
+        for process in self.processes if not self.stopped else ():
+            with contextlib.suppress(OSError):  # it has ended
+                process.stdin.write(why.encode())
+                process.stdin.close()
+        self.stopped = True
+
+    def relay(self):
+        """Print what they have printed since the last time, but for progress bars."""
+        for number in range(len(self.processes)):
+            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
+            for line in lines[self.lines.get(number, 0) :]:
+                if (line := line.rpartition("\r")[2].rstrip()) and "%|" not in line:
+                    print(f"[{number}] {line}")
+            self.lines[number] = len(lines)
+
+    def results(self):
+        """{fold: what `train_job` left of it} of the folds that have ended."""
+        return {int(path.parent.name[4:]): path for path in self.folder.glob("fold*/result")}
+
+    def end(self):
+        """Kill those that still run."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+
+
+def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
+    """Train the folds that are not finished in `count` processes, each the next that none has taken; the results of
+    all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
+    fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
+    left, results = [fold for fold in folds if not finished[fold]], {}
+    job = dict(settings=dataclasses.replace(cfg, tracker="").to_dict(), run=str(run.resolve()), folds=left)
+    job |= dict(backbone=str(data.folder.resolve()), finished=len(folds) - len(left), test_rows=watch.test_rows)
+    job |= dict(threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        folder = Path(folder)
+        write_state(folder, describe_data(data))
+        print(f"folds {listing(left)}: {count} processes side by side; their output with progress is in {folder}/*.log")
+        workers = Workers(count, job, folder, lock)
+        stack.callback(workers.end)
+        running = True
+        while running:
+            running = any(process.poll() is None for process in workers.processes)
+            if watch.signal and not workers.stopped:
+                workers.stop(watch.signal)
+            codes = [process.poll() for process in workers.processes]
+            if any(codes) and not workers.stopped:
+                workers.stop("another process has failed")
+            workers.relay()
+            for fold, path in workers.results().items():
+                if fold not in results:
+                    told = read_state(path)
+                    results[fold] = told["result"]
+                    watch.restored, watch.peak = watch.restored + told["restored"], max(watch.peak, told["peak"])
+                    if not results[fold]["stopped"]:
+                        tell_fold(results[fold], cfg, watch)
+            time.sleep(0.1 * running)
+        with open_log(cfg, run) as log:
+            for fold in folds:
+                path = folder / f"fold{fold}" / "log.jsonl"
+                lines = path.read_text().splitlines() if path.is_file() else (finished[fold] or {}).get("lines", ())
+                for line in lines:
+                    log(json.loads(line))
+        for number, process in enumerate(workers.processes):
+            if process.returncode:
+                raise worker_error(number, count, process.returncode, folder)
+    results |= {fold: result for fold, result in finished.items() if result}
+    return [results[fold] for fold in sorted(results)]
+
+
+def train_folds(data, folds, cfg, run, watch, lock=None):
+    """Train and save the folds, in turn or side by side; the dictionaries of `train_fold`, by fold. Folds that are
+    finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
+    finished = {fold: finished_fold(run / f"fold{fold}") for fold in folds}
+    check_same([bool(result) for result in finished.values()], f"see other finished folds in {run}")
+    for fold, result in finished.items():
+        if result:
+            watch.restored += sum(result["seconds"].values())
+            print(f"fold {fold} was finished before")
+    left = sum(not result for result in finished.values())
+    if (count := choose_processes(data, left, cfg, run)) > 1:
+        return train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
+    return train_in_turn(data, folds, finished, cfg, run, watch)
+
+
 def usable(results):
-    """The folds that a run can be scored and used with: those that are finished, else one that was stopped."""
+    """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
     return [result for result in results if not result["stopped"]] or [result for result in results if result["last"]]
 
 
@@ -3912,49 +4279,61 @@ def finish_record(record, results, data, cfg, watch):
         "oof": oof_scores(results, data.targets, cfg),
         "rows_per_second": rows / seconds["train"],
         "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(peak_memory(), watch.peak),
         "seconds": record["seconds"] | seconds | {"total": total},
     }
 
 
 def save_results(frame, data, results, cfg, run, record, watch):
     """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
-    used, last = usable(results), results[-1]
+    used, stopped = usable(results), [result for result in results if result["stopped"]]
     if used:
         oof = oof_frame(frame, used, cfg, record["outputs"])
         write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
         write_json(run / "golden.json", make_golden(frame, data, used, cfg))
         record = finish_record(record, used, data, cfg, watch)
-    if last["stopped"]:
-        done = len([result for result in results if not result["stopped"]])
-        told = f"fold {last['fold']} is at step {last['step']} of {last['steps']}, {done} folds are finished"
-        record = record | {"status": "stopped", "stopped": f"{last['stopped']}: {told}"}
+    if stopped:
+        told = [f"fold {result['fold']} is at step {result['step']} of {result['steps']}" for result in stopped]
+        told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
+        record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
     else:
         record = record | {"status": "complete"}
     write_json(run / "record.json", record)
     return record
 
 
-def train_run(frame, data, folds, cfg, run, record, watch):
-    """What `train` does in a run folder that is its own."""
+def check_shared(run):
+    """Raise KitError where a process does not see the record that the first has written."""
+    path = run / "record.json"
+    seen = file_sha256(path) if path.is_file() else ""
+    check_same(seen, f"do not all see {path}: output_dir must be on a disk that all machines share")
+
+
+def follow_run(data, folds, cfg, run, watch):
+    """What `train` does in the processes that share a run with the first: all of the training, and no writing."""
+    if from_first(None) != "complete":
+        check_shared(run)
+        with watch:
+            train_folds(data, folds, cfg, run, watch)
+
+
+def train_run(frame, data, folds, cfg, run, record, watch, lock):
+    """What `train` does in a run folder that is its own, with the descriptor of its lock."""
     new = not (run / "record.json").is_file()
     record = begin_run(run, record, folds)
     if record["status"] == "complete":
         print(f"{run} is complete, nothing is trained")
+        from_first("complete")
     else:
         try:
             check_room(run, data.folder, len(folds), cfg)
             write_json(run / "record.json", record)
             with writing(run / "tokenizer"):
                 data.tokenizer.save_pretrained(run / "tokenizer")
+            from_first("running")
+            check_shared(run)
             with watch:
-                results = train_folds(data, folds, cfg, run, watch)
-        except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
-            full = str(error).strip().splitlines()[0]
-            raise KitError(
-                f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
-                f"freeze_layers and freeze_embeddings ({full})"
-            ) from None
+                results = train_folds(data, folds, cfg, run, watch, lock)
         except KitError:
             log = run / "log.jsonl"
             if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
@@ -3985,6 +4364,8 @@ def train(frame, cfg, test=None):
 
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
     ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
+    Several GPUs train folds side by side (`train_side_by_side`), with the same result; processes that
+    torch.distributed.run started share the rows of every step instead, and the first of them writes.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
     asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
@@ -3992,6 +4373,9 @@ def train(frame, cfg, test=None):
     check_config(backbone / "config.json", HARMLESS)
     config, _ = load_config(backbone, cfg)
     tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
+    if world_size() > 1:
+        print(f"CUDA graphs and compile are off: {world_size()} processes share every step")
+        cfg = dataclasses.replace(cfg, cuda_graphs=False, compile=False)
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
     record = start_record(cfg, asked, frame, backbone, classes)
     describe(cfg, asked, record)
@@ -4011,9 +4395,14 @@ def train(frame, cfg, test=None):
     targets, ids = encode_targets(frame, cfg, classes), frame[cfg.id_column].to_numpy()
     data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(record["outputs"]), ids)
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
-    run = find_run_folder(asked, record)
-    with locked(run):
-        train_run(frame, data, folds, cfg, run, record, watch)
+    alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
+    check_same(alike, "differ in data, backbone, versions or devices")
+    run = from_first(None if rank() else find_run_folder(asked, record))
+    if rank():
+        follow_run(data, folds, cfg, run, watch)
+        return run
+    with locked(run) as lock:
+        train_run(frame, data, folds, cfg, run, record, watch, lock)
     return run
 
 
@@ -4523,39 +4912,13 @@ def predict_runs(bundle, frame, batch_tokens):
     return np.mean(each_run(bundle, predict_run), axis=0)
 
 
-def equal_gpus():
-    """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
-    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
-
-
-def start_process(number, bundle, frame, batch_tokens, folder):
-    """Predict a frame in a process of its own, on the GPU that has this number here; its output file and log lie in
-    `folder`. It reads the runs anew. (Threads would wait for each other: most of the time goes into launching.)"""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
-    job, output, log = (Path(folder) / f"{number}.{kind}" for kind in ("json", "npy", "log"))
-    cells = {name: list(frame[name]) for run in bundle.runs for name in input_columns(run.cfg)}
-    runs = {run.name: run.precision for run in bundle.runs}
-    told = dict(bundle=str(bundle.folder), runs=runs, device=device_name())
-    write_json(job, told | dict(cells=cells, batch_tokens=batch_tokens, output=str(output)))
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(job)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-
-
 def predict_job(path):
-    """What a process of `start_process` does."""
-    job = json.loads(Path(path).read_text())
-    if device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
+    """What the other processes of `predict_bundle` do. They read the runs anew."""
+    job = read_job(path)
     bundle = open_bundle(Path(job["bundle"]))
     bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
     bundle = with_precisions(bundle, job["runs"])
-    np.save(job["output"], predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
+    np.save(Path(path).with_suffix(".npy"), predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
@@ -4567,23 +4930,26 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     began = time.perf_counter()
     bundle = choose_precision(bundle, frame, batch_tokens)
     count = min(processes or max(1, len(equal_gpus())), len(frame))
-    parts = [table[getattr(run.cfg, field)] for run in bundle.runs for field, table in PARTS.items()]
-    if count > 1 and (cells := [part.__name__ for part in parts if part.__module__ != __name__]):
+    if count > 1 and (cells := notebook_parts(*(run.cfg for run in bundle.runs))):
         print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
+        runs = {run.name: run.precision for run in bundle.runs}
+        job = dict(bundle=str(bundle.folder), runs=runs, batch_tokens=batch_tokens)
+        columns = {name for run in bundle.runs for name in input_columns(run.cfg)}
         for number in range(1, count):
-            others.append(start_process(number, bundle, frame.iloc[number::count], batch_tokens, folder))
+            cells = {name: list(frame[name].iloc[number::count]) for name in columns}
+            others.append(start_process(number, "predict", job | {"cells": cells}, folder))
             stack.enter_context(others[-1])
             stack.callback(others[-1].kill)
         mine = predict_runs(bundle, frame.iloc[::count], batch_tokens)
         predictions = np.empty((len(frame), mine.shape[1]))
         predictions[::count] = mine
         for number, process in enumerate(others, 1):
-            code, lines = process.wait(), (Path(folder) / f"{number}.log").read_text().splitlines()
-            if code:
-                raise KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
+            if code := process.wait():
+                raise died(number, count, code, folder)
+            lines = (Path(folder) / f"{number}.log").read_text().splitlines()
             print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
@@ -5234,5 +5600,53 @@ def plot_cost(study, table, folder):
     save_figure(figure, folder / "cost.png")
 
 
+# ---------------------------------------------------------------------------------------
+# 19. Command line
+
+
+def train_by_config(path):
+    """What train.ipynb does, with the settings of a JSON file."""
+    cfg = Config.from_dict(read_json(user_path("--config", path)))
+    join_processes()
+    frame, test, sample = read_competition(cfg)
+    run = train(make_folds(frame, cfg), cfg, test)
+    if rank() == 0:
+        predict_test(run, test, sample)
+
+
+def complain(text):
+    """Show an error. What all processes of a machine meet is shown by the first of them: torch.distributed.run ends the
+    others while they wait here."""
+    time.sleep(3 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
+    print(text, file=sys.stderr)
+
+
+def main(arguments):
+    """`train --config run.json`, or a job of `start_process`; the exit code."""
+    jobs = {"predict": predict_job, "train-folds": train_job}
+    if len(arguments) == 2 and arguments[0] in jobs:
+        return jobs[arguments[0]](arguments[1])
+    parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
+    command = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="what train.ipynb does")
+    command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
+    asked = parser.parse_args(arguments)
+    silent = int(os.environ.get("RANK", 0)) > 0
+    with contextlib.ExitStack() as stack:
+        if silent:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            warnings.simplefilter("ignore")
+        try:
+            train_by_config(asked.config)
+        except KitError as error:
+            complain(f"{type(error).__name__}: {error}")
+            return 1
+        except RuntimeError as error:
+            if world_size() == 1 or "peer" not in str(error):
+                raise
+            complain(f"process {rank()} cannot go on: another process of the run has ended")
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    predict_job(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))
