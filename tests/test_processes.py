@@ -157,10 +157,12 @@ def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until
         parent.kill()
         out = parent.stdout.read()
     assert len(workers) == 2, out
-    with pytest.raises(ku.ConfigError, match=rf"in use by another process {parent.pid} "):
-        start(cfg)
-    for worker in workers:
-        worker.resume()
+    try:
+        with pytest.raises(ku.ConfigError, match=rf"in use by another process {parent.pid} "):
+            start(cfg)
+    finally:
+        for worker in workers:
+            worker.resume()
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert [max(saved_steps(run_of(cfg), fold)) < 12 for fold in (0, 1)] == [True, True]
     assert content(start(ku.dataclasses.replace(cfg, fold_processes=1))) == whole(tiny, **SETTINGS)
