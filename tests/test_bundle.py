@@ -828,7 +828,7 @@ def wheel(folder, name, version="1.0"):
 
 
 def test_the_module_imports_nothing_that_the_image_of_kaggle_lacks():
-    assert bundle.lacking() == []
+    assert bundle.lacking([]) == []
 
 
 def test_wheels_of_what_the_image_lacks_are_packed_with_the_line_that_installs_them(
@@ -836,7 +836,7 @@ def test_wheels_of_what_the_image_lacks_are_packed_with_the_line_that_installs_t
 ):
     (tmp_path / "wheels").mkdir()
     wheel(tmp_path / "wheels", "rarepackage")
-    monkeypatch.setattr(bundle, "lacking", lambda: ["rarepackage==1.0"])
+    monkeypatch.setattr(bundle, "lacking", lambda records: ["rarepackage==1.0"])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     arguments = [runs / "two", "-o", tmp_path / "dist", *NAMES]
@@ -860,7 +860,7 @@ def test_wheels_of_what_the_image_lacks_are_packed_with_the_line_that_installs_t
 
 
 def test_a_wheel_that_cannot_be_had_is_said(refused, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "lacking", lambda: ["rarepackage==1.0"])
+    monkeypatch.setattr(bundle, "lacking", lambda records: ["rarepackage==1.0"])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert "no wheels of rarepackage==1.0" in refused(runs / "one", "-o", tmp_path / "dist", *NAMES, "--wheels")
 
@@ -868,10 +868,10 @@ def test_a_wheel_that_cannot_be_had_is_said(refused, runs, tmp_path, monkeypatch
 def test_imports_are_compared_with_the_image_by_distribution_and_installed_version(tmp_path):
     module = tmp_path / "module.py"
     module.write_text("import json, torch.nn\nfrom pytest import mark\ndef f():\n    import nbformat\n")
-    assert bundle.lacking(module) == [f"nbformat=={nbformat.__version__}", f"pytest=={pytest.__version__}"]
+    assert bundle.lacking([], module) == [f"nbformat=={nbformat.__version__}", f"pytest=={pytest.__version__}"]
     module.write_text("import no_such_package")
     with pytest.raises(bundle.Refused, match="imports no_such_package, which is not installed here"):
-        bundle.lacking(module)
+        bundle.lacking([], module)
 
 
 @pytest.mark.slow
@@ -909,3 +909,11 @@ def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_trai
         done = call("dist", runs / "two", *NAMES, *model)
         assert done.returncode == 1 and "two.fold1.safetensors" in done.stderr
         assert len(kaggle.kernels["me/my-bundle-infer"]) == 2
+
+
+def test_a_package_that_a_setting_asks_for_is_wanted_only_by_runs_with_that_setting(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    plain, asking = ({"settings": {"optimizer": name, "lr": 0.1}} for name in ("adamw", "adamw8bit"))
+    assert bundle.lacking([plain]) == []
+    (found,) = bundle.lacking([plain, asking])
+    assert found.startswith("bitsandbytes==")

@@ -323,8 +323,14 @@ def test_precisions_without_their_instructions_are_not_tried(flags, expected, mo
 
 def test_a_process_predicts_in_the_precision_that_its_parent_chose(bundle_of, monkeypatch, tmp_path):
     bundle = ku.with_precisions(bundle_of("three"), {"three": "bf16"})
-    monkeypatch.setattr(ku.subprocess, "Popen", lambda *arguments, **options: None)
-    ku.start_process(1, bundle, FRAME, 0, tmp_path)
+
+    def start(number, kind, job, folder):
+        ku.write_json(tmp_path / "1.json", job | {"device": ku.device_name(), "cells": FRAME.to_dict("list")})
+        raise InterruptedError  # the rest is not needed
+
+    monkeypatch.setattr(ku, "start_process", start)
+    with pytest.raises(InterruptedError):
+        ku.predict_bundle(bundle, FRAME, processes=2)
     ku.predict_job(tmp_path / "1.json")
     np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku.predict_runs(bundle, FRAME, 0))
     assert (np.load(tmp_path / "1.npy") != ku.predict_runs(bundle_of("three"), FRAME, 0)).any()

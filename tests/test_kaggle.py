@@ -324,10 +324,10 @@ def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp
 
 def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp_path):
     job = dict(bundle=str(dist("one")), runs=["one"], device="Tesla T4", cells={"excerpt": ["a cat"]})
-    ku.write_json(tmp_path / "job.json", job | dict(batch_tokens=0, output=str(tmp_path / "out.npy")))
+    ku.write_json(tmp_path / "job.json", job | dict(batch_tokens=0))
     with pytest.raises(ku.KitError, match=r"this process has .* CPU, the one that started it Tesla T4"):
         ku.predict_job(tmp_path / "job.json")
-    assert not (tmp_path / "out.npy").exists()
+    assert not (tmp_path / "job.npy").exists()
 
 
 @pytest.mark.parametrize(("visible", "given"), [(None, ["1", "3"]), ("0,1,2,3", ["1", "3"]), ("5,7,8,9", ["7", "9"])])

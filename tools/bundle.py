@@ -43,6 +43,7 @@ BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.inde
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
     transformers triton wandb yaml""".split()
+OPTIONAL = {"bitsandbytes": "adamw8bit", "disentangled_flash": "disentangled_flash"}  # import -> setting that needs it
 IMAGE_TAGS = ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
 
 
@@ -256,12 +257,15 @@ def backbone_sources(folder):
 # Wheels
 
 
-def lacking(module=MODULE):
-    """Distributions that the module imports and Kaggle's image lacks, as `name==version` of what is installed here."""
+def lacking(records, module=MODULE):
+    """Distributions that the module imports and Kaggle's image lacks, as `name==version` of what is installed here;
+    those that a setting asks for only where a run has that setting."""
     nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     names = {name.split(".")[0] for name in names} - {*IMAGE, *sys.stdlib_module_names}
+    asked = {value for record in records for value in record["settings"].values() if isinstance(value, str)}
+    names -= {name for name, setting in OPTIONAL.items() if setting not in asked}
     there = importlib.metadata.packages_distributions()
     found = {there[name][0] for name in names if name in there}
     if unknown := sorted(name for name in names if name not in there):
@@ -503,7 +507,7 @@ def validate(asked, dataset, kernels):
         if asked.backbone:
             backbone, bad = backbone_sources(ku.find_backbone(asked.backbone))
             sources, problems = sources + backbone, problems + bad
-        if (wheels := lacking()) and not asked.wheels:
+        if (wheels := lacking(records.values())) and not asked.wheels:
             problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku.listing(wheels)}; add --wheels")
     except ku.KitError as error:
         problems += error.problems
