@@ -2494,15 +2494,18 @@ def packing_problem(model, tokens, dtype, gradients=False):
             with autocast(device, dtype):
                 states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
                 loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
-            slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, materialize_grads=True)]))
+            slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
     except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
     scale, allowed = padded[real].std(), PACKING_TOLERANCES[dtype]
     gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
-    if slopes and not (cosine := F.cosine_similarity(*slopes, dim=0)) > 1 - allowed:
-        return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
+    if slopes:
+        products = [[(a * b).sum() for a, b in zip(x, y, strict=True)] for x, y in itertools.product(slopes, slopes)]
+        own, both, _, other = (torch.stack(product).sum() for product in products)
+        if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
+            return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
