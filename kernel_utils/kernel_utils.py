@@ -379,7 +379,7 @@ class Config(Settings):
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
     attention: str = option(
-        "", "empty means packed rows; disentangled_flash too; eager sdpa flash_attention_2 pad", ATTENTIONS
+        "", "empty or disentangled_flash: packed rows; eager, sdpa, flash_attention_2: padded rows", ATTENTIONS
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
@@ -2041,11 +2041,11 @@ class DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours. `plans` are those of disentangled-flash, where it is used.
+    (DeBERTa-v2 xlarge), that reads neighbours. With `flash` there are plans for disentangled-flash, made when needed.
     """
 
-    def __init__(self, encoder, plans=None):
-        self.pack, self.plans = None, plans
+    def __init__(self, encoder, flash=False):
+        self.pack, self.flash, self.plans = None, flash, None
         self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
 
     def get_attention_mask(self, mask):
@@ -2056,9 +2056,12 @@ class DebertaLayout:
         """What the attention of every layer takes as relative_pos: `distance_rows`, and for packed rows the pack and
         the plan of disentangled-flash."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        rows = self.table and distance_rows(T, *self.table, hidden.device)
-        flash = self.plans is not None and self.pack is not None and hidden.is_cuda
-        return rows, self.pack, self.plans.compact(T, hidden.device) if flash else None
+        rows, plan = self.table and distance_rows(T, *self.table, hidden.device), None
+        if self.flash and self.pack is not None and can_flash(hidden.device):
+            self.plans = self.plans or flash_plans(*self.table)
+            with torch.inference_mode(False):  # they are kept, and training reads them too
+                plan = self.plans.compact(T, hidden.device)
+        return rows, self.pack, plan
 
     def pad(self, _, inputs):
         return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
@@ -2070,8 +2073,13 @@ class DebertaLayout:
 FLASH_VERSION = "1.1.1"  # of disentangled-flash: the kernels have no public name, so another may call them otherwise
 
 
-def flash_plans(encoder):
-    """The position plans of disentangled-flash for an encoder; ConfigError where the package is not the one we know."""
+def can_flash(device):
+    """Whether the kernels of disentangled-flash are for a device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_plans(buckets, longest):
+    """The position plans of disentangled-flash; ConfigError where the package is not the one we know."""
     try:
         version = importlib.metadata.version("disentangled-flash")
     except importlib.metadata.PackageNotFoundError:
@@ -2081,12 +2089,10 @@ def flash_plans(encoder):
         raise ConfigError(f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}")
     from disentangled_flash.position import SharedPositionPlanCache
 
-    buckets, longest = encoder.position_buckets, encoder.max_relative_positions
     return SharedPositionPlanCache(
         position_buckets=buckets,
         max_relative_positions=longest,
         position_embedding_size=buckets if buckets > 0 else longest,
-        uses_position_bias=bool(encoder.layer[0].attention.self.pos_att_type),
     )
 
 
@@ -2125,10 +2131,13 @@ def faster_deberta(backbone, flash=False):
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
     padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
     Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
-    With `flash` packed rows in half precision on a GPU go to disentangled-flash.
+    With `flash` packed rows in half precision go to disentangled-flash on a GPU that it is for.
     """
-    encoder = backbone.encoder
-    layout = encoder.layout = DebertaLayout(encoder, flash_plans(encoder) if flash else None)
+    encoder, attention = backbone.encoder, backbone.encoder.layer[0].attention.self
+    if flash and not (attention.attention_head_size in (32, 64, 128) and attention.relative_attention):
+        told = f"relative positions and heads of 32, 64 or 128 units, not {attention.attention_head_size}"
+        raise ConfigError(f"attention disentangled_flash is for {told}")
+    layout = encoder.layout = DebertaLayout(encoder, flash)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
@@ -2490,18 +2499,26 @@ def packing_problem(model, tokens, dtype, gradients=False):
     try:
         with autocast(device, dtype), torch.no_grad():
             padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
-        for x in (tokens.batch(rows, device), inputs) if gradients else ():
-            with autocast(device, dtype):
-                states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
-                loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
-            slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
+        with contextlib.suppress(torch.OutOfMemoryError):  # where two whole texts are more than a micro-batch
+            for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
+                with autocast(device, dtype):
+                    states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
+                    loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
+                slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
+        if gradients:  # with dropout the kernel may be another
+            devices = [device] if device.type == "cuda" else []
+            with autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
+                model.train().encode(**inputs)
+            model.eval()
+    except (KitError, torch.OutOfMemoryError):
+        raise
     except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
     scale, allowed = padded[real].std(), PACKING_TOLERANCES[dtype]
     gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
-    if slopes:
+    if len(slopes) == 2:
         products = [[(a * b).sum() for a, b in zip(x, y, strict=True)] for x, y in itertools.product(slopes, slopes)]
         own, both, _, other = (torch.stack(product).sum() for product in products)
         if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
@@ -2512,7 +2529,7 @@ def packing_problem(model, tokens, dtype, gradients=False):
 def attention_name(model, device, dtype):
     """How a model attends over packed rows in training, as text."""
     if model.layout:
-        flash = model.layout.plans is not None and device.type == "cuda" and dtype != torch.float32
+        flash = model.layout.flash and can_flash(device) and dtype != torch.float32
         return "disentangled-flash" if flash else "attention by relative shift"
     rates = [rate for name, rate in model.backbone.config.to_dict().items() if "att" in name and "drop" in name]
     kernel = attention_kernel(device, dtype, max(filter(None, rates), default=0))
@@ -2558,7 +2575,7 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     if cfg.gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         try:
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "preserve_rng_state": cfg.backbone_dropout != 0})
         except ValueError as error:
             raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
     return model
@@ -2673,7 +2690,8 @@ def predict(model, tokens, cfg, rows=None):
     dtype = pick_dtype(cfg.precision, device)
     model.eval()
     budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
-    inputs = tokens.packed if takes_packed_rows(model, tokens, dtype) else tokens.batch
+    with uncompiled(cfg):
+        inputs = tokens.packed if takes_packed_rows(model, tokens, dtype) else tokens.batch
     predictions, done, plan = [], [], plan_prediction(lengths, budget)
     while plan:
         batch = plan[0]
@@ -3024,31 +3042,29 @@ class CaptureError(Exception):
 class Graphs:
     """CUDA graphs of functions of tensors, which launch all their kernels at once.
 
-    A function runs as it is at its first call, at the second under watch for waiting, and is captured at the third:
-    no call has to be undone, and none is made but those that are asked for. Whatever it reads or changes besides its
-    inputs must stay at its place in memory.
+    Each of the named functions runs as it is at its first call and under watch for waiting at the next ones. When all
+    have had two, they are captured, in the order of `names`, and replayed from then on: no call has to be undone, none
+    is made but those that are asked for, and memory is not needed for captured and other steps at once. Whatever a
+    function reads or changes besides its inputs must stay at its place in memory.
     """
 
-    def __init__(self):
-        if torch.cuda.current_stream() == torch.cuda.default_stream():  # which cannot be captured
-            torch.cuda.synchronize()
-            torch.cuda.set_stream(torch.cuda.Stream())
-        self.pool, self.calls, self.made = torch.cuda.graph_pool_handle(), {}, {}
+    def __init__(self, names):
+        self.pool, self.calls, self.last, self.made = torch.cuda.graph_pool_handle(), dict.fromkeys(names, 0), {}, {}
 
     def __call__(self, name, function, *inputs):
         """`function(*inputs)`, a tuple of tensors. The inputs have the same shapes whenever `name` is the same."""
-        count = self.calls[name] = self.calls.get(name, 0) + 1
-        if count == 1:
-            return function(*inputs)
-        if count == 2:
-            return self.watched(function, *inputs)
-        if name not in self.made:
-            self.made[name] = self.capture(function, *inputs)
-        graph, places, outputs = self.made[name]
-        for place, tensor in zip(places, inputs, strict=True):
-            place.copy_(tensor)
-        graph.replay()
-        return tuple(output.clone() for output in outputs)
+        if not self.made and min(self.calls.values()) >= 2:
+            self.made = {known: self.capture(*self.last[known]) for known in self.calls}
+            self.last.clear()
+        if self.made:
+            graph, places, outputs = self.made[name]
+            for place, tensor in zip(places, inputs, strict=True):
+                place.copy_(tensor)
+            graph.replay()
+            return tuple(output.clone() for output in outputs)
+        self.calls[name] += 1
+        self.last[name] = (function, *inputs)
+        return function(*inputs) if self.calls[name] == 1 else self.watched(function, *inputs)
 
     def watched(self, function, *inputs):
         mode = torch.cuda.get_sync_debug_mode()
@@ -3058,7 +3074,7 @@ class Graphs:
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
-            raise CaptureError("the head or loss waits for the GPU") from error
+            raise CaptureError("the model, its head or its loss waits for the GPU") from error
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 
@@ -3093,9 +3109,11 @@ class Engine:
         self.dtype = pick_dtype(cfg.precision, self.device)
         targets = torch.from_numpy(data.targets)
         self.targets = (targets.float() if targets.is_floating_point() else targets).to(self.device)
+        if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
+            torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
         self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
-        self.model, self.graphs, self.compiled = None, None, False
+        self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
 
     def begin(self, fold, say=print):
@@ -3114,6 +3132,7 @@ class Engine:
         self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
         if resident:
             self.model.load_state_dict(fresh.state_dict())
+            self.model.loss = fresh.loss
             for state in self.optimizer.state.values():
                 for tensor in state.values():
                     tensor.zero_()
@@ -3134,7 +3153,7 @@ class Engine:
         if why := self.unfit():
             say("".join(f"{name} is left out: {why}\n" for name in wanted if wanted[name]).strip())
             wanted = dict.fromkeys(wanted, False)
-        self.compiled, self.graphs = wanted["compile"], Graphs() if wanted["cuda_graphs"] else None
+        self.compiled, self.captured = wanted["compile"], wanted["cuda_graphs"]
         if self.compiled:
             self.model.backbone.compile(dynamic=False)
         self.place()
@@ -3152,11 +3171,11 @@ class Engine:
         """Bind the rates to the optimiser, choose budgets, forget graphs: after something has moved in memory."""
         if self.cfg.optimizer == "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group |= {"lr": rate, "capturable": self.graphs is not None}
-        if self.graphs:
-            self.graphs = Graphs()
+                group |= {"lr": rate, "capturable": self.captured}
         if self.static:
             self.budgets = token_budgets(self.micro_totals())
+        names = [("accumulate", slots) for slots in reversed(self.budgets)] if self.captured else []
+        self.graphs = Graphs([*names, "update"]) if self.captured else None
 
     def micro_totals(self):
         """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
@@ -3171,7 +3190,7 @@ class Engine:
     @property
     def static(self):
         """Whether shapes and places in memory must stay as they are."""
-        return self.compiled or self.graphs is not None
+        return self.compiled or self.captured
 
     @property
     def bucket_batches(self):
@@ -3237,7 +3256,7 @@ class Engine:
                     self.accumulate(part, count)
                 return
             except CaptureError as error:
-                self.graphs, why = None, f"CUDA graphs are off: {error}"
+                self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
                 full = str(error).strip().splitlines()[0]
                 why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
@@ -3276,12 +3295,12 @@ class Engine:
         """Step the optimiser with the gradients so far, of all processes. Returns loss and gradient norm."""
         if world_size() > 1:
             self.add_up()
-        self.scaler.unscale_(self.optimizer)
         mean, gradients = self.mean.clone().requires_grad_(), [p.grad for p in self.model.parameters()]
         loss = self.model.loss.outer(mean)
         if loss is not mean:  # chain rule: the gradients so far are those of the mean
             (slope,) = torch.autograd.grad(loss, mean)
             torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm or math.inf)
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
         self.scaler.update()
@@ -3306,8 +3325,11 @@ class Engine:
         try:
             return self.call("update", self.update)
         except CaptureError as error:
-            self.graphs = None
             tqdm.write(f"CUDA graphs are off: {error}")
+            self.captured = False
+            if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
+                self.scaler._per_optimizer_states.clear()
+            self.place()
             return self.update()
 
 
@@ -4744,10 +4766,12 @@ def int8_forward(linear):
 
 
 @contextlib.contextmanager
-def in_precision(model, cfg, precision):
+def in_precision(model, tokens, cfg, precision):
     """The settings to `predict` with in a precision. For int8 the linear layers of the backbone compute with copies of
     the weights that are in the model now, a quarter of their size, and as before afterwards."""
     linears = [layer for layer in model.backbone.modules() if type(layer) is nn.Linear] if precision == "int8" else []
+    if linears:
+        takes_packed_rows(model, tokens, torch.float32)  # rounded by batch, padded and packed rows would differ
     try:
         for layer in linears:
             layer.forward = int8_forward(layer)
@@ -4777,7 +4801,7 @@ def golden_predictions(run, tokenizer, model, precisions):
     for fold in run.weights:
         load_fold(model, run, fold)
         for precision, predictions in got.items():
-            with in_precision(model, run.cfg, precision) as cfg:
+            with in_precision(model, tokens, run.cfg, precision) as cfg:
                 predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
@@ -4825,7 +4849,7 @@ def rms_gap(run, predictions, others):
 
 def probe(model, tokens, cfg, precision):
     """(seconds, predictions) of a few texts in a precision: the faster of two times, after a first row."""
-    with in_precision(model, cfg, precision) as cfg:
+    with in_precision(model, tokens, cfg, precision) as cfg:
         predict(model, tokens, cfg, [0])
         seconds = []
         for _ in range(2):
@@ -4908,7 +4932,7 @@ def predict_runs(bundle, frame, batch_tokens):
         total = 0
         for fold in progress(list(run.weights), f"predict {run.name}"):
             load_fold(model, run, fold)
-            with in_precision(model, cfg, run.precision) as used:
+            with in_precision(model, texts[key], cfg, run.precision) as used:
                 total = total + predict(model, texts[key], used)
         return total / len(run.weights)
 
@@ -5644,7 +5668,8 @@ def main(arguments):
             complain(f"{type(error).__name__}: {error}")
             return 1
         except RuntimeError as error:
-            if world_size() == 1 or "peer" not in str(error):
+            lost = isinstance(error, torch.distributed.DistBackendError) or re.search("peer|[Pp]ipe", str(error))
+            if world_size() == 1 or not lost:
                 raise
             complain(f"process {rank()} cannot go on: another process of the run has ended")
             return 1

@@ -340,9 +340,15 @@ def test_disentangled_flash_is_called_with_what_its_kernel_reads(case, monkeypat
     _, ours = models(**CASES[case])
     ours = ours.double()  # float32 would go the other way
     pack, _, packed = batch((40, 17, 1, 33), CASES[case].get("type_vocab_size"))
-    plan = ku.flash_plans(ours.encoder).compact(pack.mask.shape[1] + 3, "cpu")  # an upper bound will do
-    ours.encoder.layout.pack = pack
-    rows, _, nothing = ours.encoder.get_rel_pos(packed["input_ids"])
+    layout = ours.encoder.layout
+    layout.pack = pack
+    rows, _, nothing = layout.get_rel_pos(packed["input_ids"])
+    layout.flash = True
+    monkeypatch.setattr(ku, "can_flash", lambda device: True)
+    with torch.inference_mode():  # as an evaluation before; training must be able to use what it left
+        layout.get_rel_pos(packed["input_ids"])
+    _, _, plan = layout.get_rel_pos(packed["input_ids"])
+    assert not plan.active_slots.is_inference()
     mask, attention = ours.encoder.get_attention_mask(packed["input_ids"]), ours.encoder.layer[0].attention.self
     hidden, table = torch.randn(1, len(pack.places), 48, dtype=torch.double), ours.encoder.get_rel_embedding()
     expected, got = (
@@ -356,6 +362,8 @@ def test_another_version_of_disentangled_flash_or_another_backbone_is_an_error_t
     _, ours = models()
     monkeypatch.setattr(ku.importlib.metadata, "version", lambda name: "9.0")
     with pytest.raises(ku.ConfigError, match=r"needs disentangled-flash==1\.1\.1, got 9\.0: pip install"):
+        ku.flash_plans(16, 64)
+    with pytest.raises(ku.ConfigError, match="heads of 32, 64 or 128 units, not 12"):
         ku.faster_deberta(ours, flash=True)
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(ku.ConfigError, match="disentangled_flash is for DeBERTa-v2 and v3, not for BertModel"):

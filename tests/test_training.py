@@ -394,7 +394,7 @@ def test_a_multiclass_submission_with_one_column_holds_the_likeliest_label(tiny,
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
     labels = ku.predict_test(folder, test, sample)["target"]
-    probabilities = ku.predict_run(ku.load_run(folder), test)
+    probabilities = ku.predict_bundle(ku.open_bundle(folder), test)
     by_id = dict(zip(test["id"], np.array(["low", "mid", "top"])[probabilities.argmax(1)], strict=True))
     assert list(labels) == [by_id[i] for i in sample["id"]]
 
@@ -408,7 +408,7 @@ def test_a_prediction_is_the_mean_of_the_folds(tiny):
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         each.append(ku.predict(model, tokens, loaded.cfg))
-    np.testing.assert_allclose(ku.predict_run(loaded, texts), np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(ku.predict_bundle(ku.open_bundle(folder), texts), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(each[0], each[1])
 
 
@@ -624,7 +624,9 @@ def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
     rows = np.flatnonzero(oof["fold"] == 1)
     got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]
     np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-2)
-    assert np.isfinite(ku.predict_run(loaded, train_frame())).all() and record["peak_memory_bytes"] > 0
+    assert (
+        np.isfinite(ku.predict_bundle(ku.open_bundle(folder), train_frame())).all() and record["peak_memory_bytes"] > 0
+    )
 
 
 def test_a_tracker_gets_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
