@@ -1888,14 +1888,16 @@ class PackingError(Exception):
 def attend_each(query, key, value, pack, dropout, scale, reach, causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
     lengths, parts = pack.starts.diff().tolist(), []
-    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
+    for text in zip(*(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(1, 2) for x in text)  # (1, heads, T, d)
         mask = None
         if q.shape[2] > reach + 1:
             place = torch.arange(q.shape[2])
             distance = place[:, None] - place  # (T, T)
             mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
-        parts.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale))
-    return torch.cat(parts, 2).transpose(1, 2)  # (1, N, heads, d)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale)
+        parts.append(out.transpose(1, 2))
+    return torch.cat(parts, 1)  # (1, N, heads, d)
 
 
 def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
