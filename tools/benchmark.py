@@ -598,17 +598,26 @@ def spread(values):
     return {"median": float(np.median(values)), "smallest": float(min(values)), "largest": float(max(values))}
 
 
+def new_rounds():
+    """What is the same for all contenders in each round."""
+    return {name: [] for name in ("rows", "tokens", "flops", "first", "load_average", "matmul_flops")}
+
+
+def note_round(rounds, lengths, flops, first):
+    """Write down the rows of a round, who goes first, and what else the machine does."""
+    values = dict(rows=len(lengths), tokens=int(lengths.sum()), flops=flops, first=first)
+    for name, value in (values | dict(load_average=os.getloadavg()[0])).items():
+        rounds[name].append(value)
+
+
 def train_in_turn(lab, contenders, deal, asked):
     """The rounds of training: rows, tokens and FLOPs of each, seconds and slots of each contender in each."""
-    rounds = {"rows": [], "tokens": [], "flops": [], "first": [], "matmul_flops": [], "steps": asked.steps}
-    results = {name: {"seconds": [], "slots": []} for name in contenders}
+    rounds, results = new_rounds(), {name: {"seconds": [], "slots": []} for name in contenders}
+    rounds["steps"] = asked.steps
     for number in range(asked.rounds):
         warm, batches = deal(asked.warm), deal(asked.steps)
         lengths, order = lab.tokens.lengths[np.concatenate(batches)], rotated(list(contenders), number)
-        rounds["rows"].append(len(lengths))
-        rounds["tokens"].append(int(lengths.sum()))
-        rounds["flops"].append(lab.work.flops(lengths))
-        rounds["first"].append(order[0])
+        note_round(rounds, lengths, lab.work.flops(lengths), order[0])
         for name in order:
             rng = np.random.default_rng([asked.seed, number])
             mine = contenders[name].arrange(batches, rng)
@@ -638,14 +647,10 @@ def predict_in_turn(lab, kit, asked):
     predictions = {name: side() for name, side in sides.items()}  # warms up
     gaps = {name: float(np.abs(values - predictions["kit"]).max()) for name, values in predictions.items()}
     check_gaps("predictions", gaps, 10 * OUTPUT_TOLERANCES[lab.precision])  # of many more rows
-    rounds = {"rows": [], "tokens": [], "flops": [], "first": [], "matmul_flops": []}
-    results = {name: {"seconds": []} for name in sides}
+    rounds, results = new_rounds(), {name: {"seconds": []} for name in sides}
     for number in range(asked.rounds):
         order = rotated(list(sides), number)
-        rounds["rows"].append(len(rows))
-        rounds["tokens"].append(int(lengths.sum()))
-        rounds["flops"].append(lab.work.flops(lengths) / 3)
-        rounds["first"].append(order[0])
+        note_round(rounds, lengths, lab.work.flops(lengths) / 3, order[0])
         for name in order:
             window = Window(lab.device)
             window.open()
@@ -806,7 +811,7 @@ def time_split(asked, folder):
 # Table and plot
 
 
-def number(value, digits=2):
+def number(value, digits):
     return "" if value is None else f"{value:,.{digits}f}"
 
 
@@ -845,6 +850,13 @@ def tables(report):
         for name, result in load["prediction"]["contenders"].items():
             cells = [model["size"], load["load"], *shared_cells(name, result)]
             lines.append(f"| {' | '.join(cells)} |")
+    for model in report["models"]:
+        if split := model["time_split"]:
+            parts = ", ".join(f"{part} {spent:.1f}" for part, spent in split["seconds"].items())
+            lines += [
+                "",
+                f"{model['size']}, a whole run of fold 0, one epoch, {split['rows']} rows, in seconds: {parts}",
+            ]
     return "\n".join(lines)
 
 
@@ -869,7 +881,7 @@ def plot(report, path):
     dtype = report["models"][0]["loads"][0]["precision"]
     device = report["device"]
     figure.suptitle(
-        f"{device['name']}, {dtype}, {device['threads']} threads" if device["type"] == "cpu" else device["name"]
+        f"{device['name']}, {dtype}, threads: {device['threads']}" if device["type"] == "cpu" else device["name"]
     )
     ku.save_figure(figure, path)
 
@@ -886,7 +898,7 @@ def draw(axis, load, kind, size):
         axis.annotate(f"{rate['median']:,.0f}{factor}", (rate["largest"], place), (6, 0), va="center", **OFFSET)
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.35 * max(rate["largest"] for rate in rates))
+    axis.set_xlim(0, 1.5 * max(rate["largest"] for rate in rates))
     axis.set_xlabel("real tokens/s")
     axis.set_title(f"{size}, {kind}, {load['load']} lengths", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
