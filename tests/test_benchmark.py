@@ -111,7 +111,7 @@ def test_all_contenders_train_on_the_same_rows(done):
     report, seen, _ = done
     blocks = benchmark.PARITY_STEPS + 2 * 3  # batches of a load: two rounds of one step before and two in the window
     assert len(seen["kit"]) == 2 * 4 * blocks
-    assert seen["padded"] == seen["kit"]
+    assert sorted(seen["padded"]) == sorted(seen["kit"])
     assert sorted(seen["trainers"]) == sorted(2 * seen["kit"])
     first = report["models"][0]["loads"][0]["training"]["rounds"]["first"]
     assert first == ["kit", "padded"]  # another one begins each round
@@ -205,16 +205,18 @@ def test_work_agrees_with_the_table_of_the_reference(size, weights, positions, m
     assert work.flops([225, 100]) == work.flops([225]) + work.flops([100])
 
 
-def test_the_tuned_trainer_sorts_50_batches_at_a_time_and_the_other_shuffles():
-    class Lab:
-        tokens = ku.Tokens([np.ones(n, int) for n in benchmark.mixed_lengths(480, np.random.default_rng(0))], None, 0)
-
-    batches = np.split(np.arange(480), 120)
-    tuned = np.concatenate(benchmark.HfTrainer(Lab, tuned=True).arrange(batches, np.random.default_rng(1)))
-    lengths = Lab.tokens.lengths[tuned]
-    assert (np.diff(lengths[1:200]) <= 0).all() and lengths[200] > lengths[199]
-    dynamic = np.concatenate(benchmark.HfTrainer(Lab).arrange(batches, np.random.default_rng(1)))
-    assert sorted(tuned) == sorted(dynamic) == list(range(480)) and fill(Lab.tokens.lengths[dynamic], 4) < 0.7
+@pytest.mark.parametrize("count", [7, 20, 200])
+def test_a_block_is_grouped_as_in_a_long_run_and_the_others_shuffle_its_rows(count):
+    size, lab, rng = 16, object.__new__(benchmark.Lab), np.random.default_rng(0)
+    lab.asked = benchmark.parse(["--quick", "--batch-size", str(size)])[1]
+    n = size * benchmark.in_groups(count)
+    lab.tokens, lab.left = ku.Tokens([np.ones(k, int) for k in benchmark.mixed_lengths(n, rng)], None, 0), np.arange(n)
+    block = lab.deal(count)
+    tuned, dynamic = (np.concatenate(benchmark.HfTrainer(lab, t).arrange(block, rng)) for t in (True, False))
+    assert len(set(tuned)) == size * count and sorted(tuned) == sorted(dynamic) and len(lab.left) == 0
+    lengths = lab.tokens.lengths
+    assert fill(lengths[tuned], size) == pytest.approx(0.97, abs=0.015) and fill(lengths[dynamic], size) < 0.5
+    assert lengths[tuned].mean() == pytest.approx(183, rel=0.05)  # that of all rows
 
 
 def test_unknown_contenders_and_loads_are_refused():

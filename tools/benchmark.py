@@ -19,9 +19,10 @@ contender's seconds by the kit's, as median, smallest and largest. `share of mat
 Two loads: `narrow` lengths like those of the CLEAR corpus, padded to 320, and `mixed`, log-normal around 150 from 16 to
 512, padded to 512. With `--data` they are real texts, and pieces of them; else random token ids.
 
-The tuned Trainer's rows are grouped by its own function, 50 batches at a time as in a run of 200 batches or more: a
-round of fewer batches is sorted as a whole. Peak memory is that of each contender alone in a process of its own: on a
-GPU what PyTorch's allocator had, on a CPU the growth of the process since its model was loaded.
+The tuned Trainer's rows are grouped by its own function, 50 batches at a time as in a run of 200 batches or more. A
+round of fewer steps takes every so many of 50 such batches, so that it pads as little as a long run, and the others
+take the same rows. Peak memory is that of each contender alone in a process of its own: on a GPU what PyTorch's
+allocator had, on a CPU the growth of the process since its model was loaded.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -74,7 +76,7 @@ SIZES = {  # width, layers, heads, inner width, vocabulary
     "tiny": (transformers.BertConfig, (32, 2, 2, 64, 100), {}),
 }
 LENGTHS = {"narrow": 320, "mixed": 512}  # load -> tokens that rows are cut and, by some, padded to
-CPU = dict(size="minilm", contenders="kit,padded,dynamic,tuned", batch_size=16, steps=20, warm=1, start=0, rows=160)
+CPU = dict(size="minilm", contenders="kit,padded,dynamic,tuned", batch_size=16, steps=7, warm=1, start=0, rows=96)
 CPU |= dict(infer_batch_size=16, memory_steps=3, workers=0, matmul=1024, copied=2**26, split_rows=200)
 GPU = dict(size="bert-base,deberta-v3-base", contenders="kit,kit-eager,kit-compile,padded,dynamic,tuned")
 GPU |= dict(batch_size=32, steps=200, warm=5, start=60, rows=4096, infer_batch_size=64)
@@ -84,6 +86,7 @@ QUICK |= dict(rounds=2, matmul=64, copied=2**16, split_rows=20)
 PARITY_ROWS, PARITY_STEPS, SYNC_STEPS = 8, 3, 20
 OUTPUT_TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}  # between predictions of the same weights
 TRAINED_TOLERANCES = {"fp32": 0.02, "bf16": 0.5}  # after a few steps, by the largest change they made
+GROUPED = 50  # batches that the Trainer's sampler sorts by length together, where there are 200 or more
 LOG_STEPS = 50  # the kit copies its losses from the device after so many steps
 
 
@@ -99,6 +102,11 @@ def mixed_lengths(n, rng):
 def narrow_lengths(n, rng):
     """Tokens of `n` rows as in the CLEAR corpus: 225 on average, standard deviation 24."""
     return rng.normal(225, 24, n).round().clip(150, LENGTHS["narrow"]).astype(int)
+
+
+def in_groups(count):
+    """Batches of which so many are taken: those of whole groups."""
+    return GROUPED * math.ceil(count / GROUPED)
 
 
 def repeated(n, count, rng):
@@ -257,21 +265,32 @@ class Lab:
             frame, _, _ = ku.read_competition(dataclasses.replace(cfg, data_dir=asked.data))
             texts = ku.tokenize(frame[cfg.text_column], tokenizer, cfg)
         rng = np.random.default_rng(asked.seed)
-        n = asked.batch_size * self.blocks()
+        n = asked.batch_size * sum(map(in_groups, self.blocks()))
         # one more batch stays out of the training, as each fold needs rows to validate
         self.tokens = make_tokens(load, n + asked.batch_size, rng, texts, config.vocab_size)
         targets = rng.standard_normal((len(self.tokens), 1)).astype(np.float32)
         folds = (np.arange(len(self.tokens)) < n).astype(int)
+        self.left = rng.permutation(n)
         self.data = ku.Data(self.tokens, targets, folds, folder, tokenizer, 1, np.arange(len(self.tokens)))
         self.model = self.load_model()
         self.initial = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
         self.work = Work(self.model.backbone)
 
     def blocks(self):
-        """Batches that a contender trains on in all."""
+        """Batches of every block that is dealt."""
         asked = self.asked
-        syncs = asked.warm + SYNC_STEPS if self.device.type == "cuda" else 0
-        return PARITY_STEPS + asked.start + asked.rounds * (asked.warm + asked.steps) + syncs
+        syncs = [asked.warm, SYNC_STEPS] if self.device.type == "cuda" else []
+        return [PARITY_STEPS, asked.start, *(asked.rounds * [asked.warm, asked.steps]), *syncs]
+
+    def deal(self, count):
+        """Rows of the next `count` batches, as the batches that the Trainer makes when it groups them by length: of as
+        many groups as that takes, every so many."""
+        many, size = in_groups(count), self.asked.batch_size
+        rows, self.left = np.split(self.left, [many * size])
+        generator = torch.Generator().manual_seed(self.asked.seed)
+        order = get_length_grouped_indices(self.tokens.lengths[rows].tolist(), size, GROUPED, generator)
+        batches = np.split(rows[order], many)
+        return [batches[int(place * many / count)] for place in np.arange(count) + 0.5]
 
     def load_model(self):
         config = transformers.AutoConfig.from_pretrained(self.data.folder)
@@ -298,11 +317,6 @@ class Lab:
             arrays["token_type_ids"] = np.zeros_like(ids)
         return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
 
-    def batches(self, bucket_batches):
-        """The batches that the kit makes of the rows, which are dealt out to the rounds."""
-        rows = np.flatnonzero(self.data.folds)
-        return [rows[batch] for batch in ku.epoch_batches(self.tokens.lengths[rows], 0, self.cfg, bucket_batches)]
-
     @torch.inference_mode()
     def predict(self, rows, batch_size, pad, precision=None):
         """Predictions (B,) of the model that is no kit's: longest first, or in order and padded to the maximum."""
@@ -323,7 +337,8 @@ class Lab:
 # Contenders in training
 #
 # `run(warm, batches, window)` makes an optimiser step with each batch of `warm`, opens the window, makes those with
-# `batches` and closes it. `arrange` makes the contender's own batches of the rows of a block. `outputs` predicts.
+# `batches` and closes it. `arrange` makes the contender's own batches of a block's rows, which come grouped by length.
+# `outputs` predicts.
 
 
 class Kit:
@@ -336,7 +351,14 @@ class Kit:
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
     def arrange(self, batches, rng):
-        return batches
+        """As its epochs have them. Batches with more tokens than the engine has planned for are drawn again."""
+        rows, engine = np.concatenate(batches), self.engine
+        lengths = self.lab.tokens.lengths
+        while True:
+            cfg = dataclasses.replace(self.cfg, seed=int(rng.integers(2**32)))
+            mine = [rows[batch] for batch in ku.epoch_batches(lengths[rows], 0, cfg, engine.bucket_batches)]
+            if not engine.static or max(lengths[batch].sum() for batch in mine) <= max(engine.budgets):
+                return mine
 
     def slots(self, batch):
         """Token slots of a batch, padding included."""
@@ -372,15 +394,15 @@ class Other:
     def __init__(self, lab):
         self.lab = lab
 
+    def arrange(self, batches, rng):
+        return np.split(rng.permutation(np.concatenate(batches)), len(batches))
+
     def outputs(self, rows, precision):
         return self.lab.predict(rows, len(rows), False, precision)
 
 
 class PaddedLoop(Other):
     """A first notebook's loop."""
-
-    def arrange(self, batches, rng):
-        return batches
 
     def slots(self, batch):
         return len(batch) * self.lab.length
@@ -452,13 +474,7 @@ class HfTrainer(Other):
         self.tuned = tuned
 
     def arrange(self, batches, rng):
-        """Its sampler's order: random, or grouped by length in 50 batches at a time."""
-        rows, size = np.concatenate(batches), len(batches[0])
-        if not self.tuned:
-            return np.split(rng.permutation(rows), len(batches))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        lengths = self.lab.tokens.lengths[rows].tolist()
-        return np.split(rows[get_length_grouped_indices(lengths, size, 50, generator)], len(batches))
+        return batches if self.tuned else super().arrange(batches, rng)
 
     def slots(self, batch):
         return len(batch) * int(self.lab.tokens.lengths[batch].max())
@@ -610,22 +626,23 @@ def note_round(rounds, lengths, flops, first):
         rounds[name].append(value)
 
 
-def train_in_turn(lab, contenders, deal, asked):
+def train_in_turn(lab, contenders, asked):
     """The rounds of training: rows, tokens and FLOPs of each, seconds and slots of each contender in each."""
     rounds, results = new_rounds(), {name: {"seconds": [], "slots": []} for name in contenders}
     rounds["steps"] = asked.steps
     for number in range(asked.rounds):
-        warm, batches = deal(asked.warm), deal(asked.steps)
+        warm, batches = lab.deal(asked.warm), lab.deal(asked.steps)
         lengths, order = lab.tokens.lengths[np.concatenate(batches)], rotated(list(contenders), number)
         note_round(rounds, lengths, lab.work.flops(lengths), order[0])
         for name in order:
             rng = np.random.default_rng([asked.seed, number])
             mine = contenders[name].arrange(batches, rng)
+            ready = contenders[name].arrange(warm, rng)
             if not np.array_equal(np.sort(np.concatenate(mine)), np.sort(np.concatenate(batches))):
                 raise AssertionError(f"{name} has other rows than the round")
             gc.collect()
             window = Window(lab.device)
-            contenders[name].run(warm, mine, window)
+            contenders[name].run(ready, mine, window)
             results[name]["seconds"].append(window.seconds)
             results[name]["slots"].append(sum(contenders[name].slots(batch) for batch in mine))
         rounds["matmul_flops"].append(matmul_flops(asked.matmul, lab.dtype, lab.device))
@@ -679,14 +696,14 @@ def add_rates(part):
     return part
 
 
-def count_syncs(lab, contenders, deal, asked):
+def count_syncs(lab, contenders, asked):
     """Times a step that each contender waits for the GPU; None without one."""
     if lab.device.type != "cuda":
         return dict.fromkeys(contenders)
-    warm, batches, found = deal(asked.warm), deal(SYNC_STEPS), {}
+    warm, batches, found = lab.deal(asked.warm), lab.deal(SYNC_STEPS), {}
     for name, contender in contenders.items():
-        window = Window(lab.device, count_syncs=True)
-        contender.run(warm, contender.arrange(batches, np.random.default_rng(0)), window)
+        rng, window = np.random.default_rng(0), Window(lab.device, count_syncs=True)
+        contender.run(contender.arrange(warm, rng), contender.arrange(batches, rng), window)
         found[name] = window.syncs / len(batches)
     return found
 
@@ -708,7 +725,7 @@ def measure_alone(asked, folder, load, name):
     before = own_memory()
     if lab.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    batches = contender.arrange(lab.batches(1)[: asked.memory_steps], np.random.default_rng(0))
+    batches = contender.arrange(lab.deal(asked.memory_steps), np.random.default_rng(0))
     contender.run(batches[:1], batches[1:], Window(lab.device))
     return {"before_bytes": before, "peak_bytes": ku.peak_memory()}
 
@@ -734,21 +751,18 @@ def measure_load(asked, folder, load, names):
     contenders = {name: CONTENDERS[name](lab) for name in names}
     kit = contenders["kit"]
     parity = check_outputs(lab, contenders)
-    left = iter(lab.batches(kit.engine.bucket_batches))
-
-    def deal(count):
-        return list(itertools.islice(left, count))
-
-    trained, windows = first_steps(lab, contenders, deal(PARITY_STEPS))
+    rng, kits = np.random.default_rng(asked.seed), [each for each in contenders.values() if isinstance(each, Kit)]
+    planner = max(kits, key=lambda each: each.engine.static)  # whose batches all kits can take
+    trained, windows = first_steps(lab, contenders, planner.arrange(lab.deal(PARITY_STEPS), rng))
     start = {name: window.first + window.seconds for name, window in windows.items()}
     if asked.start:
-        batches = deal(asked.start)
+        batches = planner.arrange(lab.deal(asked.start), rng)
         for name, contender in contenders.items():
             window = Window(lab.device)
             contender.run(batches[:1], batches[1:], window)
             start[name] += window.first + window.seconds
-    rounds, results = train_in_turn(lab, contenders, deal, asked)
-    syncs = count_syncs(lab, contenders, deal, asked)
+    rounds, results = train_in_turn(lab, contenders, asked)
+    syncs = count_syncs(lab, contenders, asked)
     training = add_rates({"rounds": rounds, "contenders": results})
     for name, result in results.items():
         steady = (PARITY_STEPS + asked.start) * result["seconds_per_step"]
@@ -971,11 +985,11 @@ def parse(arguments):
     add("--threads", type=int, default=0, help="of PyTorch on a CPU; 0: as many as it takes")
     add("--seed", type=int, default=0)
     add("--rounds", type=int, help="how often each has its turn; 3")
-    add("--steps", type=int, help="timed optimiser steps of a turn; 200, on a CPU 20")
+    add("--steps", type=int, help="timed optimiser steps of a turn; 200, on a CPU 7")
     add("--warm", type=int, help="steps of a turn before them; 5, on a CPU 1")
     add("--start", type=int, help="more steps before the first round, for graphs and compilation; 60, on a CPU 0")
     add("--batch-size", type=int, help="rows of an optimiser step; 32, on a CPU 16")
-    add("--rows", type=int, help="rows to predict; 4096, on a CPU 160")
+    add("--rows", type=int, help="rows to predict; 4096, on a CPU 96")
     add("--infer-batch-size", type=int, help="rows of a batch of the plain loops in prediction; 64, on a CPU 16")
     add("--memory-steps", type=int, help="steps in which memory is measured; 20, on a CPU 3; 0: not at all")
     add("--workers", type=int, help="loader processes of the Trainer; 4, on a CPU 0")
