@@ -223,6 +223,8 @@ def test_unknown_contenders_and_loads_are_refused():
     for words in (["--contenders", "kit,tunde"], ["--loads", "wide"]):
         with pytest.raises(SystemExit, match=r"takes .*; got (tunde|wide)"):
             benchmark.main(["--quick", *words])
+    with pytest.raises(SystemExit):
+        benchmark.main(["--quick", "--warm", "0"])
 
 
 def test_help_and_the_options_of_another_process():

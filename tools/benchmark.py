@@ -743,10 +743,7 @@ def measure_memory(asked, folder, load, names):
 
 
 def measure_load(asked, folder, load, names):
-    """All figures of a backbone and a load."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
-    memory = measure_memory(asked, folder, load, names)
+    """All figures of a backbone and a load but peak memory."""
     lab = Lab(asked, folder, load)
     contenders = {name: CONTENDERS[name](lab) for name in names}
     kit = contenders["kit"]
@@ -768,7 +765,7 @@ def measure_load(asked, folder, load, names):
         steady = (PARITY_STEPS + asked.start) * result["seconds_per_step"]
         result["first_step_seconds"] = windows[name].first
         result["start_seconds"] = max(0.0, start[name] - steady)  # until it is steady, beyond what its steps take then
-        result["syncs_per_step"], result["memory"] = syncs[name], memory.get(name)
+        result["syncs_per_step"], result["memory"] = syncs[name], None
     prediction = add_rates(predict_in_turn(lab, kit, asked))
     used = lab.tokens.lengths
     work = {name: getattr(lab.work, name) for name in ("weights", "layers", "width", "positions")}
@@ -1001,7 +998,10 @@ def parse(arguments):
     given = vars(parser.parse_args(arguments))
     output, quick = given.pop("output"), given.pop("quick")
     defaults = {"rounds": 3} | (GPU if torch.cuda.is_available() else CPU) | (QUICK if quick else {})
-    return output, Asked(**{name: defaults[name] if value is None else value for name, value in given.items()})
+    asked = Asked(**{name: defaults[name] if value is None else value for name, value in given.items()})
+    if low := [f"--{name}" for name in ("rounds", "steps", "warm", "rows") if getattr(asked, name) < 1]:
+        parser.error(f"{', '.join(low)}: at least 1")
+    return output, asked
 
 
 def versions():
@@ -1010,8 +1010,8 @@ def versions():
     return ku.versions() | {"accelerate": accelerate.__version__}
 
 
-def benchmark(asked, command):
-    """All figures, as they are written."""
+def benchmark(asked, command, save):
+    """All figures. They are saved after each load, so that an end in between leaves what there is."""
     names, loads = listed(asked.contenders, CONTENDERS, "--contenders"), listed(asked.loads, LENGTHS, "--loads")
     device, dtype = ku.pick_device(), ku.pick_dtype(asked.precision, ku.pick_device())
     report = {
@@ -1030,11 +1030,28 @@ def benchmark(asked, command):
         for size in filter(None, asked.size.split(",")):
             folder, weights = find_or_make(size, temporary, asked.data)
             used = usable(names, asked, folder)
-            model = {"size": Path(size).name, "weights": weights}
-            model["loads"] = [measure_load(asked, folder, load, used) for load in loads]
-            report["models"].append(model | {"time_split": time_split(asked, folder)})
-    report["load_average"]["after"] = os.getloadavg()
+            model = {"size": Path(size).name, "weights": weights, "loads": [], "time_split": None}
+            report["models"].append(model)
+            for load in loads:
+                model["loads"].append(measure_load(asked, folder, load, used))
+                save(report)
+                gc.collect()
+                torch.cuda.empty_cache()  # does nothing without a GPU
+            for load in model["loads"]:
+                for name, memory in measure_memory(asked, folder, load["load"], used).items():
+                    load["training"]["contenders"][name]["memory"] = memory
+            model["time_split"] = time_split(asked, folder)
+            save(report)
     return report
+
+
+def save(output, report):
+    """Write the JSON file, if one is asked for, and the plot."""
+    report["load_average"]["after"] = os.getloadavg()
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        plot(report, output.with_suffix(".png"))
 
 
 def main(arguments=None):
@@ -1048,14 +1065,11 @@ def main(arguments=None):
             print(json.dumps(measure_alone(asked, Path(asked.size), asked.loads, asked.alone)))
             return
         words = sys.argv[1:] if arguments is None else map(str, arguments)
-        report = benchmark(asked, shlex.join(["python", "tools/benchmark.py", *words]))
+        command = shlex.join(["python", "tools/benchmark.py", *words])
+        report = benchmark(asked, command, functools.partial(save, output))
     except ku.KitError as error:
         sys.exit(str(error))
     print(tables(report))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        plot(report, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
