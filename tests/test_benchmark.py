@@ -83,6 +83,7 @@ def test_the_report_says_how_it_was_made_and_has_every_figure(done):
 @pytest.mark.slow
 def test_rates_ratios_and_shares_follow_from_the_raw_seconds(done):
     for load in done[0]["models"][0]["loads"]:
+        peak = max(x for part in ("training", "prediction") for x in load[part]["rounds"]["matmul_flops"])
         for part in (load["training"], load["prediction"]):
             rounds, kit = part["rounds"], part["contenders"]["kit"]["seconds"]
             for result in part["contenders"].values():
@@ -92,7 +93,7 @@ def test_rates_ratios_and_shares_follow_from_the_raw_seconds(done):
                 assert result["ratio"]["median"] == pytest.approx(np.median(ratios))
                 assert (result["ratio"]["smallest"], result["ratio"]["largest"]) == (min(ratios), max(ratios))
                 assert result["tokens_per_second"]["median"] == pytest.approx(np.median(rates))
-                share = np.median(shares) / np.median(rounds["matmul_flops"])
+                share = np.median(shares) / peak
                 assert result["share_of_matmul"] == pytest.approx(share)
 
 
@@ -121,7 +122,7 @@ def test_all_contenders_train_on_the_same_rows(done):
 def test_the_tables_have_a_row_for_each_contender(done):
     lines = benchmark.tables(done[0]).splitlines()
     assert len([line for line in lines if line.startswith("| tiny |")]) == 2 * (4 + 3)
-    assert all(line.count("|") in (0, 8, 12) for line in lines)
+    assert all(line.count("|") in (0, 8, 11) for line in lines)
 
 
 @pytest.mark.slow
@@ -154,8 +155,9 @@ def test_real_texts_of_a_folder_and_the_time_split(tmp_path, capsys):
 def test_the_memory_of_a_contender_is_measured_in_a_process_of_its_own(tmp_path):
     folder, _ = benchmark.find_or_make("tiny", tmp_path, "")
     _, asked = benchmark.parse([*QUICK, "--memory-steps", "2"])
+    large = np.ones(2**28)  # 2 GB that are this process's alone
     found = benchmark.measure_memory(asked, folder, "mixed", ["tuned"])
-    assert found["tuned"]["peak_bytes"] > found["tuned"]["before_bytes"] > 50e6
+    assert 50e6 < found["tuned"]["before_bytes"] < found["tuned"]["peak_bytes"] < large.nbytes
 
 
 @pytest.mark.parametrize("what", ["another model", "another training"])

@@ -14,7 +14,7 @@ measured. Then the contenders train in turn, a block of steps each, over the sam
 first each time. A block has a few steps that are not timed: `first step` is the very first of a contender, with what
 comes before it. Rates are medians over the rounds and count real tokens, never padding; ratios are those of a round,
 contender's seconds by the kit's, as median, smallest and largest. `share of matmul` is the work that real tokens need
-(FLOPs by the usual formula) by what a large matrix product reaches between the rounds of the same run.
+(FLOPs by the usual formula) by what a large matrix product reached at best between the rounds of the same run.
 
 Two loads: `narrow` lengths like those of the CLEAR corpus, padded to 320, and `mixed`, log-normal around 150 from 16 to
 512, padded to 512. With `--data` they are real texts, and pieces of them; else random token ids.
@@ -680,9 +680,9 @@ def predict_in_turn(lab, kit, asked):
     return {"rounds": rounds, "contenders": results, "gaps": gaps}
 
 
-def add_rates(part):
-    """Medians over the rounds for each contender, computed from the seconds."""
-    rounds, peak = part["rounds"], float(np.median(part["rounds"]["matmul_flops"]))
+def add_rates(part, peak):
+    """Medians over the rounds for each contender, computed from the seconds; `peak` are FLOP/s of a matrix product."""
+    rounds = part["rounds"]
     kit = np.array(part["contenders"]["kit"]["seconds"])
     for result in part["contenders"].values():
         seconds = np.array(result["seconds"])
@@ -708,12 +708,16 @@ def count_syncs(lab, contenders, asked):
     return found
 
 
-def own_memory():
-    """Bytes that this process, or its GPU's allocator, has now."""
+def own_memory(peak=False):
+    """Bytes that this process, or its GPU's allocator, has now or had at most. The peak that getrusage knows would be
+    that of the parent, where it was larger."""
     if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else ku.peak_memory()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return ku.peak_memory()
+    values = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return 1024 * int(values["VmHWM" if peak else "VmRSS"].split()[0])
 
 
 def measure_alone(asked, folder, load, name):
@@ -727,7 +731,7 @@ def measure_alone(asked, folder, load, name):
         torch.cuda.reset_peak_memory_stats()
     batches = contender.arrange(lab.deal(asked.memory_steps), np.random.default_rng(0))
     contender.run(batches[:1], batches[1:], Window(lab.device))
-    return {"before_bytes": before, "peak_bytes": ku.peak_memory()}
+    return {"before_bytes": before, "peak_bytes": own_memory(peak=True)}
 
 
 def measure_memory(asked, folder, load, names):
@@ -760,13 +764,14 @@ def measure_load(asked, folder, load, names):
             start[name] += window.first + window.seconds
     rounds, results = train_in_turn(lab, contenders, asked)
     syncs = count_syncs(lab, contenders, asked)
-    training = add_rates({"rounds": rounds, "contenders": results})
+    prediction = predict_in_turn(lab, kit, asked)
+    peak = max(rounds["matmul_flops"] + prediction["rounds"]["matmul_flops"])  # others may have disturbed the rest
+    training = add_rates({"rounds": rounds, "contenders": results}, peak)
     for name, result in results.items():
         steady = (PARITY_STEPS + asked.start) * result["seconds_per_step"]
         result["first_step_seconds"] = windows[name].first
         result["start_seconds"] = max(0.0, start[name] - steady)  # until it is steady, beyond what its steps take then
         result["syncs_per_step"], result["memory"] = syncs[name], None
-    prediction = add_rates(predict_in_turn(lab, kit, asked))
     used = lab.tokens.lengths
     work = {name: getattr(lab.work, name) for name in ("weights", "layers", "width", "positions")}
     return {
@@ -780,7 +785,8 @@ def measure_load(asked, folder, load, names):
         "attention": lab.model.backbone.config._attn_implementation,
         "parity": parity | {"after_first_steps": trained},
         "training": training,
-        "prediction": prediction,
+        "prediction": add_rates(prediction, peak),
+        "matmul_flops": peak,
     }
 
 
@@ -847,14 +853,14 @@ def tables(report):
     """The figures as two tables in Markdown."""
     gpu = report["device"]["type"] == "cuda"
     memory = "peak memory, MB" if gpu else "memory beside the model, MB"
-    rates = "tokens/s | rows/s | kit is faster by | share of matmul"
-    lines = [f"| backbone | lengths | training | {rates} | padding | {memory} | first step, s | waits a step |"]
-    lines.append("|---" * 11 + "|")
+    rates, waits = "tokens/s | rows/s | kit's speed by it | share of matmul", " | waits a step" if gpu else ""
+    lines = [f"| backbone | lengths | training | {rates} | padding | {memory} | first step, s{waits} |"]
+    lines.append("|---" * (11 if gpu else 10) + "|")
     for model, load in measured(report):
         for name, result in load["training"]["contenders"].items():
             cells = [model["size"], load["load"], *shared_cells(name, result)]
             cells += [f"{result['padding_share']:.0%}", megabytes(result["memory"], gpu)]
-            cells += [number(result["first_step_seconds"], 1), number(result["syncs_per_step"], 1)]
+            cells += [number(result["first_step_seconds"], 1)] + ([number(result["syncs_per_step"], 1)] if gpu else [])
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| backbone | lengths | prediction | {rates} |", "|---" * 7 + "|"]
     for model, load in measured(report):
