@@ -1,0 +1,239 @@
+"""The benchmark of training and prediction: what it times is the same for all, and its figures can be checked."""
+
+import json
+import subprocess
+import sys
+
+import benchmark
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_tokenizer, save_competition
+
+import kernel_utils as ku
+
+QUICK = ["--quick", "--loads", "mixed"]
+
+
+def meta_work(size):
+    with torch.device("meta"):
+        return benchmark.Work(transformers.AutoModel.from_config(benchmark.size_config(size)))
+
+
+def fill(lengths, size):
+    """Real tokens by slots of batches padded to the longest row."""
+    batches = lengths.reshape(-1, size)
+    return batches.sum() / (size * batches.max(1).sum())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The report of a quick run over both loads, and the rows that each training data set of the Trainer was asked for,
+    as well as those of the steps of the others, block after block."""
+    folder, seen = tmp_path_factory.mktemp("benchmark"), {}
+    patch = pytest.MonkeyPatch()
+    step, item, padded = ku.Engine.optimizer_step, benchmark.Rows.__getitem__, benchmark.Lab.padded
+
+    def note(name, rows):
+        seen.setdefault(name, []).extend(np.atleast_1d(rows).tolist())
+
+    def optimizer_step(engine, number, rows):
+        note("kit", rows)
+        return step(engine, number, rows)
+
+    def getitem(rows, index):
+        note("trainers", rows.rows[index])
+        return item(rows, index)
+
+    def pad(lab, rows, length=None):
+        if lab.model.training:
+            note("padded", rows)
+        return padded(lab, rows, length)
+
+    patch.setattr(ku.Engine, "optimizer_step", optimizer_step)
+    patch.setattr(benchmark.Rows, "__getitem__", getitem)
+    patch.setattr(benchmark.Lab, "padded", pad)
+    benchmark.main(["--quick", "-o", str(folder / "results" / "quick.json")])
+    patch.undo()
+    report = json.loads((folder / "results" / "quick.json").read_text())
+    return report, seen, folder / "results" / "quick.png"
+
+
+@pytest.mark.slow
+def test_the_report_says_how_it_was_made_and_has_every_figure(done):
+    report, _, picture = done
+    assert report["command"].startswith("python tools/benchmark.py --quick -o ")
+    assert {"torch", "transformers", "accelerate", "kernel_utils"} <= set(report["versions"])
+    assert report["device"]["type"] == "cpu" and report["precision"] == "float32" and report["settings"]["dropout"] == 0
+    assert report["matmul"]["flops"] > 0 and report["copy"]["bytes_per_second"] > 0
+    (model,) = report["models"]
+    assert [load["load"] for load in model["loads"]] == ["narrow", "mixed"] and model["weights"] == "random"
+    for load in model["loads"]:
+        assert set(load["training"]["contenders"]) == {"kit", "padded", "dynamic", "tuned"}
+        assert set(load["prediction"]["contenders"]) == {"kit", "sorted", "padded"}
+        assert load["parity"]["fp32"]["tuned"] < 1e-5 and load["parity"]["after_first_steps"]["tuned"] < 1e-3
+        for result in load["training"]["contenders"].values():
+            assert result["first_step_seconds"] > 0 and result["start_seconds"] >= 0
+            assert result["syncs_per_step"] is None and result["memory"] is None  # no GPU; not asked for
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_rates_ratios_and_shares_follow_from_the_raw_seconds(done):
+    for load in done[0]["models"][0]["loads"]:
+        peak = max(x for part in ("training", "prediction") for x in load[part]["rounds"]["matmul_flops"])
+        for part in (load["training"], load["prediction"]):
+            rounds, kit = part["rounds"], part["contenders"]["kit"]["seconds"]
+            for result in part["contenders"].values():
+                ratios = [a / b for a, b in zip(result["seconds"], kit, strict=True)]
+                rates = [n / s for n, s in zip(rounds["tokens"], result["seconds"], strict=True)]
+                shares = [n / s for n, s in zip(rounds["flops"], result["seconds"], strict=True)]
+                assert result["ratio"]["median"] == pytest.approx(np.median(ratios))
+                assert (result["ratio"]["smallest"], result["ratio"]["largest"]) == (min(ratios), max(ratios))
+                assert result["tokens_per_second"]["median"] == pytest.approx(np.median(rates))
+                share = np.median(shares) / peak
+                assert result["share_of_matmul"] == pytest.approx(share)
+
+
+@pytest.mark.slow
+def test_the_padding_share_counts_slots_without_a_token(done):
+    for load in done[0]["models"][0]["loads"]:
+        shares = {name: result["padding_share"] for name, result in load["training"]["contenders"].items()}
+        tokens, rows = (sum(load["training"]["rounds"][name]) for name in ("tokens", "rows"))
+        assert shares["kit"] == 0
+        assert shares["padded"] == pytest.approx(1 - tokens / (rows * load["padded_to"]))
+        assert 0 < shares["tuned"] < shares["padded"] and 0 < shares["dynamic"] < shares["padded"]
+
+
+@pytest.mark.slow
+def test_all_contenders_train_on_the_same_rows(done):
+    report, seen, _ = done
+    blocks = benchmark.PARITY_STEPS + 2 * 3  # batches of a load: two rounds of one step before and two in the window
+    assert len(seen["kit"]) == 2 * 4 * blocks
+    assert sorted(seen["padded"]) == sorted(seen["kit"])
+    assert sorted(seen["trainers"]) == sorted(2 * seen["kit"])
+    first = report["models"][0]["loads"][0]["training"]["rounds"]["first"]
+    assert first == ["kit", "padded"]  # another one begins each round
+
+
+@pytest.mark.slow
+def test_the_tables_have_a_row_for_each_contender(done):
+    lines = benchmark.tables(done[0]).splitlines()
+    assert len([line for line in lines if line.startswith("| tiny |")]) == 2 * (4 + 3)
+    assert all(line.count("|") in (0, 8, 11) for line in lines)
+
+
+@pytest.mark.slow
+def test_real_texts_of_a_folder_and_the_time_split(tmp_path, capsys):
+    config = benchmark.size_config("tiny")
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "backbone")
+    make_tokenizer().save_pretrained(tmp_path / "backbone")
+    data = save_competition(tmp_path / "data")
+    words = [
+        *QUICK,
+        "--contenders",
+        "tuned",
+        "--rounds",
+        "1",
+        "--size",
+        str(tmp_path / "backbone"),
+        "--data",
+        str(data),
+    ]
+    benchmark.main([*words, "-o", str(tmp_path / "out.json")])
+    (model,) = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert model["loads"][0]["texts"] == "real" and model["weights"] == "its own"
+    assert {"load", "tokenize", "train", "evaluate", "total"} <= set(model["time_split"]["seconds"])
+    assert list(model["loads"][0]["training"]["contenders"]) == ["kit", "tuned"]
+    words = pd.read_csv(data / "train.csv")["excerpt"].str.split().str.len()
+    assert model["loads"][0]["row_tokens"]["largest"] <= 512 and words.max() < 512
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_contender_is_measured_in_a_process_of_its_own(tmp_path):
+    folder, _ = benchmark.find_or_make("tiny", tmp_path, "")
+    _, asked = benchmark.parse([*QUICK, "--memory-steps", "2"])
+    large = np.ones(2**28)  # 2 GB that are this process's alone
+    found = benchmark.measure_memory(asked, folder, "mixed", ["tuned"])
+    assert 50e6 < found["tuned"]["before_bytes"] < found["tuned"]["peak_bytes"] < large.nbytes
+
+
+@pytest.mark.parametrize("what", ["another model", "another training"])
+def test_contenders_that_do_not_compute_the_same_are_not_timed(what, monkeypatch, tmp_path):
+    class Wrong(benchmark.PaddedLoop):
+        def outputs(self, rows, precision):
+            return super().outputs(rows, precision) + (1e-3 if what == "another model" else 0)
+
+        def run(self, warm, batches, window):
+            super().run([*warm, *warm] if what == "another training" else warm, batches, window)
+
+    monkeypatch.setitem(benchmark.CONTENDERS, "padded", Wrong)
+    monkeypatch.setattr(benchmark, "train_in_turn", None)  # would fail
+    with pytest.raises(SystemExit, match=r"(?s)do not compute the same, nothing is measured.*padded differs by"):
+        benchmark.main([*QUICK, "--contenders", "padded", "-o", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_mixed_lengths_are_log_normal_around_150_from_16_to_512():
+    lengths = benchmark.mixed_lengths(32_000, np.random.default_rng(0))
+    assert (lengths.min(), lengths.max()) == (16, 512) and abs(np.median(lengths) - 150) < 3
+    assert np.log(lengths[(lengths > 16) & (lengths < 512)]).std() == pytest.approx(0.65, abs=0.05)
+    assert fill(lengths, 32) == pytest.approx(0.37, abs=0.02)  # performance.md, section 6
+    assert fill(np.sort(lengths), 32) > 0.97
+
+
+def test_narrow_lengths_are_those_of_clear():
+    lengths = benchmark.narrow_lengths(32_000, np.random.default_rng(0))
+    assert lengths.mean() == pytest.approx(225, abs=1) and lengths.std() == pytest.approx(24, abs=1)
+    assert lengths.min() >= 150 and lengths.max() <= 320
+    assert lengths.mean() / 320 == pytest.approx(0.70, abs=0.02)
+
+
+def test_no_text_comes_a_second_time_before_all_have_come():
+    rows = benchmark.repeated(25, 10, np.random.default_rng(0))
+    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10)) and len(rows) == 25
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "positions", "mflop"),
+    [("minilm", 10.6e6, 0, 70), ("bert-base", 84.9e6, 0, 534), ("deberta-v3-base", 84.9e6, 512, 591)],
+)
+def test_work_agrees_with_the_table_of_the_reference(size, weights, positions, mflop):
+    work = meta_work(size)
+    assert work.weights == pytest.approx(weights, rel=0.005) and work.positions == positions
+    assert work.flops([225]) / 225 / 1e6 == pytest.approx(mflop, rel=0.02)
+    assert work.flops([225, 100]) == work.flops([225]) + work.flops([100])
+
+
+@pytest.mark.parametrize("count", [7, 20, 200])
+def test_a_block_is_grouped_as_in_a_long_run_and_the_others_shuffle_its_rows(count):
+    size, lab, rng = 16, object.__new__(benchmark.Lab), np.random.default_rng(0)
+    lab.asked = benchmark.parse(["--quick", "--batch-size", str(size)])[1]
+    n = size * benchmark.in_groups(count)
+    lab.tokens, lab.left = ku.Tokens([np.ones(k, int) for k in benchmark.mixed_lengths(n, rng)], None, 0), np.arange(n)
+    block = lab.deal(count)
+    tuned, dynamic = (np.concatenate(benchmark.HfTrainer(lab, t).arrange(block, rng)) for t in (True, False))
+    assert len(set(tuned)) == size * count and sorted(tuned) == sorted(dynamic) and len(lab.left) == 0
+    lengths = lab.tokens.lengths
+    assert fill(lengths[tuned], size) == pytest.approx(0.97, abs=0.015) and fill(lengths[dynamic], size) < 0.5
+    assert lengths[tuned].mean() == pytest.approx(183, rel=0.05)  # that of all rows
+
+
+def test_unknown_contenders_and_loads_are_refused():
+    for words in (["--contenders", "kit,tunde"], ["--loads", "wide"]):
+        with pytest.raises(SystemExit, match=r"takes .*; got (tunde|wide)"):
+            benchmark.main(["--quick", *words])
+    with pytest.raises(SystemExit):
+        benchmark.main(["--quick", "--warm", "0"])
+
+
+def test_help_and_the_options_of_another_process():
+    help_text = subprocess.run(
+        [sys.executable, ROOT / "tools" / "benchmark.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--contenders" in help_text and "--alone" not in help_text
+    _, asked = benchmark.parse([*QUICK, "--precision", "fp32"])
+    output, again = benchmark.parse(asked.words(alone="kit"))
+    assert output is None and again == benchmark.dataclasses.replace(asked, alone="kit")
