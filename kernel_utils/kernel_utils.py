@@ -3152,10 +3152,11 @@ class Engine:
         if not self.packed:
             check_padding(self.model.eval(), data.tokens, self.dtype)
         wanted = {"compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda"}
-        if why := self.unfit():
-            say("".join(f"{name} is left out: {why}\n" for name in wanted if wanted[name]).strip())
-            wanted = dict.fromkeys(wanted, False)
-        self.compiled, self.captured = wanted["compile"], wanted["cuda_graphs"]
+        why = self.unfit()
+        for name in wanted:
+            if wanted[name] and why:
+                say(f"{name} is left out: {why}")
+        self.compiled, self.captured = (wanted[name] and not why for name in ("compile", "cuda_graphs"))
         if self.compiled:
             self.model.backbone.compile(dynamic=False)
         self.place()
