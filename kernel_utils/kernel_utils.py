@@ -3839,6 +3839,9 @@ def peak_memory():
     """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # getrusage tells a larger parent's
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
