@@ -367,7 +367,7 @@ def test_a_model_in_int8_predicts_nearly_the_same_and_afterwards_exactly(kind, b
     model = ku.TextModel(cfg, ku.load_backbone(backbone_folder(kind), cfg), ku.MseLoss(cfg, 1))
     tokens = ku.tokenize_frame(FRAME, tokenizer, cfg)
     before = ku.predict(model, tokens, cfg)
-    with ku.in_precision(model, cfg, "int8") as used:
+    with ku.in_precision(model, tokens, cfg, "int8") as used:
         rough = ku.predict(model, tokens, used)
     np.testing.assert_array_equal(ku.predict(model, tokens, cfg), before)
     gap = abs(rough - before).max()

@@ -257,7 +257,7 @@ def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output
     path.write_text(json.dumps(record))
     assert call("--grid", "head=cls")[0] == 0 and len(stub) == 1
     code, shown = call("--grid", "head=cls", "--set", "bucket_batches=9")
-    assert code == 1 and "bucket_batches was 4, now 9" in shown
+    assert code == 1 and "bucket_batches was 0, now 9" in shown
 
 
 @pytest.mark.parametrize("left", ["running", "stopped", "empty", "temporary"])
