@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs are compared to the last bit, and libraries set other numbers of threads."""
+    torch.set_num_threads(1)
+
+
 def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
     if config.option.markexpr != "gpu":
