@@ -28,7 +28,7 @@ SETTINGS = dict(NOISY, n_folds=3)  # 13 or 14 rows a fold, four steps an epoch
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def one_thread_in_other_processes(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
