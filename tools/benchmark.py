@@ -1026,7 +1026,7 @@ def benchmark(asked, command, save):
         "versions": versions(),
         "device": {"type": device.type, "name": ku.device_name(), "threads": torch.get_num_threads()},
         "precision": ku.precision_name(asked.precision),
-        "settings": dataclasses.asdict(asked),
+        "settings": dataclasses.asdict(asked) | {"data": Path(asked.data).name},  # no path of a machine
         "load_average": {"before": os.getloadavg()},
         "matmul": {"size": asked.matmul, "flops": matmul_flops(asked.matmul, dtype, device)},
         "copy": {"bytes": 4 * asked.copied, "bytes_per_second": copy_bytes(asked.copied, device)},
@@ -1071,6 +1071,7 @@ def main(arguments=None):
             print(json.dumps(measure_alone(asked, Path(asked.size), asked.loads, asked.alone)))
             return
         words = sys.argv[1:] if arguments is None else map(str, arguments)
+        words = [f"path/to/{Path(word).name}" if word == asked.data else word for word in words]
         command = shlex.join(["python", "tools/benchmark.py", *words])
         report = benchmark(asked, command, functools.partial(save, output))
     except ku.KitError as error:
