@@ -158,6 +158,11 @@ def make_texts(n, seed=0):
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for _ in range(n)]
 
 
+def padded_mask(inputs):
+    """Where texts stand in [rows, longest text], of the inputs of a model with packed or with padded rows."""
+    return inputs["pack"].mask if "pack" in inputs else inputs["attention_mask"]
+
+
 def train_frame(n=40, seed=0):
     """A table in the CommonLit layout whose target is the share of a word, so that it can be learnt."""
     texts = make_texts(n, seed)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, train_frame
+from conftest import ROOT, padded_mask, train_frame
 
 import kernel_utils as ku
 
@@ -566,12 +566,12 @@ def test_a_stop_before_the_first_step_is_told_and_the_run_goes_on(tiny, whole):
 def out_of_memory_above(monkeypatch, rows, failures):
     forward = ku.TextModel.forward
 
-    def limited(model, pack, **rest):
-        if model.training and len(pack.mask) > rows:
+    def limited(model, **inputs):
+        if model.training and len(padded_mask(inputs)) > rows:
             torch.rand(1)  # as dropout before the layer that does not fit
-            failures.append(len(pack.mask))
+            failures.append(len(padded_mask(inputs)))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return forward(model, pack=pack, **rest)
+        return forward(model, **inputs)
 
     monkeypatch.setattr(ku.TextModel, "forward", limited)
 

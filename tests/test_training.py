@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, train_frame
+from conftest import make_texts, padded_mask, train_frame
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import kernel_utils as ku
@@ -159,14 +159,14 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
     cfg = resolved(tiny(head_dropout=0.5, dropout_samples=4))
     data = fold_data(cfg)
     model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
-    batch = data.tokens.packed(np.arange(3), CPU)
+    batch = data.tokens.batch(np.arange(3), CPU)
     outputs = model.train()(**batch)
     assert outputs.shape == (4, 3, 1) and not torch.equal(outputs[0], outputs[1])
     torch.manual_seed(5)
     expected = np.mean([(sample.detach().numpy() - 1) ** 2 for sample in model(**batch)])
     engine = ku.Engine(data, cfg)
     engine.begin(1, **QUIET)
-    engine.model.load_state_dict(model.state_dict())
+    engine.model.train().load_state_dict(model.state_dict())
     engine.targets, engine.optimizer = torch.ones(24, 1), torch.optim.SGD(engine.model.parameters(), lr=0.0)
     torch.manual_seed(5)
     value, _ = engine.optimizer_step(0, np.arange(3))
@@ -191,11 +191,11 @@ def out_of_memory_above(model, slots, seen):
     """Make a model fail as a GPU does for batches of more than so many tokens with padding."""
     forward = model.forward
 
-    def limited(pack, **rest):
-        seen.append(pack.mask.numel())
-        if pack.mask.numel() > slots:
+    def limited(**inputs):
+        seen.append(padded_mask(inputs).numel())
+        if seen[-1] > slots:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(pack=pack, **rest)
+        return forward(**inputs)
 
     model.forward = limited
 
