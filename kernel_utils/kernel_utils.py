@@ -3,13 +3,13 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices            7. Backbones                   13. Checkpoints
-     2. Settings                     8. Attention                   14. Training, one fold
-     3. Environment and paths        9. Losses and metrics          15. Plots
-     4. Data and folds              10. Model                       16. Runs: all folds, records
-     5. Tokens and batches          11. Optimiser groups            17. Inference: bundles, submission
-     6. Heads                       12. Prediction                  18. Comparison of runs
-                                                                    19. Command line
+     1. Tables of choices            8. Attention                   15. Training, one fold
+     2. Settings                     9. Losses and metrics          16. Plots
+     3. Environment and paths       10. Model                       17. Runs: all folds, records
+     4. Data and folds              11. Optimiser groups            18. Inference: bundles, submission
+     5. Tokens and batches          12. Regularisers                19. Comparison of runs
+     6. Heads                       13. Prediction                  20. Command line
+     7. Backbones                   14. Checkpoints
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -403,6 +403,15 @@ class Config(Settings):
     optimizer: str = option("adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", OPTIMIZERS)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
     precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
+    # regularisation
+    awp: float = option(0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0)
+    awp_eps: float = option(0.01, "awp: a weight moves by this share of itself at most", low=0, high=1)
+    fgm: float = option(0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0)
+    adversarial_start: float = option(1.0, "awp, fgm: epochs before the first adversarial step", low=0)
+    rdrop: float = option(0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0)
+    mixout: float = option(0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99)
+    ema: float = option(0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999)
+    swa_start: float = option(0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0)
     # evaluation and records
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
     eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
@@ -438,6 +447,19 @@ class Config(Settings):
             )
         if self.dropout_samples > 1 and not self.head_dropout:
             problems.append("dropout_samples does nothing while head_dropout is 0")
+        if self.awp and self.fgm:
+            problems.append("awp and fgm are two adversarial passes of a step: set one of them to 0")
+        if (self.awp or self.fgm) and self.adversarial_start >= self.epochs:
+            problems.append(f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}")
+        if self.ema and self.swa_start:
+            problems.append("ema and swa_start are two averages of the weights: set one of them to 0")
+        if self.swa_start >= self.epochs:
+            problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
+        still = self.backbone_dropout == (-1 if self.task == "regression" else 0) or self.backbone_dropout == 0
+        if self.rdrop and still and not self.head_dropout:
+            problems.append("rdrop does nothing without dropout: set head_dropout or backbone_dropout")
+        if self.rdrop and loss and loss.outer is not Loss.outer:
+            problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
         if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
             problems.append("label_smoothing is for the loss cross_entropy")
         if "group" in self.fold_kind and not self.group_column:
@@ -1871,6 +1893,38 @@ def freeze(model, cfg):
             parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
 
 
+class MixoutLinear(nn.Linear):
+    """A linear layer that in training mixes its pre-trained weights in. Mixout, arXiv:1909.11299.
+
+    A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained weights and m 0 with
+    probability p, drawn for each input as in the authors' code, so that dropout is the case of W0 = 0.
+    """
+
+    def forward(self, x):
+        weight = self.mixed() if self.training else self.weight
+        return F.linear(x, weight, self.bias)
+
+    def mixed(self):
+        keep = 1 - self.p
+        mask = torch.empty_like(self.weight[:1]).bernoulli_(keep)
+        return self.pretrained + mask / keep * (self.weight - self.pretrained)
+
+
+def install_mixout(backbone, cfg):
+    """Make MixoutLinear of the trainable linear layers that have their pre-trained weights, in place; names of weights
+    stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
+    fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
+    left_out = {module for layer in fresh for module in layer.modules()}
+    layers = [layer for layer in backbone.modules() if type(layer) is nn.Linear and layer.weight.requires_grad]
+    layers = [layer for layer in layers if layer not in left_out]
+    if not layers:
+        raise ConfigError(f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear")
+    for layer in layers:
+        layer.__class__, layer.p = MixoutLinear, cfg.mixout
+        layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
+    return len(layers)
+
+
 # ---------------------------------------------------------------------------------------
 # 8. Attention: packed rows, DeBERTa
 #
@@ -2210,6 +2264,10 @@ class Loss:
         """Raw outputs -> predictions in target units, or probabilities."""
         return raw
 
+    def distance(self, raw, other):
+        """How far apart the predictions of two raw outputs (B, K) are for every row (B,), for R-Drop."""
+        return F.mse_loss(self.predict(raw), self.predict(other), reduction="none").mean(1)
+
     def start(self, targets):
         """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
         return targets.mean(0)
@@ -2251,6 +2309,10 @@ class BceLoss(Loss):
     def predict(self, raw):
         return raw.sigmoid()
 
+    def distance(self, raw, other):
+        """Mean of both Kullback-Leibler divergences, mean over the outputs."""
+        return ((raw.sigmoid() - other.sigmoid()) * (raw - other)).mean(1) / 2
+
     def start(self, targets):
         if targets.min() < 0 or targets.max() > 1:
             raise DataError(f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}")
@@ -2272,6 +2334,10 @@ class CrossEntropyLoss(Loss):
 
     def predict(self, raw):
         return raw.softmax(1)
+
+    def distance(self, raw, other):
+        """Mean of both Kullback-Leibler divergences."""
+        return ((raw.softmax(1) - other.softmax(1)) * (raw.log_softmax(1) - other.log_softmax(1))).sum(1) / 2
 
     def start(self, targets):
         return torch.log((torch.bincount(targets, minlength=self.width) + 1) / (len(targets) + self.width))
@@ -2570,6 +2636,8 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     if cfg.reinit_layers:
         say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
     freeze(model, cfg)
+    if cfg.mixout:
+        say(f"mixout {cfg.mixout:g} in {install_mixout(backbone, cfg)} linear layers")
     if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
         say(
             f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
@@ -2577,7 +2645,7 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     if cfg.gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         try:
-            enable({"use_reentrant": False, "preserve_rng_state": cfg.backbone_dropout != 0})
+            enable({"use_reentrant": False, "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0})
         except ValueError as error:
             raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
     return model
@@ -2665,7 +2733,106 @@ def rate_table(groups, steps, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 12. Prediction
+# 12. Regularisers
+#
+# Tensor operations at fixed places in memory, so that CUDA graphs can hold them.
+
+
+class Attack:
+    """The step of adversarial training: weights move to where the loss of the rows is larger, for one more pass, and
+    come back to the bit.
+
+    AWP (arXiv:2004.05884) moves every trainable matrix W with gradient G by `awp |W| G / ||G||`, elementwise, within
+    `awp_eps |W|`; the gradients there replace those of the first pass. FGM (arXiv:1605.07725) moves the word embeddings
+    by `fgm G / ||G||`; the gradients there are added. A tensor whose gradient is 0 or not finite stays.
+    """
+
+    def __init__(self, model, cfg):
+        self.cfg = cfg
+        self.weights = [weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad]
+        if cfg.fgm:
+            self.weights = [model.backbone.get_input_embeddings().weight]
+            if not self.weights[0].requires_grad:
+                raise ConfigError("fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them")
+        self.kept = [weight.detach().clone() for weight in self.weights]
+
+    def step(self, weight, gradient):
+        norm = torch.linalg.vector_norm(gradient)
+        along = torch.where(norm.isfinite() & (norm > 0), gradient / norm, 0)
+        if self.cfg.fgm:
+            return self.cfg.fgm * along
+        return (self.cfg.awp * along).clamp(-self.cfg.awp_eps, self.cfg.awp_eps) * weight.abs()
+
+    @torch.no_grad()
+    def perturb(self):
+        """Move the weights along their gradients. Returns the length of the move, as a share of the weights'."""
+        moved, length = [], []
+        for weight, kept in zip(self.weights, self.kept, strict=True):
+            kept.copy_(weight)
+            if weight.grad is not None:  # some models have weights that they do not use
+                step = self.step(weight, weight.grad)
+                weight.add_(step)
+                moved.append(torch.linalg.vector_norm(step))
+                length.append(torch.linalg.vector_norm(kept))
+        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(torch.stack(length))
+
+    @torch.no_grad()
+    def restore(self):
+        for weight, kept in zip(self.weights, self.kept, strict=True):
+            weight.copy_(kept)
+
+
+@torch.no_grad()
+def distance(weights, others):
+    """Length of the difference of two lists of tensors, as a share of the length of the first."""
+    weights = list(weights)
+    apart = [torch.linalg.vector_norm(weight - other) for weight, other in zip(weights, others, strict=True)]
+    lengths = [torch.linalg.vector_norm(weight) for weight in weights]
+    return (torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(lengths))).item()
+
+
+class Average:
+    """A running average of the trainable weights; a part of a checkpoint."""
+
+    def __init__(self, model):
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self, rate):
+        """Move the average by a share `rate`, a tensor, towards the weights."""
+        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
+            mean.lerp_(weight, rate)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the weights and their averages, in place."""
+        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
+            kept = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
+
+    def state_dict(self):
+        return self.means
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for name, mean in self.means.items():
+            mean.copy_(state[name])
+
+
+def average_rates(steps, per_epoch, cfg):
+    """Share (steps,) by which `Average` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
+    that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs."""
+    numbers = np.arange(steps)
+    if cfg.ema:
+        return 1 - np.minimum(cfg.ema, (1 + numbers) / (10 + numbers))
+    counted = numbers + 1 - round(cfg.swa_start * per_epoch)
+    return np.where(counted > 0, 1 / np.maximum(counted, 1), 0.0)
+
+
+# ---------------------------------------------------------------------------------------
+# 13. Prediction
 
 
 def progress(iterable, title, total=None, done=0):
@@ -2721,7 +2888,7 @@ def predict(model, tokens, cfg, rows=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 13. Checkpoints
+# 14. Checkpoints
 #
 # A checkpoint, and the folder of a finished fold, is written under another name, put on the disk, sealed by a manifest
 # with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
@@ -2919,7 +3086,7 @@ class Checkpoints:
 
 
 # ---------------------------------------------------------------------------------------
-# 14. Training, one fold
+# 15. Training, one fold
 
 
 class Data(NamedTuple):
@@ -3098,6 +3265,9 @@ def token_budgets(totals, count=4):
     return sorted({64 * math.ceil(edge / 64) for edge in edges})
 
 
+METERS = ("adversarial_loss", "perturbation", "rdrop")  # what steps tell of regularisers, so that it shows they act
+
+
 class Engine:
     """What makes optimiser steps: a model with its optimiser and loss scaler on the device, and the way of rows there.
 
@@ -3114,6 +3284,11 @@ class Engine:
         if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
+        self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
+        self.meters = {name: torch.zeros((), device=self.device) for name in METERS}
+        self.attack, self.attacking, self.average = None, False, None
+        if world_size() > 1 and (cfg.awp or cfg.fgm):
+            raise ConfigError("awp and fgm are for runs of one process: train folds side by side with fold_processes")
         self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
@@ -3130,11 +3305,20 @@ class Engine:
         fresh = build_model(cfg, data.folder, loss, data.tokenizer, self.targets.cpu()[rows], say)
         groups = parameter_groups(fresh, cfg)
         self.depths = [group["depth"] for group in groups]
-        self.table = rate_table(groups, cfg.epochs * math.ceil(len(rows) / cfg.batch_size), cfg)
+        per_epoch = math.ceil(len(rows) / cfg.batch_size)
+        self.table = rate_table(groups, cfg.epochs * per_epoch, cfg)
         self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
+        self.attack_from = round(cfg.adversarial_start * per_epoch)
+        self.average_table = average_rates(len(self.table), per_epoch, cfg)
+        self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
+        attacked, self.attacking = self.attacking, False
         if resident:
             self.model.load_state_dict(fresh.state_dict())
             self.model.loss = fresh.loss
+            if self.average:
+                self.average.load_state_dict(fresh.state_dict())
+            if attacked:
+                self.place()
             for state in self.optimizer.state.values():
                 for tensor in state.values():
                     tensor.zero_()
@@ -3146,6 +3330,9 @@ class Engine:
         for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         self.rates = torch.zeros(len(groups), device=self.device)
+        self.attack = Attack(self.model, cfg) if cfg.awp or cfg.fgm else None
+        self.average = Average(self.model) if cfg.ema or cfg.swa_start else None
+        self.average_rate = torch.zeros((), device=self.device)
         self.optimizer = make_optimizer(groups, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.packed = takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
@@ -3178,6 +3365,7 @@ class Engine:
         if self.static:
             self.budgets = token_budgets(self.micro_totals())
         names = [("accumulate", slots) for slots in reversed(self.budgets)] if self.captured else []
+        names += ["perturb", "restore"] if self.attacking else []
         self.graphs = Graphs([*names, "update"]) if self.captured else None
 
     def micro_totals(self):
@@ -3208,24 +3396,44 @@ class Engine:
         self.micro = state["micro"]
         self.place()
 
+    @property
+    def told(self):
+        """Names of the meters that steps tell."""
+        return METERS[:2] * self.attacking + ("rdrop",) * (self.cfg.rdrop > 0)
+
+    def swap_average(self, step):
+        """Exchange the weights and their average, if there is one after so many steps."""
+        if self.average and self.average_table[:step].any():
+            self.average.swap()
+
     def rates_at(self, step):
         return dict(zip(self.depths, self.table[step].tolist(), strict=True))
 
     def backward(self, inputs, rows, count):
         """Add the gradient of the share that `rows` (B,) have in the mean loss of the `count` rows of a step."""
+        loss = self.model.loss
         with autocast(self.device, self.dtype):
-            raw = self.model(**inputs)
+            passes = [self.model(**inputs) for _ in range(2 if self.cfg.rdrop else 1)]
+        passes = [raw if raw.dim() == 3 else raw[None] for raw in passes]  # (S, B, K) each
         target = self.targets[rows.clamp(min=0)]
-        samples = raw if raw.dim() == 3 else raw[None]
-        values = torch.stack([self.model.loss(sample, target) for sample in samples])  # (S, B)
+        values = torch.stack([loss(sample, target) for raw in passes for sample in raw])
         if values.shape[1:] != rows.shape:
             raise KitError(
                 f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
             )
-        share = (values.mean(0).masked_fill(rows < 0, 0) / count).sum()
+        share = self.share(values, rows, count)
+        if self.cfg.rdrop:
+            apart = torch.stack([loss.distance(*pair) for pair in zip(*passes, strict=True)])
+            apart = self.share(apart, rows, count)
+            self.meters["rdrop"] += apart.detach()
+            share = share + self.cfg.rdrop * apart
         self.scaler.scale(share).backward()
         self.mean += share.detach()
         return ()
+
+    def share(self, values, rows, count):
+        """What `values` (S, B) of the real rows have in a mean over `count` rows."""
+        return (values.mean(0).masked_fill(rows < 0, 0) / count).sum()
 
     def accumulate(self, part, count):
         """`backward` for the rows of a micro-batch."""
@@ -3247,17 +3455,41 @@ class Engine:
     def call(self, name, function, *inputs):
         return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
 
+    def perturb(self):
+        """Move the weights to where the loss of this batch is larger; AWP wants the gradients there alone."""
+        self.clean.copy_(self.mean)
+        self.meters["perturbation"].copy_(self.attack.perturb())
+        if self.cfg.awp:
+            self.optimizer.zero_grad(set_to_none=False)
+            self.mean.zero_()
+        return ()
+
+    def restore(self):
+        self.attack.restore()
+        return ()
+
+    def accumulate_all(self, rows, count):
+        """`accumulate` rows, `micro` at a time; in an adversarial step again at perturbed weights."""
+        parts = [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
+        for part in parts:
+            self.accumulate(part, count)
+        if self.attacking:
+            self.call("perturb", self.perturb)
+            try:
+                for part in parts:
+                    self.accumulate(part, count)
+            finally:
+                self.call("restore", self.restore)
+
     def fit_and_accumulate(self, rows, count):
-        """`accumulate` micro-batches that fit into memory: `micro` is halved where they do not, and the same rows are
+        """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
         tried again from the same random state. KitError where one row alone does not fit."""
         states = RandomStates()
         before = states.state_dict()
         while True:
             size = min(self.micro, len(rows))
             try:
-                for part in np.split(rows, range(size, len(rows), size)):
-                    self.accumulate(part, count)
-                return
+                return self.accumulate_all(rows, count)
             except CaptureError as error:
                 self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
@@ -3265,7 +3497,7 @@ class Engine:
                 why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
                 self.micro = size // 2
             self.optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
-            self.mean.zero_()
+            self.reset()
             if not self.micro:
                 raise KitError(
                     f"a row of {self.data.tokens.lengths[rows].max()} tokens does not fit into the memory of "
@@ -3286,7 +3518,7 @@ class Engine:
         weights = [weight for weight, count in zip(weights, given.tolist(), strict=True) if count]
         for weight in weights:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        add_up([self.mean, *(weight.grad for weight in weights)])
+        add_up([self.mean, *self.meters.values(), *(weight.grad for weight in weights)])
 
     def checksum(self):
         """A number that changes with any bit of the weights."""
@@ -3295,11 +3527,12 @@ class Engine:
             return torch.stack(sums).sum().item()
 
     def update(self):
-        """Step the optimiser with the gradients so far, of all processes. Returns loss and gradient norm."""
+        """Step the optimiser with the gradients so far, of all processes. Returns loss, gradient norm and meters."""
         if world_size() > 1:
             self.add_up()
-        mean, gradients = self.mean.clone().requires_grad_(), [p.grad for p in self.model.parameters()]
-        loss = self.model.loss.outer(mean)
+        outer, both = self.model.loss.outer, self.attacking and self.cfg.fgm  # FGM adds clean and adversarial gradients
+        mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
+        gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
         if loss is not mean:  # chain rule: the gradients so far are those of the mean
             (slope,) = torch.autograd.grad(loss, mean)
             torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
@@ -3308,16 +3541,33 @@ class Engine:
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphs)
-        self.mean.zero_()
-        return loss.detach(), norm
+        if self.average:
+            self.average.update(torch.where(norm.isfinite(), self.average_rate, 0))
+        if self.attacking:
+            self.meters["adversarial_loss"].copy_(outer(self.mean - self.clean if both else self.mean))
+            loss = outer(self.clean).clone()
+        told = [self.meters[name].clone() for name in self.told]
+        self.reset()
+        return loss.detach(), norm, *told
+
+    def reset(self):
+        """Forget what the step has summed up."""
+        for total in (self.mean, *self.meters.values()):
+            total.zero_()
 
     def optimizer_step(self, step, rows):
-        """Optimiser step number `step`, from 0, with a batch of rows. Returns loss and gradient norm, on the device.
+        """Optimiser step number `step`, from 0, with a batch of rows. Returns loss, gradient norm and the meters that
+        `told` names, on the device.
 
         Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size. Where
         several processes share the run, each has a share of the rows, which may be none.
         """
         self.rates.copy_(self.rates_to_come[step])
+        if self.average:
+            self.average_rate.copy_(self.average_rates[step])
+        if self.attack and self.attacking != (step >= self.attack_from):
+            self.attacking = not self.attacking
+            self.place()
         if self.cfg.optimizer != "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.table[step], strict=True):
                 group["lr"] = float(rate)
@@ -3337,12 +3587,11 @@ class Engine:
 
 
 class Step(NamedTuple):
-    """What is known of an optimiser step; loss and norm are still on the device."""
+    """What is known of an optimiser step."""
 
     number: int
     rows: np.ndarray
-    loss: torch.Tensor
-    norm: torch.Tensor
+    measures: dict  # name -> tensor, still on the device: loss, grad_norm, meters
 
 
 def evaluation_steps(per_epoch, cfg):
@@ -3403,8 +3652,9 @@ class Training:
         self.total, self.when = self.per_epoch * self.cfg.epochs, evaluation_steps(self.per_epoch, self.cfg)
         self.state, self.steps = FoldState(), []  # steps since the last `flush`
         # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
-        self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler, engine=engine)
-        self.parts |= dict(fold=self.state, random=RandomStates())
+        self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler)
+        self.parts |= dict(average=engine.average) if engine.average else {}
+        self.parts |= dict(engine=engine, fold=self.state, random=RandomStates())
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
@@ -3457,11 +3707,14 @@ class Training:
         """Log the steps since the last time, with one copy from the device for all."""
         steps, self.steps = self.steps, []
         if steps:
-            values = torch.stack([torch.stack([step.loss, step.norm]) for step in steps])
-            for step, (loss, norm) in zip(steps, values.tolist(), strict=True):
+            values = iter(torch.stack([value for step in steps for value in step.measures.values()]).tolist())
+            for step in steps:
                 entry = {"step": step.number, "epoch": step.number / self.per_epoch}
-                self.note(entry | {"loss": loss, "grad_norm": norm, "lr": self.engine.rates_at(step.number - 1)})
-                self.check(step, loss, norm)
+                measures = dict(zip(step.measures, itertools.islice(values, len(step.measures)), strict=True))
+                self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
+                self.check(step, measures["loss"], measures["grad_norm"])
+                if measures.get("rdrop") == 0:
+                    raise KitError("rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout")
         spent = self.state.spend("train")
         if self.state.step > self.begun + 1:  # the first of a session loads kernels and asks for memory: no measure
             self.watch.step_seconds = spent / max(1, len(steps))
@@ -3471,9 +3724,12 @@ class Training:
         if world_size() > 1:
             place = f"fold {self.fold}, step {self.state.step}"
             check_same(self.engine.checksum(), f"have come to other weights ({place}): their machines differ")
+        self.engine.swap_average(self.state.step)
         self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
-        return keep_best(self.engine.model, self.state, self.cfg)
+        better = keep_best(self.engine.model, self.state, self.cfg)
+        self.engine.swap_average(self.state.step)
+        return better
 
     def save(self):
         if rank() == 0:
@@ -3488,6 +3744,29 @@ class Training:
             self.save()
         if self.state.last is None or self.state.last["step"] < self.state.step:  # of the end alone, not in the log
             self.validate()
+
+
+def regularised(engine, state):
+    """What the regularisers of a fold did: means over the steps, and distances of weights from the final ones."""
+    cfg, acted = engine.cfg, {}
+    steps = pd.DataFrame([line for line in map(json.loads, state.lines) if "loss" in line])
+    if "perturbation" in steps:
+        attacked = steps.dropna(subset="perturbation")
+        acted["awp" if cfg.awp else "fgm"] = {
+            "steps": len(attacked),
+            "perturbation": attacked["perturbation"].mean(),
+            "loss": attacked["loss"].mean(),
+            "adversarial_loss": attacked["adversarial_loss"].mean(),
+        }
+    if "rdrop" in steps:
+        acted["rdrop"] = {"distance": steps["rdrop"].mean()}
+    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, MixoutLinear)]:
+        pretrained = [layer.pretrained for layer in mixed]
+        acted["mixout"] = {"layers": len(mixed), "distance": distance([layer.weight for layer in mixed], pretrained)}
+    if engine.average:
+        means = engine.average.means.values()
+        acted["ema" if cfg.ema else "swa"] = {"distance": distance(engine.average.weights.values(), means)}
+    return acted
 
 
 def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
@@ -3516,9 +3795,10 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
             break
         if world_size() > 1:  # dropout is another in each process, and the same where a run goes on
             seed_everything(cfg.seed, fold, state.step, rank())
-        loss, norm = engine.optimizer_step(state.step, rows)
+        values = engine.optimizer_step(state.step, rows)
         state.step += 1
-        training.steps.append(Step(state.step, rows, loss, norm))
+        measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
+        training.steps.append(Step(state.step, rows, measures))
         evaluated = state.step in training.when
         due = checkpoints and watch.due(evaluated)
         if evaluated or due or len(training.steps) == LOG_STEPS or not watch.step_seconds:
@@ -3531,15 +3811,18 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
             training.save()
     if stopped and state.step:
         training.stop(stopped)
+    acted = regularised(engine, state)
     if state.best_weights is not None:
         model.load_state_dict(state.best_weights)
+    elif engine.average and state.last:  # the weights that were evaluated last
+        engine.swap_average(state.step)
     kept = {name: getattr(state, name) for name in ("step", "skipped", "best", "last", "seconds", "lines")}
     told = dict(fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro)
-    return model, told | kept
+    return model, told | kept | dict(acted=acted)
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Plots
+# 16. Plots
 
 
 def new_figure(width, height):
@@ -3631,7 +3914,7 @@ def plot_oof(run):
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Runs: all folds, records
+# 17. Runs: all folds, records
 
 
 class Stopped(KitError):
@@ -3880,7 +4163,8 @@ def fold_scores(result):
     """What the record keeps of a fold."""
     scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
     told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
-    return told | {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]} | scores
+    told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
+    return told | {"regularisers": result["acted"]} | scores
 
 
 def save_fold(model, folder, result):
@@ -4041,6 +4325,8 @@ def tell_fold(result, cfg, watch):
     scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
     best = f"step {result['best']['step']} of {result['steps']}"
     print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
+    for name, numbers in result["acted"].items():
+        print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
 
 
 def train_in_turn(data, folds, finished, cfg, run, watch):
@@ -4456,7 +4742,7 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 17. Inference: bundles, submission
+# 18. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
@@ -5046,7 +5332,7 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 18. Comparison of runs
+# 19. Comparison of runs
 #
 # Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
@@ -5634,7 +5920,7 @@ def plot_cost(study, table, folder):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Command line
+# 20. Command line
 
 
 def train_by_config(path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_texts, train_frame
+from conftest import ARCHITECTURES, engine_of, make_texts, weights
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -285,21 +285,6 @@ def test_saved_folds_do_not_name_our_attention(tiny, build):
 # The step
 
 
-def engine_of(cfg, frame=None):
-    frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
-    cfg = cfg.resolved(ku.load_config(cfg.backbone, cfg)[0])
-    tokenizer = ku.load_tokenizer(cfg.backbone)
-    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
-    targets = ku.encode_targets(frame, cfg, None)
-    folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
-    data = ku.Data(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids)
-    return ku.Engine(data, cfg)
-
-
-def weights(engine):
-    return torch.cat([p.detach().flatten().cpu() for p in engine.model.parameters()])
-
-
 def static(monkeypatch):
     """Static shapes and a resident model, as graphs and compiled code have them."""
     monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
@@ -383,6 +368,8 @@ def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
         dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
         dict(head="concat", loss="rmse", clip_norm=0.0, backbone_dropout=0.1),
         dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
+        dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
+        dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
     ],
     ids=lambda settings: settings["head"],
 )
@@ -406,7 +393,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
         recorded[-1].append((str(name), recorder.calls))
         return outputs
 
-    engine.graphs, engine.captured = record, True
+    engine.graphs, engine.captured, engine.attacking = record, True, engine.attack is not None
     engine.budgets = [128]
     engine.model.train()
     for step, rows in enumerate([[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]):
@@ -417,9 +404,10 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
         assert len(gradients) > 10 and not any(gradient.any() for gradient in gradients)
     assert places[0] == places[1] == places[2]
     first, second = recorded[1:]  # the first step makes the state of the optimiser
-    assert [name for name, _ in first] == ["('accumulate', 128)"] * 2 + ["update"]
-    for (_, calls), (_, others) in zip(first, second, strict=True):
-        assert len(calls) > 10 and calls == others
+    once = ["('accumulate', 128)"] * 2
+    assert [name for name, _ in first] == once + ["perturb", *once, "restore"] * engine.attacking + ["update"]
+    for (name, calls), (_, others) in zip(first, second, strict=True):
+        assert len(calls) > (0 if name == "restore" else 10) and calls == others
         assert not [call for call, _ in calls if any(word in call for word in WAITING)]
 
 
@@ -451,7 +439,16 @@ def capture(graphs, function, *inputs):
 
 
 @packs_bert
-@pytest.mark.parametrize("settings", [dict(), dict(micro_batch_size=2, llrd=0.8), dict(loss="rmse", clip_norm=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(micro_batch_size=2, llrd=0.8),
+        dict(loss="rmse", clip_norm=0.1),
+        dict(awp=0.1, adversarial_start=4, ema=0.9),
+        dict(fgm=0.1, adversarial_start=0, swa_start=4),
+    ],
+)
 def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings, tiny, monkeypatch):
     """Without a GPU: the order of calls, the places of inputs, the budgets. The memory that graphs freeze needs one."""
     watched = []
@@ -468,7 +465,9 @@ def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings
         for step, batch in enumerate(ku.epoch_batches(lengths, 0, engine.cfg, 1)):
             engine.optimizer_step(step, 2 * batch + 1)
     plain, replayed = engines
-    assert len(replayed.graphs.made) == len(replayed.budgets) + 1 and len(watched) > len(replayed.budgets)
+    assert len(replayed.graphs.made) == len(replayed.budgets) + 1 + 2 * bool(replayed.attack) and len(watched) > len(
+        replayed.budgets
+    )
     start = engine_of(cfg)
     start.begin(0, lambda text: None)
     moved = (weights(plain) - weights(start)).norm()

@@ -89,6 +89,11 @@ VARIANTS = {
     "a recurrent head": NOISY | dict(head="bilstm", rnn_size=8),
     "padded rows": NOISY | dict(attention="eager"),
     "static shapes": NOISY | dict(micro_batch_size=3),
+    "adversarial weights and a running average": NOISY
+    | dict(awp=0.1, adversarial_start=1, ema=0.9, micro_batch_size=3),
+    "adversarial embeddings and an equal average": NOISY
+    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, checkpoint="best", evals_per_epoch=3),
+    "two passes, mixed weights": NOISY | dict(rdrop=1.0, mixout=0.5, precision="fp16"),
     "8-bit moments": NOISY | dict(optimizer="adamw8bit"),
 }
 

@@ -1,0 +1,383 @@
+"""Adversarial steps, averages of weights, R-Drop and mixout against formulas written out."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import engine_of, trained, weights
+
+import kernel_utils as ku
+
+ROWS = np.array([1, 3, 5, 7, 9, 11, 13, 15])  # of the other fold than 0
+QUIET = dict(say=lambda text: None)
+
+
+@pytest.fixture
+def begun(tiny):
+    """Function: settings -> engine whose fold 0 begins, in training mode, without dropout."""
+
+    def make(**settings):
+        engine = engine_of(tiny(epochs=4, lr=1e-2, **settings))
+        engine.begin(0, **QUIET)
+        engine.model.train()
+        return engine
+
+    return make
+
+
+def gradients(model, engine, rows=ROWS):
+    """The gradient of the mean loss of some rows, by plain autograd over padded rows; name -> tensor."""
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    raw = model(**engine.data.tokens.batch(rows, engine.device))
+    engine.model.loss.outer(engine.model.loss(raw, engine.targets[rows]).mean()).backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def left_by_the_step(engine, rows=ROWS):
+    """The gradients with which the optimiser steps; name -> tensor."""
+    engine.attacking = engine.attack is not None
+    engine.fit_and_accumulate(rows, len(rows))
+    return {name: weight.grad for name, weight in engine.model.named_parameters() if weight.grad is not None}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+# ---------------------------------------------------------------------------------------
+# Adversarial steps
+
+
+def attacked_by_hand(engine, loss=None):
+    """Gradients of AWP or FGM, from the formulas in NumPy."""
+    cfg, model = engine.cfg, engine.model
+    clean, moved = gradients(model, engine), copy.deepcopy(model)
+    table = "backbone.embeddings.word_embeddings.weight"
+    for name, weight in moved.named_parameters():
+        if weight.ndim < 2 or (cfg.fgm and name != table):
+            continue
+        w, g = weight.detach().numpy().astype(float), clean[name].numpy().astype(float)
+        length = np.sqrt((g**2).sum())
+        if cfg.fgm:
+            new = w + cfg.fgm * g / length
+        else:
+            new = np.clip(w + cfg.awp * g / length * abs(w), w - cfg.awp_eps * abs(w), w + cfg.awp_eps * abs(w))
+        weight.data = torch.from_numpy(new).float()
+    there = gradients(moved, engine)
+    return {name: there[name] + clean[name] * bool(cfg.fgm) for name in there}
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(awp=1.0, awp_eps=0.05), dict(awp=0.3, awp_eps=1.0), dict(fgm=2.0)],
+    ids=["awp within its bound", "awp", "fgm"],
+)
+def test_an_adversarial_step_has_the_gradients_of_the_formula_whatever_the_micro_batches(settings, micro, begun):
+    engine = begun(micro_batch_size=micro, **settings)
+    before = copy.deepcopy(engine.model.state_dict())
+    expected = attacked_by_hand(engine)
+    assert_same(left_by_the_step(engine), expected)
+    clean = gradients(engine.model, engine)
+    assert max((clean[name] - expected[name]).norm() / clean[name].norm() for name in clean) > 1e-3
+    assert all(torch.equal(before[name], weight) for name, weight in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize("attack", ["awp", "fgm"])
+def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, monkeypatch):
+    engine, calls = begun(**{attack: 0.5}), []
+    before, backward = weights(engine), ku.Engine.backward
+
+    def failing(engine, inputs, rows, count):
+        calls.append(not torch.equal(weights(engine), before))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return backward(engine, inputs, rows, count)
+
+    monkeypatch.setattr(ku.Engine, "backward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        left_by_the_step(engine)
+    assert calls == [False, True] and torch.equal(weights(engine), before)
+
+
+@pytest.mark.parametrize("attack", ["awp", "fgm"])
+def test_memory_that_runs_out_in_the_second_pass_gives_the_same_gradients_in_smaller_parts(attack, begun, monkeypatch):
+    expected = left_by_the_step(begun(**{attack: 0.5}))
+    engine, before, backward = begun(**{attack: 0.5}), [], ku.Engine.backward
+
+    def full(engine, inputs, rows, count):
+        before.append(len(rows))
+        if len(before) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return backward(engine, inputs, rows, count)
+
+    monkeypatch.setattr(ku.Engine, "backward", full)
+    assert_same(left_by_the_step(engine), expected)
+    assert before == [8, 8, 4, 4, 4, 4]
+
+
+def test_a_gradient_that_is_zero_or_not_finite_moves_nothing():
+    model = torch.nn.Module()
+    model.a, model.b, model.c, model.d = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(4))
+    model.a.grad, model.b.grad = torch.zeros(2, 2), torch.tensor([[1.0, torch.inf], [0, 1]])
+    model.c.grad = torch.tensor([[3.0, 0], [0, 4]])  # d has none
+    attack = ku.Attack(model, ku.Config(awp=0.5, awp_eps=1.0))
+    moved = attack.perturb()
+    assert torch.equal(model.a, torch.ones(2, 2)) and torch.equal(model.b, model.a) and torch.equal(model.d, model.a)
+    assert np.allclose(model.c.detach(), [[1.3, 1], [1, 1.4]])
+    assert moved == pytest.approx(0.5 / np.sqrt(12))
+    attack.restore()
+    assert torch.equal(model.c, model.a)
+
+
+def test_the_scale_of_float16_does_not_change_the_attack(begun):
+    engine = begun(awp=0.5)
+    engine.accumulate(ROWS, 8)
+    moved = []
+    for scale in (1.0, 1024.0):
+        for weight in engine.model.parameters():
+            weight.grad *= scale
+        engine.attack.perturb()
+        moved.append(weights(engine))
+        engine.attack.restore()
+    torch.testing.assert_close(*moved, atol=1e-7, rtol=1e-6)
+
+
+def test_adversarial_steps_begin_when_asked_and_say_what_they_did(tiny):
+    run = trained(tiny(epochs=3, awp=0.5, awp_eps=0.2, adversarial_start=1, run_folds="0", run_name="awp"))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [("adversarial_loss" in line) for line in steps] == [False] * 3 + [True] * 6
+    assert all(line["adversarial_loss"] > line["loss"] for line in steps[3:])
+    (fold,) = ku.read_record(run)["folds"]
+    told = fold["regularisers"]["awp"]
+    assert told["steps"] == 6 and told["loss"] == pytest.approx(np.mean([line["loss"] for line in steps[3:]]))
+    assert 0 < told["perturbation"] < 0.2 and told["adversarial_loss"] > told["loss"]
+
+
+def test_the_embeddings_must_learn_where_they_are_attacked(tiny):
+    with pytest.raises(ku.ConfigError, match="fgm moves the word embeddings"):
+        engine_of(tiny(fgm=1.0, adversarial_start=0, freeze_embeddings=True)).begin(0, **QUIET)
+
+
+def test_only_the_one_process_of_a_run_attacks(tiny, monkeypatch):
+    monkeypatch.setattr(ku, "world_size", lambda: 2)
+    with pytest.raises(ku.ConfigError, match="fold_processes"):
+        engine_of(tiny(awp=1.0, adversarial_start=0))
+
+
+# ---------------------------------------------------------------------------------------
+# Averages
+
+
+@pytest.mark.parametrize("settings", [dict(ema=0.8), dict(ema=0.99), dict(swa_start=1.5)])
+def test_the_average_equals_its_recurrence(settings, begun):
+    engine = begun(**settings)
+    path, expected = [weights(engine).double()], None
+    for step in range(6):  # of 8, two an epoch
+        engine.optimizer_step(step, ROWS)
+        path.append(weights(engine).double())
+    if "ema" in settings:
+        expected = path[0]
+        for t, now in enumerate(path[1:]):
+            decay = min(settings["ema"], (1 + t) / (10 + t))
+            expected = decay * expected + (1 - decay) * now
+    else:
+        expected = torch.stack(path[4:]).mean(0)
+    average = torch.cat([mean.flatten() for mean in engine.average.means.values()])
+    torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=1e-5)
+    assert (expected - path[-1]).norm() > 1e-3 * path[-1].norm()
+
+
+def test_a_step_that_float16_skips_does_not_move_the_running_average(begun, monkeypatch):
+    engine = begun(ema=0.5)
+    engine.optimizer_step(0, ROWS)
+    before = {name: mean.clone() for name, mean in engine.average.means.items()}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    engine.optimizer_step(1, ROWS)
+    assert all(torch.equal(before[name], mean) for name, mean in engine.average.means.items())
+
+
+@pytest.mark.parametrize("settings", [dict(ema=0.9), dict(swa_start=1.0), dict(ema=0.9, checkpoint="best")])
+def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_own(settings, tiny, monkeypatch):
+    plain, averaged = (
+        trained(tiny(epochs=2, lr=1e-2, run_name=name, evals_per_epoch=2, **more))
+        for name, more in (("plain", {}), ("averaged", settings))
+    )
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (plain, averaged)]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+    scores = [[line["rmse"] for line in log if "rmse" in line] for log in logs]
+    last = len(scores[0]) - 1
+    assert scores[0][last] != scores[1][last]
+    loaded = ku.load_run(averaged)  # which predicts the golden rows again
+    ku.check_golden(ku.open_bundle(averaged))
+    assert loaded.record["folds"][0]["regularisers"].keys() <= {"ema", "swa"}
+
+
+def test_before_its_start_the_equal_average_is_not_used(begun):
+    engine = begun(swa_start=2.0)
+    engine.optimizer_step(0, ROWS)
+    before = weights(engine)
+    engine.swap_average(1)
+    assert torch.equal(weights(engine), before)
+    for step in range(1, 6):
+        engine.optimizer_step(step, ROWS)
+    before = weights(engine)
+    engine.swap_average(6)
+    assert not torch.equal(weights(engine), before)
+    engine.swap_average(6)
+    assert torch.equal(weights(engine), before)
+
+
+# ---------------------------------------------------------------------------------------
+# R-Drop
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_r_drop_adds_the_distance_of_two_passes_to_their_mean_loss(samples, begun):
+    engine = begun(rdrop=3.0, head_dropout=0.5, dropout_samples=samples)
+    torch.manual_seed(5)
+    got = left_by_the_step(engine)
+    value = engine.mean.item()
+    torch.manual_seed(5)
+    model = copy.deepcopy(engine.model)
+    model.zero_grad()
+    inputs, target = engine.data.tokens.batch(ROWS, engine.device), engine.targets[ROWS]
+    one, other = model(**inputs).reshape(samples, 8, 1), model(**inputs).reshape(samples, 8, 1)
+    mean = (((one - target) ** 2).mean() + ((other - target) ** 2).mean()) / 2
+    apart = ((one - other) ** 2).mean()
+    (mean + 3 * apart).backward()
+    assert_same(got, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert value == pytest.approx((mean + 3 * apart).item(), rel=1e-5)
+    assert engine.meters["rdrop"].item() == pytest.approx(apart.item(), rel=1e-4) and apart > 0
+
+
+@pytest.mark.parametrize(("loss", "task"), [("bce", "multilabel"), ("cross_entropy", "multiclass")])
+def test_the_distance_of_probabilities_is_the_mean_of_both_divergences(loss, task):
+    raw, other = torch.randn(2, 5, 4, dtype=torch.double, generator=torch.manual_seed(0))
+    got = ku.LOSSES[loss](ku.Config(task=task), 4).distance(raw, other)
+    if loss == "bce":
+        p, q = (np.stack([x.sigmoid(), 1 - x.sigmoid()], -1) for x in (raw, other))
+        both = (scipy.stats.entropy(p, q, axis=-1) + scipy.stats.entropy(q, p, axis=-1)).mean(1) / 2
+    else:
+        p, q = (x.softmax(1).numpy() for x in (raw, other))
+        both = (scipy.stats.entropy(p, q, axis=1) + scipy.stats.entropy(q, p, axis=1)) / 2
+    np.testing.assert_allclose(got, both, rtol=1e-9)
+
+
+def test_r_drop_of_two_equal_passes_is_an_error(tiny):
+    cfg = tiny(rdrop=1.0, head_dropout=0.1, run_folds="0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ku.nn.Dropout, "forward", lambda self, x: x)
+        with pytest.raises(ku.KitError, match="rdrop does nothing: two passes are the same"):
+            trained(cfg)
+
+
+# ---------------------------------------------------------------------------------------
+# Mixout
+
+
+def mixed_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, ku.MixoutLinear)}
+
+
+def test_mixout_mixes_pretrained_weights_by_input_and_is_the_weight_on_average(begun):
+    engine = begun(mixout=0.4)
+    for step in range(4):
+        engine.optimizer_step(step, ROWS)
+    layer = next(iter(mixed_layers(engine.model).values()))
+    w, w0 = layer.weight.detach().numpy().astype(float), layer.pretrained.numpy().astype(float)
+    assert abs(w - w0).max() > 1e-3
+    draws = np.stack([layer.mixed().detach().numpy() for _ in range(4000)])
+    for draw in draws[:20]:
+        kept = np.isclose(draw, (w - 0.4 * w0) / 0.6, atol=1e-6).all(0)  # m is 1: of whole columns, an input each
+        gone = np.isclose(draw, w0, atol=1e-6).all(0)  # m is 0: (W0 - p W0) / (1 - p)
+        assert (kept | gone).all() and gone.any() and kept.any()
+    spread = abs(w - w0) * np.sqrt(0.4 / 0.6 / 4000)
+    assert (abs(draws.mean(0) - w) <= 5 * spread + 1e-6).all()
+
+
+def test_mixout_acts_in_training_alone_and_leaves_names_of_weights_as_they_are(begun):
+    engine, plain = begun(mixout=0.4), begun()
+    assert engine.model.state_dict().keys() == plain.model.state_dict().keys()
+    for step in range(2):
+        engine.optimizer_step(step, ROWS)
+    inputs = engine.data.tokens.batch(ROWS, engine.device)
+    assert not torch.equal(engine.model(**inputs), engine.model(**inputs))
+    plain.model.load_state_dict(engine.model.state_dict())
+    torch.testing.assert_close(engine.model.eval()(**inputs), plain.model.eval()(**inputs))
+
+
+def test_mixout_leaves_out_layers_without_pretrained_weights_and_those_that_stay(begun):
+    mixed = mixed_layers(begun(mixout=0.4, reinit_layers=1, freeze_layers=1).model)
+    assert len(mixed) == 12 and {name.split(".")[3] for name in mixed} == {"1", "2"}
+    assert len(mixed_layers(begun(mixout=0.4).model)) == 24
+
+
+def test_mixout_of_a_model_that_has_no_linear_layers_is_an_error(tiny, backbone_folder):
+    cfg = ku.dataclasses.replace(tiny(mixout=0.1), backbone=str(backbone_folder("gpt2")))
+    with pytest.raises(ku.ConfigError, match="mixout does nothing for GPT2Model"):
+        engine_of(cfg).begin(0, **QUIET)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2", "modernbert", "electra"])
+def test_mixout_reaches_the_layers_of_other_architectures(kind, tiny, backbone_folder):
+    engine = engine_of(ku.dataclasses.replace(tiny(mixout=0.5, lr=1e-2), backbone=str(backbone_folder(kind))))
+    engine.begin(0, **QUIET)
+    assert len(mixed_layers(engine.model)) >= 16
+    engine.model.train()
+    engine.optimizer_step(0, ROWS)
+    inputs = engine.data.tokens.batch(ROWS, engine.device)
+    assert not torch.equal(engine.model(**inputs), engine.model(**inputs))
+
+
+def test_checkpointed_layers_mix_the_same_weights_when_they_are_computed_again(begun):
+    engines = [begun(mixout=0.5), begun(mixout=0.5, gradient_checkpointing=True)]
+    engines[0].optimizer_step(0, ROWS)  # away from the pre-trained weights
+    engines[1].model.load_state_dict(engines[0].model.state_dict())
+    for engine in engines:
+        torch.manual_seed(3)
+        engine.accumulate(ROWS, 8)
+    slopes = [{name: w.grad for name, w in engine.model.named_parameters() if w.grad is not None} for engine in engines]
+    assert_same(*slopes)
+
+
+# ---------------------------------------------------------------------------------------
+# Settings, records
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(awp=1.0, fgm=1.0), "awp and fgm are two adversarial passes"),
+        (dict(awp=1.0, adversarial_start=3), "adversarial_start 3 must be below epochs, 3"),
+        (dict(ema=0.9, swa_start=1), "ema and swa_start are two averages"),
+        (dict(swa_start=3), "swa_start 3 must be below epochs, 3"),
+        (dict(rdrop=1.0), "rdrop does nothing without dropout"),
+        (dict(rdrop=1.0, task="multiclass", backbone_dropout=0.0), "rdrop does nothing without dropout"),
+        (dict(rdrop=1.0, head_dropout=0.1, loss="rmse"), "rdrop adds to a mean over rows: loss rmse is none"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ku.ConfigError, match=message):
+        ku.Config(**settings)
+
+
+def test_every_regulariser_tells_in_record_and_print_how_it_acted(tiny, capsys):
+    settings = dict(awp=0.1, adversarial_start=1, ema=0.9, rdrop=1.0, mixout=0.3, head_dropout=0.2, llrd=0.9)
+    run = trained(tiny(epochs=2, run_name="all", **settings))
+    out = capsys.readouterr().out
+    for fold in ku.read_record(run)["folds"]:
+        told = fold["regularisers"]
+        assert told.keys() == {"awp", "ema", "rdrop", "mixout"}
+        assert told["awp"]["perturbation"] > 0 and told["ema"]["distance"] > 0 and told["rdrop"]["distance"] > 0
+        assert told["mixout"]["layers"] == 24 and told["mixout"]["distance"] > 0
+    assert "mixout 0.3 in 24 linear layers" in out
+    assert all(f"  {name}: " in out for name in ("awp", "ema", "rdrop", "mixout"))
