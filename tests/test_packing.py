@@ -438,17 +438,17 @@ def capture(graphs, function, *inputs):
     return graph, graph.places, graph.outputs
 
 
+REPLAYED = [
+    dict(),
+    dict(micro_batch_size=2, llrd=0.8),
+    dict(loss="rmse", clip_norm=0.1),
+    dict(awp=0.1, adversarial_start=4, ema=0.9),
+    dict(fgm=0.1, adversarial_start=0, swa_start=4),
+]
+
+
 @packs_bert
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(),
-        dict(micro_batch_size=2, llrd=0.8),
-        dict(loss="rmse", clip_norm=0.1),
-        dict(awp=0.1, adversarial_start=4, ema=0.9),
-        dict(fgm=0.1, adversarial_start=0, swa_start=4),
-    ],
-)
+@pytest.mark.parametrize("settings", REPLAYED)
 def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings, tiny, monkeypatch):
     """Without a GPU: the order of calls, the places of inputs, the budgets. The memory that graphs freeze needs one."""
     watched = []
@@ -576,7 +576,7 @@ def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
 
 @gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("settings", [dict(), dict(micro_batch_size=2, llrd=0.8), dict(loss="rmse", clip_norm=0.1)])
+@pytest.mark.parametrize("settings", REPLAYED)
 def test_steps_in_cuda_graphs_give_the_weights_of_steps_without(settings, precision, tiny):
     cfg = tiny(precision=precision, epochs=20, warmup=0.3, lr=1e-3, **settings)
     graphed, plain = (after_steps(ku.dataclasses.replace(cfg, cuda_graphs=graphs), 40) for graphs in (True, False))

@@ -4,6 +4,7 @@ import copy
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -87,6 +88,27 @@ def test_an_adversarial_step_has_the_gradients_of_the_formula_whatever_the_micro
     clean = gradients(engine.model, engine)
     assert max((clean[name] - expected[name]).norm() / clean[name].norm() for name in clean) > 1e-3
     assert all(torch.equal(before[name], weight) for name, weight in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("attack", "copies"), [("awp", 1), ("fgm", 2)])
+def test_a_loss_that_is_the_root_of_a_mean_takes_it_over_the_rows_that_give_the_gradients(
+    attack, copies, begun, monkeypatch
+):
+    squared, rooted = (begun(loss=loss, **{attack: 1.0}) for loss in ("mse", "rmse"))
+    expected, taken = left_by_the_step(squared), {}
+    mean = squared.mean.item() / copies  # of squared errors: at moved weights, or there and before
+
+    def take(parameters, _):
+        taken.update({name: w.grad.clone() for name, w in rooted.model.named_parameters() if w.grad is not None})
+        return torch.ones(())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", take)
+    rooted.attack_from = 0
+    loss, _, adversarial, _ = rooted.optimizer_step(0, ROWS)
+    assert_same(taken, {name: slope / (2 * np.sqrt(mean)) for name, slope in expected.items()})
+    clean = squared.clean.item()
+    there = squared.mean.item() - clean if copies == 2 else squared.mean.item()
+    assert [loss.item(), adversarial.item()] == pytest.approx([np.sqrt(clean), np.sqrt(there)], rel=1e-4)
 
 
 @pytest.mark.parametrize("attack", ["awp", "fgm"])
@@ -205,7 +227,7 @@ def test_a_step_that_float16_skips_does_not_move_the_running_average(begun, monk
 
 
 @pytest.mark.parametrize("settings", [dict(ema=0.9), dict(swa_start=1.0), dict(ema=0.9, checkpoint="best")])
-def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_own(settings, tiny, monkeypatch):
+def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_own(settings, tiny):
     plain, averaged = (
         trained(tiny(epochs=2, lr=1e-2, run_name=name, evals_per_epoch=2, **more))
         for name, more in (("plain", {}), ("averaged", settings))
@@ -216,9 +238,10 @@ def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_
     scores = [[line["rmse"] for line in log if "rmse" in line] for log in logs]
     last = len(scores[0]) - 1
     assert scores[0][last] != scores[1][last]
-    loaded = ku.load_run(averaged)  # which predicts the golden rows again
     ku.check_golden(ku.open_bundle(averaged))
-    assert loaded.record["folds"][0]["regularisers"].keys() <= {"ema", "swa"}
+    oof = pd.read_csv(averaged / "oof.csv", dtype={"id": str}).set_index("id")["prediction"]
+    for row in json.loads((averaged / "golden.json").read_text())["rows"]:  # of the weights that are saved
+        assert row["prediction"] == pytest.approx([oof[row["id"]]], abs=1e-5)
 
 
 def test_before_its_start_the_equal_average_is_not_used(begun):
