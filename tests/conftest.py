@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
+import collections
 import random
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, so that with -n no worker is left alone with one of them."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()

@@ -14,6 +14,8 @@ from conftest import ROOT, make_tokenizer, save_competition
 
 import kernel_utils as ku
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--quick", "--loads", "mixed"]
 
 
@@ -61,7 +63,6 @@ def done(tmp_path_factory):
     return report, seen, folder / "results" / "quick.png"
 
 
-@pytest.mark.slow
 def test_the_report_says_how_it_was_made_and_has_every_figure(done):
     report, _, picture = done
     assert report["command"].startswith("python tools/benchmark.py --quick -o ")
@@ -80,7 +81,6 @@ def test_the_report_says_how_it_was_made_and_has_every_figure(done):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_rates_ratios_and_shares_follow_from_the_raw_seconds(done):
     for load in done[0]["models"][0]["loads"]:
         peak = max(x for part in ("training", "prediction") for x in load[part]["rounds"]["matmul_flops"])
@@ -97,7 +97,6 @@ def test_rates_ratios_and_shares_follow_from_the_raw_seconds(done):
                 assert result["share_of_matmul"] == pytest.approx(share)
 
 
-@pytest.mark.slow
 def test_the_padding_share_counts_slots_without_a_token(done):
     for load in done[0]["models"][0]["loads"]:
         shares = {name: result["padding_share"] for name, result in load["training"]["contenders"].items()}
@@ -107,7 +106,6 @@ def test_the_padding_share_counts_slots_without_a_token(done):
         assert 0 < shares["tuned"] < shares["padded"] and 0 < shares["dynamic"] < shares["padded"]
 
 
-@pytest.mark.slow
 def test_all_contenders_train_on_the_same_rows(done):
     report, seen, _ = done
     blocks = benchmark.PARITY_STEPS + 2 * 3  # batches of a load: two rounds of one step before and two in the window
@@ -118,14 +116,12 @@ def test_all_contenders_train_on_the_same_rows(done):
     assert first == ["kit", "padded"]  # another one begins each round
 
 
-@pytest.mark.slow
 def test_the_tables_have_a_row_for_each_contender(done):
     lines = benchmark.tables(done[0]).splitlines()
     assert len([line for line in lines if line.startswith("| tiny |")]) == 2 * (4 + 3)
     assert all(line.count("|") in (0, 8, 11) for line in lines)
 
 
-@pytest.mark.slow
 def test_real_texts_of_a_folder_and_the_time_split(tmp_path, capsys):
     config = benchmark.size_config("tiny")
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "backbone")
@@ -151,7 +147,6 @@ def test_real_texts_of_a_folder_and_the_time_split(tmp_path, capsys):
     assert model["loads"][0]["row_tokens"]["largest"] <= 512 and words.max() < 512
 
 
-@pytest.mark.slow
 def test_the_memory_of_a_contender_is_measured_in_a_process_of_its_own(tmp_path):
     folder, _ = benchmark.find_or_make("tiny", tmp_path, "")
     _, asked = benchmark.parse([*QUICK, "--memory-steps", "2"])

@@ -24,6 +24,8 @@ from test_resume import NOISY, Killed, at_step, content, kill, start
 
 import kernel_utils as ku
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(NOISY, n_folds=3)  # 13 or 14 rows a fold, four steps an epoch
 
 

@@ -37,6 +37,8 @@ record |= {"status": "complete", "oof": oof, "rows_per_second": 10.0, "seconds":
 (run / "record.json").write_text(json.dumps(record))
 """
 
+pytestmark = pytest.mark.slow
+
 
 def notebook_text(error=""):
     lines = {"output_type": "error", "ename": "KitError", "evalue": error, "traceback": []}
@@ -482,7 +484,6 @@ def fingerprint(run):
     return stat.st_ino, stat.st_mtime_ns, (run / "oof.csv").read_bytes()
 
 
-@pytest.mark.slow
 def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, output):
     first, second = output / "head=cls+seed=0", output / "head=max+seed=0"
     process = start(base(), "--grid", "head=cls,max")
@@ -503,7 +504,6 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
     assert executed["metadata"]["papermill"]["exception"] is None
 
 
-@pytest.mark.slow
 def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, output):
     run = output / "head=cls+seed=0"
     process = start(base(), "--grid", "head=cls")
@@ -530,7 +530,6 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
     assert process.returncode == 0 and fingerprint(run) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(base, output, number):
     process = start(base(epochs=None), "--grid", "epochs=1,5000,6000")
@@ -545,7 +544,6 @@ def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(
     assert fingerprint(output / "epochs=1+seed=0") == before and not (output / "epochs=6000+seed=0").exists()
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base, output):
     process = start(base(), "--grid", "lr=1e-4,1e30", "--jobs", "2")
     shown = process.communicate()[0]
@@ -579,7 +577,6 @@ def raylets(output):
     return found
 
 
-@pytest.mark.slow
 def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, output, cluster):
     process = start(base(), "--grid", "head=cls,max", "--ray", cluster)
     wait_for(lambda: len(raylets(output)) == 2)  # both run at once, each under the daemon of another node
