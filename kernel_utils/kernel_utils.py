@@ -348,6 +348,7 @@ class Config(Settings):
     text_column: str = option("excerpt", "column with the text")
     pair_column: str = option("", "column with a second text, encoded as a pair; empty means none")
     target_columns: str = option("target", "column to predict, or several with commas")
+    error_column: str = option("", "column with the standard error of the target; empty means none")
     task: str = option("regression", "regression, binary, multiclass or multilabel", TASKS)
     max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
     n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
@@ -386,6 +387,10 @@ class Config(Settings):
     fold_processes: int = option(0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0)
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
+    focal_gamma: float = option(2.0, "focal: power of the probability that is missing", low=0)
+    rank_weight: float = option(1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0)
+    levels: tuple = option((0, 0), "coral: lowest and highest of the whole numbers that are the targets")
+    error_weights: bool = option(False, "weight rows by their standard error, the surer the more")
     label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
     metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
     epochs: int = option(3, "passes over the training folds", low=1)
@@ -409,6 +414,7 @@ class Config(Settings):
     fgm: float = option(0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0)
     adversarial_start: float = option(1.0, "awp, fgm: epochs before the first adversarial step", low=0)
     rdrop: float = option(0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0)
+    label_noise: float = option(0.0, "noise added to the targets, in their standard errors; 0: off", low=0)
     mixout: float = option(0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99)
     ema: float = option(0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999)
     swa_start: float = option(0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0)
@@ -447,6 +453,19 @@ class Config(Settings):
             )
         if self.dropout_samples > 1 and not self.head_dropout:
             problems.append("dropout_samples does nothing while head_dropout is 0")
+        if self.error_column and self.task != "regression":
+            problems.append(f"error_column is for regression; task is {self.task}")
+        uses = {"error_weights": self.error_weights, "label_noise": self.label_noise}
+        if not self.error_column:
+            problems += [
+                f"{name} needs error_column, the standard errors of the targets" for name in uses if uses[name]
+            ]
+        elif not any(uses.values()) and not (loss and "error" in loss.takes):
+            problems.append("error_column does nothing without error_weights, label_noise or the loss gaussian")
+        if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
+            problems.append(f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}")
+        if self.loss == "coral" and len(self.targets) > 1:
+            problems.append(f"loss coral takes one target column, got target_columns {self.target_columns!r}")
         if self.awp and self.fgm:
             problems.append("awp and fgm are two adversarial passes of a step: set one of them to 0")
         if (self.awp or self.fgm) and self.adversarial_start >= self.epochs:
@@ -915,7 +934,8 @@ def read_train(cfg, data_dir):
     """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
     path = data_dir / "train.csv"
     extra = [cfg.group_column] if "group" in cfg.fold_kind else []
-    frame = read_table(path, [cfg.id_column, *input_columns(cfg), *cfg.targets, *extra])
+    errors = [cfg.error_column] if cfg.error_column else []
+    frame = read_table(path, [cfg.id_column, *input_columns(cfg), *cfg.targets, *errors, *extra])
     check = functools.partial(bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
     for column in (cfg.id_column, *extra):
@@ -934,6 +954,10 @@ def read_train(cfg, data_dir):
             problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
         else:
             problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
+    for column in errors:
+        numbers[column] = to_numbers(frame[column])
+        allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
+        problems += check(column, ~allowed, "a finite number from 0 up")
     if problems:
         raise DataError(problems)
     frame = frame.assign(**numbers)
@@ -2248,12 +2272,14 @@ class Loss:
     """
 
     tasks = ("regression",)
+    takes = ()  # of "error" and "real": what `__call__` gets besides, by name
 
     def __init__(self, cfg, n_outputs):
         self.width = n_outputs  # K, the raw outputs it wants from the model
 
     def __call__(self, raw, target):
-        """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,)."""
+        """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,). What it `takes`: `error` (B,),
+        the standard errors of the targets, 0 without error_column; `real` (B,), False for rows that only fill up."""
         raise TypeError(f"{type(self).__name__} does not define __call__")
 
     def outer(self, mean):
@@ -2271,6 +2297,10 @@ class Loss:
     def start(self, targets):
         """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
         return targets.mean(0)
+
+    def output(self, size):
+        """The layer that makes raw outputs (B, K) of features (B, size)."""
+        return nn.Linear(size, self.width)
 
 
 @register(LOSSES, "mse")
@@ -2341,6 +2371,126 @@ class CrossEntropyLoss(Loss):
 
     def start(self, targets):
         return torch.log((torch.bincount(targets, minlength=self.width) + 1) / (len(targets) + self.width))
+
+
+@register(LOSSES, "mse_rank")
+class RankLoss(MseLoss):
+    """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the cross-entropy of
+    sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch whose target is another one."""
+
+    takes = ("real",)
+
+    def __init__(self, cfg, n_outputs):
+        super().__init__(cfg, n_outputs)
+        self.weight = cfg.rank_weight
+
+    def __call__(self, raw, target, real):
+        ahead, truth = raw[:, None] - raw, target[:, None] - target  # (B, B, K)
+        pairs = F.binary_cross_entropy_with_logits(ahead, truth.sigmoid(), reduction="none")
+        counted = (truth != 0) & real[:, None]  # as broadcast: j is real
+        ranks = (pairs * counted).sum(1) / counted.sum(1).clamp(min=1)  # (B, K)
+        return super().__call__(raw, target) + self.weight * ranks.mean(1)
+
+
+@register(LOSSES, "gaussian")
+class GaussianLoss(Loss):
+    """Predicts a normal distribution of the target, mean and log of the spread s; the mean is the prediction.
+
+    The loss is its divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and its standard
+    error e stand for, less what depends on e alone: log s + (e^2 + (y - mean)^2) / (2 s^2). Without error_column e is
+    0, and it is the negative log-likelihood (Nix & Weigend 1994).
+    """
+
+    takes = ("error",)
+
+    def __init__(self, cfg, n_outputs):
+        self.n_outputs, self.width = n_outputs, 2 * n_outputs
+
+    def __call__(self, raw, target, error):
+        mean, log_spread = raw.split(self.n_outputs, 1)
+        squares = error[:, None] ** 2 + (target - mean) ** 2
+        return (log_spread + squares / 2 * torch.exp(-2 * log_spread)).mean(1)
+
+    def predict(self, raw):
+        return raw[:, : self.n_outputs]
+
+    def start(self, targets):
+        return torch.cat([targets.mean(0), targets.std(0, correction=0).clamp(min=1e-3).log()])
+
+
+@register(LOSSES, "focal")
+class FocalLoss(Loss):
+    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth. arXiv:1708.02002."""
+
+    tasks = ("binary", "multilabel", "multiclass")
+
+    def __init__(self, cfg, n_outputs):
+        super().__init__(cfg, n_outputs)
+        self.gamma = cfg.focal_gamma
+        self.plain = LOSSES["cross_entropy" if cfg.task == "multiclass" else "bce"](cfg, n_outputs)
+        self.predict, self.distance, self.start = self.plain.predict, self.plain.distance, self.plain.start
+
+    def __call__(self, raw, target):
+        if target.dim() == 1:
+            entropy = F.cross_entropy(raw, target, reduction="none")[:, None]
+        else:
+            entropy = F.binary_cross_entropy_with_logits(raw, target, reduction="none")
+        return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
+
+
+class OrdinalLinear(nn.Linear):
+    """Scores (B, K) that share one weight vector and fall from each to the next, as their biases do: the first bias,
+    less the softplus of those after it, summed up."""
+
+    def __init__(self, size, width):
+        super().__init__(size, 1)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        steps = F.pad(F.softplus(self.bias[1:]), (1, 0)).cumsum(0)
+        return F.linear(x, self.weight) + (self.bias[0] - steps)
+
+
+@register(LOSSES, "coral")
+class CoralLoss(BceLoss):
+    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, raw output k the logit
+    that the target is above level k. CORAL, arXiv:1901.07884.
+
+    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two levels it says how
+    near the next one is.
+    """
+
+    tasks = ("regression",)
+
+    def __init__(self, cfg, n_outputs):
+        self.lowest, self.highest = cfg.levels
+        self.width = self.highest - self.lowest
+
+    def output(self, size):
+        return OrdinalLinear(size, self.width)
+
+    def above(self, targets):
+        """Whether targets (B, 1) are above each level but the highest: (B, K)."""
+        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(targets.dtype)
+
+    def __call__(self, raw, target):
+        return F.binary_cross_entropy_with_logits(raw, self.above(target), reduction="none").sum(1)
+
+    def predict(self, raw):
+        count = (raw > 0).sum(1, keepdim=True)
+        ends = F.pad(F.pad(raw, (1, 0), value=1.0), (0, 1), value=-1.0)
+        last, next_ = ends.gather(1, count), ends.gather(1, count + 1)  # above 0, and not
+        return (self.lowest + count - 0.5 + last / (last - next_)).clamp(self.lowest, self.highest)
+
+    def distance(self, raw, other):
+        return super().distance(raw, other) * self.width
+
+    def start(self, targets):
+        if ((targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)).any():
+            wanted = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
+            raise DataError(f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}")
+        logits = torch.logit(self.above(targets).mean(0), eps=1e-3)
+        return torch.cat([logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()])
 
 
 def metric(name, better, tasks, outer=None):
@@ -2460,6 +2610,41 @@ def qwk(target, prediction):
     return columns_mean(kappa, np.rint(target).astype(int), rounded.astype(int))
 
 
+def kappa(target, labels):
+    """Quadratic weighted kappa of whole numbers (N,): 1 less their squared distance by that of random pairs."""
+    apart = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
+    return 1 - ((target - labels) ** 2).mean() / apart if apart else 0.0
+
+
+def cut_at(thresholds, prediction, lowest):
+    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a prediction reaches."""
+    return lowest + np.searchsorted(thresholds, prediction, side="right")
+
+
+def fit_thresholds(target, prediction, levels):
+    """Cut points (L - 1,) between the L levels that make the largest quadratic weighted kappa, sorted.
+
+    One after another is moved to the best of its neighbours and 100 quantiles of the predictions between them, from
+    the middle between levels on, until none moves.
+    """
+    lowest, highest = levels
+    thresholds = np.arange(lowest, highest) + 0.5
+    best, moved = kappa(target, cut_at(thresholds, prediction, lowest)), True
+    while moved:
+        moved = False
+        for k in range(len(thresholds)):
+            near = np.concatenate([[-np.inf], thresholds, [np.inf]])[[k, k + 2]]
+            between = prediction[(prediction > near[0]) & (prediction < near[1])]
+            points = np.quantile(between, np.linspace(0, 1, 101)) if len(between) else []
+            for point in np.unique([*near[np.isfinite(near)], *points]):
+                trial = thresholds.copy()
+                trial[k] = point
+                score = kappa(target, cut_at(trial, prediction, lowest))
+                if score > best + 1e-12:
+                    thresholds, best, moved = trial, score, True
+    return thresholds
+
+
 def improves(metric_name, new, old):
     """Whether a score beats the best so far. NaN never beats a number."""
     if math.isnan(old):
@@ -2487,8 +2672,10 @@ class TextModel(nn.Module):
         self.backbone, self.loss = backbone, loss
         self.head = HEADS[cfg.head](self.shape, cfg)
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
-        self.output = nn.Linear(self.head.size, loss.width)
-        if self.head.size == loss.width:  # conv1d's channels are predictions already: keep their scale and sign
+        self.output = loss.output(self.head.size)
+        if self.head.size == len(
+            self.output.weight
+        ):  # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
@@ -3099,6 +3286,7 @@ class Data(NamedTuple):
     tokenizer: object
     n_outputs: int
     ids: np.ndarray  # (N,)
+    errors: np.ndarray | None = None  # (N,) standard errors of the targets
 
 
 LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
@@ -3265,7 +3453,12 @@ def token_budgets(totals, count=4):
     return sorted({64 * math.ceil(edge / 64) for edge in edges})
 
 
-METERS = ("adversarial_loss", "perturbation", "rdrop")  # what steps tell of regularisers, so that it shows they act
+METERS = (
+    "adversarial_loss",
+    "perturbation",
+    "rdrop",
+    "label_noise",
+)  # what steps tell of regularisers, so that it shows they act
 
 
 class Engine:
@@ -3281,6 +3474,9 @@ class Engine:
         self.dtype = pick_dtype(cfg.precision, self.device)
         targets = torch.from_numpy(data.targets)
         self.targets = (targets.float() if targets.is_floating_point() else targets).to(self.device)
+        errors = np.zeros(len(targets)) if data.errors is None else data.errors
+        self.errors = torch.from_numpy(errors).float().to(self.device)
+        self.weights = torch.ones_like(self.errors)  # of the rows in the loss
         if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
@@ -3312,6 +3508,9 @@ class Engine:
         self.average_table = average_rates(len(self.table), per_epoch, cfg)
         self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
         attacked, self.attacking = self.attacking, False
+        if cfg.error_weights:
+            weights = 1 / (self.errors**2 + (self.errors[rows] ** 2).mean())
+            self.weights.copy_(weights / weights[rows].mean())
         if resident:
             self.model.load_state_dict(fresh.state_dict())
             self.model.loss = fresh.loss
@@ -3399,7 +3598,9 @@ class Engine:
     @property
     def told(self):
         """Names of the meters that steps tell."""
-        return METERS[:2] * self.attacking + ("rdrop",) * (self.cfg.rdrop > 0)
+        on = {"adversarial_loss": self.attacking, "perturbation": self.attacking}
+        on |= {"rdrop": self.cfg.rdrop, "label_noise": self.cfg.label_noise}
+        return [name for name in METERS if on[name]]
 
     def swap_average(self, step):
         """Exchange the weights and their average, if there is one after so many steps."""
@@ -3415,13 +3616,19 @@ class Engine:
         with autocast(self.device, self.dtype):
             passes = [self.model(**inputs) for _ in range(2 if self.cfg.rdrop else 1)]
         passes = [raw if raw.dim() == 3 else raw[None] for raw in passes]  # (S, B, K) each
-        target = self.targets[rows.clamp(min=0)]
-        values = torch.stack([loss(sample, target) for raw in passes for sample in raw])
+        real, index = rows >= 0, rows.clamp(min=0)
+        target, error = self.targets[index], self.errors[index]
+        if self.cfg.label_noise:
+            noise = self.cfg.label_noise * error[:, None] * torch.randn_like(target)
+            self.meters["label_noise"] += self.share(noise.abs().mean(1)[None], rows, count)
+            target = target + noise
+        extras = {name: value for name, value in (("error", error), ("real", real)) if name in loss.takes}
+        values = torch.stack([loss(sample, target, **extras) for raw in passes for sample in raw])
         if values.shape[1:] != rows.shape:
             raise KitError(
                 f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
             )
-        share = self.share(values, rows, count)
+        share = self.share(values * self.weights[index] if self.cfg.error_weights else values, rows, count)
         if self.cfg.rdrop:
             apart = torch.stack([loss.distance(*pair) for pair in zip(*passes, strict=True)])
             apart = self.share(apart, rows, count)
@@ -3760,6 +3967,8 @@ def regularised(engine, state):
         }
     if "rdrop" in steps:
         acted["rdrop"] = {"distance": steps["rdrop"].mean()}
+    if "label_noise" in steps:
+        acted["label_noise"] = {"mean_size": steps["label_noise"].mean()}
     if mixed := [layer for layer in engine.model.modules() if isinstance(layer, MixoutLinear)]:
         pretrained = [layer.pretrained for layer in mixed]
         acted["mixout"] = {"layers": len(mixed), "distance": distance([layer.weight for layer in mixed], pretrained)}
@@ -3974,6 +4183,7 @@ def fingerprint(frame, data, cfg):
     columns = dict.fromkeys([cfg.id_column, *input_columns(cfg)])
     made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
     made["the targets"], made["the folds"] = digest(data.targets), digest(data.folds)
+    made |= {} if data.errors is None else {"the standard errors": digest(data.errors)}
     made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
     made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
     parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
@@ -4156,7 +4366,28 @@ def oof_scores(results, targets, cfg):
         scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
     if cfg.task == "regression":
         scores["target_sd"] = float(targets[rows].std(0).mean())
+    if cfg.task == "regression" and cfg.metric == "qwk":
+        predictions = np.concatenate([result[cfg.checkpoint]["predictions"] for result in results])
+        folds = np.repeat([result["fold"] for result in results], [len(result["rows"]) for result in results])
+        scores |= threshold_scores(np.rint(targets[rows]), predictions, folds)
     return scores
+
+
+def threshold_scores(target, prediction, folds):
+    """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
+    `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
+    thresholds, levels, fitted, nested = [], [], [], []
+    for t, p in zip(target.T, prediction.T, strict=True):
+        levels.append([int(t.min()), int(t.max())])
+        thresholds.append(fit_thresholds(t, p, levels[-1]).tolist())
+        fitted.append(kappa(t, cut_at(thresholds[-1], p, levels[-1][0])))
+        labels = np.empty(len(t))
+        for fold in set(folds) if len(set(folds)) > 1 else ():
+            inside = folds == fold
+            labels[inside] = cut_at(fit_thresholds(t[~inside], p[~inside], levels[-1]), p[inside], levels[-1][0])
+        nested.append(kappa(t, labels) if len(set(folds)) > 1 else math.nan)
+    nested = None if np.isnan(nested).any() else float(np.mean(nested))
+    return {"thresholds": thresholds, "levels": levels, "fitted": float(np.mean(fitted)), "nested": nested}
 
 
 def fold_scores(result):
@@ -4413,6 +4644,7 @@ def describe_data(data):
     """`Data` without the folders it came from, as a nest of plain values and arrays."""
     tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
     told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
+    told |= {"errors": data.errors}
     return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=cls_is_last(data.tokenizer))
 
 
@@ -4424,7 +4656,7 @@ def rebuild_data(told, backbone, tokenizer):
     types = None if flat["types"] is None else np.split(flat["types"], cuts)
     tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
     ids = np.array(told["ids"], dtype=object)
-    return Data(tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
+    return Data(tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids, told["errors"])
 
 
 def listen(watch):
@@ -4710,7 +4942,8 @@ def train(frame, cfg, test=None):
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
 
     targets, ids = encode_targets(frame, cfg, classes), frame[cfg.id_column].to_numpy()
-    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(record["outputs"]), ids)
+    errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
+    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(record["outputs"]), ids, errors)
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
     alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
     check_same(alike, "differ in data, backbone, versions or devices")
@@ -4731,6 +4964,12 @@ def summary(name, record):
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
+    if "thresholds" in oof:
+        nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
+        points = "; ".join(", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"])
+        lines.append(
+            f"  qwk with thresholds fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}: {points}"
+        )
     lines.append(
         f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
         f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
@@ -5321,6 +5560,23 @@ def write_submission(path, ids, predictions, run, sample=None):
     return table
 
 
+def to_levels(predictions, runs):
+    """Predictions (N, K) of runs with the metric qwk as whole numbers, cut at the mean of the runs' thresholds; those
+    of others as they are."""
+    scores = [run.record["oof"] for run in runs]
+    found = [score.get("levels") for score in scores]
+    if not any(found):
+        return predictions
+    if any(levels != found[0] for levels in found):
+        raise BundleError(f"the runs have thresholds between other levels: {', '.join(map(str, found))}")
+    columns = []
+    for k, (lowest, highest) in enumerate(found[0]):
+        thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
+        columns.append(cut_at(thresholds, predictions[:, k], lowest))
+        print(f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}")
+    return np.stack(columns, axis=1)
+
+
 def predict_test(run_folder, test, sample=None):
     """Predict test.csv with a run and write `submission.csv` into its folder; None where there is no test.csv."""
     if test is None:
@@ -5328,7 +5584,8 @@ def predict_test(run_folder, test, sample=None):
         return None
     bundle = open_bundle(Path(run_folder))
     ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    return write_submission(path, ids, predict_bundle(bundle, test), bundle.runs[0], sample)
+    predictions = to_levels(predict_bundle(bundle, test), bundle.runs)
+    return write_submission(path, ids, predictions, bundle.runs[0], sample)
 
 
 # ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
@@ -186,7 +187,8 @@ def engine_of(cfg, frame=None):
     tokens = ku.tokenize_frame(frame, tokenizer, cfg)
     targets = ku.encode_targets(frame, cfg, None)
     folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
-    data = ku.Data(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids)
+    errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
+    data = ku.Data(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, errors)
     return ku.Engine(data, cfg)
 
 

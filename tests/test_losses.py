@@ -1,9 +1,11 @@
 """Every entry of LOSSES and METRICS meets the same contract; each equals its formula in NumPy."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import kernel_utils as ku
@@ -11,50 +13,207 @@ import kernel_utils as ku
 CFG = ku.Config()
 
 
+SETTINGS = {"focal": dict(task="multilabel"), "coral": dict(levels=(1, 4))}
+ERRORS, REAL = torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0.5]), torch.ones(6, dtype=torch.bool)
+
+
 def loss_case(name):
-    """A loss with two or three outputs, raw outputs (6, K) and targets it takes."""
+    """A loss with its extras, raw outputs (6, K) and targets it takes."""
     rng = np.random.default_rng(0)
-    loss = ku.LOSSES[name](CFG, 3)
+    loss = ku.LOSSES[name](ku.Config(**SETTINGS.get(name, {})), 1 if name == "coral" else 3)
     raw = torch.from_numpy(rng.normal(size=(6, loss.width))).float()
-    if "multiclass" in loss.tasks:
-        return loss, raw, torch.tensor([0, 1, 2, 2, 1, 0])
+    extras = {what: dict(error=ERRORS, real=REAL)[what] for what in loss.takes}
+    call = functools.partial(loss, **extras)
+    if name == "coral":
+        return loss, call, raw, torch.tensor([[1.0], [2], [4], [4], [3], [1]])
+    if loss.tasks == ("multiclass",):
+        return loss, call, raw, torch.tensor([0, 1, 2, 2, 1, 0])
     if "binary" in loss.tasks:
-        return loss, raw, torch.from_numpy(rng.integers(0, 2, (6, 3))).float()
-    return loss, raw, torch.from_numpy(rng.normal(size=(6, 3))).float()
+        return loss, call, raw, torch.from_numpy(rng.integers(0, 2, (6, 3))).float()
+    return loss, call, raw, torch.from_numpy(rng.normal(size=(6, 3))).float()
 
 
 @pytest.mark.parametrize("name", ku.LOSSES)
 def test_a_loss_gives_one_value_a_row_and_a_gradient_to_every_output(name):
-    loss, raw, target = loss_case(name)
-    values = loss(raw.requires_grad_(), target)
+    loss, call, raw, target = loss_case(name)
+    values = call(raw.requires_grad_(), target)
     assert values.shape == (6,)
     loss.outer(values.mean()).backward()
     assert (raw.grad != 0).all()
 
 
+def perfect_outputs(name, loss, target):
+    if name == "coral":
+        return 100 * (target > torch.arange(1, 4)).float() - 50
+    if name == "gaussian":
+        return torch.cat([target, torch.zeros_like(target)], 1)
+    if target.ndim == 1:
+        return 50 * torch.eye(3)[target]
+    return target if loss.tasks == ("regression",) else 100 * target - 50
+
+
 @pytest.mark.parametrize("name", ku.LOSSES)
 def test_predictions_of_perfect_raw_outputs_are_the_targets(name):
-    loss, _, target = loss_case(name)
-    if target.ndim == 1:
-        perfect, expected = 50 * torch.eye(3)[target], torch.eye(3)[target]
-    else:
-        perfect, expected = (target, target) if loss.tasks == ("regression",) else (100 * target - 50, target)
-    torch.testing.assert_close(loss.predict(perfect), expected)
+    loss, _, _, target = loss_case(name)
+    got, expected = loss.predict(perfect_outputs(name, loss, target)), target
+    if name == "coral":
+        assert torch.equal(got.round(), target)
+        return
+    torch.testing.assert_close(got, torch.eye(3)[target] if target.ndim == 1 else expected)
 
 
 @pytest.mark.parametrize("name", ku.LOSSES)
 def test_no_constant_output_is_better_than_the_starting_one(name):
-    loss, _, target = loss_case(name)
+    loss, call, _, target = loss_case(name)
     start = loss.start(target)
-    assert start.shape == (loss.width,)
-    if name == "smooth_l1":
-        return  # starts at the mean, which is best for its quadratic part only
-    at = loss(start.expand(6, -1), target).mean()
-    for k in range(loss.width):
+    layer = loss.output(1)
+    with torch.no_grad():
+        layer.bias.copy_(start)
+
+    def value(bias):
+        with torch.no_grad():
+            layer.bias.copy_(bias)
+            return call(layer(torch.zeros(6, 1)), target).mean()
+
+    if name in ("smooth_l1", "mse_rank", "gaussian", "focal"):
+        return  # start at the mean or at the shares of classes, which are best for a part of the loss only
+    at = value(start)
+    for k in range(len(start)):
         for shift in (-0.3, 0.3):
             moved = start.clone()
             moved[k] += shift
-            assert loss(moved.expand(6, -1), target).mean() > at - 1e-4
+            assert value(moved) > at - 1e-4
+
+
+# ---------------------------------------------------------------------------------------
+# Formulas of the losses
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_ranking_adds_the_cross_entropy_of_pairs_without_ties_and_fillers():
+    raw, target = np.random.default_rng(1).normal(size=(2, 5, 1))
+    target[3] = target[1]
+    real = np.array([True, True, True, True, False])
+    loss = ku.LOSSES["mse_rank"](ku.Config(rank_weight=0.7), 1)
+    got = loss(*map(torch.from_numpy, (raw, target)), real=torch.from_numpy(real))
+    for i in range(4):
+        pairs = []
+        for j in range(4):
+            if target[i, 0] != target[j, 0]:
+                p, q = sigmoid(target[i, 0] - target[j, 0]), sigmoid(raw[i, 0] - raw[j, 0])
+                pairs.append(-p * np.log(q) - (1 - p) * np.log(1 - q))
+        assert got[i] == pytest.approx((raw[i, 0] - target[i, 0]) ** 2 + 0.7 * np.mean(pairs))
+
+
+def test_a_batch_of_one_row_or_of_ties_has_no_pairs():
+    loss = ku.LOSSES["mse_rank"](ku.Config(), 1)
+    raw = torch.tensor([[1.0], [2.0]])
+    for rows in (1, 2):
+        values = loss(raw[:rows], torch.zeros(rows, 1), real=torch.ones(rows, dtype=torch.bool))
+        assert torch.equal(values, raw[:rows, 0] ** 2)
+
+
+def test_gaussian_is_the_divergence_from_the_distribution_of_the_target_but_for_a_constant():
+    rng = np.random.default_rng(2)
+    mean, log_spread, target = rng.normal(size=(3, 6, 2))
+    error = rng.uniform(0.1, 1, 6)
+    loss = ku.LOSSES["gaussian"](ku.Config(), 2)
+    raw = torch.from_numpy(np.concatenate([mean, log_spread], 1))
+    got = loss(raw, torch.from_numpy(target), error=torch.from_numpy(error))
+    normal = torch.distributions.Normal
+    told = normal(torch.from_numpy(target), torch.from_numpy(error)[:, None].expand(6, 2))
+    full = torch.distributions.kl_divergence(told, normal(torch.from_numpy(mean), torch.from_numpy(log_spread).exp()))
+    torch.testing.assert_close(got, (full + told.scale.log() + 0.5).mean(1))
+    np.testing.assert_array_equal(loss.predict(raw), mean)
+    sure = loss(raw, torch.from_numpy(target), error=torch.zeros(6, dtype=torch.double))
+    likelihood = scipy.stats.norm.logpdf(target, mean, np.exp(log_spread)).mean(1)
+    np.testing.assert_allclose(sure, -likelihood - np.log(2 * np.pi) / 2)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_focal_is_cross_entropy_times_a_power_of_what_the_truth_lacks(gamma):
+    rng = np.random.default_rng(3)
+    raw = rng.normal(size=(6, 3))
+    classes, hot = np.array([0, 1, 2, 2, 1, 0]), rng.integers(0, 2, (6, 3)).astype(float)
+    p = softmax(raw)[np.arange(6), classes]
+    loss = ku.LOSSES["focal"](ku.Config(task="multiclass", loss="focal", focal_gamma=gamma), 3)
+    np.testing.assert_allclose(loss(torch.from_numpy(raw), torch.from_numpy(classes)), -((1 - p) ** gamma) * np.log(p))
+    np.testing.assert_allclose(loss.predict(torch.from_numpy(raw)), softmax(raw))
+    p = np.where(hot == 1, sigmoid(raw), 1 - sigmoid(raw))
+    loss = ku.LOSSES["focal"](ku.Config(task="multilabel", loss="focal", focal_gamma=gamma), 3)
+    got = loss(torch.from_numpy(raw), torch.from_numpy(hot))
+    np.testing.assert_allclose(got, (-((1 - p) ** gamma) * np.log(p)).mean(1))
+
+
+def coral(levels=(2, 6)):
+    return ku.LOSSES["coral"](ku.Config(loss="coral", levels=levels), 1)
+
+
+def test_coral_sums_the_cross_entropies_of_being_above_each_level():
+    raw = -np.sort(-np.random.default_rng(4).normal(size=(7, 4)), 1)
+    target = np.array([2, 3, 4, 5, 6, 6, 2])
+    expected = [
+        sum(-np.log(sigmoid(r) if y > 2 + k else 1 - sigmoid(r)) for k, r in enumerate(row))
+        for row, y in zip(raw, target, strict=True)
+    ]
+    got = coral()(torch.from_numpy(raw), torch.from_numpy(target[:, None].astype(float)))
+    np.testing.assert_allclose(got, expected)
+
+
+def test_corals_outputs_share_one_weight_vector_and_never_rise():
+    layer, x = coral().output(8), torch.randn(50, 8)
+    for _ in range(20):
+        with torch.no_grad():
+            layer.bias.normal_(std=5)
+            layer.weight.normal_()
+        raw = layer(x)
+        assert raw.shape == (50, 4) and (raw.diff(dim=1) <= 0).all()
+        torch.testing.assert_close(raw - raw[:1], (raw - raw[:1])[:, :1].expand(-1, 4), atol=1e-4, rtol=1e-4)
+
+
+def test_corals_prediction_rounds_to_the_number_of_positive_logits_and_rises_with_the_score():
+    bias = torch.tensor([3.0, 1.0, -0.5, -4.0], dtype=torch.double)
+    score = torch.linspace(-12, 12, 4001, dtype=torch.double)[:, None]
+    predicted = coral().predict(score + bias)
+    assert predicted.shape == (4001, 1) and (predicted.diff(dim=0) >= 0).all()
+    np.testing.assert_array_equal(predicted.round()[:, 0], 2 + (score + bias > 0).sum(1))
+    assert predicted.min() == 2 and predicted.max() == 6 and predicted.diff(dim=0).max() < 0.02
+
+
+def test_corals_start_is_the_shares_above_each_level():
+    target = torch.tensor([2.0, 2, 3, 5, 5, 6, 6, 6])[:, None]  # none has level 4
+    loss = coral()
+    layer = loss.output(3)
+    with torch.no_grad():
+        layer.bias.copy_(loss.start(target))
+    got = layer(torch.zeros(1, 3)).sigmoid()[0]
+    torch.testing.assert_close(got, torch.tensor([6 / 8, 5 / 8, 5 / 8, 3 / 8]), atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("target", [[2, 7], [1, 3], [2.5, 3]])
+def test_coral_refuses_targets_that_are_no_levels(target):
+    with pytest.raises(ku.DataError, match="loss coral takes whole numbers from 2 to 6, as levels says; got"):
+        coral().start(torch.tensor(target).float()[:, None])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(loss="coral"), "loss coral needs levels"),
+        (dict(loss="coral", levels="6,1"), "loss coral needs levels"),
+        (dict(loss="coral", levels="1,6", target_columns="a,b"), "loss coral takes one target column"),
+        (dict(error_weights=True), "error_weights needs error_column"),
+        (dict(label_noise=1.0), "label_noise needs error_column"),
+        (dict(error_column="standard_error"), "error_column does nothing without"),
+        (dict(error_column="e", error_weights=True, task="binary"), "error_column is for regression"),
+    ],
+)
+def test_settings_of_losses_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ku.ConfigError, match=message):
+        ku.Config(**settings)
 
 
 def softmax(x):
@@ -71,19 +230,19 @@ LOSS_FORMULAS = {
 }
 
 
-def test_every_loss_has_a_formula_here():
-    assert set(LOSS_FORMULAS) == set(ku.LOSSES)
+def test_every_loss_has_a_formula_here_or_above():
+    assert set(LOSS_FORMULAS) | {"mse_rank", "gaussian", "focal", "coral"} == set(ku.LOSSES)
 
 
 @pytest.mark.parametrize("name", LOSS_FORMULAS)
 def test_a_loss_equals_its_formula(name):
-    loss, raw, target = loss_case(name)
+    loss, _, raw, target = loss_case(name)
     np.testing.assert_allclose(loss(raw, target), LOSS_FORMULAS[name](raw.numpy(), target.numpy()), atol=1e-6)
 
 
 def test_label_smoothing_spreads_a_share_of_the_target_over_all_classes():
     loss = ku.LOSSES["cross_entropy"](ku.Config(task="multiclass", label_smoothing=0.3), 3)
-    _, raw, target = loss_case("cross_entropy")
+    _, _, raw, target = loss_case("cross_entropy")
     spread = 0.7 * np.eye(3)[target] + 0.1
     expected = -(spread * np.log(softmax(raw.numpy()))).sum(1)
     np.testing.assert_allclose(loss(raw, target), expected, atol=1e-6)

@@ -322,9 +322,10 @@ def test_a_resident_model_begins_a_fold_with_fresh_weights_and_moments(tiny, mon
     assert torch.equal(weights(engine), weights(fresh))
 
 
-def test_a_loss_of_fillers_counts_nothing_even_where_it_is_not_finite(tiny, monkeypatch):
+@pytest.mark.parametrize("loss", ["mse", "mse_rank"])
+def test_a_loss_of_fillers_counts_nothing_even_where_it_is_not_finite(loss, tiny, monkeypatch):
     static(monkeypatch)
-    plain, filled = engine_of(tiny()), engine_of(tiny(micro_batch_size=8))
+    plain, filled = engine_of(tiny(loss=loss)), engine_of(tiny(loss=loss, micro_batch_size=8))
     for engine in (plain, filled):
         engine.begin(0, lambda text: None)
     plain.micro = 3
@@ -370,6 +371,8 @@ def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
         dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
         dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
         dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
+        dict(head="cls", loss="mse_rank", error_column="standard_error", error_weights=True, label_noise=1.0),
+        dict(head="meanmax", loss="gaussian", error_column="standard_error"),
     ],
     ids=lambda settings: settings["head"],
 )

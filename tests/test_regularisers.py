@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import engine_of, trained, weights
+from conftest import engine_of, train_frame, trained, weights
 
 import kernel_utils as ku
 
@@ -301,6 +301,73 @@ def test_r_drop_of_two_equal_passes_is_an_error(tiny):
         patch.setattr(ku.nn.Dropout, "forward", lambda self, x: x)
         with pytest.raises(ku.KitError, match="rdrop does nothing: two passes are the same"):
             trained(cfg)
+
+
+# ---------------------------------------------------------------------------------------
+# Standard errors of the targets
+
+
+def with_errors(frame):
+    return frame.assign(fold=[0, 1] * 12, standard_error=np.linspace(0, 0.6, 24))
+
+
+def begun_with_errors(tiny, **settings):
+    engine = engine_of(tiny(error_column="standard_error", **settings), with_errors(train_frame(24)))
+    engine.begin(0, **QUIET)
+    engine.model.train()
+    return engine
+
+
+@pytest.mark.parametrize("loss", ["mse", "rmse"])
+def test_surer_rows_weigh_more_and_one_on_average_over_the_training_rows(loss, tiny):
+    engine = begun_with_errors(tiny, error_weights=True, loss=loss)
+    error = np.linspace(0, 0.6, 24)
+    weight = 1 / (error**2 + (error[1::2] ** 2).mean())
+    weight /= weight[1::2].mean()
+    np.testing.assert_allclose(engine.weights, weight, rtol=1e-5)
+    engine.fit_and_accumulate(ROWS, 8)
+    raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
+    errors = (raw - engine.targets[ROWS].numpy()[:, 0]) ** 2
+    assert engine.mean.item() == pytest.approx((errors * weight[ROWS]).mean(), rel=1e-5)
+
+
+def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkeypatch):
+    engine = begun_with_errors(tiny, label_noise=2.0)
+    draws, draw = [], torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: draws.append(draw(x)) or draws[-1])
+    engine.fit_and_accumulate(ROWS, 8)
+    noise = 2 * np.linspace(0, 0.6, 24)[ROWS] * draws[0].numpy()[:, 0]
+    raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
+    expected = ((raw - engine.targets[ROWS].numpy()[:, 0] - noise) ** 2).mean()
+    assert engine.mean.item() == pytest.approx(expected, rel=1e-5)
+    assert engine.meters["label_noise"].item() == pytest.approx(abs(noise).mean(), rel=1e-5)
+
+
+def test_validation_and_its_score_know_no_weights_and_no_noise(tiny):
+    run = trained(tiny(error_column="standard_error", error_weights=True, label_noise=1.0, run_name="noisy"))
+    oof = pd.read_csv(run / "oof.csv")
+    record = ku.read_record(run)
+    assert record["oof"]["last"] == pytest.approx(np.sqrt(((oof["target"] - oof["prediction_last"]) ** 2).mean()))
+    assert record["folds"][0]["regularisers"]["label_noise"]["mean_size"] == pytest.approx(0.4, abs=0.15)
+    assert sorted(oof["target"]) == sorted(train_frame()["target"])
+
+
+@pytest.mark.parametrize(("cell", "told"), [("-0.1", "'-0.1'"), ("", "''"), ("inf", "'inf'")])
+def test_a_standard_error_that_is_none_is_named_with_its_row(cell, told, tiny, competition):
+    frame = train_frame().astype({"standard_error": str})
+    frame.loc[4, "standard_error"] = cell
+    frame.to_csv(competition / "train.csv", index=False)
+    expected = rf"column standard_error: expected a finite number from 0 up, got row 5 \(id 004\): {told}"
+    with pytest.raises(ku.DataError, match=expected):
+        ku.read_competition(tiny(error_column="standard_error", error_weights=True))
+
+
+def test_a_run_does_not_go_on_with_other_standard_errors(tiny, competition):
+    cfg = tiny(error_column="standard_error", error_weights=True, run_name="errors")
+    trained(cfg)
+    train_frame().assign(standard_error=0.3).to_csv(competition / "train.csv", index=False)
+    with pytest.raises(ku.ConfigError, match="the standard errors: not as when the run began"):
+        trained(cfg)
 
 
 # ---------------------------------------------------------------------------------------
