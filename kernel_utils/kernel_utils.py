@@ -4582,13 +4582,11 @@ def number_words(encoded, tokenizer, cfg):
     tokens = [np.arange(len(ids)) for ids in encoded["input_ids"]]
     if not cfg.whole_words:
         return tokens
-    words = tokens
     if tokenizer.is_fast:
         found = [encoded.word_ids(i) for i in range(len(tokens))]
         words = [np.array([-1 if word is None else word for word in row], dtype=int) for row in found]
-    divided = sum(len(np.unique(row)) for row in words) > len(words)
-    if tokenizer.is_fast and divided:
-        return words
+        if sum(len(np.unique(row)) for row in words) > len(words):
+            return words
     print(f"{type(tokenizer).__name__} does not divide texts into words: single tokens are masked")
     return tokens
 
@@ -4599,25 +4597,19 @@ def make_corpus(texts, tokenizer, n_embeddings, cfg):
     (before, after), special = (ids for ids, _ in template(tokenizer, pair=False)[0]), tokenizer.all_special_ids
     room = cfg.max_length - len(before) - len(after)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    divided = number_words(encoded, tokenizer, cfg)
     rows, words, numbers = [], [], []
-    for number, (ids, marks) in enumerate(
-        zip(encoded["input_ids"], number_words(encoded, tokenizer, cfg), strict=True)
-    ):
-        marks = np.where(np.isin(ids, special), -1, marks)
+    for number, (ids, marks) in enumerate(zip(encoded["input_ids"], divided, strict=True)):
+        ids, marks = np.array(ids, np.int32), np.where(np.isin(ids, special), -1, marks)
         for part in np.array_split(np.arange(len(ids)), math.ceil(len(ids) / room) or 1):
             if (marks[part] >= 0).any():
-                rows.append([*before, *np.array(ids)[part], *after])
-                words.append([*[-1] * len(before), *marks[part], *[-1] * len(after)])
+                rows.append(np.array([*before, *ids[part], *after], np.int32))
+                words.append(np.pad(marks[part], (len(before), len(after)), constant_values=-1))
                 numbers.append(number)
     ordinary = np.setdiff1d(list(tokenizer.get_vocab().values()), special)
     tokens = Tokens(rows, None, tokenizer.pad_token_id or 0)
-    return Corpus(
-        tokens,
-        np.concatenate(words) if words else np.empty(0, int),
-        np.array(numbers, dtype=int),
-        tokenizer.mask_token_id,
-        ordinary[ordinary < n_embeddings],
-    )
+    words = np.concatenate(words) if words else np.empty(0, int)
+    return Corpus(tokens, words, np.array(numbers), tokenizer.mask_token_id, ordinary[ordinary < n_embeddings])
 
 
 def mask_window(corpus, row, epoch, cfg):
@@ -4659,7 +4651,7 @@ class MaskedModel(nn.Module):
     def backbone(self):
         return self.language_model.base_model
 
-    def pick(self, _, inputs, output):
+    def pick(self, module, inputs, output):
         """Leave of the backbone's states (B, T, H) those at `places`, as (1, M, H)."""
         output["last_hidden_state"] = output.last_hidden_state.flatten(0, 1)[self.places][None]
         return output
@@ -4671,7 +4663,7 @@ class MaskedModel(nn.Module):
         return F.cross_entropy(logits.float(), true, reduction="sum")
 
 
-def load_masked_model(folder, cfg, say=print):
+def load_masked_model(folder, cfg):
     """(`MaskedModel`, whether its head is new) of a backbone, in float32.
 
     A head that the checkpoint lacks starts at random, tied to the word embeddings where the architecture ties them.
@@ -4684,16 +4676,14 @@ def load_masked_model(folder, cfg, say=print):
             f"{folder}: {name} has no head that predicts masked words. Decoders (GPT-2, Llama), encoder-decoders (T5, "
             "BART) and XLNet are not pre-trained here: train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
         )
-    model, info = load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg, say)
+    model, info = load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
     model = MaskedModel(model)
     inside = f"{model.language_model.base_model_prefix}."
-    check_weights(
-        folder, model.language_model, [key for key in info["missing_keys"] if key.startswith(inside)], info, say
-    )
+    check_weights(folder, model.language_model, [key for key in info["missing_keys"] if key.startswith(inside)], info)
     if new := sorted(info["missing_keys"]):
         output = model.language_model.get_output_embeddings()
         tied = output is not None and output.weight is model.backbone.get_input_embeddings().weight
-        say(
+        print(
             f"of the head that predicts masked words the checkpoint lacks {len(new)} tensors, such as {new[0]}: they "
             f"start at random and learn at head_lr; its output is {'' if tied else 'not '}tied to the word embeddings"
         )
@@ -4807,11 +4797,8 @@ def run_pretraining(training, checkpoints, watch):
 
     if not state.held_out:
         print(f"before the first step: {training.evaluate()}")
-    bar, mark, stopped = (
-        progress(training.batches(), "pre-training", training.total, state.step),
-        time.perf_counter(),
-        "",
-    )
+    stopped, mark = "", time.perf_counter()
+    bar = progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
         if stopped := watch.stop(len(training.rows)):
             training.flush()
@@ -4825,13 +4812,13 @@ def run_pretraining(training, checkpoints, watch):
             steps = len(training.pending)
             training.flush()
             watch.step_seconds = (time.perf_counter() - mark) / steps
-        if evaluated:
             mark = time.perf_counter()
+        if evaluated:
             bar.write(f"epoch {state.step // training.per_epoch}: {training.evaluate()}{watch.told()}")
             watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
         if due:
             save()
-        if not training.pending:
+        if evaluated or due:
             mark = time.perf_counter()
     state.seconds = time.perf_counter() - began
     return stopped
@@ -4925,27 +4912,21 @@ def pretrain(cfg):
     check_length(model.backbone, cfg)
     corpus = make_corpus(texts, tokenizer, n_embeddings, cfg)
     if len(np.unique(corpus.texts)) < 2:
-        raise DataError(f"expected two texts or more with words that the tokenizer knows, got {counts}")
+        raise DataError(f"train.csv and test.csv: expected two texts or more that the tokenizer knows, got {counts}")
     check_ids(corpus.tokens, [], model.backbone.config, folder)
     check_vocabulary(corpus.tokens, tokenizer)
     counts |= {"used": len(np.unique(corpus.texts))}
     print(
-        f"texts: {', '.join(f'{number} {name}' for name, number in counts.items())}, in {len(corpus.tokens)} windows "
+        f"texts: {', '.join(f'{name} {number}' for name, number in counts.items())}, in {len(corpus.tokens)} windows "
         f"of {corpus.tokens.lengths.mean():.0f} tokens on average"
     )
     training = Pretraining(corpus, model, new_head, cfg)
     place, weights = describe_machine(cfg), {path.name: file_sha256(path) for path in weight_files(folder)}
     made = {"the texts": digest(texts), "the token ids": digest(corpus.tokens.ids, corpus.tokens.lengths)}
     made |= {"the backbone": digest(folder / "config.json", list(weights.values()))}
-    record = {
-        "status": "running",
-        "settings": cfg.to_dict(),
-        "resolved": {},
-        "backbone": str(folder),
-        "weights": weights,
-    }
-    record |= {**pretraining_of(folder), "texts": counts, "windows": len(corpus.tokens), **place, "sessions": [place]}
-    record |= {"head": "new" if new_head else "of the checkpoint"}
+    record = {"status": "running", "settings": cfg.to_dict(), "resolved": {}, "backbone": str(folder)}
+    record |= {"weights": weights, **pretraining_of(folder), "texts": counts, "windows": len(corpus.tokens), **place}
+    record |= {"sessions": [place], "head": "new" if new_head else "of the checkpoint"}
     record |= {"fingerprint": made | {"the code (kernel_utils.py)": digest(Path(__file__))}}
     run = find_run_folder(cfg, record, f"{short_name(cfg.backbone)}-pretrained-seed{cfg.seed}", PRETRAIN_RECORD)
     with locked(run):

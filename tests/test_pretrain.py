@@ -391,10 +391,13 @@ def content(run):
     return files | {name: record[name] for name in ("status", "steps", "held_out", "texts", "windows")}
 
 
-@pytest.mark.parametrize("step", [1, 2, 6, 10])
-def test_a_killed_run_goes_on_to_the_same_bytes(step, settings, often, monkeypatch):
-    expected = content(ku.pretrain(settings(run_name="whole")))
-    cfg = settings(run_name="killed", **often)
+@pytest.mark.parametrize(
+    ("step", "given"),
+    [(1, {}), (2, {}), (6, {}), (10, {}), (7, dict(precision="fp16")), (7, dict(precision="bf16", micro_batch_size=3))],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, monkeypatch):
+    expected = content(ku.pretrain(settings(run_name="whole", **given)))
+    cfg = settings(run_name="killed", **often, **given)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, step, kill)
         ku.pretrain(cfg)
