@@ -1799,10 +1799,10 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
     model, info = load_weights(model_class(config), folder, config, cfg, say)
-    if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
-        with quiet_transformers():
+    with quiet_transformers(), reading(f"the backbone {folder}"):  # it may have no table of tokens
+        if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
-        say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
+            say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
     check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
     return encoder_only(model)
 
