@@ -6,10 +6,10 @@ stands below what it uses.
      1. Tables of choices            8. Attention                   15. Training, one fold
      2. Settings                     9. Losses and metrics          16. Plots
      3. Environment and paths       10. Model                       17. Runs: all folds, records
-     4. Data and folds              11. Optimiser groups            18. Inference: bundles, submission
-     5. Tokens and batches          12. Regularisers                19. Comparison of runs
-     6. Heads                       13. Prediction                  20. Command line
-     7. Backbones                   14. Checkpoints
+     4. Data and folds              11. Optimiser groups            18. Pre-training
+     5. Tokens and batches          12. Regularisers                19. Inference: bundles, submission
+     6. Heads                       13. Prediction                  20. Comparison of runs
+     7. Backbones                   14. Checkpoints                 21. Command line
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -233,7 +233,7 @@ def checked(field, value):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `Config` and `InferConfig` share: every value is checked when one is built."""
+    """What `Config` and its like share: every value is checked when one is built."""
 
     def __post_init__(self):
         problems = []
@@ -336,6 +336,16 @@ FOLD_KINDS = {
 BATCH_TOKENS = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
 WIDEST = 2**16  # of a layer of a head
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def run_conflicts(cfg):
+    """Problems of the settings that name a run folder and what it goes on with."""
+    problems = []
+    if cfg.resume_from and not cfg.resume:
+        problems.append("resume_from does nothing while resume is False")
+    if not re.fullmatch(r"[\w.=+-]*", cfg.run_name) or cfg.run_name.strip(".") != cfg.run_name:
+        problems.append(f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,11 +495,7 @@ class Config(Settings):
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
             problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
-        if self.resume_from and not self.resume:
-            problems.append("resume_from does nothing while resume is False")
-        if not re.fullmatch(r"[\w.=+-]*", self.run_name) or self.run_name.strip(".") != self.run_name:
-            problems.append(f"run_name must be letters, digits and . _ - = + only, got {self.run_name!r}")
-        return problems
+        return problems + run_conflicts(self)
 
     @property
     def targets(self):
@@ -525,6 +531,44 @@ class InferConfig(Settings):
         "auto, fp32, bf16 or int8; auto: as trained on a GPU, the fastest that agrees on a CPU",
         INFER_PRECISIONS,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(Settings):
+    """The settings of pretrain.ipynb. A name that `Config` has too means the same here."""
+
+    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
+    text_column: str = option("excerpt", "column with the text")
+    pair_column: str = option("", "column with a second text, here a text of its own; empty means none")
+    max_rows: int = option(0, "pre-train on this many texts, drawn by seed; 0 means all", low=0)
+    held_out: float = option(0.05, "share of the texts that only measure the loss", low=0.001, high=0.5)
+    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
+    max_length: int = option(256, "tokens of a window, special tokens included; longer texts are split", low=8)
+    mask_share: float = option(0.15, "share of the words of a window that are to be predicted", low=0.01, high=0.9)
+    whole_words: bool = option(True, "mask all tokens of a word together, else single tokens")
+    epochs: int = option(5, "passes over the texts, each with other words masked", low=1)
+    batch_size: int = option(16, "windows of an optimiser step", low=1)
+    micro_batch_size: int = option(0, "windows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
+    lr: float = option(5e-5, "peak learning rate of the backbone, and of a head that the checkpoint has", low=1e-9)
+    head_lr: float = option(1e-3, "peak learning rate of a head that is new", low=0)
+    weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
+    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
+    seed: int = option(0, "seed of everything", low=0, high=2**32 - 1)
+    output_dir: str = option("runs", "folder of the run folders")
+    run_name: str = option("", "name of the run folder; empty means made from backbone and seed")
+    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
+    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
+    max_minutes: float = option(0.0, "minutes after which to save and stop, to go on later; 0 means no limit", low=0)
+
+    def conflicts(self):
+        return run_conflicts(self)
+
+    def training(self):
+        """A `Config` with these settings, where it has them, for what pre-training shares with training."""
+        names = {field.name for field in dataclasses.fields(Config)}
+        return Config(**{name: value for name, value in self.to_dict().items() if name in names})
 
 
 # ---------------------------------------------------------------------------------------
@@ -1758,6 +1802,39 @@ def attention_option(cfg):
     return {"attn_implementation": cfg.attention} if cfg.attention not in ("", "disentangled_flash") else {}
 
 
+def load_weights(auto, folder, config, cfg, say=print):
+    """(model, loading info of transformers): that of the class `auto` in float32, with the weights of a folder."""
+    files = [path.name for path in weight_files(folder)]
+    if not any(".safetensors" in name for name in files):
+        if torch.__version__ < (2, 10):  # CVE-2026-24747
+            raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
+        say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
+    with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
+        return auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` tells
+            **attention_option(cfg),
+        )
+
+
+def check_weights(folder, model, missing, info, say=print):
+    """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
+    if missing or info["mismatched_keys"]:
+        names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
+        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {listing(bad[:5])}")
+    if info["unexpected_keys"]:
+        names = sorted(info["unexpected_keys"])
+        say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
+
+
 def load_backbone(folder, cfg, n_tokens=0, say=print):
     """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
 
@@ -1767,35 +1844,12 @@ def load_backbone(folder, cfg, n_tokens=0, say=print):
     if old:
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    files = [path.name for path in weight_files(folder)]
-    if not any(".safetensors" in name for name in files):
-        if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
-        say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
-    with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
-        model, info = model_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below
-            **attention_option(cfg),
-        )
+    model, info = load_weights(model_class(config), folder, config, cfg, say)
+    with quiet_transformers(), reading(f"the backbone {folder}"):  # it may have no table of tokens
         if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
             say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    missing = [name for name in info["missing_keys"] if "pooler" not in name]
-    if missing or info["mismatched_keys"]:
-        names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {listing(bad[:5])}")
-    if info["unexpected_keys"]:
-        names = sorted(info["unexpected_keys"])
-        say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
+    check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
     return encoder_only(model)
 
 
@@ -1875,6 +1929,12 @@ def position_limit(backbone):
     tables = position_tables(backbone)
     rooms = [table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables]  # BART from 2
     return min(rooms, default=math.inf)
+
+
+def check_length(backbone, cfg):
+    limit = position_limit(backbone)
+    if cfg.max_length > limit:
+        raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
 
 
 def reinit_layers(model, n):
@@ -2811,9 +2871,7 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
     `targets` are those of the training rows: the output layer starts at their best constant prediction.
     """
     backbone = load_backbone(folder, cfg, len(tokenizer), say)
-    limit = position_limit(backbone)
-    if cfg.max_length > limit:
-        raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
+    check_length(backbone, cfg)
     model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer))
     start = loss.start(targets)
     if start.shape != model.output.bias.shape:
@@ -4201,7 +4259,8 @@ def differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
     if "fingerprint" not in old:
         return ["it was begun by a version of kernel_utils that could not go on"]
-    needed = ["settings", "resolved", "status", "sessions"] + ["folds"] * (old.get("status") == "complete")
+    needed = ["settings", "resolved", "status", "sessions"]
+    needed += ["folds"] * ("outputs" in new and old.get("status") == "complete")  # pre-training has none
     if missing := [name for name in needed if name not in old]:
         return [f"record.json has no {listing(missing)}"]
     settings = [as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
@@ -4211,15 +4270,15 @@ def differences(old, new):
     return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
 
 
-def copy_run(resume_from, record, folder):
+def copy_run(resume_from, record, folder, file):
     """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
-    of `folder`, or the only one in it."""
+    of `folder`, or the only one in it. `file` is the name that records of its kind have."""
     source = user_path("resume_from", resume_from)
-    runs = [source] if (source / "record.json").is_file() else [path.parent for path in source.rglob("record.json")]
+    runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder (record.json): {listing(runs)}")
-    if found := differences(read_record(runs[0]), record):
+        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder ({file}): {listing(runs)}")
+    if found := differences(read_json(runs[0] / file), record):
         raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
     print(f"copying {runs[0]} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -4237,22 +4296,21 @@ def copy_run(resume_from, record, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def find_run_folder(cfg, record):
-    """The folder of a run: one that `resume` goes on with, or a new one. What is there with other content is never
-    touched: a name that is set is then refused, a name made from the settings gets a number."""
-    name = cfg.run_name or f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    base = user_path("output_dir", Path(cfg.output_dir) / name)
+def find_run_folder(cfg, record, name, file="record.json"):
+    """The folder of a run: one that `resume` goes on with, or a new one, called `name` where `run_name` is empty. What
+    is there with other content is never touched: a `run_name` is then refused, the other name gets a number."""
+    base = user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
     if cfg.resume_from and base.exists():
         print(f"{base} is there already: resume_from is not read")
     elif cfg.resume_from:
-        copy_run(cfg.resume_from, record, base)
+        copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
-        if {path.name for path in folder.iterdir()} <= {".lock", ".record.json.tmp"}:  # a run was killed as it began
+        if {path.name for path in folder.iterdir()} <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
             return folder
         found = ["it is no run"]
-        if (folder / "record.json").is_file():
-            found = differences(read_record(folder), record)
+        if (folder / file).is_file():
+            found = differences(read_json(folder / file), record)
         if cfg.resume and not found:
             return folder
         if cfg.run_name:
@@ -4431,15 +4489,37 @@ def describe(cfg, asked, record):
         print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
 
 
+PROVENANCE = ["settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps", "held_out"]
+PROVENANCE += ["seconds", "device", "versions"]  # of pretrain.json, what a run on its backbone records
+
+
+def pretraining_of(backbone):
+    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none; KitError where
+    the pre-training did not finish."""
+    path = backbone / "pretrain.json"
+    if not path.is_file():
+        return {}
+    told = read_json(path)
+    if told.get("status") != "complete":
+        raise KitError(f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first")
+    return {"pretrained": {name: told[name] for name in PROVENANCE if name in told}}
+
+
+def describe_machine(cfg):
+    """Device, precision, threads and versions, as a record has them."""
+    place = {"device": device_name(), "precision": precision_name(cfg.precision)}
+    return place | {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
+
+
 def start_record(cfg, asked, frame, backbone, classes):
     """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
-    place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    place |= {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
+    place = describe_machine(cfg)
     return {
         "status": "running",
         "settings": asked.to_dict(),
         "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
         "backbone": str(backbone),
+        **pretraining_of(backbone),
         "classes": classes,
         "outputs": output_names(cfg, classes),
         "rows": len(frame),
@@ -4947,7 +5027,8 @@ def train(frame, cfg, test=None):
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
     alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
     check_same(alike, "differ in data, backbone, versions or devices")
-    run = from_first(None if rank() else find_run_folder(asked, record))
+    name = f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+    run = from_first(None if rank() else find_run_folder(asked, record, name))
     if rank():
         follow_run(data, folds, cfg, run, watch)
         return run
@@ -4981,7 +5062,405 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 18. Inference: bundles, submission
+# 18. Pre-training
+#
+# Masked-language modelling (BERT, arXiv:1810.04805) on the texts of the task before it is trained, TAPT of Gururangan
+# et al., arXiv:2004.10964. What comes out is a backbone like any other.
+
+PRETRAIN_RECORD = "pretrain.json"
+
+
+def read_texts(cfg):
+    """(texts, counts) of train.csv and test.csv: each text once, without empty ones, drawn by seed where `max_rows` is
+    set. Of the files nothing but the text columns is used; raises DataError as `read_competition` does."""
+    data_dir, texts, counts, problems = find_data(cfg.data_dir, "train.csv"), [], {}, []
+    for path in filter(is_there, (data_dir / "train.csv", data_dir / "test.csv")):
+        frame = read_table(path, text_columns(cfg))
+        for column in text_columns(cfg):
+            numeric = np.isfinite(to_numbers(frame[column]))
+            if numeric.mean() > 0.5:
+                problems += bad_rows(path, frame, column, column, numeric, "texts, not numbers")
+            texts += list(frame[column].str.strip())
+        counts[path.name] = len(texts) - sum(counts.values())
+    if problems:
+        raise DataError(problems)
+    unique = list(dict.fromkeys(filter(None, texts)))
+    counts |= {"empty": texts.count(""), "repeated": sum(map(bool, texts)) - len(unique)}
+    if cfg.max_rows:
+        unique = [unique[i] for i in np.flatnonzero(id_order(unique, cfg.seed) < cfg.max_rows)]
+    return unique, counts
+
+
+class Corpus(NamedTuple):
+    """Texts in N windows, and what is needed to mask them."""
+
+    tokens: Tokens
+    words: np.ndarray  # of each token, the number of its word in its text; -1 for one that is never masked
+    texts: np.ndarray  # (N,) number of the text of each window
+    mask_id: int
+    ordinary: np.ndarray  # ids that a random replacement may be: not special, known to the backbone
+
+
+def number_words(encoded, tokenizer, cfg):
+    """Of each token of each text the number of its word, by the tokenizer's own division into words; of the token
+    itself where `whole_words` is off or the tokenizer divides texts into none, which is said."""
+    tokens = [np.arange(len(ids)) for ids in encoded["input_ids"]]
+    if not cfg.whole_words:
+        return tokens
+    if tokenizer.is_fast:
+        found = [encoded.word_ids(i) for i in range(len(tokens))]
+        words = [np.array([-1 if word is None else word for word in row], dtype=int) for row in found]
+        if sum(len(np.unique(row)) for row in words) > len(words):
+            return words
+    print(f"{type(tokenizer).__name__} does not divide texts into words: single tokens are masked")
+    return tokens
+
+
+def make_corpus(texts, tokenizer, n_embeddings, cfg):
+    """The `Corpus` of texts. One that is longer than `max_length` becomes windows of about equal length, each with the
+    tokenizer's special tokens, so that no part of it is lost; one without a token that may be masked is left out."""
+    (before, after), special = (ids for ids, _ in template(tokenizer, pair=False)[0]), tokenizer.all_special_ids
+    room = cfg.max_length - len(before) - len(after)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    divided = number_words(encoded, tokenizer, cfg)
+    rows, words, numbers = [], [], []
+    for number, (ids, marks) in enumerate(zip(encoded["input_ids"], divided, strict=True)):
+        ids, marks = np.array(ids, np.int32), np.where(np.isin(ids, special), -1, marks)
+        for part in np.array_split(np.arange(len(ids)), math.ceil(len(ids) / room) or 1):
+            if (marks[part] >= 0).any():
+                rows.append(np.array([*before, *ids[part], *after], np.int32))
+                words.append(np.pad(marks[part], (len(before), len(after)), constant_values=-1))
+                numbers.append(number)
+    ordinary = np.setdiff1d(list(tokenizer.get_vocab().values()), special)
+    tokens = Tokens(rows, None, tokenizer.pad_token_id or 0)
+    words = np.concatenate(words) if words else np.empty(0, int)
+    return Corpus(tokens, words, np.array(numbers), tokenizer.mask_token_id, ordinary[ordinary < n_embeddings])
+
+
+def mask_window(corpus, row, epoch, cfg):
+    """(positions (M,), new ids (M,)) of the tokens of window `row` that are to be predicted in an epoch.
+
+    `mask_share` of its words are drawn, one at least, with all of their tokens; of these 80 % become the mask token,
+    10 % a random token and 10 % stay (arXiv:1810.04805). The draw depends on seed, epoch and row alone.
+    """
+    span = slice(corpus.tokens.offsets[row], corpus.tokens.offsets[row + 1])
+    ids, words, rng = corpus.tokens.ids[span], corpus.words[span], np.random.default_rng([cfg.seed, epoch, row])
+    names = np.unique(words[words >= 0])
+    chosen = rng.choice(names, max(1, round(cfg.mask_share * len(names))), replace=False)
+    positions = np.flatnonzero(np.isin(words, chosen))
+    fate, random_ids = rng.random(len(positions)), rng.choice(corpus.ordinary, len(positions))
+    new = np.where(fate < 0.8, corpus.mask_id, np.where(fate < 0.9, random_ids, ids[positions]))
+    return positions, new
+
+
+def masked_batch(corpus, rows, masks, device):
+    """What `MaskedModel` takes: the windows `rows` as padded tensors (B, T) with their `masks` of `mask_window` done,
+    places (M,) of the tokens to be predicted, row * T + position, and their true ids (M,)."""
+    inputs, width = corpus.tokens.batch(rows, device), corpus.tokens.lengths[rows].max()
+    places = send(np.concatenate([i * width + positions for i, (positions, _) in enumerate(masks)]), device)
+    flat = inputs["input_ids"].view(-1)
+    true = flat[places]
+    flat[places] = send(np.concatenate([new for _, new in masks]).astype(np.int64), device)
+    return inputs, places, true
+
+
+class MaskedModel(nn.Module):
+    """A masked-language model whose head, as wide as the vocabulary, sees only the tokens that are to be predicted."""
+
+    def __init__(self, language_model):
+        super().__init__()
+        self.language_model, self.places = language_model, None
+        self.backbone.register_forward_hook(self.pick)
+
+    @property
+    def backbone(self):
+        return self.language_model.base_model
+
+    def pick(self, module, inputs, output):
+        """Leave of the backbone's states (B, T, H) those at `places`, as (1, M, H)."""
+        output["last_hidden_state"] = output.last_hidden_state.flatten(0, 1)[self.places][None]
+        return output
+
+    def forward(self, inputs, places, true):
+        """Cross-entropy summed over the M tokens at `places`."""
+        self.places = places
+        logits = self.language_model(**inputs).logits[0]  # (M, V)
+        return F.cross_entropy(logits.float(), true, reduction="sum")
+
+
+def load_masked_model(folder, cfg):
+    """(`MaskedModel`, whether its head is new) of a backbone, in float32.
+
+    A head that the checkpoint lacks starts at random, tied to the word embeddings where the architecture ties them.
+    Raises KitError for an architecture without one, and for weights of the backbone that are missing.
+    """
+    config, _ = load_config(folder, cfg)
+    name = type(config).__name__.removesuffix("Config")
+    if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise KitError(
+            f"{folder}: {name} has no head that predicts masked words. Decoders (GPT-2, Llama), encoder-decoders (T5, "
+            "BART) and XLNet are not pre-trained here: train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
+        )
+    model, info = load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
+    model = MaskedModel(model)
+    inside = f"{model.language_model.base_model_prefix}."
+    check_weights(folder, model.language_model, [key for key in info["missing_keys"] if key.startswith(inside)], info)
+    if new := sorted(info["missing_keys"]):
+        output = model.language_model.get_output_embeddings()
+        tied = output is not None and output.weight is model.backbone.get_input_embeddings().weight
+        print(
+            f"of the head that predicts masked words the checkpoint lacks {len(new)} tensors, such as {new[0]}: they "
+            f"start at random and learn at head_lr; its output is {'' if tied else 'not '}tied to the word embeddings"
+        )
+    return model, bool(new)
+
+
+@dataclasses.dataclass
+class PretrainState:
+    """Where pre-training stands, beside its model, optimiser and random states: a part of a checkpoint."""
+
+    step: int = 0
+    losses: list = dataclasses.field(default_factory=list)  # of each step
+    held_out: list = dataclasses.field(default_factory=list)  # [step, loss] of each evaluation
+    seconds: float = 0.0
+
+    def state_dict(self):
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+class Pretraining:
+    """Optimiser steps and evaluations of a masked-language model on a corpus."""
+
+    def __init__(self, corpus, model, new_head, cfg):
+        self.corpus, self.cfg, self.device = corpus, cfg, pick_device()
+        self.dtype, shared = pick_dtype(cfg.precision, self.device), cfg.training()
+        texts = np.random.default_rng(cfg.seed).permutation(np.unique(corpus.texts))
+        held_out = np.isin(corpus.texts, texts[: max(1, round(cfg.held_out * len(texts)))])
+        self.train_rows, self.rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        self.per_epoch = math.ceil(len(self.train_rows) / cfg.batch_size)
+        self.total = self.per_epoch * cfg.epochs
+        self.model = model.to(self.device).train()
+        groups = parameter_groups(model, shared if new_head else dataclasses.replace(shared, head_lr=cfg.lr))
+        print(group_table(groups))
+        self.rates, self.shared = rate_table(groups, self.total, shared), shared
+        self.optimizer = make_optimizer(groups, shared)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.state, self.pending = PretrainState(), []  # losses since the last `flush`, still on the device
+        self.parts = dict(model=model, optimizer=self.optimizer, scaler=self.scaler, state=self.state)
+        self.parts |= dict(random=RandomStates())
+
+    def batches(self):
+        """Rows of the optimiser steps that are left."""
+        batches = epoch_batches(self.corpus.tokens.lengths[self.train_rows], 0, self.shared, bucket_batches=4)
+        return (self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None))
+
+    def loss(self, rows, masks):
+        with autocast(self.device, self.dtype):
+            return self.model(*masked_batch(self.corpus, rows, masks, self.device))
+
+    def step(self, rows):
+        """An optimiser step on the mean loss of all masked tokens of the windows `rows`."""
+        epoch, size = 1 + self.state.step // self.per_epoch, self.cfg.micro_batch_size or self.cfg.batch_size
+        masks = [mask_window(self.corpus, row, epoch, self.cfg) for row in rows]
+        count, mean = sum(len(positions) for positions, _ in masks), torch.zeros((), device=self.device)
+        for group, rate in zip(self.optimizer.param_groups, self.rates[self.state.step], strict=True):
+            group["lr"] = float(rate)
+        for start in range(0, len(rows), size):
+            share = self.loss(rows[start : start + size], masks[start : start + size]) / count
+            self.scaler.scale(share).backward()
+            mean += share.detach()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.pending.append(mean)
+
+    def flush(self):
+        """Copy the losses since the last time from the device; NumericError at one that is not finite."""
+        losses, self.pending = torch.stack(self.pending).tolist() if self.pending else [], []
+        for step, loss in enumerate(losses, self.state.step - len(losses) + 1):
+            self.check(step, loss)
+        self.state.losses += losses
+
+    def check(self, step, loss):
+        if not math.isfinite(loss):
+            advice = "lower lr or head_lr" + ("" if self.dtype == torch.float32 else ", or set precision fp32")
+            raise NumericError(f"pre-training, step {step}: the loss is {loss}: {advice}")
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Note the mean loss of the masked tokens of the held-out windows, whose masks are always the same; as text."""
+        total = count = 0
+        self.model.eval()
+        for batch in plan_prediction(self.corpus.tokens.lengths[self.rows], 8192):
+            masks = [mask_window(self.corpus, row, 0, self.cfg) for row in self.rows[batch]]
+            total += self.loss(self.rows[batch], masks).item()
+            count += sum(len(positions) for positions, _ in masks)
+        self.model.train()
+        self.check(self.state.step, loss := total / count)
+        self.state.held_out.append([self.state.step, loss])
+        return f"held-out loss {loss:.4f}, perplexity {torch.tensor(loss).exp():.4g}"
+
+
+def run_pretraining(training, checkpoints, watch):
+    """Pre-train to the end, or until the watch stops it; why it did, or ''."""
+    state = training.state
+    if checkpoints.load(training.parts):
+        print(f"goes on after step {state.step} of {training.total}")
+    began = time.perf_counter() - state.seconds
+    watch.save_seconds = 12 * n_parameters(training.model) / 3e8  # a guess, until the first is measured
+
+    def save():
+        mark, state.seconds = time.perf_counter(), time.perf_counter() - began
+        checkpoints.save(state.step, training.parts)
+        watch.note_save(time.perf_counter() - mark)
+
+    if not state.held_out:
+        print(f"before the first step: {training.evaluate()}")
+    stopped, mark = "", time.perf_counter()
+    bar = progress(training.batches(), "pre-training", training.total, state.step)
+    for rows in bar:
+        if stopped := watch.stop(len(training.rows)):
+            training.flush()
+            if watch.every:
+                save()
+            break
+        training.step(rows)
+        evaluated = state.step % training.per_epoch == 0
+        due = watch.due(evaluated)
+        if evaluated or due or len(training.pending) == LOG_STEPS or not watch.step_seconds:
+            steps = len(training.pending)
+            training.flush()
+            watch.step_seconds = (time.perf_counter() - mark) / steps
+            mark = time.perf_counter()
+        if evaluated:
+            bar.write(f"epoch {state.step // training.per_epoch}: {training.evaluate()}{watch.told()}")
+            watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
+        if due:
+            save()
+        if evaluated or due:
+            mark = time.perf_counter()
+    state.seconds = time.perf_counter() - began
+    return stopped
+
+
+def plot_pretraining(run, state):
+    """Loss of each step, its running mean and the held-out loss of each evaluation, as curves.png."""
+    figure = new_figure(8, 4)
+    axis, steps = figure.subplots(), range(1, len(state.losses) + 1)
+    smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
+    axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
+    axis.plot(steps, smooth, color="C0", label="training, running mean")
+    axis.plot(*zip(*state.held_out, strict=True), color="C1", marker=".", label="held out, the same words masked")
+    axis.set(xlabel="optimiser step", ylabel="loss of a masked token (nats)")
+    axis.legend(fontsize="small")
+    (_, first), (_, last) = state.held_out[0], state.held_out[-1]
+    figure.suptitle(f"{run.name}: held-out loss {first:.3f} before, {last:.3f} after", fontsize="medium")
+    save_figure(figure, run / "curves.png")
+
+
+def save_pretrained(model, tokenizer, run):
+    """The backbone alone, without its head, as transformers lays it out; the weights last."""
+    with writing(run):
+        tokenizer.save_pretrained(run)
+    config = model.backbone.config
+    config.architectures = [type(model.backbone).__name__]
+    write_atomic(run / "config.json", config.to_json_file)
+    write_atomic(run / "model.safetensors", lambda path: save_model(model.backbone, path, metadata={"format": "pt"}))
+
+
+def describe_pretraining(training):
+    """What pretrain.json says of a pre-training as far as it has come."""
+    state = training.state
+    losses = {"before": state.held_out[0][1], "after": state.held_out[-1][1], "steps_and_losses": state.held_out}
+    texts = len(np.unique(training.corpus.texts[training.rows]))
+    told = {"steps": state.step, "of_steps": training.total, "seconds": state.seconds}
+    return told | {"held_out": {"texts": texts, "windows": len(training.rows)} | losses}
+
+
+def pretrain_in(run, training, tokenizer, record, watch):
+    """What `pretrain` does in a run folder that is its own."""
+    path, checkpoints, status = run / PRETRAIN_RECORD, Checkpoints(run, 0), ""
+    if path.is_file():
+        old = read_json(path)
+        status = old["status"]
+        record = record | {"sessions": old["sessions"] + record["sessions"]}
+    if status == "complete":
+        print(f"{run} is complete, nothing is trained")
+    else:
+        write_json(path, record)
+        try:
+            with watch:
+                stopped = run_pretraining(training, checkpoints, watch)
+        except torch.OutOfMemoryError as error:
+            full = str(error).strip().splitlines()[0]
+            raise KitError(f"out of memory on {device_name()}: lower micro_batch_size or max_length ({full})") from None
+        record = record | describe_pretraining(training)
+        if stopped:
+            why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
+            write_json(path, record | {"status": "stopped", "stopped": why})
+            place = "from there" if watch.every else "from the beginning (checkpoint_minutes is 0)"
+            raise Stopped([why, f"the same command goes on {place}"])
+        plot_pretraining(run, training.state)
+        save_pretrained(training.model, tokenizer, run)
+        write_json(path, record | {"status": "complete"})
+        print(f"{run}: {record['steps']} steps in {record['seconds']:.0f} s; set backbone to this folder")
+    checkpoints.prune(0)
+    with writing(run):
+        with contextlib.suppress(OSError):
+            checkpoints.folder.rmdir()
+        (run / ".lock").unlink(missing_ok=True)
+
+
+def pretrain(cfg):
+    """Pre-train a backbone on the texts of a competition by masked-language modelling; the run folder, which is a
+    backbone: `output_dir/run_name` with config.json, model.safetensors, the tokenizer, pretrain.json and curves.png.
+
+    An unfinished run of the same name and content goes on where it was (`resume`), on a CPU with as many threads to the
+    same bytes. No target is read. Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, and KitError
+    for a backbone that cannot be pre-trained so.
+    """
+    watch, folder = Watch(cfg), find_backbone(cfg.backbone)
+    check_config(folder / "config.json", HARMLESS)
+    tokenizer, (texts, counts) = load_tokenizer(folder), read_texts(cfg)
+    seed_everything(cfg.seed)
+    print(f"backbone {cfg.backbone} from {folder}")
+    model, new_head = load_masked_model(folder, cfg.training())
+    n_embeddings = model.backbone.get_input_embeddings().num_embeddings
+    if tokenizer.mask_token_id is None or tokenizer.mask_token_id >= n_embeddings:
+        raise KitError(f"{folder}: the tokenizer has no mask token that the backbone knows, so no words can be masked")
+    check_length(model.backbone, cfg)
+    corpus = make_corpus(texts, tokenizer, n_embeddings, cfg)
+    if len(np.unique(corpus.texts)) < 2:
+        raise DataError(f"train.csv and test.csv: expected two texts or more that the tokenizer knows, got {counts}")
+    check_ids(corpus.tokens, [], model.backbone.config, folder)
+    check_vocabulary(corpus.tokens, tokenizer)
+    counts |= {"used": len(np.unique(corpus.texts))}
+    print(
+        f"texts: {', '.join(f'{name} {number}' for name, number in counts.items())}, in {len(corpus.tokens)} windows "
+        f"of {corpus.tokens.lengths.mean():.0f} tokens on average"
+    )
+    training = Pretraining(corpus, model, new_head, cfg)
+    place, weights = describe_machine(cfg), {path.name: file_sha256(path) for path in weight_files(folder)}
+    made = {"the texts": digest(texts), "the token ids": digest(corpus.tokens.ids, corpus.tokens.lengths)}
+    made |= {"the backbone": digest(folder / "config.json", list(weights.values()))}
+    record = {"status": "running", "settings": cfg.to_dict(), "resolved": {}, "backbone": str(folder)}
+    record |= {"weights": weights, **pretraining_of(folder), "texts": counts, "windows": len(corpus.tokens), **place}
+    record |= {"sessions": [place], "head": "new" if new_head else "of the checkpoint"}
+    record |= {"fingerprint": made | {"the code (kernel_utils.py)": digest(Path(__file__))}}
+    run = find_run_folder(cfg, record, f"{short_name(cfg.backbone)}-pretrained-seed{cfg.seed}", PRETRAIN_RECORD)
+    with locked(run):
+        pretrain_in(run, training, tokenizer, record, watch)
+    return run
+
+
+# ---------------------------------------------------------------------------------------
+# 19. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
@@ -5589,7 +6068,7 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Comparison of runs
+# 20. Comparison of runs
 #
 # Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
@@ -6177,7 +6656,7 @@ def plot_cost(study, table, folder):
 
 
 # ---------------------------------------------------------------------------------------
-# 20. Command line
+# 21. Command line
 
 
 def train_by_config(path):

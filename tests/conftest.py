@@ -155,6 +155,38 @@ def backbone_folder(tmp_path_factory):
     return folder
 
 
+# For pre-training: as many tokens, with a mask token
+PIECES = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(word for word in WORDS if not word.endswith("ly"))]
+PIECES += ["slow", "quick", "##ly"]  # two words of two tokens each
+
+
+def make_pieces(mask=True):
+    """A tokenizer that divides `slowly` and `quickly` into two tokens, with a mask token or without."""
+    model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>", eos_token="</s>")
+    names |= {"mask_token": "<mask>"} if mask else {}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="session")
+def maskable(tmp_path_factory):
+    """Function: name of an architecture -> folder of a tiny model whose tokenizer has a mask token."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = save_backbone(kind, tmp_path_factory.mktemp(f"maskable-{kind}"))
+            make_pieces().save_pretrained(made[kind])
+        return made[kind]
+
+    return folder
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

@@ -67,6 +67,23 @@ def test_train_then_infer_write_the_same_submission(competition, backbone_folder
 
 
 @pytest.mark.slow
+def test_pretrain_leaves_a_backbone_that_train_takes(competition, maskable, tmp_path):
+    pretrained, runs = tmp_path / "pretrained", tmp_path / "runs"
+    own = [("data_dir", competition), ("backbone", maskable("bert")), ("max_length", 32), ("epochs", 2)]
+    own += [("output_dir", tmp_path), ("run_name", "pretrained")]
+    done, executed = papermill("pretrain.ipynb", tmp_path / "pretrain.ipynb", *own)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2: held-out loss" in printed(executed)
+    assert [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    parameters = [*tiny_parameters(competition, pretrained, runs), ("run_name", "r")]
+    done, executed = papermill("train.ipynb", tmp_path / "train.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((runs / "r" / "record.json").read_text())
+    assert record["status"] == "complete" and record["pretrained"]["settings"]["epochs"] == 2
+    assert "not used of the checkpoint" not in printed(executed)
+
+
+@pytest.mark.slow
 def test_a_misspelt_setting_and_a_bad_value_stop_papermill_with_one_message(tmp_path):
     parameters = [("heda", "conv1d"), ("head", "conv1"), ("epochs", "2.5")]
     done, executed = papermill("train.ipynb", tmp_path / "out.ipynb", *parameters)

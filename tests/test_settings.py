@@ -20,6 +20,8 @@ import kernel_utils as ku
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPOSED = """data_dir backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr llrd
 reinit_layers backbone_dropout seed fold_seed output_dir run_name resume max_minutes max_rows""".split()
+EXPOSED_TO_PRETRAIN = """data_dir text_column backbone max_length mask_share whole_words held_out epochs batch_size
+micro_batch_size lr head_lr seed output_dir run_name resume max_minutes max_rows""".split()
 DEFAULTS = dict(
     max_length=256,
     n_folds=5,
@@ -219,7 +221,7 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig])
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -228,6 +230,21 @@ def test_a_built_config_cannot_be_changed(config):
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults_are_those_of_the_design(name):
     assert getattr(ku.Config(), name) == DEFAULTS[name]
+
+
+def test_settings_of_pretraining_with_a_name_of_config_have_its_type_and_bounds():
+    theirs = {field.name: field for field in dataclasses.fields(ku.Config)}
+    for field in dataclasses.fields(ku.PretrainConfig):
+        if field.name in theirs and field.name != "lr":  # whose 0 means by the backbone's width in Config alone
+            other = theirs[field.name]
+            assert field.type is other.type
+            assert [field.metadata[k] for k in ("low", "high", "choices")] == [
+                other.metadata[k] for k in ("low", "high", "choices")
+            ]
+    with pytest.raises(ku.ConfigError, match="resume_from does nothing while resume is False"):
+        ku.PretrainConfig(resume=False, resume_from="x")
+    with pytest.raises(ku.ConfigError, match="run_name must be letters"):
+        ku.PretrainConfig(run_name="../x")
 
 
 def test_settings_survive_a_record_in_json():
@@ -383,7 +400,12 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
 
 @pytest.mark.parametrize(
     "notebook, config",
-    [("train.ipynb", ku.Config), ("infer.ipynb", ku.InferConfig), ("compare.ipynb", ku.CompareConfig)],
+    [
+        ("train.ipynb", ku.Config),
+        ("infer.ipynb", ku.InferConfig),
+        ("pretrain.ipynb", ku.PretrainConfig),
+        ("compare.ipynb", ku.CompareConfig),
+    ],
 )
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
     source = tagged_cell(notebook)
@@ -405,6 +427,7 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
     "notebook, names",
     [
         ("train.ipynb", EXPOSED),
+        ("pretrain.ipynb", EXPOSED_TO_PRETRAIN),
         ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
         ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
     ],
@@ -425,7 +448,7 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig])
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]

@@ -37,7 +37,14 @@ import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
 PLAIN = (".json", ".txt", ".model", ".jinja", ".codes")  # what a tokenizer's files may be: no code, no pickle
-BACKBONE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+BACKBONE = (
+    "config.json",
+    ku.PRETRAIN_RECORD,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
 # Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
@@ -227,7 +234,8 @@ def run_sources(folder, run):
 
 def manifest_entry(run, told):
     """What the manifest says of a run."""
-    record = {key: run.record[key] for key in ("settings", "resolved", "versions", "oof")}
+    keys = ("settings", "resolved", "versions", "oof", "pretrained")
+    record = {key: run.record[key] for key in keys if key in run.record}
     return flat_names(run) | record | told | {"golden": run.golden}
 
 
