@@ -4032,7 +4032,7 @@ def row_digests(frame, cfg):
 
 
 def seen_rows(extra, frame, cfg):
-    """Which extra texts are training rows (M,), by id or normalised text: those that models have seen or validate on."""
+    """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
     equal = np.isin(row_texts(extra, cfg), row_texts(frame, cfg))
     return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
 
@@ -4093,6 +4093,8 @@ def read_pseudo(frame, cfg, classes):
     extra = read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in label_columns(f, outputs)])
     rows, seen = read_table(folder / "rows.csv", ["id", "fold", "digest"]), seen_rows(extra, frame, cfg)
     problems, pseudo = [], {}
+    if digest(rows.to_numpy().tolist()) != told["folds"]:
+        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     for fold in folds:
         labels, there = extra[label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
         pseudo[fold] = labels.apply(to_numbers).to_numpy()

@@ -144,7 +144,7 @@ def read_texts(paths, cfg):
 
 
 def predict_folds(runs, texts):
-    """What every model predicts, (R, F, M, K): of R runs, F folds each, for M texts; runs in the order given."""
+    """What every model predicts, (R, F, M, K): of R runs, F folds each, for M texts; runs in any order."""
     bundle, tokens = ku.Bundle(Path(), runs, {}), {}
     ku.check_golden(bundle)
 
@@ -175,16 +175,17 @@ def label(folders, paths, data_dir, threshold):
     for place, fold in enumerate(sorted(folds)):
         twins = np.isin(np.arange(len(texts)), near[0][frame["fold"].to_numpy()[near[1]] == fold]) & ~seen
         used, labels = ~(seen | twins), predictions[:, place].mean(0)
-        columns = ku.label_columns(fold, outputs)
-        cells = pd.DataFrame(labels, columns=columns).map("{:.9g}".format).where(used[:, None], "")
-        table = pd.concat([table, cells], axis=1)
+        if not used.any():
+            raise ku.DataError(f"fold {fold}: every text is a training row, or nearly one; nothing is left to label")
+        cells = [[f"{value:.9g}" if good else "" for value in row] for row, good in zip(labels, used, strict=True)]
+        table = pd.concat([table, pd.DataFrame(cells, columns=ku.label_columns(fold, outputs))], axis=1)
         manifests = [ku.read_sealed(run.weights[fold].with_name(ku.MANIFEST))["files"] for run in runs]
         sets[str(fold)] = {
             "models": [
                 {"run": run.name, "fold": fold, "weights": files["model.safetensors"]["sha256"]}
                 for run, files in zip(runs, manifests, strict=True)
             ],
-            "labels": ku.digest(cells.to_numpy().tolist()),
+            "labels": ku.digest(cells),
             "rows": int(used.sum()),
             "near_duplicates": int(twins.sum()),
             "mean": labels[used].mean(0).tolist(),
@@ -207,7 +208,7 @@ def label(folders, paths, data_dir, threshold):
             {"name": run.name, "record": ku.file_sha256(folder / "record.json")}
             for folder, run in zip(folders, runs, strict=True)
         ],
-        "folds": ku.digest(rows.to_numpy().tolist()),
+        "folds": ku.digest(rows.astype(str).to_numpy().tolist()),
         "sets": sets,
         "versions": ku.versions(),
     }
