@@ -4097,7 +4097,7 @@ def read_pseudo(frame, cfg, classes):
         problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     for fold in folds:
         labels, there = extra[label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
-        pseudo[fold] = labels.apply(to_numbers).to_numpy()
+        pseudo[fold] = labels.apply(to_numbers).to_numpy(copy=True)
         there, of_fold = dict(zip(there["id"], there["digest"], strict=True)), frame[frame["fold"] == fold]
         found = leaks(fold, told["sets"][str(fold)], labels, seen, there, row_digests(of_fold, cfg))
         problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]

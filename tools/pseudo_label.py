@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
-THRESHOLD = 0.3  # on CLEAR: texts of one book share up to 0.17, edited copies 0.42 and more
+THRESHOLD = 0.3  # of all pairs of a train and a test text of CLEAR 7 share 0.42 or more, the others 0.26 at most
 BLOCK = 1000  # texts compared at a time
 
 
