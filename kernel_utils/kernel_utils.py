@@ -3,13 +3,14 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices            8. Attention                   15. Training, one fold
-     2. Settings                     9. Losses and metrics          16. Plots
-     3. Environment and paths       10. Model                       17. Runs: all folds, records
-     4. Data and folds              11. Optimiser groups            18. Pre-training
-     5. Tokens and batches          12. Regularisers                19. Inference: bundles, submission
-     6. Heads                       13. Prediction                  20. Comparison of runs
-     7. Backbones                   14. Checkpoints                 21. Command line
+     1. Tables of choices            9. Losses and metrics          16. Plots
+     2. Settings                    10. Model                       17. Pseudo-labels
+     3. Environment and paths       11. Optimiser groups            18. Runs: all folds, records
+     4. Data and folds              12. Regularisers                19. Pre-training
+     5. Tokens and batches          13. Prediction                  20. Inference: bundles, submission
+     6. Heads                       14. Checkpoints                 21. Comparison of runs
+     7. Backbones                   15. Training, one fold          22. Command line
+     8. Attention
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -57,6 +58,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +86,7 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
 torch.backends.cudnn.allow_tf32 = False
@@ -370,6 +372,10 @@ class Config(Settings):
     max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
     truncation: str = option("head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail"))
     prefix: str = option("", "text put before each text; {column} inserts a column, new [words] become tokens")
+    # extra texts
+    pseudo_dir: str = option("", "folder that tools/pseudo_label.py made: train on its texts too; empty means none")
+    pseudo_weight: float = option(1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3)
+    pseudo_epochs: int = option(0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0)
     # model
     backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
     head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
@@ -491,6 +497,10 @@ class Config(Settings):
             problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
         if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
             problems.append("label_smoothing is for the loss cross_entropy")
+        if not self.pseudo_dir and (self.pseudo_epochs or self.pseudo_weight != 1):
+            problems.append("pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty")
+        if self.pseudo_epochs and self.pseudo_weight != 1:
+            problems.append("pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0")
         if "group" in self.fold_kind and not self.group_column:
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
@@ -792,6 +802,17 @@ def write_atomic(path, write):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(*parts):
+    """SHA-256 of arrays, lists of texts and files, shortened."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            total.update(file_sha256(part).encode())
+        else:
+            total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
+    return total.hexdigest()[:16]
 
 
 KAGGLE_OUTPUT = 20e9  # bytes that a kernel may leave in its working folder
@@ -2339,7 +2360,10 @@ class Loss:
 
     def __call__(self, raw, target):
         """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,). What it `takes`: `error` (B,),
-        the standard errors of the targets, 0 without error_column; `real` (B,), False for rows that only fill up."""
+        the standard errors of the targets, 0 without error_column; `real` (B,), False for rows that only fill up.
+
+        Of a multiclass task the targets are probabilities (B, K) in a run with pseudo-labels.
+        """
         raise TypeError(f"{type(self).__name__} does not define __call__")
 
     def outer(self, mean):
@@ -2430,7 +2454,8 @@ class CrossEntropyLoss(Loss):
         return ((raw.softmax(1) - other.softmax(1)) * (raw.log_softmax(1) - other.log_softmax(1))).sum(1) / 2
 
     def start(self, targets):
-        return torch.log((torch.bincount(targets, minlength=self.width) + 1) / (len(targets) + self.width))
+        counts = torch.bincount(targets, minlength=self.width) if targets.ndim == 1 else targets.sum(0)
+        return torch.log((counts + 1) / (len(targets) + self.width))
 
 
 @register(LOSSES, "mse_rank")
@@ -2491,7 +2516,7 @@ class FocalLoss(Loss):
         self.predict, self.distance, self.start = self.plain.predict, self.plain.distance, self.plain.start
 
     def __call__(self, raw, target):
-        if target.dim() == 1:
+        if isinstance(self.plain, CrossEntropyLoss):
             entropy = F.cross_entropy(raw, target, reduction="none")[:, None]
         else:
             entropy = F.binary_cross_entropy_with_logits(raw, target, reduction="none")
@@ -3066,13 +3091,14 @@ class Average:
             mean.copy_(state[name])
 
 
-def average_rates(steps, per_epoch, cfg):
+def average_rates(steps, per_epoch, cfg, first=0):
     """Share (steps,) by which `Average` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
-    that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs."""
+    that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which
+    begin after the `first` steps."""
     numbers = np.arange(steps)
     if cfg.ema:
         return 1 - np.minimum(cfg.ema, (1 + numbers) / (10 + numbers))
-    counted = numbers + 1 - round(cfg.swa_start * per_epoch)
+    counted = numbers + 1 - first - round(cfg.swa_start * per_epoch)
     return np.where(counted > 0, 1 / np.maximum(counted, 1), 0.0)
 
 
@@ -3335,16 +3361,55 @@ class Checkpoints:
 
 
 class Data(NamedTuple):
-    """What all folds of a run share."""
+    """What all folds of a run share. After the N training rows come the M extra texts, if there are any, which belong
+    to no fold: each fold has labels of its own for them."""
 
-    tokens: Tokens
+    tokens: Tokens  # of N + M texts
     targets: np.ndarray  # (N, K), or (N,) class numbers
-    folds: np.ndarray  # (N,)
+    folds: np.ndarray  # (N + M,), -1 for an extra text
     folder: Path  # of the backbone
     tokenizer: object
     n_outputs: int
-    ids: np.ndarray  # (N,)
+    ids: np.ndarray  # (N + M,)
     errors: np.ndarray | None = None  # (N,) standard errors of the targets
+    pseudo: dict = {}  # noqa: RUF012  # fold -> pseudo-labels (M, K), NaN where a text must not be used for the fold
+
+    def training_rows(self, fold):
+        """Rows that a model which validates on `fold` may be trained on."""
+        usable = self.folds != fold
+        if self.pseudo:
+            usable[len(self.targets) :] = np.isfinite(self.pseudo[fold]).all(1)
+        return np.flatnonzero(usable)
+
+    def training_targets(self, fold):
+        """Targets of all rows for that model: as they are, or (N + M, K) floats with pseudo-labels, where class numbers
+        become probabilities of 0 and 1."""
+        if not self.pseudo:
+            return self.targets
+        hard = np.eye(self.n_outputs)[self.targets] if self.targets.ndim == 1 else self.targets
+        return np.concatenate([hard, self.pseudo[fold]])
+
+
+class Stage(NamedTuple):
+    """A part of a fold's training that has rows and a learning-rate schedule of its own."""
+
+    rows: np.ndarray
+    epochs: range  # their numbers, of which each draws its batches
+    per_epoch: int  # optimiser steps
+
+    @property
+    def steps(self):
+        return len(self.epochs) * self.per_epoch
+
+
+def make_stages(data, fold, cfg):
+    """The stages of a fold, mostly one. With `pseudo_epochs` there is one of pseudo-labelled texts before it."""
+    rows, epochs = data.training_rows(fold), range(cfg.epochs)
+    parts = [(rows, epochs)]
+    if cfg.pseudo_epochs:
+        extra, more = data.folds[rows] < 0, range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
+        parts = [(rows[extra], more), (rows[~extra], epochs)]
+    return [Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
 
 
 LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
@@ -3530,11 +3595,11 @@ class Engine:
         self.data, self.cfg = data, cfg
         self.device = pick_device()
         self.dtype = pick_dtype(cfg.precision, self.device)
-        targets = torch.from_numpy(data.targets)
-        self.targets = (targets.float() if targets.is_floating_point() else targets).to(self.device)
-        errors = np.zeros(len(targets)) if data.errors is None else data.errors
-        self.errors = torch.from_numpy(errors).float().to(self.device)
-        self.weights = torch.ones_like(self.errors)  # of the rows in the loss
+        self.targets = None  # of the fold
+        self.errors = torch.zeros(len(data.folds), device=self.device)
+        if data.errors is not None:
+            self.errors[: len(data.errors)] = send(data.errors.astype(np.float32), self.device)
+        self.weights = send(np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device)
         if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
@@ -3554,21 +3619,26 @@ class Engine:
         if not resident:
             self.model = self.optimizer = self.graphs = None  # or two would be in memory while the next is built
         seed_everything(cfg.seed, fold)
-        rows = np.flatnonzero(data.folds != fold)
+        stages = make_stages(data, fold, cfg)
+        rows = np.concatenate([stage.rows for stage in stages])
+        targets = torch.from_numpy(data.training_targets(fold))
+        targets = targets.float() if targets.is_floating_point() else targets
+        self.targets = targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = build_model(cfg, data.folder, loss, data.tokenizer, self.targets.cpu()[rows], say)
+        fresh = build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
         self.depths = [group["depth"] for group in groups]
-        per_epoch = math.ceil(len(rows) / cfg.batch_size)
-        self.table = rate_table(groups, cfg.epochs * per_epoch, cfg)
+        self.table = np.concatenate([rate_table(groups, stage.steps, cfg) for stage in stages])
         self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
-        self.attack_from = round(cfg.adversarial_start * per_epoch)
-        self.average_table = average_rates(len(self.table), per_epoch, cfg)
+        first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
+        self.attack_from = first + round(cfg.adversarial_start * per_epoch)
+        self.average_table = average_rates(len(self.table), per_epoch, cfg, first)
         self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
         attacked, self.attacking = self.attacking, False
         if cfg.error_weights:
-            weights = 1 / (self.errors**2 + (self.errors[rows] ** 2).mean())
-            self.weights.copy_(weights / weights[rows].mean())
+            own = rows[data.folds[rows] >= 0]
+            weights = 1 / (self.errors**2 + (self.errors[own] ** 2).mean())
+            self.weights[: len(data.targets)] = (weights / weights[own].mean())[: len(data.targets)]
         if resident:
             self.model.load_state_dict(fresh.state_dict())
             self.model.loss = fresh.loss
@@ -3627,11 +3697,11 @@ class Engine:
 
     def micro_totals(self):
         """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
-        lengths, folds = self.data.tokens.lengths, self.data.folds
+        data = self.data
         batches = (
-            lengths[folds != fold][batch]
-            for fold in np.unique(folds)
-            for batch in epoch_batches(lengths[folds != fold], fold, self.cfg, self.bucket_batches)
+            data.tokens.lengths[rows]
+            for fold in data.pseudo or np.unique(data.folds)
+            for rows in stage_batches(data, fold, self.cfg, self.bucket_batches)
         )
         return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
 
@@ -3686,7 +3756,7 @@ class Engine:
             raise KitError(
                 f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
             )
-        share = self.share(values * self.weights[index] if self.cfg.error_weights else values, rows, count)
+        share = self.share(values, rows, count)
         if self.cfg.rdrop:
             apart = torch.stack([loss.distance(*pair) for pair in zip(*passes, strict=True)])
             apart = self.share(apart, rows, count)
@@ -3697,8 +3767,9 @@ class Engine:
         return ()
 
     def share(self, values, rows, count):
-        """What `values` (S, B) of the real rows have in a mean over `count` rows."""
-        return (values.mean(0).masked_fill(rows < 0, 0) / count).sum()
+        """What `values` (S, B) of the real rows have, with their weights, in a mean over `count` rows."""
+        weighted = values.mean(0) * self.weights[rows.clamp(min=0)]
+        return (weighted.masked_fill(rows < 0, 0) / count).sum()
 
     def accumulate(self, part, count):
         """`backward` for the rows of a micro-batch."""
@@ -3867,11 +3938,30 @@ def evaluation_steps(per_epoch, cfg):
     return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
 
 
-def epoch_batches(lengths, fold, cfg, bucket_batches):
-    """Row numbers of every optimiser batch of a fold. Each epoch has a generator of its own."""
-    for epoch in range(cfg.epochs):
+def epochs_after(stages, step):
+    """Epochs, of all stages together, in so many steps."""
+    done = 0
+    for stage in stages[:-1]:
+        if step < stage.steps:
+            return done + step / stage.per_epoch
+        done, step = done + len(stage.epochs), step - stage.steps
+    return done + step / stages[-1].per_epoch
+
+
+def epoch_batches(lengths, fold, cfg, bucket_batches, epochs=None):
+    """Row numbers of every optimiser batch of a fold, in all epochs or those with the numbers `epochs`. Each has a
+    generator of its own."""
+    for epoch in epochs or range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
         yield from plan_batches(lengths, cfg.batch_size, rng, bucket_batches)
+
+
+def stage_batches(data, fold, cfg, bucket_batches):
+    """Rows of every optimiser batch of a fold, through its stages."""
+    for stage in make_stages(data, fold, cfg):
+        lengths = data.tokens.lengths[stage.rows]
+        for batch in epoch_batches(lengths, fold, cfg, bucket_batches, stage.epochs):
+            yield stage.rows[batch]
 
 
 def predict_together(model, data, rows, cfg):
@@ -3911,10 +4001,11 @@ class Training:
     def __init__(self, engine, fold, log, watch, checkpoints):
         self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
         self.log, self.watch, self.checkpoints = log, watch, checkpoints
-        folds = self.data.folds
-        self.train_rows, self.rows = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        self.per_epoch = math.ceil(len(self.train_rows) / self.cfg.batch_size)
-        self.total, self.when = self.per_epoch * self.cfg.epochs, evaluation_steps(self.per_epoch, self.cfg)
+        self.rows, self.stages = np.flatnonzero(self.data.folds == fold), make_stages(self.data, fold, self.cfg)
+        last = self.stages[-1]
+        self.first = sum(stage.steps for stage in self.stages[:-1])  # steps before the last stage
+        self.total = self.first + last.steps
+        self.when = {self.first + step for step in evaluation_steps(last.per_epoch, self.cfg)}
         self.state, self.steps = FoldState(), []  # steps since the last `flush`
         # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
         self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler)
@@ -3933,12 +4024,12 @@ class Training:
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        lengths = self.data.tokens.lengths[self.train_rows]
-        batches = epoch_batches(lengths, self.fold, self.cfg, self.engine.bucket_batches)
-        return (self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None))
+        batches = stage_batches(self.data, self.fold, self.cfg, self.engine.bucket_batches)
+        return itertools.islice(batches, self.state.step, None)
 
     def note(self, entry):
-        entry = {"fold": self.fold, "step": self.state.step, "epoch": self.state.step / self.per_epoch} | entry
+        epoch = epochs_after(self.stages, self.state.step)
+        entry = {"fold": self.fold, "step": self.state.step, "epoch": epoch} | entry
         self.state.lines.append(json.dumps(entry))
         self.log(entry)
 
@@ -3974,7 +4065,7 @@ class Training:
         if steps:
             values = iter(torch.stack([value for step in steps for value in step.measures.values()]).tolist())
             for step in steps:
-                entry = {"step": step.number, "epoch": step.number / self.per_epoch}
+                entry = {"step": step.number, "epoch": epochs_after(self.stages, step.number)}
                 measures = dict(zip(step.measures, itertools.islice(values, len(step.measures)), strict=True))
                 self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
                 self.check(step, measures["loss"], measures["grad_norm"])
@@ -4039,8 +4130,9 @@ def regularised(engine, state):
 def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
     """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
     `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
-    did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16, and for the `best`
-    and the `last` evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
+    did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16,
+    `pseudo_rows` trained on and `pseudo_steps` on them alone, and for the `best` and the `last` evaluation its
+    `predictions`, `score` and `step` (None where it stopped before the first step).
 
     It goes on from the newest of the `checkpoints`, and saves to them as `watch` says. `engine` is that of the fold
     before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
@@ -4085,6 +4177,7 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
         engine.swap_average(state.step)
     kept = {name: getattr(state, name) for name in ("step", "skipped", "best", "last", "seconds", "lines")}
     told = dict(fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro)
+    told |= dict(pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()), pseudo_steps=training.first)
     return model, told | kept | dict(acted=acted)
 
 
@@ -4181,7 +4274,112 @@ def plot_oof(run):
 
 
 # ---------------------------------------------------------------------------------------
-# 17. Runs: all folds, records
+# 17. Pseudo-labels
+#
+# tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold has labels of its
+# own, the mean of those models of the runs that validated on this fold: a model which is validated on it learns nothing
+# of its rows by way of the labels. In the folder: pseudo.csv (texts, labels), rows.csv (the rows that those models
+# validated on), pseudo.json (which model labelled what), and the manifest of `save_folder`.
+
+PSEUDO = "kernel_utils pseudo-labels 1"  # the format
+
+
+def normalised(texts):
+    """Each text without what editors change: case, punctuation, spaces, forms of a character."""
+    return [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for text in texts]
+
+
+def row_texts(frame, cfg):
+    """The texts of every row, normalised; those of a pair as one."""
+    return normalised(frame[text_columns(cfg)].agg(" ".join, axis=1))
+
+
+def row_digests(frame, cfg):
+    """id -> digest of the input cells of the row."""
+    cells = zip(*(frame[name] for name in input_columns(cfg)), strict=True)
+    return {name: digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
+
+
+def seen_rows(extra, frame, cfg):
+    """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
+    equal = np.isin(row_texts(extra, cfg), row_texts(frame, cfg))
+    return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
+
+
+def label_columns(fold, outputs):
+    """Columns of pseudo.csv with the labels for a fold."""
+    return [suffixed(f"target_fold{fold}", name, outputs) for name in outputs]
+
+
+def open_pseudo(folder):
+    """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
+    if not (folder / "pseudo.json").is_file():
+        raise DataError(f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py")
+    if problems := folder_problems(folder):
+        raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
+    told = read_json(folder / "pseudo.json")
+    if told.get("format") != PSEUDO:
+        raise DataError(f"{folder / 'pseudo.json'}: expected the format {PSEUDO!r}, got {told.get('format')!r}")
+    return told
+
+
+def leaks(fold, given, labels, seen, there, here):
+    """Why the labels of a fold must not be used, as texts. `given` is what pseudo.json says of them, `labels` their
+    cells, `seen` which texts are training rows, `there` and `here` the digests of the rows of the fold by id, where
+    the labels were made and in this run."""
+    problems = [
+        f"they come from fold {model['fold']} of {model['run']}, a model that was trained on rows of fold {fold}"
+        for model in given["models"]
+        if model["fold"] != fold
+    ]
+    if digest(labels.to_numpy().tolist()) != given["labels"]:
+        problems.append("they are not those that its models gave: columns exchanged, or cells changed")
+    if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        problems.append(
+            f"their models validated on {len(there)} rows, this fold has {len(here)}, and {len(other)} are not the "
+            f"same, such as id {other[0]!r}: the runs that labelled must have the same rows in the same folds"
+        )
+    known = labels.ne("").all(axis=1).to_numpy()
+    if count := int((seen & known).sum()):
+        problems.append(f"{count} labelled texts are training rows")
+    return problems + ([] if known.any() else ["no text has a label"])
+
+
+def read_pseudo(frame, cfg, classes):
+    """(extra texts, {fold: labels (M, K), NaN where a text must not be used}, what pseudo.json says) of `pseudo_dir`.
+
+    Raises DataError where a label could come from a model that was trained on a row of the fold it is for, where the
+    runs that labelled had another task or other columns, and where a file is not as it was written.
+    """
+    folder = user_path("pseudo_dir", cfg.pseudo_dir)
+    told, outputs = open_pseudo(folder), output_names(cfg, classes)
+    here = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": [cfg.id_column, *input_columns(cfg)]}
+    if other := [name for name in here if told[name] != here[name]]:
+        raise DataError([f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other])
+    folds = [int(fold) for fold in told["sets"]]
+    if not set(asked_folds(frame, cfg)) <= set(folds):
+        raise ConfigError(f"pseudo_dir has labels for the folds {listing(folds)}; run_folds asks for others")
+    extra = read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in label_columns(f, outputs)])
+    rows, seen = read_table(folder / "rows.csv", ["id", "fold", "digest"]), seen_rows(extra, frame, cfg)
+    problems, pseudo = [], {}
+    if digest(rows.to_numpy().tolist()) != told["folds"]:
+        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
+    for fold in folds:
+        labels, there = extra[label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
+        pseudo[fold] = labels.apply(to_numbers).to_numpy(copy=True)
+        there, of_fold = dict(zip(there["id"], there["digest"], strict=True)), frame[frame["fold"] == fold]
+        found = leaks(fold, told["sets"][str(fold)], labels, seen, there, row_digests(of_fold, cfg))
+        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
+    if problems:
+        raise DataError(problems)
+    counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
+    runs = listing(run["name"] for run in told["runs"])
+    print(f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold")
+    return extra[here["columns"]], pseudo, told
+
+
+# ---------------------------------------------------------------------------------------
+# 18. Runs: all folds, records
 
 
 class Stopped(KitError):
@@ -4190,21 +4388,10 @@ class Stopped(KitError):
     title = "the run is stopped, not finished:"
 
 
-# Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data and of
-# the backbone is compared, not their places.
-FREE = {"data_dir", "backbone", "output_dir", "run_name", "run_folds", "tracker"}
+# Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
+# pseudo-labels and of the backbone is compared, not their places.
+FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
 FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
-
-
-def digest(*parts):
-    """SHA-256 of arrays, lists of texts and files, shortened."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            total.update(file_sha256(part).encode())
-        else:
-            total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
-    return total.hexdigest()[:16]
 
 
 def code_of(part, module, seen):
@@ -4240,8 +4427,9 @@ def fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
     columns = dict.fromkeys([cfg.id_column, *input_columns(cfg)])
     made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = digest(data.targets), digest(data.folds)
+    made["the targets"], made["the folds"] = digest(data.targets), digest(frame["fold"].to_numpy())
     made |= {} if data.errors is None else {"the standard errors": digest(data.errors)}
+    made |= {"the pseudo-labels": digest(*data.pseudo.values())} if data.pseudo else {}
     made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
     made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
     parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
@@ -4453,6 +4641,7 @@ def fold_scores(result):
     scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
     told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
     told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
+    told |= {name: result[name] for name in ("pseudo_rows", "pseudo_steps")}
     return told | {"regularisers": result["acted"]} | scores
 
 
@@ -4724,7 +4913,7 @@ def describe_data(data):
     """`Data` without the folders it came from, as a nest of plain values and arrays."""
     tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
     told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
-    told |= {"errors": data.errors}
+    told |= dict(errors=data.errors, pseudo=data.pseudo)
     return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=cls_is_last(data.tokenizer))
 
 
@@ -4736,7 +4925,8 @@ def rebuild_data(told, backbone, tokenizer):
     types = None if flat["types"] is None else np.split(flat["types"], cuts)
     tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
     ids = np.array(told["ids"], dtype=object)
-    return Data(tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids, told["errors"])
+    shared = (tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
+    return Data(*shared, told["errors"], told["pseudo"])
 
 
 def listen(watch):
@@ -4897,10 +5087,12 @@ def usable(results):
 
 def finish_record(record, results, data, cfg, watch):
     """The record with the scores and figures of the folds in `results`."""
-    lengths = [data.tokens.lengths[data.folds != result["fold"]] for result in results]
-    epochs = [cfg.epochs * result["step"] / result["steps"] for result in results]
-    rows = sum(len(n) * e for n, e in zip(lengths, epochs, strict=True))
-    tokens = sum(int(n.sum()) * e for n, e in zip(lengths, epochs, strict=True))
+    rows = tokens = 0
+    for result in results:
+        for stage in make_stages(data, result["fold"], cfg):
+            epochs = len(stage.epochs) * result["step"] / result["steps"]
+            rows += len(stage.rows) * epochs
+            tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
     seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
     total = time.perf_counter() - watch.began + watch.restored
     return record | {
@@ -5011,19 +5203,25 @@ def train(frame, cfg, test=None):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
-    if new := add_prefix_tokens(tokenizer, frame, cfg):
+    texts, pseudo = frame, {}
+    if cfg.pseudo_dir:
+        extra, pseudo, told = read_pseudo(frame, cfg, classes)
+        texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
+        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {"rows": len(extra)}
+    if new := add_prefix_tokens(tokenizer, texts, cfg):
         print(f"{len(new)} new special tokens: {listing(new[:10])}")
     loaded = time.perf_counter()
-    tokens = tokenize_frame(frame, tokenizer, cfg)
+    tokens = tokenize_frame(texts, tokenizer, cfg)
     check_vocabulary(tokens, tokenizer)
     check_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
     record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
 
-    targets, ids = encode_targets(frame, cfg, classes), frame[cfg.id_column].to_numpy()
+    targets, ids = encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
-    data = Data(tokens, targets, frame["fold"].to_numpy(), backbone, tokenizer, len(record["outputs"]), ids, errors)
+    folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
+    data = Data(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
     alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
     check_same(alike, "differ in data, backbone, versions or devices")
@@ -5062,7 +5260,7 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 18. Pre-training
+# 19. Pre-training
 #
 # Masked-language modelling (BERT, arXiv:1810.04805) on the texts of the task before it is trained, TAPT of Gururangan
 # et al., arXiv:2004.10964. What comes out is a backbone like any other.
@@ -5460,7 +5658,7 @@ def pretrain(cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Inference: bundles, submission
+# 20. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
@@ -6068,13 +6266,13 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 20. Comparison of runs
+# 21. Comparison of runs
 #
 # Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
 # Shapes: S seeds, R resamples, A configurations.
 
-INCIDENTAL = (FREE - {"backbone"}) | {"seed", "checkpoint", "batch_tokens"}
+INCIDENTAL = (FREE - {"backbone", "pseudo_dir"}) | {"seed", "checkpoint", "batch_tokens"}
 NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")  # what comparing asks of the settings
 KINDS = ("last", "best")  # checkpoints
 LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equal configurations different
@@ -6194,7 +6392,8 @@ def compared_config(record):
 def evaluations(records):
     """{fold: how often it was evaluated} of the runs of one seed: of so many scores `best` is the best."""
     cfg = compared_config(records[0])
-    steps = {fold["fold"]: fold["steps"] for record in records for fold in record["folds"]}
+    folds = [fold for record in records for fold in record["folds"]]
+    steps = {fold["fold"]: fold["steps"] - fold.get("pseudo_steps", 0) for fold in folds}
     return {fold: len(evaluation_steps(n // cfg.epochs, cfg)) for fold, n in steps.items()}
 
 
@@ -6656,7 +6855,7 @@ def plot_cost(study, table, folder):
 
 
 # ---------------------------------------------------------------------------------------
-# 21. Command line
+# 22. Command line
 
 
 def train_by_config(path):
