@@ -211,6 +211,7 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     data = ku.Data(
         tokens, np.arange(len(frame)), np.arange(len(frame)) % 2, Path("b"), tokenizer, 7, frame["id"].to_numpy()
     )
+    data = data._replace(errors=np.linspace(0, 1, len(frame)))
     ku.write_state(tmp_path, ku.describe_data(data))
     tokenizer.save_pretrained(tmp_path)
     got = ku.rebuild_data(ku.read_state(tmp_path), Path("b"), ku.load_tokenizer(tmp_path))
@@ -218,7 +219,11 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
         a, b = getattr(got.tokens, name), getattr(tokens, name)
         assert a is b is None or (np.array_equal(a, b) and a.dtype == b.dtype)
     assert got.tokens.pad_id == tokens.pad_id and got.n_outputs == 7 and list(got.ids) == list(frame["id"])
-    assert np.array_equal(got.targets, data.targets) and np.array_equal(got.folds, data.folds)
+    assert (
+        np.array_equal(got.errors, data.errors)
+        and np.array_equal(got.targets, data.targets)
+        and np.array_equal(got.folds, data.folds)
+    )
     tokenizer.add_tokens(["new"])
     with pytest.raises(ku.KitError, match="set fold_processes 1"):
         ku.rebuild_data(ku.read_state(tmp_path), Path("b"), tokenizer)

@@ -391,7 +391,8 @@ def begun(cfg, fold=0):
     texts, pseudo, _ = ku.read_pseudo(frame, cfg, classes)
     whole = pd.concat([frame, texts.assign(fold=-1, target=0.0)], ignore_index=True)
     engine = engine_of(cfg, whole)
-    data = engine.data._replace(targets=engine.data.targets[: len(frame)], pseudo=pseudo)
+    errors = engine.data.errors if engine.data.errors is None else engine.data.errors[: len(frame)]
+    data = engine.data._replace(targets=engine.data.targets[: len(frame)], errors=errors, pseudo=pseudo)
     engine = ku.Engine(data, engine.cfg)
     engine.begin(fold, **QUIET)
     return engine
@@ -415,6 +416,18 @@ def test_the_weight_scales_the_losses_of_pseudo_labelled_rows_alone(micro, stude
     torch.testing.assert_close(model.output.weight.grad, expected.float(), rtol=1e-3, atol=1e-6)
 
 
+def test_standard_errors_weigh_the_training_rows_and_leave_the_weight_of_pseudo_labels(student):
+    engine = begun(student(pseudo_weight=0.25, error_column="standard_error", error_weights=True))
+    engine.errors[:3] = torch.tensor([0.1, 0.2, 1.0])
+    engine.begin(0, **QUIET)
+    rows = engine.data.training_rows(0)
+    own = rows[engine.data.folds[rows] >= 0]
+    error = engine.errors[: len(engine.data.targets)].numpy()
+    expected = 1 / (error**2 + (error[own] ** 2).mean())
+    np.testing.assert_allclose(engine.weights[: len(error)], expected / expected[own].mean(), rtol=1e-5)
+    assert (engine.weights[len(error) :] == 0.25).all() and (engine.errors[len(error) :] == 0).all()
+
+
 def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
     soft = np.array([[0.2, 0.5, 0.3]])
     data = ku.Data(
@@ -423,7 +436,12 @@ def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
     targets = data.training_targets(0)
     np.testing.assert_array_equal(targets, [[0, 0, 1], [1, 0, 0], [0.2, 0.5, 0.3]])
     assert list(data.training_rows(0)) == [1, 2] and list(data.training_rows(1)) == [0]
-    loss, raw = ku.CrossEntropyLoss(ku.Config(), 3), torch.tensor([[1.0, -1.0, 0.5]] * 3)
+    raw = torch.tensor([[1.0, -1.0, 0.5]] * 3)
+    plain = ku.LOSSES["focal"](ku.Config(task="multiclass", loss="focal", focal_gamma=0.0), 3)
+    loss = ku.CrossEntropyLoss(ku.Config(), 3)
+    torch.testing.assert_close(
+        plain(raw, torch.from_numpy(targets).float()), loss(raw, torch.from_numpy(targets).float())
+    )
     logp = raw.numpy()[0] - np.log(np.exp(raw.numpy()[0]).sum())
     got = loss(raw, torch.from_numpy(targets).float())
     np.testing.assert_allclose(got, [-logp[2], -logp[0], -(soft[0] * logp).sum()], rtol=1e-5)
