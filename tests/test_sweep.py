@@ -166,7 +166,7 @@ def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
     blocks = tomllib.loads(file.read_text())["grid"]
     seeds = tomllib.loads(file.read_text())["seeds"]
     count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
-    assert len(set(cells)) == count == {"article": 57, "article_cpu": 24, "lr": 5}[file.stem]
+    assert len(set(cells)) == count == {"article": 57, "article_cpu": 24, "effects": 36, "lr": 5}[file.stem]
     if file.stem == "article":
         assert {cfg.head for cfg in cells} == set(ku.HEADS)
 
