@@ -486,7 +486,7 @@ def fingerprint(run):
 
 def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, output):
     first, second = output / "head=cls+seed=0", output / "head=max+seed=0"
-    process = start(base(), "--grid", "head=cls,max")
+    process = start(base(epochs=40), "--grid", "head=cls,max")  # long enough to be killed
     wait_for((first / "record.json").is_file)
     papermill_of("head=cls+seed=0", psutil.Process(process.pid)).kill()
     shown = process.communicate()[0]
@@ -494,7 +494,7 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
     assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
     assert ku.read_record(first)["status"] == "running"
     before = fingerprint(second)
-    process = start(base(), "--grid", "head=cls,max")
+    process = start(base(epochs=40), "--grid", "head=cls,max")
     shown = process.communicate()[0]
     assert len(ku.read_record(first)["sessions"]) == 2  # it went on
     assert process.returncode == 0 and "1 finished now, 1 before" in shown and fingerprint(second) == before

@@ -45,9 +45,10 @@ def run(cfg):
 
 def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     """Loss and gradient norm of the last of some optimiser steps over the first seven rows, and the weights then."""
-    task = "multiclass" if loss == "cross_entropy" else "regression"
+    task = "multiclass" if loss in ("cross_entropy", "focal") else "regression"
+    settings |= dict(levels=(0, 2)) if loss == "coral" else {}
     cfg = resolved(tiny(task=task, loss=loss, epochs=1, **settings))
-    frame = train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6)
+    frame = train_frame(24).assign(fold=0, target=[0.0, 1.0, 2.0, 1.0] * 6 if loss == "coral" else [0, 1, 0.3, 0.9] * 6)
     if task == "multiclass":
         frame["target"] = ["a", "b", "c"] * 8
     data = fold_data(cfg, frame, n_outputs=3 if task == "multiclass" else 1)
@@ -61,7 +62,7 @@ def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     return value, norm, torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
 
-@pytest.mark.parametrize("loss", ku.LOSSES)
+@pytest.mark.parametrize("loss", [name for name in ku.LOSSES if name != "mse_rank"])  # its pairs are of a micro-batch
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(loss, micro, tiny):
     value, norm, weights = one_step(tiny, loss)
@@ -73,7 +74,7 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(loss, micro,
 @pytest.mark.parametrize("loss", ku.LOSSES)
 def test_the_step_follows_the_gradient_of_the_logged_loss(loss, tiny):
     """With plain gradient descent a small step lowers the loss by the rate times the squared gradient norm."""
-    rate = 1e-4
+    rate = 1e-5 if loss == "gaussian" else 1e-4  # a steep one
     before, norm, _ = one_step(tiny, loss, clip_norm=0, steps=1, rate=rate)
     after, _, _ = one_step(tiny, loss, clip_norm=0, steps=2, rate=rate)
     assert (before - after).item() == pytest.approx(rate * norm.item() ** 2, rel=0.05)
