@@ -542,3 +542,19 @@ def test_a_backbone_whose_pretraining_is_not_complete_is_refused(pretrained, com
     (pretrained / "pretrain.json").write_text(json.dumps(told(pretrained) | {"status": "running"}))
     with pytest.raises(ku.KitError, match=r"pretrain\.json: the pre-training is not complete \(status 'running'\)"):
         trained(tiny_config(competition, pretrained, tmp_path / "runs"))
+
+
+def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monkeypatch):
+    load = ku.load_weights
+
+    def uninitialised(*arguments):
+        model, info = load(*arguments)
+        for key, weight in model.named_parameters():
+            if key in info["missing_keys"] and key.endswith("bias"):
+                weight.data.fill_(torch.nan)
+        return model, info
+
+    monkeypatch.setattr(ku, "load_weights", uninitialised)
+    model, new = ku.load_masked_model(maskable("longformer"), ku.PretrainConfig(backbone=str(maskable("longformer"))))
+    head = {key: weight for key, weight in model.language_model.named_parameters() if key.startswith("lm_head")}
+    assert new and (head["lm_head.bias"] == 0).all() and head["lm_head.dense.weight"].any()
