@@ -1023,6 +1023,8 @@ def read_train(cfg, data_dir):
         numbers[column] = to_numbers(frame[column])
         allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
         problems += check(column, ~allowed, "a finite number from 0 up")
+        if not numbers[column].any():
+            problems.append(f"{path}, column {column}: expected an error above 0 in some row, got 0 in all")
     if problems:
         raise DataError(problems)
     frame = frame.assign(**numbers)
@@ -3878,7 +3880,9 @@ class Engine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphs)
         if self.average:
-            self.average.update(torch.where(norm.isfinite(), self.average_rate, 0))
+            # an equal average counts a step that fp16 skips once more, or its first would leave what it began with
+            moved = norm.isfinite() if self.cfg.ema else True
+            self.average.update(self.average_rate * moved)
         if self.attacking:
             self.meters["adversarial_loss"].copy_(outer(self.mean - self.clean if both else self.mean))
             loss = outer(self.clean).clone()

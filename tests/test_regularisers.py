@@ -226,6 +226,25 @@ def test_a_step_that_float16_skips_does_not_move_the_running_average(begun, monk
     assert all(torch.equal(before[name], mean) for name, mean in engine.average.means.items())
 
 
+def test_an_equal_average_has_nothing_of_the_weights_before_its_start_though_float16_skips_its_first_step(
+    begun, monkeypatch
+):
+    engine, clip, path = begun(swa_start=2.0), torch.nn.utils.clip_grad_norm_, []
+    for step in range(7):  # two an epoch: the average begins with step 4
+        skipped = step == 4
+        monkeypatch.setattr(
+            torch.nn.utils, "clip_grad_norm_", (lambda *_: torch.tensor(torch.inf)) if skipped else clip
+        )
+        if skipped:
+            monkeypatch.setattr(engine.scaler, "step", lambda optimizer: None)
+        engine.optimizer_step(step, ROWS)
+        monkeypatch.undo()
+        path.append(weights(engine).double())
+    assert torch.equal(path[4], path[3]) and not torch.equal(path[5], path[4])
+    average = torch.cat([mean.flatten() for mean in engine.average.means.values()]).double()
+    torch.testing.assert_close(average, torch.stack(path[4:]).mean(0), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [dict(ema=0.9), dict(swa_start=1.0), dict(ema=0.9, checkpoint="best")])
 def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_own(settings, tiny):
     plain, averaged = (
@@ -359,6 +378,14 @@ def test_a_standard_error_that_is_none_is_named_with_its_row(cell, told, tiny, c
     frame.to_csv(competition / "train.csv", index=False)
     expected = rf"column standard_error: expected a finite number from 0 up, got row 5 \(id 004\): {told}"
     with pytest.raises(ku.DataError, match=expected):
+        ku.read_competition(tiny(error_column="standard_error", error_weights=True))
+
+
+def test_standard_errors_that_are_all_zero_are_refused(tiny, competition):
+    train_frame().assign(standard_error=0).to_csv(competition / "train.csv", index=False)
+    with pytest.raises(
+        ku.DataError, match="column standard_error: expected an error above 0 in some row, got 0 in all"
+    ):
         ku.read_competition(tiny(error_column="standard_error", error_weights=True))
 
 
