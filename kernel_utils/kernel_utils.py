@@ -490,7 +490,7 @@ class Config(Settings):
             problems.append("ema and swa_start are two averages of the weights: set one of them to 0")
         if self.swa_start >= self.epochs:
             problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
-        still = self.backbone_dropout == (-1 if self.task == "regression" else 0) or self.backbone_dropout == 0
+        still = self.backbone_dropout == 0 or (self.backbone_dropout == -1 and self.task == "regression")
         if self.rdrop and still and not self.head_dropout:
             problems.append("rdrop does nothing without dropout: set head_dropout or backbone_dropout")
         if self.rdrop and loss and loss.outer is not Loss.outer:
@@ -3629,18 +3629,10 @@ class Engine:
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
         fresh = build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
-        self.depths = [group["depth"] for group in groups]
-        self.table = np.concatenate([rate_table(groups, stage.steps, cfg) for stage in stages])
-        self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
-        first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
-        self.attack_from = first + round(cfg.adversarial_start * per_epoch)
-        self.average_table = average_rates(len(self.table), per_epoch, cfg, first)
-        self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
+        self.schedule(stages, groups)
         attacked, self.attacking = self.attacking, False
         if cfg.error_weights:
-            own = rows[data.folds[rows] >= 0]
-            weights = 1 / (self.errors**2 + (self.errors[own] ** 2).mean())
-            self.weights[: len(data.targets)] = (weights / weights[own].mean())[: len(data.targets)]
+            self.weigh(rows)
         if resident:
             self.model.load_state_dict(fresh.state_dict())
             self.model.loss = fresh.loss
@@ -3679,6 +3671,23 @@ class Engine:
         if self.static:
             ways = "compiled, " * self.compiled + ("in CUDA graphs" if self.graphs else "no CUDA graphs")
             say(f"steps are {ways}, for {', '.join(map(str, self.budgets))} token slots")
+
+    def schedule(self, stages, groups):
+        """What changes from step to step of a fold: rates of the groups and of the average, and the first attack."""
+        self.depths = [group["depth"] for group in groups]
+        self.table = np.concatenate([rate_table(groups, stage.steps, self.cfg) for stage in stages])
+        self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
+        first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
+        self.attack_from = first + round(self.cfg.adversarial_start * per_epoch)
+        self.average_table = average_rates(len(self.table), per_epoch, self.cfg, first)
+        self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
+
+    def weigh(self, rows):
+        """Weigh rows by 1 / (e^2 + mean of e^2), e their standard errors, one on average over the training rows among
+        `rows`; pseudo-labelled ones keep their weight."""
+        own, n = rows[self.data.folds[rows] >= 0], len(self.data.targets)
+        weights = 1 / (self.errors**2 + (self.errors[own] ** 2).mean())
+        self.weights[:n] = (weights / weights[own].mean())[:n]
 
     def unfit(self):
         """Why steps can be neither compiled nor captured, or ''."""
@@ -5814,7 +5823,8 @@ def load_run(folder):
         used = listing(fold["fold"] for fold in record["folds"])
         print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
     elif status != "complete":
-        raise ConfigError(f"{folder}: the run did not finish (status in record.json)")
+        why = f"the run did not finish, its status is {status!r}" if record else "expected a run folder, no record.json"
+        raise ConfigError(f"{folder}: {why}")
     weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
     config = next(iter(weights.values())).with_name("config.json")
     needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
