@@ -5823,7 +5823,11 @@ def load_run(folder):
         used = listing(fold["fold"] for fold in record["folds"])
         print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
     elif status != "complete":
-        why = f"the run did not finish, its status is {status!r}" if record else "expected a run folder, no record.json"
+        why = (
+            f"the run did not finish, the status in record.json is {status!r}"
+            if record
+            else "expected a run folder, no record.json"
+        )
         raise ConfigError(f"{folder}: {why}")
     weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
     config = next(iter(weights.values())).with_name("config.json")

@@ -92,8 +92,11 @@ VARIANTS = {
     "adversarial weights and a running average": NOISY
     | dict(awp=0.1, adversarial_start=1, ema=0.9, micro_batch_size=3),
     "adversarial embeddings and an equal average": NOISY
-    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, checkpoint="best", evals_per_epoch=3),
+    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, checkpoint="best", evals_per_epoch=3, llrd=0.8),
+    "adversarial weights in float16": NOISY | dict(awp=0.1, adversarial_start=1, ema=0.9, precision="fp16"),
     "two passes, mixed weights": NOISY | dict(rdrop=1.0, mixout=0.5, precision="fp16"),
+    "noise and weights by standard error": NOISY
+    | dict(error_column="standard_error", label_noise=1.0, error_weights=True, precision="bf16"),
     "8-bit moments": NOISY | dict(optimizer="adamw8bit"),
 }
 
