@@ -219,7 +219,7 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig, ku.BlendConfig])
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -383,7 +383,12 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
 
 @pytest.mark.parametrize(
     "notebook, config",
-    [("train.ipynb", ku.Config), ("infer.ipynb", ku.InferConfig), ("compare.ipynb", ku.CompareConfig)],
+    [
+        ("train.ipynb", ku.Config),
+        ("infer.ipynb", ku.InferConfig),
+        ("compare.ipynb", ku.CompareConfig),
+        ("blend.ipynb", ku.BlendConfig),
+    ],
 )
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
     source = tagged_cell(notebook)
@@ -407,6 +412,7 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
         ("train.ipynb", EXPOSED),
         ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
         ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
+        ("blend.ipynb", [field.name for field in dataclasses.fields(ku.BlendConfig)]),
     ],
 )
 def test_the_tagged_cell_lists_each_setting_once(notebook, names):
@@ -425,7 +431,7 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.CompareConfig, ku.BlendConfig])
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
