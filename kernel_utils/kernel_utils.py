@@ -3,14 +3,14 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices            9. Losses and metrics          16. Plots
-     2. Settings                    10. Model                       17. Pseudo-labels
-     3. Environment and paths       11. Optimiser groups            18. Runs: all folds, records
-     4. Data and folds              12. Regularisers                19. Pre-training
-     5. Tokens and batches          13. Prediction                  20. Inference: bundles, submission
-     6. Heads                       14. Checkpoints                 21. Comparison of runs
-     7. Backbones                   15. Training, one fold          22. Command line
-     8. Attention
+     1. Tables of choices            9. Losses and metrics          17. Pseudo-labels
+     2. Settings                    10. Model                       18. Runs: all folds, records
+     3. Environment and paths       11. Optimiser groups            19. Pre-training
+     4. Data and folds              12. Regularisers                20. Inference: bundles, submission
+     5. Tokens and batches          13. Prediction                  21. Comparison of runs
+     6. Heads                       14. Checkpoints                 22. Blending
+     7. Backbones                   15. Training, one fold          23. Command line
+     8. Attention                   16. Plots
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -50,6 +50,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -71,8 +72,10 @@ warnings.filterwarnings("ignore", message=".*capturable=True")  # the first step
 
 import numpy as np
 import pandas as pd
+import scipy.optimize
 import scipy.stats
 import sklearn
+import sklearn.linear_model
 import sklearn.metrics
 import sklearn.model_selection
 import tokenizers
@@ -86,7 +89,7 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
 torch.backends.cudnn.allow_tf32 = False
@@ -5680,6 +5683,7 @@ def pretrain(cfg):
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
 
 FORMAT = "kernel_utils bundle 1"
+BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
 # 6e-4 in float16, 6e-3 in bfloat16 and 5e-2 in int8; a deeper model adds up more. Float32, always checked too, is the
@@ -5715,11 +5719,21 @@ class Run(NamedTuple):
     precision: str  # to predict in: that of training, of the setting, or what a CPU is fastest in
 
 
+class Blend(NamedTuple):
+    """How the predictions of runs become one: their weighted sum and an intercept."""
+
+    method: str
+    weights: dict  # name of a run -> weight
+    intercept: list  # (K,)
+    cuts: dict  # thresholds and levels, as `threshold_scores` has them; empty but for the metric qwk in regression
+
+
 class Bundle(NamedTuple):
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
     precision: str = ""  # the setting of infer.ipynb; empty means as trained
+    blend: Blend | None = None  # without one, runs count alike
 
     @property
     def cfg(self):
@@ -5875,12 +5889,39 @@ def find_bundle(bundle_dir):
     return found[0]
 
 
+def read_blend(path, records):
+    """The `Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
+    each to the last byte, and of no other."""
+    content = read_json(path)
+    try:
+        members = content["members"]
+        weights = {name: as_float(member["weight"]) for name, member in members.items()}
+        blend = Blend(content["method"], weights, [as_float(v) for v in content["intercept"]], content["cuts"])
+        digests = {name: str(member["record_sha256"]) for name, member in members.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+    problems = [f"run {name} is missing" for name in digests if name not in records]
+    problems += [f"run {name} is none of its members, {listing(digests)}" for name in records if name not in digests]
+    for name in records:
+        if digests.get(name, got := file_sha256(records[name])) != got:
+            expected = f"{digests[name][:12]}, got {got[:12]}"
+            problems.append(f"run {name} is another one: SHA-256 of its record.json, expected {expected}")
+    if problems:
+        raise BundleError([f"{path}: {problem}" for problem in problems])
+    return blend
+
+
 def open_bundle(folder):
-    """A bundle or run folder as a `Bundle`, its files not verified."""
+    """A bundle or run folder as a `Bundle`, its files not verified, but that its blend.json is of its runs."""
     if not (folder / MANIFEST).is_file():
         return Bundle(folder, [load_run(folder)], {})
-    runs = read_manifest(folder)["runs"]
-    return Bundle(folder, [bundled_run(folder, name, parts) for name, parts in runs.items()], {})
+    parts = read_manifest(folder)["runs"]
+    runs, blend = [bundled_run(folder, name, told) for name, told in parts.items()], None
+    if (folder / BLEND).is_file():
+        blend = read_blend(folder / BLEND, {name: folder / told["record"] for name, told in parts.items()})
+        if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
+            raise BundleError(f"{folder / BLEND}: expected {width} values of intercept, got {len(blend.intercept)}")
+    return Bundle(folder, runs, {}, blend=blend)
 
 
 def load_bundle(bundle_dir="", precision=""):
@@ -5909,10 +5950,18 @@ def load_bundle(bundle_dir="", precision=""):
         here, then = versions(), run.record["versions"]
         if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
             print(f"  trained with {'; '.join(moved)}")
+    if bundle.blend:
+        print(f"blended by {bundle.blend.method}: {describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
     bundle = bundle._replace(precision=precision)
     if precision == "auto" and pick_device().type == "cpu":
         precision = "fp32"  # until `choose_precision` has seen the texts
     return with_precisions(bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")})
+
+
+def describe_blend(weights, intercept):
+    """A blend, {name: weight} and (K,) intercepts, as one line."""
+    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
+    return listing(terms) + (f", intercept {listing(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
 
 
 def with_precisions(bundle, precisions):
@@ -6148,8 +6197,8 @@ def choose_precision(bundle, frame, batch_tokens):
 
 
 def predict_runs(bundle, frame, batch_tokens):
-    """Mean over runs of the means of their folds, (N, K), in this process. Runs that read the texts alike share their
-    tokens."""
+    """The blend of runs, else their mean, where each is the mean of its folds: (N, K), in this process. Runs that read
+    the texts alike share their tokens."""
     texts = {}  # what decides the tokens -> tokens
 
     def predict_run(run, tokenizer, model):
@@ -6163,9 +6212,12 @@ def predict_runs(bundle, frame, batch_tokens):
             load_fold(model, run, fold)
             with in_precision(model, texts[key], cfg, run.precision) as used:
                 total = total + predict(model, texts[key], used)
-        return total / len(run.weights)
+        return run.name, total / len(run.weights)
 
-    return np.mean(each_run(bundle, predict_run), axis=0)
+    means = each_run(bundle, predict_run)
+    if bundle.blend is None:
+        return np.mean([mean for _, mean in means], axis=0)
+    return bundle.blend.intercept + sum(bundle.blend.weights[name] * mean for name, mean in means)
 
 
 def predict_job(path):
@@ -6178,7 +6230,7 @@ def predict_job(path):
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
-    """Mean over runs of the means of their folds, (N, K), in target units or probabilities; prints rows a second.
+    """`predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
     that one GPU, or the CPU, needs no other. A few rows take the same way as many, but for `choose_precision`.
@@ -6258,10 +6310,10 @@ def write_submission(path, ids, predictions, run, sample=None):
     return table
 
 
-def to_levels(predictions, runs):
-    """Predictions (N, K) of runs with the metric qwk as whole numbers, cut at the mean of the runs' thresholds; those
-    of others as they are."""
-    scores = [run.record["oof"] for run in runs]
+def to_levels(predictions, bundle):
+    """Predictions (N, K) of a bundle with the metric qwk as whole numbers, cut at the thresholds of its blend or else
+    at the mean of those of its runs; others as they are."""
+    scores = [bundle.blend.cuts] if bundle.blend else [run.record["oof"] for run in bundle.runs]
     found = [score.get("levels") for score in scores]
     if not any(found):
         return predictions
@@ -6282,7 +6334,7 @@ def predict_test(run_folder, test, sample=None):
         return None
     bundle = open_bundle(Path(run_folder))
     ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    predictions = to_levels(predict_bundle(bundle, test), bundle.runs)
+    predictions = to_levels(predict_bundle(bundle, test), bundle)
     return write_submission(path, ids, predictions, bundle.runs[0], sample)
 
 
@@ -6436,31 +6488,29 @@ def read_oof(records):
     return pd.concat(frames)
 
 
-def setting_problems(record, first):
-    """How a run differs from the first of the baseline in what makes scores comparable."""
+def setting_problems(record, first, other="the baseline"):
+    """How a run differs from the first, one of `other`, in what makes scores comparable."""
     facts = [{"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"]} for r in (record, first)]
     ours, theirs = facts
     return [
-        f"{record['folder']} has {key} {ours[key]}, the baseline {theirs[key]}"
-        for key in ours
-        if ours[key] != theirs[key]
+        f"{record['folder']} has {key} {ours[key]}, {other} {theirs[key]}" for key in ours if ours[key] != theirs[key]
     ]
 
 
-def row_problems(name, oof, reference):
-    """How the rows, folds, groups and targets of a seed differ from the baseline's."""
+def row_problems(name, oof, reference, other="the baseline"):
+    """How the rows, folds, groups and targets of a seed differ from those of `other`, the reference."""
     if repeated := sorted(oof["fold"][oof.index.duplicated()].unique()):
         return [f"{name} has fold {listing(repeated)} more than once; move or delete a run"]
     if len(apart := oof.index.symmetric_difference(reference.index)):
         ours, theirs = (f"{len(o)} rows, folds {listing(sorted(o['fold'].unique()))}" for o in (oof, reference))
-        return [f"{name} has {ours}, the baseline {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+        return [f"{name} has {ours}, {other} {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
     problems, oof = [], oof.loc[reference.index]
     for column in [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]:
         got, expected = (o.get(column, pd.Series("none", reference.index)) for o in (oof, reference))
         if (differ := got != expected).any():
             row = differ.idxmax()
             example = f"{got[row]} against {expected[row]} at id {row!r}"
-            problems.append(f"{name} has another {column} than the baseline in {differ.sum()} rows, such as {example}")
+            problems.append(f"{name} has another {column} than {other} in {differ.sum()} rows, such as {example}")
     return problems
 
 
@@ -6481,6 +6531,15 @@ def mixture(records):
     facts = [{key: record[key] for key in ("device", "threads")} | record["versions"] for record in records]
     values = {key: sorted({str(fact.get(key)) for fact in facts}) for key in facts[0]}
     return [f"the runs differ in {key}: {listing(some)}" for key, some in values.items() if len(some) > 1]
+
+
+def encode_oof(oof, cfg, classes):
+    """Of an out-of-fold table: targets (N, K) or class numbers (N,), folds (N,), and groups (N,) as numbers."""
+    targets = oof.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
+    groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
+    if groups.max() == 0:
+        raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")
+    return encode_targets(targets, cfg, classes), oof["fold"].to_numpy(), groups
 
 
 def align_runs(records, baseline=""):
@@ -6515,14 +6574,10 @@ def align_runs(records, baseline=""):
             for kind in KINDS
         }
         arms.append(Arm(name, list(frames), runs, predictions))
-    targets = reference.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
-    groups = np.unique(reference.get("group", reference.index), return_inverse=True)[1]
-    if groups.max() == 0:
-        raise ComparisonError(f"all {len(reference)} rows are in one group: there is nothing to resample")
-    target = encode_targets(targets, cfg, first[0]["classes"])
+    target, folds, groups = encode_oof(reference, cfg, first[0]["classes"])
     sizes = reference["fold"].value_counts()
     test_to_train = float((sizes / (first[0]["rows"] - sizes)).mean())
-    study = Study(cfg.metric, reference["fold"].to_numpy(), groups, test_to_train, target, arms)
+    study = Study(cfg.metric, folds, groups, test_to_train, target, arms)
     check_scores(study)
     n_seeds = listing(sorted({len(arm.seeds) for arm in arms}))
     print(f"{len(arms)} configurations, {len(target)} rows, {len(sizes)} folds, {n_seeds} seeds")
@@ -6876,7 +6931,314 @@ def plot_cost(study, table, folder):
 
 
 # ---------------------------------------------------------------------------------------
-# 22. Command line
+# 22. Blending
+#
+# Weights of finished runs, fitted on what they predicted out of fold. A member is a run; seeds of one configuration are
+# members of their own. One weight a member, for all its outputs. Shapes: M members, R resamples.
+
+BLENDS = {}  # name of a way to fit -> function(predictions (M, N, K), target, metric name) -> (weights (M,), intercept)
+CLASS_BLENDS = ("mean", "best", "hill")  # those whose weights are shares: probabilities stay probabilities
+HILL_ROUNDS = 50  # weights are multiples of 1/50 at the finest
+RIDGE_ALPHAS = np.geomspace(1e-2, 1e5, 15)  # of targets with variance 1
+
+
+def best_of(metric_name, scores):
+    """Position of the best score, the first of equal ones. ComparisonError where none is a number."""
+    scores = np.array(scores) if METRICS[metric_name].better == "lower" else -np.array(scores)
+    if np.isnan(scores).all():
+        raise ComparisonError(f"none of {len(scores)} predictions has a {metric_name}")
+    return int(np.nanargmin(scores))
+
+
+@register(BLENDS, "mean")
+def equal_weights(predictions, target, metric_name):
+    """Every member alike."""
+    return np.full(len(predictions), 1 / len(predictions)), 0.0
+
+
+@register(BLENDS, "best")
+def best_member(predictions, target, metric_name):
+    """The member with the best score, alone."""
+    chosen = best_of(metric_name, [METRICS[metric_name](target, p) for p in predictions])
+    return np.eye(len(predictions))[chosen], 0.0
+
+
+def centred(predictions, target):
+    """Cells (N * K, M) of the members and (N * K,) of the target, less the mean of each output, in standard deviations
+    of the target: what a regression without intercept takes."""
+    rows, goal = predictions - predictions.mean(1, keepdims=True), target - target.mean(0)
+    return rows.reshape(len(rows), -1).T / goal.std(), goal.ravel() / goal.std()
+
+
+def with_intercept(weights, predictions, target):
+    """The weights, and the intercept (K,) that gives the blend the mean of the target."""
+    return weights, target.mean(0) - np.tensordot(weights, predictions.mean(1), 1)
+
+
+@register(BLENDS, "nnls")
+def least_squares(predictions, target, metric_name):
+    """Least squares with weights of 0 or more and an intercept. The weights need not add up to 1: members that
+    exaggerate are shrunk to the mean."""
+    return with_intercept(scipy.optimize.nnls(*centred(predictions, target))[0], predictions, target)
+
+
+@register(BLENDS, "hill")
+def hill_climbing(predictions, target, metric_name):
+    """Greedy selection with replacement, on the metric itself: each round adds the member that makes the mean of those
+    chosen best, and the best round counts. Caruana et al. 2004, "Ensemble selection from libraries of models"."""
+    score, counts, total = METRICS[metric_name], np.zeros(len(predictions)), np.zeros_like(predictions[0])
+    weights, best = None, math.nan
+    for size in range(1, HILL_ROUNDS + 1):
+        scores = [score(target, (total + p) / size) for p in predictions]
+        chosen = best_of(metric_name, scores)
+        counts[chosen] += 1
+        total += predictions[chosen]
+        if improves(metric_name, scores[chosen], best):
+            weights, best = counts / size, scores[chosen]
+    return weights, 0.0
+
+
+@register(BLENDS, "ridge")
+def ridge(predictions, target, metric_name):
+    """Ridge regression with an intercept, drawn to equal weights and not to 0: of what the mean of the members leaves
+    over. Weights may be negative; leave-one-out errors choose the penalty."""
+    x, y = centred(predictions, target)
+    rest = sklearn.linear_model.RidgeCV(RIDGE_ALPHAS, fit_intercept=False).fit(x, y - x.mean(1))
+    return with_intercept(1 / len(predictions) + rest.coef_, predictions, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendConfig(Settings):
+    """The settings of blend.ipynb."""
+
+    runs_dir: str = option("runs", "folder whose finished runs are blended, those of its sub-folders included")
+    runs: str = option("", "names of the runs to blend, with commas; empty means all")
+    method: str = option(
+        "auto", "auto mean best nnls hill ridge; auto: the best by its nested score", ("auto", *BLENDS)
+    )
+    output_dir: str = option("blend", "folder of blend.json and the figure")
+
+
+class Members(NamedTuple):
+    """Runs that can be blended: the same rows, folds and targets, and what each predicted out of fold."""
+
+    task: str
+    metric: str
+    records: dict  # name of a run -> its record
+    folds: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
+    target: np.ndarray  # (N, K), or (N,) class numbers
+    predictions: np.ndarray  # (M, N, K), of the weights that each run kept
+
+
+class Blended(NamedTuple):
+    """Weights of members and what they are worth, by `fit_blend`."""
+
+    method: str
+    weights: np.ndarray  # (M,)
+    intercept: np.ndarray  # (K,)
+    predictions: np.ndarray  # (N, K), nested: each fold blended with weights that were fitted on the others
+    nested: float  # score of these predictions
+    optimistic: float  # score of the weights on the rows that they were fitted on
+
+
+def choose_records(records, runs):
+    """{name: record} of the runs named in the setting `runs`, or of all."""
+    named = {}
+    for record in records:
+        named.setdefault(record["folder"].name, []).append(record)
+    if repeated := [listing(r["folder"] for r in same) for same in named.values() if len(same) > 1]:
+        raise ComparisonError([f"one name, and a bundle needs two: {folders}; rename one" for folders in repeated])
+    wanted = [name.strip() for name in runs.split(",")] if runs else list(named)
+    if problems := [
+        f"runs: no finished run is called {name!r}{nearest(name, named)}" for name in set(wanted) - {*named}
+    ]:
+        raise ConfigError(sorted(problems))
+    return {name: named[name][0] for name in dict.fromkeys(wanted)}
+
+
+def kept_predictions(record, oof):
+    """What the weights that a run kept predicted out of fold, (N, K)."""
+    return oof[[suffixed("prediction", name, record["outputs"]) for name in record["outputs"]]].to_numpy(np.float64)
+
+
+def align_members(records, runs=""):
+    """The `Members` among records from `read_records` that the setting `runs` names.
+
+    Raises ConfigError for names that are none, and ComparisonError where runs differ from the first in metric, outputs,
+    rows, folds, groups or targets, or an oof.csv does not give the score that its record tells.
+    """
+    chosen = choose_records(records, runs)
+    first, *others = chosen
+    if not others:
+        raise ComparisonError(f"run {first} is alone: there is nothing to blend it with")
+    if problems := [p for name in others for p in setting_problems(chosen[name], chosen[first], first)]:
+        raise ComparisonError(problems)
+    oofs = {name: read_oof([record]) for name, record in chosen.items()}
+    if problems := [p for name, oof in oofs.items() for p in row_problems(name, oof, oofs[first], first)]:
+        raise ComparisonError(problems)
+    cfg = compared_config(chosen[first])
+    target, folds, groups = encode_oof(oofs[first], cfg, chosen[first]["classes"])
+    if len(np.unique(folds)) < 2:
+        raise ComparisonError("the runs have one fold: weights are scored on a fold that they were not fitted on")
+    aligned = [kept_predictions(record, oofs[name].loc[oofs[first].index]) for name, record in chosen.items()]
+    for record, predictions in zip(chosen.values(), aligned, strict=True):
+        told, got = record["oof"][record["settings"]["checkpoint"]], METRICS[cfg.metric](target, predictions)
+        if not abs(got - told) <= 1e-5 * max(1, abs(told)):  # NaN too
+            problems.append(f"{record['folder']}: oof.csv has a {cfg.metric} of {got:.6g}, record.json of {told:.6g}")
+    if problems:
+        raise ComparisonError(problems)
+    print(f"{len(chosen)} members, {len(folds)} rows, {len(np.unique(folds))} folds, scored by {cfg.metric}")
+    if flattered := [name for name, record in chosen.items() if record["settings"]["checkpoint"] == "best"]:
+        print(f"flattered, since they kept the checkpoint that is best on these rows: {listing(flattered)}")
+    return Members(cfg.task, cfg.metric, chosen, folds, groups, target, np.stack(aligned))
+
+
+def blended_rows(weights, intercept, predictions):
+    """(M, N, K) predictions as one, (N, K)."""
+    return np.tensordot(weights, predictions, 1) + intercept
+
+
+def fit_blend(members, method):
+    """The `Blended` of members by a method of BLENDS."""
+    metric_name, target, predictions = members.metric, members.target, members.predictions
+    fit, nested = BLENDS[method], np.empty_like(predictions[0])
+    for fold in progress(np.unique(members.folds), f"blend by {method}"):
+        own = members.folds == fold
+        nested[own] = blended_rows(*fit(predictions[:, ~own], target[~own], metric_name), predictions[:, own])
+    weights, intercept = fit(predictions, target, metric_name)
+    optimistic = METRICS[metric_name](target, blended_rows(weights, intercept, predictions))
+    intercept = np.broadcast_to(intercept, predictions.shape[2:])
+    return Blended(method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic)
+
+
+def fit_blends(members, method="auto"):
+    """The `Blended` by every method that the task allows, the chosen one first: that of `method`, or for `auto` the one
+    with the best nested score, of equal ones the one that stands first in BLENDS. ConfigError for a method that would
+    not leave probabilities as such."""
+    methods = list(BLENDS) if members.task == "regression" else CLASS_BLENDS
+    if method not in ("auto", *methods):
+        raise ConfigError(f"method {method} is for regression; for task {members.task} there are {listing(methods)}")
+    blends = [fit_blend(members, name) for name in methods]
+    best = best_of(members.metric, [blended.nested for blended in blends])
+    chosen = blends[best if method == "auto" else methods.index(method)]
+    return [chosen, *(blended for blended in blends if blended is not chosen)]
+
+
+def compare_blends(members, blends, n_resamples=2000, seed=0):
+    """Table of the methods: nested and optimistic score, members with a weight, and the difference of the nested score
+    to that of the best member alone, with its 95 % interval `low` to `high` by a bootstrap over rows or groups."""
+    table = pd.DataFrame([{"method": b.method, "nested": b.nested, "optimistic": b.optimistic} for b in blends])
+    table["members"] = [np.count_nonzero(b.weights) for b in blends]
+    nested, rng = np.stack([b.predictions for b in blends]), np.random.default_rng(seed)
+    scores = resampled_scores(members.metric, members.target, nested, members.groups, n_resamples, rng)  # (R, methods)
+    single = [b.method for b in blends].index("best")
+    table["difference"] = table["nested"] - table["nested"][single]
+    spread = scores - scores[:, [single]] - table["difference"].to_numpy()
+    spread = widened(members.groups.max() + 1) * spread
+    for name, share in (("low", 0.025), ("high", 0.975)):
+        table[name] = table["difference"] + np.quantile(spread, share, axis=0)
+    return table.set_index("method")
+
+
+def member_scores(members, blends):
+    """Table of the members, the best first: the score of each, the checkpoint it kept, its weight by each method."""
+    score = METRICS[members.metric]
+    table = pd.DataFrame({"member": list(members.records)})
+    table[members.metric] = [score(members.target, predictions) for predictions in members.predictions]
+    table["checkpoint"] = [record["settings"]["checkpoint"] for record in members.records.values()]
+    for blended in blends:
+        table[blended.method] = blended.weights
+    return table.sort_values(members.metric, ascending=score.better == "lower", kind="stable").set_index("member")
+
+
+def residuals(members):
+    """Target less prediction of every member, (M, N * K); of a multiclass task with targets of 0 and 1."""
+    target = members.target
+    target = np.eye(members.predictions.shape[2])[target] if target.ndim == 1 else target
+    return (target - members.predictions).reshape(len(members.predictions), -1)
+
+
+def plot_blend(members, blended, folder):
+    """Correlation of the errors of members, the best first, and their weights, as blend.png. Members whose errors are
+    alike add little to each other."""
+    scores = member_scores(members, [blended])
+    order = [list(members.records).index(name) for name in scores.index]
+    shared, n = np.corrcoef(residuals(members)[order]), len(order)
+    figure = new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
+    left, right = figure.subplots(1, 2, width_ratios=(n + 2, 6))
+    image = left.imshow(shared, vmin=min(0, shared.min()), vmax=1, cmap="Blues", aspect="auto")
+    figure.colorbar(image, ax=left, shrink=0.8)
+    names = [f"{name}  {score:.4g}" for name, score in scores[members.metric].items()]
+    left.set_yticks(range(n), [textwrap.fill(name, 2 * LABEL) for name in names], fontsize="small")
+    left.set_xticks(range(n), range(1, n + 1))
+    for (i, j), value in np.ndenumerate(shared):
+        left.text(
+            j,
+            i,
+            f"{value:.2f}".removeprefix("0"),
+            ha="center",
+            va="center",
+            fontsize="x-small",
+            color="white" if value > 0.6 else "black",
+        )
+    left.set_title(f"correlation of errors; members by {members.metric}", fontsize="medium")
+    weights = scores[blended.method]
+    right.barh(range(n), weights, color=[BLUE if weight > 0 else RED for weight in weights])
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_ylim(n - 0.5, -0.5)
+    right.set_yticks([])
+    for i, weight in enumerate(weights):
+        right.text(max(weight, 0), i, f" {weight:.3g}", va="center", fontsize="small")
+    right.margins(x=0.25)
+    right.set_title(f"weights by {blended.method}", fontsize="medium")
+    save_figure(figure, folder / "blend.png")
+
+
+def blend_cuts(members, blended):
+    """Thresholds of a blend, their levels and kappas, by `threshold_scores`, where the metric is qwk in regression."""
+    if (members.task, members.metric) != ("regression", "qwk"):
+        return {}
+    return threshold_scores(np.rint(members.target), blended.predictions, members.folds)
+
+
+def write_blend(members, blended, folder):
+    """Write blend.json, which tools/bundle.py packs and infer.ipynb blends by: members whose weight is not 0, with the
+    SHA-256 of their record.json. Returns what was written."""
+    told = member_scores(members, [blended])
+    kept = {
+        name: {
+            "weight": float(told[blended.method][name]),
+            "record_sha256": file_sha256(record["folder"] / "record.json"),
+            members.metric: float(told[members.metric][name]),
+            "checkpoint": record["settings"]["checkpoint"],
+        }
+        for name, record in members.records.items()
+        if told[blended.method][name]
+    }
+    if not kept:
+        raise ComparisonError(f"{blended.method} gives no member a weight: none knows more than the mean of the target")
+    content = {
+        "method": blended.method,
+        "metric": members.metric,
+        "nested": blended.nested,
+        "optimistic": blended.optimistic,
+        "rows": len(members.folds),
+        "members": kept,
+        "intercept": blended.intercept.tolist(),
+        "cuts": blend_cuts(members, blended),
+        "versions": versions(),
+    }
+    write_json(folder / BLEND, content)
+    weights = {name: member["weight"] for name, member in kept.items()}
+    print(f"wrote {folder / BLEND}: {blended.method}, {describe_blend(weights, content['intercept'])}")
+    paths = shlex.join(str(path) for path in (*(members.records[n]["folder"] for n in kept), "--blend", folder / BLEND))
+    print(f"pack it: python tools/bundle.py {paths} -o DIR --id OWNER/SLUG --title TITLE")
+    return content
+
+
+# ---------------------------------------------------------------------------------------
+# 23. Command line
 
 
 def train_by_config(path):

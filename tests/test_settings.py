@@ -221,7 +221,7 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -405,6 +405,7 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
         ("infer.ipynb", ku.InferConfig),
         ("pretrain.ipynb", ku.PretrainConfig),
         ("compare.ipynb", ku.CompareConfig),
+        ("blend.ipynb", ku.BlendConfig),
     ],
 )
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
@@ -430,6 +431,7 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
         ("pretrain.ipynb", EXPOSED_TO_PRETRAIN),
         ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
         ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
+        ("blend.ipynb", [field.name for field in dataclasses.fields(ku.BlendConfig)]),
     ],
 )
 def test_the_tagged_cell_lists_each_setting_once(notebook, names):
@@ -448,7 +450,7 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig])
+@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]

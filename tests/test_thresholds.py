@@ -117,15 +117,16 @@ def test_runs_are_cut_at_the_mean_of_their_thresholds_and_must_have_the_same_lev
     runs = [ku.load_run(graded / name) for name in ("squared", "coral")]
     predictions = np.linspace(1, 4, 31)[:, None]
     points = np.mean([run.record["oof"]["thresholds"][0] for run in runs], 0)
-    got = ku.to_levels(predictions, runs)
+    bundle = ku.Bundle(graded, runs, {})
+    got = ku.to_levels(predictions, bundle)
     assert got[:, 0].tolist() == [1 + (points <= p).sum() for p in predictions[:, 0]]
     assert "levels 1 to 4, cut at" in capsys.readouterr().out
     other = json.loads(json.dumps(runs[1].record))
     other["oof"]["levels"] = [[0, 4]]
     with pytest.raises(ku.BundleError, match=r"thresholds between other levels: \[\[1, 4\]\], \[\[0, 4\]\]"):
-        ku.to_levels(predictions, [runs[0], runs[1]._replace(record=other)])
+        ku.to_levels(predictions, bundle._replace(runs=[runs[0], runs[1]._replace(record=other)]))
 
 
 def test_predictions_of_other_metrics_stay_as_they_are(runs):
     predictions = np.array([[1.2], [3.4]])
-    assert ku.to_levels(predictions, [ku.load_run(runs / "one")]) is predictions
+    assert ku.to_levels(predictions, ku.open_bundle(runs / "one")) is predictions

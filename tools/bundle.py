@@ -1,13 +1,15 @@
 """Pack finished runs, or the module and a backbone, into one flat folder that Kaggle takes and that verifies itself.
 
     python tools/bundle.py runs/conv1d runs/lstm -o dist/my-bundle --id me/my-bundle --title "My bundle"
+    python tools/bundle.py runs/conv1d runs/lstm --blend blend/blend.json -o dist/my-bundle --id ... --title ...
     python tools/bundle.py --starter --backbone path/to/deberta -o dist/my-kit --id me/my-kit --title "My kit"
     python tools/bundle.py --check dist/my-bundle
 
-Several runs make an ensemble, the mean of their predictions. Everything is validated before anything is written where
-you asked for it: the runs, their files and predictions, and what Kaggle wants of names and metadata; one message lists
-every problem. The folder is built elsewhere and moved; the same runs give the same bytes. A bundle holds the texts of
-four training rows a fold, on which infer.ipynb proves its predictions: keep it private where they are.
+Several runs make an ensemble, the mean of their predictions or, with the blend.json of blend.ipynb, their blend.
+Everything is validated before anything is written where you asked for it: the runs, their files and predictions, and
+what Kaggle wants of names and metadata; one message lists every problem. The folder is built elsewhere and moved; the
+same runs give the same bytes. A bundle holds the texts of four training rows a fold, on which infer.ipynb proves its
+predictions: keep it private where they are.
 """
 
 import argparse
@@ -167,6 +169,17 @@ def alike_problems(records):
             if ours != theirs:
                 problems.append(f"{folder}: {what} must be as in {first}, {ours!r}; got {theirs!r}")
     return problems
+
+
+def blend_problems(path, folders):
+    """What is wrong with a blend.json for run folders with a record."""
+    if problems := plain_files(path.parent, [path.name]):
+        return problems
+    try:
+        ku.read_blend(path, {folder.name: folder / "record.json" for folder in folders})
+    except ku.KitError as error:
+        return error.problems
+    return []
 
 
 def half_weights(path, target):
@@ -510,6 +523,9 @@ def validate(asked, dataset, kernels):
         records |= {folder: record} if record else {}
         runs |= {} if bad else {folder: ku.load_run(folder)}
     problems += alike_problems(records) if records else []
+    if asked.blend:
+        problems += (bad := blend_problems(path := Path(asked.blend).resolve(), records))
+        sources += [] if bad else [(ku.BLEND, path)]
     wheels = []
     try:
         if asked.backbone:
@@ -584,6 +600,7 @@ OPTIONS = (  # flag, keywords of argparse
     ("--title", dict(help="its title, 6 to 50 characters")),
     ("--license", dict(default="other", help="one of Kaggle's licence names (default: other)")),
     ("--half", dict(action="store_true", help="store weights as fp16: half the size, predictions move a little")),
+    ("--blend", dict(metavar="FILE", help="blend.json of these runs: infer.ipynb blends by it instead of the mean")),
     ("--starter", dict(action="store_true", help="pack the module, and a backbone if given, for training kernels")),
     ("--backbone", dict(metavar="DIR", help="with --starter: folder of a backbone, or a name that train.ipynb takes")),
     ("--wheels", dict(action="store_true", help="add wheels of what the module imports and Kaggle's image lacks")),
@@ -608,6 +625,8 @@ def parse():
         parser.error("give runs, or --starter")
     if asked.backbone and not asked.starter:
         parser.error("--backbone goes with --starter: a bundle of runs has its weights already")
+    if asked.blend and asked.starter:
+        parser.error("--blend goes with runs")
     if missing := [name for name in ("output", "id", "title") if not getattr(asked, name)]:
         parser.error(f"--{' and --'.join(missing)} must be given")
     return asked
