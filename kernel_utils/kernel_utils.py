@@ -278,7 +278,7 @@ class Settings:
 
         Settings are what two cells bind: the last one run whose first line is `# Settings` and the last whose
         first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never count.
-        A notebook exported to a script is read from its file.
+        A notebook exported to a script is read from its file. What `# Settings` leaves at its default is the recipe's.
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
@@ -292,13 +292,17 @@ class Settings:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
             )
-        settings = {}
+        settings, asked, usual = {}, set(), {field.name: field.default for field in dataclasses.fields(cls)}
         for source in cells:
             names = bound_names(source)
             scope = {name: value for name, value in namespace.items() if name not in names}
             exec(source, scope)
-            settings.update({name: scope[name] for name in names if name in scope})
-        return cls.from_dict(settings)
+            bound = {name: scope[name] for name in names if name in scope}
+            settings |= bound
+            left = {name for name in bound if title(source) == "# Settings" and bound[name] == usual.get(name)}
+            asked = asked - left | (bound.keys() - left)
+        recipe = RECIPES.get(str(settings.get("recipe")), {})
+        return cls.from_dict({name: value for name, value in settings.items() if name in asked or name not in recipe})
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -327,6 +331,11 @@ TASKS = {  # task -> (default loss, default metric)
     "binary": ("bce", "auc"),
     "multiclass": ("cross_entropy", "accuracy"),
     "multilabel": ("bce", "auc"),
+}
+RECIPES = {  # named settings for a start; a setting that is given wins
+    "quick": {"head": "mean", "epochs": 2},
+    "strong": {"head": "mean", "epochs": 4, "ema": 0.99},
+    "max": {"head": "mean", "epochs": 5, "ema": 0.99, "awp": 1.0},
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
@@ -357,6 +366,7 @@ def run_conflicts(cfg):
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
+    recipe: str = option("", "quick, strong or max: settings to start from, see README; empty means none", RECIPES)
     # data
     data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
     id_column: str = option("id", "column that names a row")
@@ -453,8 +463,19 @@ class Config(Settings):
     max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
     predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
 
+    @classmethod
+    def from_dict(cls, settings):
+        """Build from names and values, those of a `recipe` where none is given. One ConfigError lists every unknown
+        name and bad value."""
+        return super().from_dict(RECIPES.get(str(settings.get("recipe")), {}) | settings)
+
     def conflicts(self):
         problems = []
+        recipe, usual = RECIPES.get(self.recipe, {}), {field.name: field.default for field in dataclasses.fields(self)}
+        changes = [name for name, value in recipe.items() if value != usual[name]]
+        if changes and all(getattr(self, name) == usual[name] for name in changes):
+            call = f"Config.from_dict, or Config(**RECIPES[{self.recipe!r}])"
+            problems.append(f"recipe {self.recipe} does nothing: {', '.join(changes)} as by default; use {call}")
         loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
@@ -4406,7 +4427,7 @@ class Stopped(KitError):
 
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
 # pseudo-labels and of the backbone is compared, not their places.
-FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
+FREE = {"recipe", "data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
 FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
 
 
@@ -4688,6 +4709,8 @@ def describe(cfg, asked, record):
     print(f"backbone {cfg.backbone} from {record['backbone']}")
     rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
     dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+    if cfg.recipe:
+        print(f"recipe {cfg.recipe}: {', '.join(f'{name} {getattr(cfg, name)}' for name in RECIPES[cfg.recipe])}")
     print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
     print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
     if cfg.task == "binary":

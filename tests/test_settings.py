@@ -18,8 +18,8 @@ import pytest
 import kernel_utils as ku
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-EXPOSED = """data_dir backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr llrd
-reinit_layers backbone_dropout seed fold_seed output_dir run_name resume max_minutes max_rows""".split()
+EXPOSED = """data_dir recipe backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr
+llrd reinit_layers backbone_dropout seed fold_seed output_dir run_name resume max_minutes max_rows""".split()
 EXPOSED_TO_PRETRAIN = """data_dir text_column backbone max_length mask_share whole_words held_out epochs batch_size
 micro_batch_size lr head_lr seed output_dir run_name resume max_minutes max_rows""".split()
 DEFAULTS = dict(
@@ -336,6 +336,49 @@ def test_a_scratch_cell_titled_parameters_of_something_never_counts():
 )
 def test_every_way_to_assign_in_the_settings_cell_counts(lines):
     assert from_cells(f"# Settings\n{lines}") == ku.Config(seed=3, epochs=7)
+
+
+@pytest.mark.parametrize("name", ku.RECIPES)
+def test_a_recipe_is_a_plain_dictionary_of_settings_and_the_same_by_every_way_to_give_it(name):
+    recipe = ku.RECIPES[name]
+    by_name = ku.Config.from_dict({"recipe": name})
+    assert by_name == ku.Config(recipe=name, **recipe) == from_cells(f"# Settings\nrecipe = {name!r}")
+    assert {key: getattr(by_name, key) for key in recipe} == recipe
+    rest = {key: value for key, value in by_name.to_dict().items() if key not in (*recipe, "recipe")}
+    assert rest.items() <= ku.Config().to_dict().items()
+    assert ku.Config.from_dict(by_name.to_dict()) == by_name
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.setitem(ku.RECIPES, "made", {"epochs": 5, "ema": 0.9, "head": "gem"})
+
+
+def test_what_a_dictionary_or_papermill_gives_wins_over_the_recipe_even_if_it_is_the_default(recipe):
+    expected = ku.Config(recipe="made", epochs=3, ema=0.9, head="gem")
+    assert ku.Config.from_dict({"recipe": "made", "epochs": 3}) == expected
+    settings = "# Settings\nepochs: int = 3\nrecipe: str = ''\nhead: str = 'mean'"
+    assert from_cells(settings, "# Parameters\nrecipe = 'made'\nepochs = 3") == expected
+
+
+def test_in_the_settings_cell_what_differs_from_the_default_wins_over_the_recipe(recipe):
+    cfg = from_cells("# Settings\nrecipe = 'made'\nepochs = 3\nhead = 'cls'")
+    assert (cfg.epochs, cfg.head, cfg.ema) == (5, "cls", 0.9)
+
+
+def test_a_settings_cell_run_again_after_papermills_takes_a_given_value_back_to_the_recipe(recipe):
+    cells = ["# Settings\nepochs = 3", "# Parameters\nrecipe = 'made'\nepochs = 4"]
+    assert from_cells(*cells).epochs == 4
+    assert from_cells(*cells, "# Settings\nepochs = 3\nrecipe = 'made'").epochs == 5
+
+
+def test_a_recipe_of_which_nothing_is_left_is_an_error_and_so_is_one_that_there_is_not(recipe):
+    with pytest.raises(ku.ConfigError, match="recipe made does nothing: epochs, ema, head as by default; use Config"):
+        ku.Config(recipe="made")
+    with pytest.raises(ku.ConfigError, match=r"recipe must be one of quick, strong, max.*did you mean strong"):
+        ku.Config.from_dict({"recipe": "strng"})
+    with pytest.raises(ku.ConfigError, match="recipe must be text, got"):
+        ku.Config.from_dict({"recipe": ["strong"]})
 
 
 def test_scratch_cells_do_not_set_what_the_settings_cell_leaves_out():

@@ -133,6 +133,14 @@ def test_papermill_is_told_every_setting_as_yaml_so_that_an_edited_notebook_trai
     assert set(told) == set(ku.Config().to_dict())
 
 
+def test_a_recipe_in_the_grid_gives_what_the_grid_does_not_even_if_that_is_the_default(base, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *base(epochs=None), "--grid", "recipe=quick,max", "--set", "ema=0"])
+    quick, most = sweep.make_cells(sweep.parse())
+    assert (quick.name, most.name) == ("recipe=quick+seed=0", "recipe=max+seed=0")
+    assert quick.told["epochs"] == ku.RECIPES["quick"]["epochs"] and most.told["awp"] == ku.RECIPES["max"]["awp"]
+    assert most.told["ema"] == 0 and ku.Config.from_dict(most.told).ema == 0
+
+
 def test_cells_of_two_blocks_that_are_the_same_run_are_one_under_the_first_name(call, stub, tmp_path):
     file = write(tmp_path / "g.toml", '[[grid]]\nhead = ["cls", "max"]\n[[grid]]\nhead = ["cls"]\nllrd = [1.0, 0.9]\n')
     call(file)
@@ -166,7 +174,8 @@ def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
     blocks = tomllib.loads(file.read_text())["grid"]
     seeds = tomllib.loads(file.read_text())["seeds"]
     count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
-    assert len(set(cells)) == count == {"article": 57, "article_cpu": 24, "effects": 36, "lr": 5}[file.stem]
+    expected = {"article": 57, "article_cpu": 24, "effects": 42, "lr": 5, "recipes": 12}
+    assert len(set(cells)) == count == expected[file.stem]
     if file.stem == "article":
         assert {cfg.head for cfg in cells} == set(ku.HEADS)
 
