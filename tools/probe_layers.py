@@ -181,7 +181,8 @@ def plot_layers(table, path, title):
     axis.set_xticks(rows["layer"].to_numpy(int), ["0\nembeddings", *map(str, rows["layer"][1:])])
     what = "out-of-fold RMSE (lower is better)" if sign == 1 else "out-of-fold R² of the indicators (higher is better)"
     axis.set(xlabel="layer", ylabel=what)
-    axis.legend(title="bars: sd over folds; ring: best layer", fontsize="small", title_fontsize="small")
+    told = dict(title="bars: sd over folds; ring: best layer", title_fontsize="small", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, **told)
     figure.suptitle(title, fontsize="medium")
     ku.save_figure(figure, path)
 
@@ -202,13 +203,15 @@ def main():
         name, n_folds = ku.short_name(cfg.backbone), len(set(folds))
         table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku.device_name())
         ku.write_atomic(asked.output / "probe.csv", lambda path: table.to_csv(path, index=False))
-        title = f"What each layer of {name} knows of {ku.listing(cfg.targets)}"
+        title = f"What each layer of {name} knows of {ku.listing(map(repr, cfg.targets))}"
         title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
         plot_layers(table, asked.output / "probe.png", title)
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
     print("\n".join(hint(table, feature) for feature in FEATURES))
-    print("a linear probe of frozen states is a hint, not evidence: compare runs with and without (compare.ipynb)")
+    print(
+        "a linear probe of frozen states (Alain & Bengio 2016, arXiv:1610.01644) is a hint, not evidence: compare runs"
+    )
 
 
 if __name__ == "__main__":
