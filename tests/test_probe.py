@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import make_tokenizer, tiny_config, train_frame
+from conftest import tiny_config, train_frame
 from matplotlib.image import imread
 
 import kernel_utils as ku
@@ -30,7 +30,7 @@ def states_alone(folder, kind, text):
     """States of one text without padding, (L + 1, T, H), by transformers alone."""
     auto = transformers.T5EncoderModel if kind == "t5" else transformers.AutoModel
     model = auto.from_pretrained(folder, attn_implementation="eager").eval()
-    inputs = make_tokenizer(cls_first=kind not in ("t5", "gpt2"))(text, return_tensors="pt")
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     with torch.no_grad():
         out = model(input_ids=inputs["input_ids"], output_hidden_states=True)
     return np.stack([state[0].numpy() for state in (*out.hidden_states[:-1], out.last_hidden_state)])
