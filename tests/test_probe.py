@@ -1,5 +1,6 @@
 """tools/probe_layers.py: features of every layer, out-of-fold ridge regressions on them, and what it says of them."""
 
+import inspect
 import sys
 
 import numpy as np
@@ -31,8 +32,9 @@ def states_alone(folder, kind, text):
     auto = transformers.T5EncoderModel if kind == "t5" else transformers.AutoModel
     model = auto.from_pretrained(folder, attn_implementation="eager").eval()
     inputs = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    taken = {name: inputs[name] for name in inspect.signature(model.forward).parameters if name in inputs}
     with torch.no_grad():
-        out = model(input_ids=inputs["input_ids"], output_hidden_states=True)
+        out = model(**taken, output_hidden_states=True)
     return np.stack([state[0].numpy() for state in (*out.hidden_states[:-1], out.last_hidden_state)])
 
 

@@ -174,11 +174,10 @@ def plot_layers(table, path, title):
     axis.axhline(constant, color=ku.GREY, linestyle="--", linewidth=1, label="mean of the training rows")
     for feature, color, marker, aside in (("cls", ku.RED, "s", -0.04), ("mean", ku.BLUE, "o", 0.04)):
         rows, sign, best = layers_of(table, feature)
-        x, spread = rows["layer"].to_numpy(int) + aside, rows["sd over folds"]
-        label = FEATURES[feature]
-        axis.errorbar(x, rows["score"], spread, color=color, marker=marker, markersize=5, capsize=3, label=label)
-        axis.plot(x[best], rows["score"][best], marker="o", markersize=14, fillstyle="none", color=color)
-    axis.set_xticks(rows["layer"].to_numpy(int), ["0\nembeddings", *map(str, rows["layer"][1:])])
+        layers, style = np.arange(len(rows)), dict(color=color, marker=marker, markersize=5, capsize=3)
+        axis.errorbar(layers + aside, rows["score"], rows["sd over folds"], label=FEATURES[feature], **style)
+        axis.plot(best + aside, rows["score"][best], marker="o", markersize=14, fillstyle="none", color=color)
+    axis.set_xticks(layers, ["0\nembeddings", *map(str, layers[1:])])
     what = "out-of-fold RMSE (lower is better)" if sign == 1 else "out-of-fold R² of the indicators (higher is better)"
     axis.set(xlabel="layer", ylabel=what)
     told = dict(title="bars: sd over folds; ring: best layer", title_fontsize="small", fontsize="small")
