@@ -201,7 +201,7 @@ def main():
         table = probe_layers(pooled, targets, folds, "rmse" if cfg.task == "regression" else "r2")
         name, n_folds = ku.short_name(cfg.backbone), len(set(folds))
         table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku.device_name())
-        ku.write_atomic(asked.output / "probe.csv", lambda path: table.to_csv(path, index=False))
+        ku.write_atomic(asked.output / "probe.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
         title = f"What each layer of {name} knows of {ku.listing(map(repr, cfg.targets))}"
         title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
         plot_layers(table, asked.output / "probe.png", title)
