@@ -530,13 +530,15 @@ def estimate(todo, output, jobs, gpus):
     return f"about {time_left} for {rows:,} training rows, {jobs} at a time, at {rate:.1f} rows/s each ({source})"
 
 
-def parse():
-    def assignment(text):
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-        return name, value
+def assignment(text):
+    """`NAME=VALUE` of a command line -> (name, value)."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
 
+
+def parse():
     def axis(text):
         name, values = assignment(text)
         return name, values.split(",")
