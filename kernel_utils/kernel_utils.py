@@ -302,7 +302,11 @@ class Settings:
             left = {name for name in bound if title(source) == "# Settings" and bound[name] == usual.get(name)}
             asked = asked - left | (bound.keys() - left)
         recipe = RECIPES.get(str(settings.get("recipe")), {})
-        return cls.from_dict({name: value for name, value in settings.items() if name in asked or name not in recipe})
+        config = cls.from_dict({n: value for n, value in settings.items() if n in asked or n not in recipe})
+        if recipe:
+            used = [f"{n} {getattr(config, n)}{' (given)' * (n in asked)}" for n in recipe]
+            print(f"recipe {settings['recipe']}: {', '.join(used)}")
+        return config
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -465,17 +469,16 @@ class Config(Settings):
 
     @classmethod
     def from_dict(cls, settings):
-        """Build from names and values, those of a `recipe` where none is given. One ConfigError lists every unknown
-        name and bad value."""
-        return super().from_dict(RECIPES.get(str(settings.get("recipe")), {}) | settings)
+        """Build from names and values; a `recipe` gives those that are not given, and leaves no other trace. One
+        ConfigError lists every unknown name and bad value."""
+        if str(name := settings.get("recipe")) in RECIPES:
+            settings = RECIPES[name] | settings | {"recipe": ""}
+        return super().from_dict(settings)
 
     def conflicts(self):
         problems = []
-        recipe, usual = RECIPES.get(self.recipe, {}), {field.name: field.default for field in dataclasses.fields(self)}
-        changes = [name for name, value in recipe.items() if value != usual[name]]
-        if changes and all(getattr(self, name) == usual[name] for name in changes):
-            call = f"Config.from_dict, or Config(**RECIPES[{self.recipe!r}])"
-            problems.append(f"recipe {self.recipe} does nothing: {', '.join(changes)} as by default; use {call}")
+        if self.recipe:
+            problems.append(f"recipe is for notebooks and Config.from_dict; give **RECIPES[{self.recipe!r}] here")
         loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
@@ -4427,7 +4430,7 @@ class Stopped(KitError):
 
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
 # pseudo-labels and of the backbone is compared, not their places.
-FREE = {"recipe", "data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
+FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
 FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
 
 
@@ -4656,20 +4659,28 @@ def oof_scores(results, targets, cfg):
     return scores
 
 
+def nested_levels(target, prediction, folds):
+    """Predictions (N, K) as whole numbers, each fold cut at thresholds that were fitted on the others."""
+    labels = np.empty_like(target)
+    for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
+        for fold in np.unique(folds):
+            inside, levels = folds == fold, (int(t.min()), int(t.max()))
+            labels[inside, k] = cut_at(fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0])
+    return labels
+
+
 def threshold_scores(target, prediction, folds):
     """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
     `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
-    thresholds, levels, fitted, nested = [], [], [], []
+    thresholds, levels, fitted = [], [], []
     for t, p in zip(target.T, prediction.T, strict=True):
         levels.append([int(t.min()), int(t.max())])
         thresholds.append(fit_thresholds(t, p, levels[-1]).tolist())
         fitted.append(kappa(t, cut_at(thresholds[-1], p, levels[-1][0])))
-        labels = np.empty(len(t))
-        for fold in set(folds) if len(set(folds)) > 1 else ():
-            inside = folds == fold
-            labels[inside] = cut_at(fit_thresholds(t[~inside], p[~inside], levels[-1]), p[inside], levels[-1][0])
-        nested.append(kappa(t, labels) if len(set(folds)) > 1 else math.nan)
-    nested = None if np.isnan(nested).any() else float(np.mean(nested))
+    nested = None
+    if len(set(folds)) > 1:
+        labels = nested_levels(target, prediction, folds)
+        nested = float(np.mean([kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)]))
     return {"thresholds": thresholds, "levels": levels, "fitted": float(np.mean(fitted)), "nested": nested}
 
 
@@ -4709,8 +4720,6 @@ def describe(cfg, asked, record):
     print(f"backbone {cfg.backbone} from {record['backbone']}")
     rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
     dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
-    if cfg.recipe:
-        print(f"recipe {cfg.recipe}: {', '.join(f'{name} {getattr(cfg, name)}' for name in RECIPES[cfg.recipe])}")
     print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
     print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
     if cfg.task == "binary":
@@ -5748,7 +5757,7 @@ class Blend(NamedTuple):
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels, as `threshold_scores` has them; empty but for the metric qwk in regression
+    cuts: dict  # thresholds and levels of `threshold_scores`; empty but for the metric qwk in regression
 
 
 class Bundle(NamedTuple):
@@ -5919,7 +5928,7 @@ def read_blend(path, records):
     try:
         members = content["members"]
         weights = {name: as_float(member["weight"]) for name, member in members.items()}
-        blend = Blend(content["method"], weights, [as_float(v) for v in content["intercept"]], content["cuts"])
+        blend = Blend(content["method"], weights, [as_float(v) for v in content["intercept"]], dict(content["cuts"]))
         digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
@@ -6537,11 +6546,16 @@ def row_problems(name, oof, reference, other="the baseline"):
     return problems
 
 
+def group_problems(name, record, oof):
+    """Before 0.5.0 an oof.csv had no groups, without which rows would count as independent."""
+    if "group" in record["settings"]["fold_kind"] and "group" not in oof:
+        return [f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew"]
+    return []
+
+
 def seed_problems(name, records, oof, first, reference):
     """How the runs of a seed differ from those of the first seed of the baseline."""
-    problems = row_problems(name, oof, reference)
-    if "group" in records[0]["settings"]["fold_kind"] and "group" not in oof:
-        problems.append(f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew")
+    problems = row_problems(name, oof, reference) + group_problems(name, records[0], oof)
     ours, theirs = evaluations(records), evaluations(first)
     if unequal := [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]:
         counts = f"{ours[unequal[0]]} times in fold {unequal[0]}, the baseline {theirs[unequal[0]]} times"
@@ -7060,9 +7074,10 @@ class Blended(NamedTuple):
     method: str
     weights: np.ndarray  # (M,)
     intercept: np.ndarray  # (K,)
-    predictions: np.ndarray  # (N, K), nested: each fold blended with weights that were fitted on the others
+    predictions: np.ndarray  # (N, K), nested: each fold blended, and cut for qwk, by what was fitted on the others
     nested: float  # score of these predictions
     optimistic: float  # score of the weights on the rows that they were fitted on
+    cuts: dict  # of `threshold_scores` where the metric is qwk in regression, else empty
 
 
 def choose_records(records, runs):
@@ -7070,13 +7085,14 @@ def choose_records(records, runs):
     named = {}
     for record in records:
         named.setdefault(record["folder"].name, []).append(record)
-    if repeated := [listing(r["folder"] for r in same) for same in named.values() if len(same) > 1]:
-        raise ComparisonError([f"one name, and a bundle needs two: {folders}; rename one" for folders in repeated])
     wanted = [name.strip() for name in runs.split(",")] if runs else list(named)
     if problems := [
         f"runs: no finished run is called {name!r}{nearest(name, named)}" for name in set(wanted) - {*named}
     ]:
         raise ConfigError(sorted(problems))
+    same = [listing(record["folder"] for record in named[name]) for name in wanted if len(named[name]) > 1]
+    if same:
+        raise ComparisonError([f"one name, and a bundle needs two: {folders}; rename one" for folders in same])
     return {name: named[name][0] for name in dict.fromkeys(wanted)}
 
 
@@ -7098,7 +7114,9 @@ def align_members(records, runs=""):
     if problems := [p for name in others for p in setting_problems(chosen[name], chosen[first], first)]:
         raise ComparisonError(problems)
     oofs = {name: read_oof([record]) for name, record in chosen.items()}
-    if problems := [p for name, oof in oofs.items() for p in row_problems(name, oof, oofs[first], first)]:
+    for name, oof in oofs.items():
+        problems += row_problems(name, oof, oofs[first], first) + group_problems(name, chosen[name], oof)
+    if problems:
         raise ComparisonError(problems)
     cfg = compared_config(chosen[first])
     target, folds, groups = encode_oof(oofs[first], cfg, chosen[first]["classes"])
@@ -7130,9 +7148,14 @@ def fit_blend(members, method):
         own = members.folds == fold
         nested[own] = blended_rows(*fit(predictions[:, ~own], target[~own], metric_name), predictions[:, own])
     weights, intercept = fit(predictions, target, metric_name)
-    optimistic = METRICS[metric_name](target, blended_rows(weights, intercept, predictions))
+    optimistic = METRICS[metric_name](target, blended := blended_rows(weights, intercept, predictions))
+    cuts = {}
+    if (members.task, metric_name) == ("regression", "qwk"):
+        whole = np.rint(target)
+        cuts = threshold_scores(whole, blended, members.folds)
+        nested, optimistic = nested_levels(whole, nested, members.folds), cuts["fitted"]
     intercept = np.broadcast_to(intercept, predictions.shape[2:])
-    return Blended(method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic)
+    return Blended(method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic, cuts)
 
 
 def fit_blends(members, method="auto"):
@@ -7218,13 +7241,6 @@ def plot_blend(members, blended, folder):
     save_figure(figure, folder / "blend.png")
 
 
-def blend_cuts(members, blended):
-    """Thresholds of a blend, their levels and kappas, by `threshold_scores`, where the metric is qwk in regression."""
-    if (members.task, members.metric) != ("regression", "qwk"):
-        return {}
-    return threshold_scores(np.rint(members.target), blended.predictions, members.folds)
-
-
 def write_blend(members, blended, folder):
     """Write blend.json, which tools/bundle.py packs and infer.ipynb blends by: members whose weight is not 0, with the
     SHA-256 of their record.json. Returns what was written."""
@@ -7249,7 +7265,7 @@ def write_blend(members, blended, folder):
         "rows": len(members.folds),
         "members": kept,
         "intercept": blended.intercept.tolist(),
-        "cuts": blend_cuts(members, blended),
+        "cuts": {name: blended.cuts[name] for name in ("thresholds", "levels") if name in blended.cuts},
         "versions": versions(),
     }
     write_json(folder / BLEND, content)

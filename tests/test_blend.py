@@ -205,8 +205,10 @@ def test_names_that_are_none_and_a_run_alone_are_refused(runs):
         members_of(runs, "two")
 
 
-def test_two_runs_of_one_name_are_refused(copies):
+def test_two_runs_of_one_name_are_refused_if_they_are_asked_for(copies):
     shutil.copytree(copies / "one", copies / "more" / "one")
+    shutil.copytree(copies / "two", copies / "three")
+    assert list(members_of(copies, "two,three").records) == ["two", "three"]
     with pytest.raises(ku.ComparisonError, match=r"one name, and a bundle needs two: .*one, .*one; rename one"):
         members_of(copies)
 
@@ -227,6 +229,25 @@ def test_a_run_of_other_rows_folds_targets_or_scores_is_refused_by_name(change, 
     with pytest.raises(ku.ComparisonError, match=message) as caught:
         members_of(copies)
     assert "two" in str(caught.value)
+
+
+def test_a_run_that_kept_groups_together_and_does_not_say_which_is_refused(copies):
+    path = copies / "two" / "record.json"
+    record = json.loads(path.read_text())
+    record["settings"]["fold_kind"] = "group"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ku.ComparisonError, match=r"two kept groups in one fold, and its oof\.csv does not say which"):
+        members_of(copies)
+
+
+def test_members_that_kept_their_best_checkpoint_are_named_as_flattered(copies, capsys):
+    path = copies / "two" / "record.json"
+    record = json.loads(path.read_text())
+    record["settings"]["checkpoint"] = "best"  # of one evaluation, which is the last too
+    path.write_text(json.dumps(record))
+    members = members_of(copies)
+    assert "flattered, since they kept the checkpoint that is best on these rows: two\n" in capsys.readouterr().out
+    assert ku.member_scores(members, []).loc["two", "checkpoint"] == "best"
 
 
 def test_of_other_metrics_nothing_is_blended(copies):
@@ -267,6 +288,8 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     got = ku.predict_bundle(bundled, test)
     assert got == pytest.approx(0.75 * alone[0] + 0.5 * alone[1] + 0.125, abs=1e-6)
     assert bundle_tool("--check", target).returncode == 0
+    shared = ku.predict_bundle(bundled, test, processes=2)
+    assert shared == pytest.approx(got, abs=1e-6)
     assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES).returncode == 0
     mean = ku.predict_bundle(ku.open_bundle(tmp_path / "mean"), test)
     assert mean == pytest.approx((alone[0] + alone[1]) / 2, abs=1e-6)
@@ -308,6 +331,14 @@ def test_a_spoilt_blend_file_is_one_error_that_names_it(spoil, runs, tmp_path):
         ku.read_blend(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
 
 
+def test_a_blend_for_other_outputs_than_those_of_the_runs_is_refused_and_so_is_one_for_a_starter(runs, tmp_path):
+    blend_of(runs, tmp_path, weights=np.array([0.75, 0.5]), intercept=np.array([0.0, 0.0]))
+    done = bundle_tool(runs / "one", runs / "two", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
+    assert done.returncode != 0 and "expected 1 values of intercept, got 2" in done.stderr
+    done = bundle_tool("--starter", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
+    assert done.returncode != 0 and "--blend goes with runs" in done.stderr and not (tmp_path / "dist").exists()
+
+
 def test_members_without_weight_stay_out_of_the_file_and_none_at_all_is_an_error(runs, tmp_path, capsys):
     content = blend_of(runs, tmp_path, weights=np.array([0.0, 1.0]), intercept=np.array([0.0]))
     assert list(content["members"]) == ["two"]
@@ -332,11 +363,34 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     assert cuts["thresholds"][0] == pytest.approx(ku.fit_thresholds(target, rows, (1, 4)))
     labels = ku.cut_at(cuts["thresholds"][0], rows, 1)
     kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
-    assert cuts["fitted"] == pytest.approx(kappa) and cuts["nested"] <= cuts["fitted"]
+    nested = ku.threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
+    assert blended.optimistic == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
     assert done.returncode == 0, done.stderr
     assert ku.to_levels(rows[:, None], ku.open_bundle(tmp_path / "dist"))[:, 0].tolist() == labels.tolist()
+
+
+def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():
+    target, predictions = simulated(n_rows=300)
+    grades = np.clip(np.rint(1.5 + target), 0, 4)
+    members = make_members(grades, 1.5 + 0.3 * predictions, "qwk")  # shrunk: rounding gives few levels
+    for blended in ku.fit_blends(members):
+        labels = np.empty(300)
+        for fold in range(5):
+            own = members.folds == fold
+            weights, intercept = ku.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
+            raw = ku.blended_rows(weights, intercept, members.predictions)[:, 0]
+            inner = np.empty(300)
+            for other in range(5):
+                rows = members.folds == other
+                weights, intercept = ku.BLENDS[blended.method](members.predictions[:, ~rows], grades[~rows], "qwk")
+                inner[rows] = ku.blended_rows(weights, intercept, members.predictions[:, rows])[:, 0]
+            labels[own] = ku.cut_at(ku.fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
+        assert blended.nested == pytest.approx(ku.kappa(grades[:, 0], labels))
+        assert blended.nested > ku.METRICS["qwk"](
+            grades, ku.blended_rows(blended.weights, blended.intercept, members.predictions)
+        )
 
 
 @pytest.mark.slow

@@ -341,12 +341,9 @@ def test_every_way_to_assign_in_the_settings_cell_counts(lines):
 @pytest.mark.parametrize("name", ku.RECIPES)
 def test_a_recipe_is_a_plain_dictionary_of_settings_and_the_same_by_every_way_to_give_it(name):
     recipe = ku.RECIPES[name]
-    by_name = ku.Config.from_dict({"recipe": name})
-    assert by_name == ku.Config(recipe=name, **recipe) == from_cells(f"# Settings\nrecipe = {name!r}")
-    assert {key: getattr(by_name, key) for key in recipe} == recipe
-    rest = {key: value for key, value in by_name.to_dict().items() if key not in (*recipe, "recipe")}
-    assert rest.items() <= ku.Config().to_dict().items()
-    assert ku.Config.from_dict(by_name.to_dict()) == by_name
+    expected = ku.Config(**recipe)
+    assert ku.Config.from_dict({"recipe": name}) == expected == from_cells(f"# Settings\nrecipe = {name!r}")
+    assert {key: getattr(expected, key) for key in recipe} == recipe
 
 
 @pytest.fixture
@@ -355,7 +352,7 @@ def recipe(monkeypatch):
 
 
 def test_what_a_dictionary_or_papermill_gives_wins_over_the_recipe_even_if_it_is_the_default(recipe):
-    expected = ku.Config(recipe="made", epochs=3, ema=0.9, head="gem")
+    expected = ku.Config(epochs=3, ema=0.9, head="gem")
     assert ku.Config.from_dict({"recipe": "made", "epochs": 3}) == expected
     settings = "# Settings\nepochs: int = 3\nrecipe: str = ''\nhead: str = 'mean'"
     assert from_cells(settings, "# Parameters\nrecipe = 'made'\nepochs = 3") == expected
@@ -372,8 +369,20 @@ def test_a_settings_cell_run_again_after_papermills_takes_a_given_value_back_to_
     assert from_cells(*cells, "# Settings\nepochs = 3\nrecipe = 'made'").epochs == 5
 
 
-def test_a_recipe_of_which_nothing_is_left_is_an_error_and_so_is_one_that_there_is_not(recipe):
-    with pytest.raises(ku.ConfigError, match="recipe made does nothing: epochs, ema, head as by default; use Config"):
+def test_a_notebook_tells_what_the_recipe_gave_and_what_was_given(recipe, capsys):
+    from_cells("# Settings\nepochs = 7", "# Parameters\nrecipe = 'made'\nhead = 'mean'")
+    assert capsys.readouterr().out == "recipe made: epochs 7 (given), ema 0.9, head mean (given)\n"
+
+
+def test_a_recipe_is_only_a_name_for_settings_that_a_run_keeps_whatever_becomes_of_it(monkeypatch, recipe):
+    kept = ku.Config.from_dict({"recipe": "made", "ema": 0.0}).to_dict()
+    monkeypatch.setitem(ku.RECIPES, "made", {"epochs": 9, "ema": 0.5})
+    cfg = ku.Config.from_dict(kept)
+    assert (cfg.recipe, cfg.epochs, cfg.ema, cfg.head) == ("", 5, 0.0, "gem")
+
+
+def test_a_recipe_is_refused_where_it_would_do_nothing_and_so_is_one_that_there_is_not(recipe):
+    with pytest.raises(ku.ConfigError, match=r"recipe is for notebooks .* give \*\*RECIPES\['made'\] here"):
         ku.Config(recipe="made")
     with pytest.raises(ku.ConfigError, match=r"recipe must be one of quick, strong, max.*did you mean strong"):
         ku.Config.from_dict({"recipe": "strng"})

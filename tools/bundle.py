@@ -410,8 +410,7 @@ def notebook_with(name, settings):
 def train_settings(record, backbone):
     """What train.ipynb must be set to for a run to be trained again on Kaggle with that backbone."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = ["recipe", "data_dir", "output_dir", "run_name", "backbone"]
-    local += ["precision"] if run["precision"] == "bf16" else []
+    local = ("data_dir", "output_dir", "run_name", "backbone", *(["precision"] if run["precision"] == "bf16" else []))
     return {"backbone": backbone} | {k: v for k, v in run.items() if v != default[k] and k not in local}
 
 

@@ -130,9 +130,9 @@ def collect(function, items, kind):
     return results
 
 
-def name_run(cfg, names, asked):
+def name_run(cfg, names, asked, settings):
     """`head=cls+llrd=0.95+seed=0`: what varies, in the characters that run_name allows."""
-    values = {name: getattr(cfg, name) for name in names}
+    values = {name: settings[name] if name == "recipe" else getattr(cfg, name) for name in names}
     values |= {"backbone": ku.short_name(cfg.backbone)} if "backbone" in values else {}
     values |= {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
     names = ["fold" if name == "run_folds" and asked.folds else name for name in names]
@@ -169,8 +169,8 @@ def make_cells(asked):
     sizes = collect(lambda pair: measure(pair[0], frames[pair[1]]), zip(configs, data, strict=True), ku.ConfigError)
     collect(ku.find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
     cells = {}
-    for cfg, names, size in zip(configs, varied, sizes, strict=True):
-        place = {"output_dir": asked.output, "run_name": name_run(cfg, names, asked)}
+    for cfg, names, given, size in zip(configs, varied, settings, sizes, strict=True):
+        place = {"output_dir": asked.output, "run_name": name_run(cfg, names, asked, given)}
         told = dataclasses.replace(cfg, **place).to_dict()
         cell = Cell(place["run_name"], told, identity(told), *size)
         cells.setdefault(json.dumps(cell.identity), cell)
