@@ -337,9 +337,9 @@ TASKS = {  # task -> (default loss, default metric)
     "multilabel": ("bce", "auc"),
 }
 RECIPES = {  # named settings for a start; a setting that is given wins
-    "quick": {"head": "mean", "epochs": 2},
-    "strong": {"head": "mean", "epochs": 4, "ema": 0.99},
-    "max": {"head": "mean", "epochs": 5, "ema": 0.99, "awp": 1.0},
+    "quick": {"head": "mean", "epochs": 2, "reinit_layers": 1},
+    "strong": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99},
+    "max": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99, "awp": 0.2},
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")

@@ -174,7 +174,7 @@ def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
     blocks = tomllib.loads(file.read_text())["grid"]
     seeds = tomllib.loads(file.read_text())["seeds"]
     count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
-    expected = {"article": 57, "article_cpu": 24, "effects": 42, "lr": 5, "recipes": 12}
+    expected = {"article": 57, "article_cpu": 24, "effects": 48, "lr": 5, "recipes": 12}
     assert len(set(cells)) == count == expected[file.stem]
     if file.stem == "article":
         assert {cfg.head for cfg in cells} == set(ku.HEADS)
