@@ -336,10 +336,10 @@ TASKS = {  # task -> (default loss, default metric)
     "multiclass": ("cross_entropy", "accuracy"),
     "multilabel": ("bce", "auc"),
 }
-RECIPES = {  # named settings for a start; a setting that is given wins
+RECIPES = {  # named settings for a start; a setting that is given wins. For `max` see "Recipes" of the README
     "quick": {"head": "mean", "epochs": 2, "reinit_layers": 1},
     "strong": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99},
-    "max": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99, "awp": 0.2},
+    "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
