@@ -7,7 +7,8 @@ Linear probes: Alain & Bengio 2016, arXiv:1610.01644. One forward pass over trai
 loaded; the settings of data, folds, texts, backbone and precision count, those of training do not. Of every layer (0 is
 the embeddings) two features are probed: `cls`, the token that the head `cls` reads, and `mean`, the mean of the tokens.
 Each fold is predicted from the others: features in standard deviations of the training rows, alpha chosen by
-leave-one-out among them. `constant` is the mean of the training rows.
+leave-one-out among them. `constant` is the mean of the training rows. The features stay in memory, 8 (L + 1) H bytes a
+row: `--set max_rows=20000` draws fewer rows of a large set.
 
 The score is the RMSE over all rows in regression. For classes and labels the ridge predicts 0/1 indicators, and the
 score is their R2, which is no accuracy. R2 is 1 - squared error / squared error of `constant`, summed over all outputs.
