@@ -40,7 +40,6 @@ import difflib
 import errno
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -342,9 +341,8 @@ RECIPES = {  # named settings for a start; a setting that is given wins. For `ma
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
@@ -413,7 +411,9 @@ class Config(Settings):
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
     attention: str = option(
-        "", "empty or disentangled_flash: packed rows; eager, sdpa, flash_attention_2: padded rows", ATTENTIONS
+        "",
+        "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
+        ATTENTIONS,
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
@@ -565,8 +565,8 @@ class InferConfig(Settings):
     batch_tokens: int = option(0, BATCH_TOKENS, low=0)
     precision: str = option(
         "auto",
-        "auto, fp32, bf16 or int8; auto: as trained on a GPU, the fastest that agrees on a CPU",
-        INFER_PRECISIONS,
+        "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU",
+        PRECISIONS,
     )
 
 
@@ -709,37 +709,16 @@ def pick_dtype(precision, device):
 
 
 def precision_name(precision):
-    """float32, bfloat16, float16 or int8: what the setting `precision` means on this machine."""
-    return "int8" if precision == "int8" else str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+    """float32, bfloat16 or float16: what the setting `precision` means on this machine."""
+    return str(pick_dtype(precision, pick_device())).removeprefix("torch.")
 
 
-def cpu_flags():
-    """The instruction sets of the CPU as Linux names them; none elsewhere."""
-    info = Path("/proc/cpuinfo")
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
-    return set(line[1].split()) if line else set()
-
-
-def unfit(precision):
-    """Why this machine cannot predict in a precision, or ''."""
-    gpu = torch.cuda.is_available()
-    if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return f"{device_name()} has no bf16"
-    if precision == "int8" and gpu:
-        return "int8 is for CPUs"
-    if precision == "int8" and "avx512_vnni" not in cpu_flags():  # pytorch issue 103646
-        return f"{device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
-    if precision == "int8" and not (
-        hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
-    ):
-        return f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
-    return ""
-
-
-def cpu_precisions():
-    """Precisions below float32, the more exact one first -> why this CPU has nothing to gain by it, or ''."""
-    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
-    return {"bf16": "" if native else f"{device_name()} has no instructions for bf16", "int8": unfit("int8")}
+def precision_error(precision):
+    """Why this machine cannot compute in a precision, or None."""
+    if precision != "bf16" or not torch.cuda.is_available():
+        return None
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return None if native else f"{device_name()} has no bf16"
 
 
 def autocast(device, dtype):
@@ -1849,7 +1828,7 @@ def encoder_only(model):
 
 
 def attention_option(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention not in ("", "disentangled_flash") else {}
+    return {"attn_implementation": cfg.attention} if cfg.attention else {}
 
 
 def load_weights(auto, folder, config, cfg, say=print):
@@ -2201,7 +2180,7 @@ class DisentangledAttention(nn.Module):
 
         mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `DebertaLayout.get_rel_pos` gives.
         """
-        rows, pack, plan = relative_pos
+        rows, pack = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
         scale = 1 / math.sqrt(
             q.shape[-1] / self.num_attention_heads * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
@@ -2209,10 +2188,6 @@ class DisentangledAttention(nn.Module):
         c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
         table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
         dropout = self.dropout.p if self.training else 0.0
-        if plan is not None and q.dtype != torch.float32:
-            q, k, v = (x[0].unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (N, heads, d)
-            positions = (project and project(table[plan.active_slots]) for project in (c2p, p2c))
-            return disentangled_flash(q, k, v, *positions, plan, pack, scale, dropout)[None], None
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
         q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
@@ -2231,11 +2206,11 @@ class DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours. With `flash` there are plans for disentangled-flash, made when needed.
+    (DeBERTa-v2 xlarge), that reads neighbours.
     """
 
-    def __init__(self, encoder, flash=False):
-        self.pack, self.flash, self.plans = None, flash, None
+    def __init__(self, encoder):
+        self.pack = None
         self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
 
     def get_attention_mask(self, mask):
@@ -2243,15 +2218,9 @@ class DebertaLayout:
         return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
 
     def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `distance_rows`, and for packed rows the pack and
-        the plan of disentangled-flash."""
+        """What the attention of every layer takes as relative_pos: `distance_rows`, and the pack of packed rows."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        rows, plan = self.table and distance_rows(T, *self.table, hidden.device), None
-        if self.flash and self.pack is not None and can_flash(hidden.device):
-            self.plans = self.plans or flash_plans(*self.table)
-            with torch.inference_mode(False):  # they are kept, and training reads them too
-                plan = self.plans.compact(T, hidden.device)
-        return rows, self.pack, plan
+        return self.table and distance_rows(T, *self.table, hidden.device), self.pack
 
     def pad(self, _, inputs):
         return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
@@ -2260,74 +2229,15 @@ class DebertaLayout:
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
-FLASH_VERSION = "1.1.1"  # of disentangled-flash: the kernels have no public name, so another may call them otherwise
-
-
-def can_flash(device):
-    """Whether the kernels of disentangled-flash are for a device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def flash_plans(buckets, longest):
-    """The position plans of disentangled-flash; ConfigError where the package is not the one we know."""
-    try:
-        version = importlib.metadata.version("disentangled-flash")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    if version != FLASH_VERSION:
-        wanted = f"disentangled-flash=={FLASH_VERSION}"
-        raise ConfigError(f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}")
-    from disentangled_flash.position import SharedPositionPlanCache
-
-    return SharedPositionPlanCache(
-        position_buckets=buckets,
-        max_relative_positions=longest,
-        position_embedding_size=buckets if buckets > 0 else longest,
-    )
-
-
-def disentangled_flash(q, k, v, pos_key, pos_query, plan, pack, scale, dropout):
-    """Attention of packed q, k, v (N, heads, d) -> (N, heads * d) by the package disentangled-flash, from sm_80 on.
-
-    pos_key, pos_query: (R, heads * d), the R rows `plan.active_slots` of the position table, projected; or None.
-    """
-    from disentangled_flash.position import pad_position_table
-    from disentangled_flash.training._kernels import training_attention_packed
-    from disentangled_flash.tuning import DeviceResources, heuristic_config
-
-    heads = q.shape[1]
-    positions = (
-        x if x is None else pad_position_table(x.unflatten(-1, (heads, -1)).transpose(0, 1))
-        for x in (pos_key, pos_query)
-    )
-    workload = dict(sequence_length=plan.sequence_length, head_dim=q.shape[-1], dtype=str(q.dtype).split(".")[1])
-    device = dict(batch_heads=None, resources=DeviceResources.current(q.device))
-    phases = {"forward_config": "training_forward", "dq_config": "backward_dq", "dkv_config": "backward_dkv"}
-    return training_attention_packed(
-        *(x.transpose(0, 1) for x in (q, k, v)),  # (heads, N, d)
-        *(*positions, plan.delta_to_local, pack.starts),
-        max_seqlen=plan.sequence_length,
-        score_scale=scale,
-        strict_fp32=True,
-        dropout_p=dropout,
-        gradient_band=plan.gradient_band,  # without it, atomics
-        **{name: heuristic_config(phase=phase, **workload, **device) for name, phase in phases.items()},
-    )
-
-
-def faster_deberta(backbone, flash=False):
+def faster_deberta(backbone):
     """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
 
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
     padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
     Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
-    With `flash` packed rows in half precision go to disentangled-flash on a GPU that it is for.
     """
-    encoder, attention = backbone.encoder, backbone.encoder.layer[0].attention.self
-    if flash and not (attention.attention_head_size in (32, 64, 128) and attention.relative_attention):
-        told = f"relative positions and heads of 32, 64 or 128 units, not {attention.attention_head_size}"
-        raise ConfigError(f"attention disentangled_flash is for {told}")
-    layout = encoder.layout = DebertaLayout(encoder, flash)
+    encoder = backbone.encoder
+    layout = encoder.layout = DebertaLayout(encoder)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
@@ -2336,16 +2246,11 @@ def faster_deberta(backbone, flash=False):
         layer.attention.self = DisentangledAttention(layer.attention.self)
 
 
-def use_packed_attention(backbone, attention=""):
-    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''.
-    ConfigError where the setting `attention` is for DeBERTa, and the backbone is another."""
-    if isinstance(backbone, transformers.DebertaV2Model) and attention in ("", "disentangled_flash"):
-        faster_deberta(backbone, attention == "disentangled_flash")
+def use_packed_attention(backbone):
+    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    if isinstance(backbone, transformers.DebertaV2Model):
+        faster_deberta(backbone)
         return ""
-    if attention == "disentangled_flash":
-        raise ConfigError(f"attention disentangled_flash is for DeBERTa-v2 and v3, not for {type(backbone).__name__}")
-    if attention:
-        return "attention is set"
     if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
@@ -2794,7 +2699,7 @@ class TextModel(nn.Module):
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
         self.first_position = max((first for _, first in position_tables(backbone)), default=0)
-        why = use_packed_attention(backbone, cfg.attention)
+        why = "attention is set" if cfg.attention else use_packed_attention(backbone)
         self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
 
@@ -2895,17 +2800,6 @@ def packing_problem(model, tokens, dtype, gradients=False):
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
-def attention_name(model, device, dtype):
-    """How a model attends over packed rows in training, as text."""
-    if model.layout:
-        flash = model.layout.flash and can_flash(device) and dtype != torch.float32
-        return "disentangled-flash" if flash else "attention by relative shift"
-    rates = [rate for name, rate in model.backbone.config.to_dict().items() if "att" in name and "drop" in name]
-    kernel = attention_kernel(device, dtype, max(filter(None, rates), default=0))
-    names = {attend_flash: "flash attention", attend_efficient: "memory-efficient attention"}
-    return names.get(kernel, "attention text by text")
-
-
 def takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
@@ -2914,8 +2808,7 @@ def takes_packed_rows(model, tokens, dtype, gradients=False):
         training, name = model.training, type(model.backbone).__name__
         why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
         model.train(training)
-        packed = f"packed rows, {attention_name(model, next(model.parameters()).device, dtype)}"
-        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else packed}")
+        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}")
     return not model.unpackable[dtype]
 
 
@@ -5718,18 +5611,8 @@ FORMAT = "kernel_utils bundle 1"
 BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
-# 6e-4 in float16, 6e-3 in bfloat16 and 5e-2 in int8; a deeper model adds up more. Float32, always checked too, is the
-# sharp one.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
-
-# What a CPU may take for speed unasked: a root mean square gap g to float32, in standard deviations of the target (in
-# units of 1 for probabilities), turns an RMSE r into sqrt(r^2 + g^2): 0.04 costs at most 0.5 % where r is 0.4 or more,
-# and the best of CommonLit is at 0.43. MiniLM's on CLEAR: bf16 0.001, int8 0.01 to 0.015. The four golden rows of a
-# fold tell such a gap from a larger one only roughly; that all folds must pass, and the probe, makes up for it.
-AGREEMENT = 0.04
-PROBE_ROWS = 32  # texts that speeds are measured on
-PROBE_PAYS = 1000  # rows by models, of which a probe takes as long as 150 and can save half
-CLEARLY = 0.95  # share of the seconds that is clearly faster: two probes of the same differ by less
+# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 class BundleError(KitError):
@@ -5748,7 +5631,6 @@ class Run(NamedTuple):
     config: Path  # of the backbone
     tokenizer: dict  # name of a file of the tokenizer -> its path
     weights: dict  # fold -> path
-    precision: str  # to predict in: that of training, of the setting, or what a CPU is fastest in
 
 
 class Blend(NamedTuple):
@@ -5764,7 +5646,6 @@ class Bundle(NamedTuple):
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    precision: str = ""  # the setting of infer.ipynb; empty means as trained
     blend: Blend | None = None  # without one, runs count alike
 
     @property
@@ -5843,10 +5724,10 @@ def make_run(name, record, golden, config, tokenizer, weights):
         raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
     if problem := golden_problem(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := unfit(cfg.precision):
+    if why := precision_error(cfg.precision):
         print(f"{name}: {why}, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    return Run(name, record, golden, cfg, config, tokenizer, weights, cfg.precision)
+    return Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
 def is_complete(folder):
@@ -5956,13 +5837,13 @@ def open_bundle(folder):
     return Bundle(folder, runs, {}, blend=blend)
 
 
-def load_bundle(bundle_dir="", precision=""):
+def load_bundle(bundle_dir="", precision="auto"):
     """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
 
     A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
     BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
     """
-    if why := unfit(precision):
+    if why := precision_error(precision):
         raise ConfigError(f"precision {precision} cannot be used here: {why}")
     folder = find_bundle(bundle_dir)
     if (folder / MANIFEST).is_file():
@@ -5984,23 +5865,22 @@ def load_bundle(bundle_dir="", precision=""):
             print(f"  trained with {'; '.join(moved)}")
     if bundle.blend:
         print(f"blended by {bundle.blend.method}: {describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
-    bundle = bundle._replace(precision=precision)
     if precision == "auto" and pick_device().type == "cpu":
-        precision = "fp32"  # until `choose_precision` has seen the texts
-    return with_precisions(bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")})
+        precision = "fp32"
+    if precision != "auto":  # on a GPU, auto is as trained
+        bundle = bundle._replace(runs=[in_precision(run, precision) for run in bundle.runs])
+    return bundle
+
+
+def in_precision(run, precision):
+    """The run with another precision to predict in."""
+    return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
 
 
 def describe_blend(weights, intercept):
     """A blend, {name: weight} and (K,) intercepts, as one line."""
     terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
     return listing(terms) + (f", intercept {listing(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
-
-
-def with_precisions(bundle, precisions):
-    """The bundle with other precisions for some runs, {name: precision}."""
-    return bundle._replace(
-        runs=[run._replace(precision=precisions.get(run.name, run.precision)) for run in bundle.runs]
-    )
 
 
 def open_run(run):
@@ -6049,48 +5929,6 @@ def each_run(bundle, work):
     return results
 
 
-def int8_forward(linear):
-    """`forward` of a linear layer with weights of 8 bits, a scale for each output, and inputs rounded to 8 bits by the
-    range of a batch. A layer that narrows follows the activation function, whose outliers are in a few tokens: there
-    each token has a range of its own.
-
-    torch.ao's quantize_dynamic, deprecated, rounds inputs to 7 bits, which CPUs without VNNI need. On 160 texts of
-    CLEAR its predictions moved 2.6 times as far; the ranges by token halved the distance once more.
-    """
-    weight, narrows = linear.weight.detach(), linear.in_features > linear.out_features
-    scales = (weight.abs().amax(1).double() / 127).clamp(min=1e-12)
-    zeros = torch.zeros_like(scales, dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(rounded, None if narrows else linear.bias)
-
-    def forward(states):
-        if not narrows:
-            return torch.ops.quantized.linear_dynamic(states, packed, reduce_range=False)
-        largest = states.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # (B, T, 1)
-        out = torch.ops.quantized.linear_dynamic(states / largest, packed, reduce_range=False) * largest
-        return out if linear.bias is None else out + linear.bias
-
-    return forward
-
-
-@contextlib.contextmanager
-def in_precision(model, tokens, cfg, precision):
-    """The settings to `predict` with in a precision. For int8 the linear layers of the backbone compute with copies of
-    the weights that are in the model now, a quarter of their size, and as before afterwards."""
-    linears = [layer for layer in model.backbone.modules() if type(layer) is nn.Linear] if precision == "int8" else []
-    if linears:
-        takes_packed_rows(model, tokens, torch.float32)  # rounded by batch, padded and packed rows would differ
-    try:
-        for layer in linears:
-            layer.forward = int8_forward(layer)
-        yield dataclasses.replace(cfg, precision="fp32" if precision == "int8" else precision)
-    finally:
-        for layer in linears:
-            vars(layer).pop("forward", None)
-
-
 def check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
@@ -6111,8 +5949,8 @@ def golden_predictions(run, tokenizer, model, precisions):
     for fold in run.weights:
         load_fold(model, run, fold)
         for precision, predictions in got.items():
-            with in_precision(model, tokens, run.cfg, precision) as cfg:
-                predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+            cfg = dataclasses.replace(run.cfg, precision=precision)
+            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
 
@@ -6139,7 +5977,7 @@ def check_gaps(run, predictions, precision):
 def check_run(run, tokenizer, model):
     """`check_golden` for one run."""
     check_probes(run, tokenizer)
-    precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
+    precisions = {precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
     got = golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
         gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
@@ -6150,82 +5988,6 @@ def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
     each_run(bundle, check_run)
-
-
-def rms_gap(run, predictions, others):
-    """Root mean square distance of predictions, in standard deviations of the target; of probabilities, as it is."""
-    return float(np.sqrt(np.square(predictions - others).mean()) / run.record["oof"].get("target_sd", 1))
-
-
-def probe(model, tokens, cfg, precision):
-    """(seconds, predictions) of a few texts in a precision: the faster of two times, after a first row."""
-    with in_precision(model, tokens, cfg, precision) as cfg:
-        predict(model, tokens, cfg, [0])
-        seconds = []
-        for _ in range(2):
-            began = time.perf_counter()
-            predictions = predict(model, tokens, cfg)
-            seconds.append(time.perf_counter() - began)
-    return min(seconds), predictions
-
-
-def probe_precisions(run, tokenizer, model, frame, batch_tokens):
-    """Precisions in which this CPU predicts some texts of a frame clearly faster than in a more exact one, the fastest
-    first and float32 last, and as float32 does within AGREEMENT. Seconds and distances are printed."""
-    rows = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, PROBE_ROWS).astype(int))]
-    tokens, cfg = tokenize_frame(rows, tokenizer, run.cfg), dataclasses.replace(run.cfg, batch_tokens=batch_tokens)
-    load_fold(model, run, next(iter(run.weights)))
-    best, exact = probe(model, tokens, cfg, "fp32")
-    found, told = ["fp32"], [f"fp32 {best:.2f} s"]
-    for precision, why in cpu_precisions().items():
-        if why:
-            told.append(f"no {precision}: {why}")
-            continue
-        try:
-            seconds, predictions = probe(model, tokens, cfg, precision)
-        except (KitError, RuntimeError, AttributeError, TypeError) as error:  # this backbone, or this torch, cannot
-            told.append(f"{precision} fails ({textwrap.shorten(str(error), 100)})")
-            continue
-        gap = rms_gap(run, predictions, exact)
-        told.append(f"{precision} {seconds:.2f} s, {gap:.2g} off")
-        if seconds < CLEARLY * best and gap <= AGREEMENT:
-            best, found = seconds, [precision, *found]
-    print(f"{run.name}, {len(tokens)} texts by one fold: {'; '.join(told)} ({AGREEMENT:g} allowed)")
-    return found
-
-
-def agreed(run, tokenizer, model, precisions):
-    """The first precision whose golden rows agree with training in every fold; of float32 that is proved already."""
-    folds = np.array([row["fold"] for row in run.golden["rows"]])
-    golden = np.array([row["prediction"] for row in run.golden["rows"]])
-    for precision in precisions[:-1]:
-        (got,) = golden_predictions(run, tokenizer, model, [precision]).values()
-        gaps = {fold: rms_gap(run, got[folds == fold], golden[folds == fold]) for fold in run.weights}
-        off = [f"fold {fold} {gap:.2g}" for fold, gap in gaps.items() if not gap <= AGREEMENT]
-        if not off:
-            print(f"{run.name}: predicted in {precision}, golden rows at most {max(gaps.values()):.2g} off training")
-            return precision
-        print(f"{run.name}: not in {precision}, golden rows are off training: {listing(off)} ({AGREEMENT:g} allowed)")
-    print(f"{run.name}: predicted in fp32")
-    return "fp32"
-
-
-def choose_precision(bundle, frame, batch_tokens):
-    """The bundle with the precision that each run is predicted in. Only on a CPU, only where the setting is auto, and
-    only for as many rows as pay for the probe: the fastest that agrees with float32 and with training."""
-    if bundle.precision != "auto" or pick_device().type != "cpu":
-        return bundle
-    if len(frame) * sum(len(run.weights) for run in bundle.runs) < PROBE_PAYS:
-        print("predicted in fp32: too few rows for a search of what is faster to pay")
-        return bundle
-    found = {}  # architecture -> precisions
-
-    def choose(run, tokenizer, model):
-        if (key := architecture(run)) not in found:
-            found[key] = probe_precisions(run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens)
-        return run.name, agreed(run, tokenizer, model, found[key])
-
-    return with_precisions(bundle, dict(each_run(bundle, choose)))
 
 
 def predict_runs(bundle, frame, batch_tokens):
@@ -6242,8 +6004,7 @@ def predict_runs(bundle, frame, batch_tokens):
         total = 0
         for fold in progress(list(run.weights), f"predict {run.name}"):
             load_fold(model, run, fold)
-            with in_precision(model, texts[key], cfg, run.precision) as used:
-                total = total + predict(model, texts[key], used)
+            total = total + predict(model, texts[key], cfg)
         return run.name, total / len(run.weights)
 
     means = each_run(bundle, predict_run)
@@ -6256,8 +6017,9 @@ def predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
     job = read_job(path)
     bundle = open_bundle(Path(job["bundle"]))
-    bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
-    bundle = with_precisions(bundle, job["runs"])
+    precisions = job["precisions"]
+    runs = [in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions]
+    bundle = bundle._replace(runs=runs)
     np.save(Path(path).with_suffix(".npy"), predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
@@ -6265,18 +6027,17 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """`predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
-    that one GPU, or the CPU, needs no other. A few rows take the same way as many, but for `choose_precision`.
+    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
     """
     began = time.perf_counter()
-    bundle = choose_precision(bundle, frame, batch_tokens)
     count = min(processes or max(1, len(equal_gpus())), len(frame))
     if count > 1 and (cells := notebook_parts(*(run.cfg for run in bundle.runs))):
         print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
-        runs = {run.name: run.precision for run in bundle.runs}
-        job = dict(bundle=str(bundle.folder), runs=runs, batch_tokens=batch_tokens)
+        precisions = {run.name: run.cfg.precision for run in bundle.runs}
+        job = dict(bundle=str(bundle.folder), precisions=precisions, batch_tokens=batch_tokens)
         columns = {name for run in bundle.runs for name in input_columns(run.cfg)}
         for number in range(1, count):
             cells = {name: list(frame[name].iloc[number::count]) for name in columns}
@@ -6293,7 +6054,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({precision_name(run.precision) for run in bundle.runs})
+    used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})
     print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
     print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
     return predictions
