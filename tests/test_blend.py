@@ -32,10 +32,10 @@ def simulated(n_rows=200, spreads=(0.5, 0.6, 0.9), n_outputs=1, seed=0):
 
 
 def make_members(target, predictions, metric="rmse", task="regression", folds=None):
-    """`Members` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
+    """`BlendInputs` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
     n, records = len(target), {f"run{i}": {"settings": {"checkpoint": "last"}} for i in range(len(predictions))}
     folds = np.arange(n) % 5 if folds is None else folds
-    return blending.Members(task, metric, records, folds, np.arange(n), target, predictions)
+    return blending.BlendInputs(task, metric, records, folds, np.arange(n), target, predictions)
 
 
 def rmse_of(weights, intercept, predictions, target):
@@ -65,7 +65,7 @@ def test_nnls_finds_the_least_squares_of_all_weights_that_are_not_negative(n_out
 def test_hill_climbing_adds_the_member_that_makes_the_mean_best_and_keeps_the_best_round():
     target, predictions = simulated(n_rows=60)
     chosen, rounds = [], []
-    for _ in range(blending.HILL_ROUNDS):
+    for _ in range(blending._HILL_ROUNDS):
         trials = [predictions[[*chosen, i]].mean(0) for i in range(3)]
         errors = [np.abs(trial - target).mean() for trial in trials]
         chosen.append(int(np.argmin(errors)))
@@ -92,9 +92,9 @@ def test_ridge_is_that_of_the_normal_equations_with_the_penalty_of_the_least_lea
 
     every = np.arange(40)
     left_out = [
-        sum((rest[i] - x[i] @ solved(every[every != i], alpha)) ** 2 for i in every) for alpha in blending.RIDGE_ALPHAS
+        sum((rest[i] - x[i] @ solved(every[every != i], alpha)) ** 2 for i in every) for alpha in blending._RIDGE_ALPHAS
     ]
-    expected = 1 / 3 + solved(every, blending.RIDGE_ALPHAS[int(np.argmin(left_out))])
+    expected = 1 / 3 + solved(every, blending._RIDGE_ALPHAS[int(np.argmin(left_out))])
     weights, intercept = blending.BLENDS["ridge"](predictions, target, "rmse")
     assert weights == pytest.approx(expected, abs=1e-9)
     assert np.einsum("m,mnk->nk", weights, predictions).mean() + intercept == pytest.approx(target.mean())
@@ -122,25 +122,25 @@ def test_weights_do_not_depend_on_the_units_of_the_target(method):
 def test_a_fold_is_blended_with_weights_that_do_not_know_its_targets(method):
     target, predictions = simulated()
     members = make_members(target, predictions)
-    nested = blending.fit_blend(members, method).predictions
+    nested = blending._fit_blend(members, method).predictions
     for fold in (0, 3):
         own = members.folds == fold
         moved = np.where(own[:, None], target[::-1] * 5, target)
-        assert np.array_equal(blending.fit_blend(members._replace(target=moved), method).predictions[own], nested[own])
+        assert np.array_equal(blending._fit_blend(members._replace(target=moved), method).predictions[own], nested[own])
         weights, intercept = blending.BLENDS[method](predictions[:, ~own], target[~own], "rmse")
         assert nested[own] == pytest.approx(np.einsum("m,mnk->nk", weights, predictions[:, own]) + intercept)
 
 
 @pytest.mark.parametrize("method", ["nnls", "hill", "ridge"])
-def test_with_many_members_and_few_rows_the_nested_score_does_not_flatter_and_the_optimistic_does(method):
+def test_with_many_members_and_few_rows_the_nested_score_does_not_flatter_and_the_in_sample_score_does(method):
     gaps = []
     for seed in range(12):
         target, predictions = simulated(n_rows=2060, spreads=[1.0] * 20, seed=seed)
-        blended = blending.fit_blend(make_members(target[:60], predictions[:, :60]), method)
+        blended = blending._fit_blend(make_members(target[:60], predictions[:, :60]), method)
         fresh = rmse_of(blended.weights, blended.intercept, predictions[:, 60:], target[60:])
-        gaps.append((blended.optimistic - fresh, blended.nested - fresh))
-    optimistic, nested = np.mean(gaps, axis=0)
-    assert optimistic < -0.02 and nested > -0.01
+        gaps.append((blended.in_sample - fresh, blended.nested - fresh))
+    in_sample, nested = np.mean(gaps, axis=0)
+    assert in_sample < -0.02 and nested > -0.01
 
 
 def test_blending_what_errs_apart_is_told_from_the_best_member_and_what_errs_alike_is_not():
@@ -167,14 +167,14 @@ def test_probabilities_are_blended_by_shares_alone():
     target, raw = rng.integers(3, size=90), rng.dirichlet(np.ones(3), size=(2, 90))
     members = make_members(target, raw, "logloss", "multiclass")
     for blended in blending.fit_blends(members):
-        assert blended.method in blending.CLASS_BLENDS and blended.predictions.sum(1) == pytest.approx(1)
+        assert blended.method in blending._CLASS_BLENDS and blended.predictions.sum(1) == pytest.approx(1)
     with pytest.raises(ku.ConfigError, match=r"method nnls is for regression; for task multiclass .* mean, best, hill"):
         blending.fit_blends(members, "nnls")
 
 
 def test_the_errors_of_a_multiclass_task_are_those_of_zeros_and_ones():
     members = make_members(np.array([1, 0]), np.array([[[0.2, 0.8], [0.6, 0.4]]]), "logloss", "multiclass")
-    assert blending.residuals(members) == pytest.approx(np.array([[-0.2, 0.2, 0.4, -0.4]]))
+    assert blending._residuals(members) == pytest.approx(np.array([[-0.2, 0.2, 0.4, -0.4]]))
 
 
 # ---------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     labels = ku.cut_at(cuts["thresholds"][0], rows, 1)
     kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
     nested = ku.threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
-    assert blended.optimistic == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
+    assert blended.in_sample == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
     assert done.returncode == 0, done.stderr
@@ -384,18 +384,18 @@ def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is()
         for fold in range(5):
             own = members.folds == fold
             weights, intercept = blending.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
-            raw = blending.blended_rows(weights, intercept, members.predictions)[:, 0]
+            raw = blending._blend_rows(weights, intercept, members.predictions)[:, 0]
             inner = np.empty(300)
             for other in range(5):
                 rows = members.folds == other
                 weights, intercept = blending.BLENDS[blended.method](
                     members.predictions[:, ~rows], grades[~rows], "qwk"
                 )
-                inner[rows] = blending.blended_rows(weights, intercept, members.predictions[:, rows])[:, 0]
+                inner[rows] = blending._blend_rows(weights, intercept, members.predictions[:, rows])[:, 0]
             labels[own] = ku.cut_at(ku.fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
         assert blended.nested == pytest.approx(ku.kappa(grades[:, 0], labels))
         assert blended.nested > ku.METRICS["qwk"](
-            grades, blending.blended_rows(blended.weights, blended.intercept, members.predictions)
+            grades, blending._blend_rows(blended.weights, blended.intercept, members.predictions)
         )
 
 
@@ -409,5 +409,5 @@ def test_the_notebook_shows_scores_weights_and_errors_and_leaves_the_file_for_th
     content = json.loads((tmp_path / "blend" / "blend.json").read_text())
     assert content["method"] == "hill" and sum(m["weight"] for m in content["members"].values()) == pytest.approx(1)
     shown = "".join(o["data"].get("text/html", "") for c in executed.cells for o in c.get("outputs", []) if "data" in o)
-    for word in ("nested", "optimistic", *itertools.chain(blending.BLENDS, ("one", "two"))):
+    for word in ("nested", "in_sample", *itertools.chain(blending.BLENDS, ("one", "two"))):
         assert word in shown

@@ -25,12 +25,14 @@ def make_study(target, predictions, metric="rmse", folds=None, groups=None):
     """A study of 5 folds of predictions (S, N, K) by name; the best are the mean of two seeds."""
     n = len(target)
     record = {"seconds": {"total": 1.0}, "rows_per_second": 1.0, "peak_memory_bytes": 2**30}
-    arms = [
-        comparison.Arm(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
+    configurations = [
+        comparison.Configuration(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
         for name, p in predictions.items()
     ]
     folds = np.arange(n) % 5 if folds is None else folds
-    return comparison.Study(metric, folds, np.arange(n) if groups is None else groups, 0.25, target, arms)
+    return comparison.Comparison(
+        metric, folds, np.arange(n) if groups is None else groups, 0.25, target, configurations
+    )
 
 
 def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0, n_groups=0):
@@ -63,8 +65,10 @@ def found(n, n_resamples, **settings):
     rng, found = np.random.default_rng(0), []
     for _ in range(n):
         study = simulated(rng, **settings)
-        (difference,) = comparison.two_way_bootstrap(study, "last", n_resamples, 0)
-        found.append((difference.p < 0.05, comparison.fold_evidence(study, study.arms[1], "last")["p of t"] < 0.05))
+        (difference,) = comparison._two_way_bootstrap(study, "last", n_resamples, 0)
+        found.append(
+            (difference.p < 0.05, comparison._fold_evidence(study, study.configurations[1], "last")["p of t"] < 0.05)
+        )
     return np.mean(found, axis=0)
 
 
@@ -108,7 +112,7 @@ def test_with_one_seed_the_interval_is_scipys_percentile_interval_over_rows(metr
     a, b = (target + rng.normal(scale=s, size=(150, 1)) for s in (0.8, 0.9))
     score = ku.METRICS[metric]
     study = make_study(target, {"a": a[None], "b": b[None]}, metric)
-    (ours,) = comparison.two_way_bootstrap(study, "last", 3000, 0)
+    (ours,) = comparison._two_way_bootstrap(study, "last", 3000, 0)
     theirs = scipy.stats.bootstrap(
         (np.arange(150),),
         lambda rows: score(target[rows], b[rows]) - score(target[rows], a[rows]),
@@ -124,7 +128,7 @@ def test_with_one_seed_the_interval_is_scipys_percentile_interval_over_rows(metr
 def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_seeds():
     seeds = {"a": [0.50, 0.53, 0.51, 0.55], "b": [0.58, 0.54, 0.61]}  # rmse of a seed, equal in every row
     predictions = {name: np.tile(np.array(scores)[:, None, None], (1, 50, 1)) for name, scores in seeds.items()}
-    (ours,) = comparison.two_way_bootstrap(make_study(np.zeros((50, 1)), predictions), "last", 20000, 0)
+    (ours,) = comparison._two_way_bootstrap(make_study(np.zeros((50, 1)), predictions), "last", 20000, 0)
     theirs = scipy.stats.ttest_ind(seeds["b"], seeds["a"], equal_var=False)
     interval = theirs.confidence_interval()
     assert ours.difference == pytest.approx(np.mean(seeds["b"]) - np.mean(seeds["a"]))
@@ -134,7 +138,7 @@ def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_se
 
 def test_a_true_difference_of_the_detectable_size_is_found_in_about_four_of_five_comparisons():
     rng = np.random.default_rng(0)
-    equal = [comparison.two_way_bootstrap(simulated(rng, n_rows=200), "last", 200, 0)[0] for _ in range(100)]
+    equal = [comparison._two_way_bootstrap(simulated(rng, n_rows=200), "last", 200, 0)[0] for _ in range(100)]
     effect = np.median([d.detectable for d in equal])
     found = [d.difference + effect > d.difference - d.low for d in equal]  # the interval moved by it excludes 0
     assert 0.75 < np.mean(found) < 0.97
@@ -142,8 +146,10 @@ def test_a_true_difference_of_the_detectable_size_is_found_in_about_four_of_five
 
 def test_among_ten_configurations_a_difference_must_be_larger_to_be_found():
     study = simulated(np.random.default_rng(0))
-    many = study._replace(arms=[study.arms[0], *(study.arms[1]._replace(name=str(i)) for i in range(10))])
-    one, ten = (comparison.two_way_bootstrap(s, "last", 2000, 0)[0].detectable for s in (study, many))
+    base, other = study.configurations
+    others = [other._replace(name=str(i)) for i in range(10)]
+    many = study._replace(configurations=[base, *others])
+    one, ten = (comparison._two_way_bootstrap(s, "last", 2000, 0)[0].detectable for s in (study, many))
     assert 1.25 < ten / one < 1.6  # by z (2.807 + 0.842) / (1.960 + 0.842), more with few seeds
 
 
@@ -208,14 +214,14 @@ def test_folds_that_were_not_trained_count_as_training_rows_of_the_t_test(tmp_pa
     frames = [[pd.read_csv(tmp_path / f"{head}-{seed}" / "oof.csv") for seed in range(3)] for head in ("max", "cls")]
     errors = [[(f["target"] - f["prediction_last"]).pow(2).groupby(f["fold"]).mean() for f in arm] for arm in frames]
     differences = np.sqrt(errors[0]) - np.sqrt(errors[1])  # (S, F)
-    evidence = comparison.fold_evidence(study, study.arms[1], "last")
+    evidence = comparison._fold_evidence(study, study.configurations[1], "last")
     assert evidence["p of t"] == pytest.approx(comparison.corrected_t(differences.T, 10 / 40))
     pairs = [a < b for a, b in itertools.product(np.sqrt(errors[0]), np.sqrt(errors[1]))]
     assert evidence["cells won"] == pytest.approx(np.mean(pairs))
 
 
 def test_holms_p_values_are_those_of_the_step_down_by_hand():
-    adjusted = comparison.holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
+    adjusted = comparison._holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
     np.testing.assert_allclose(adjusted, [0.09, 0.04, math.nan, 0.09, 0.5])
 
 
@@ -334,9 +340,9 @@ def test_more_configurations_need_more_evidence(tmp_path):
 @pytest.mark.parametrize("difference, better, word", [(-1, "lower", "better"), (1, "lower", "worse")])
 def test_the_verdict_stands_on_the_adjusted_p(difference, better, word):
     row = {"difference": difference, "detectable": 0.5, "p": 0.01}
-    assert comparison.verdict(row | {"p of Holm": 0.049}, better) == word
+    assert comparison._verdict(row | {"p of Holm": 0.049}, better) == word
     text = "not distinguishable (smallest detectable difference 0.5)"
-    assert comparison.verdict(row | {"p of Holm": 0.051}, better) == text
+    assert comparison._verdict(row | {"p of Holm": 0.051}, better) == text
 
 
 def test_identical_predictions_are_not_distinguishable(tmp_path):
@@ -374,14 +380,14 @@ def test_optimism_is_what_the_choice_of_the_other_folds_would_have_lost(tmp_path
     for head in ("cls", "max"):
         write_run(tmp_path / head, settings=dict(head=head), scores=scores)
     study = align(tmp_path, "head=cls")
-    assert comparison.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
     higher = study._replace(metric="pearson")
-    for record in study.arms[0].records:
+    for record in study.configurations[0].records:
         record["oof"]["metric"] = "pearson"
         log = record["folder"] / "log.jsonl"
         log.write_text(log.read_text().replace("rmse", "pearson"))
     # fold 0 would choose the 3rd, fold 1 the 1st
-    assert comparison.optimism(higher, study.arms[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
+    assert comparison._optimism(higher, study.configurations[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
 
 
 def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
@@ -396,8 +402,8 @@ def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
     assert list(oof["group"]) == list(author)
     study = comparison.align_runs(records, "head=cls")
     assert len(set(zip(study.groups, author, strict=True))) == len(set(study.groups)) == 10
-    score = comparison.seed_scores(study, study.arms[1], "last")[0][0]
-    assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.arms[1].name == "head=mean"
+    score = comparison._seed_scores(study, study.configurations[1], "last")[0][0]
+    assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.configurations[1].name == "head=mean"
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel", "regression"])
@@ -417,9 +423,9 @@ def test_the_scores_are_those_of_the_record_in_every_task(task, competition, tin
         train, _, _ = ku.read_competition(cfg)
         ku.train(ku.make_folds(train, cfg), cfg)
     study = align(tmp_path / "runs", "head=mean")
-    for arm in study.arms:
+    for arm in study.configurations:
         for kind in ("last", "best"):
-            assert comparison.seed_scores(study, arm, kind)[0][0] == pytest.approx(
+            assert comparison._seed_scores(study, arm, kind)[0][0] == pytest.approx(
                 arm.records[0]["oof"][kind], abs=1e-6
             )
 
@@ -474,7 +480,7 @@ def test_more_epochs_can_be_compared_where_the_number_of_evaluations_is_the_same
     for seed in range(2):
         write_run(tmp_path / f"three{seed}", seed, settings=dict(epochs=3))
         write_run(tmp_path / f"one{seed}", seed, settings=dict(epochs=1, evals_per_epoch=3))
-    assert align(tmp_path).arms[1].name == "epochs=1 evals_per_epoch=3"
+    assert align(tmp_path).configurations[1].name == "epochs=1 evals_per_epoch=3"
 
 
 def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
@@ -489,7 +495,7 @@ def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
     names = str(error.value).partition("one of: ")[2].split("; ")
     assert len(names) == 5
     for name in names:
-        assert align(tmp_path, name).arms[0].name == name
+        assert align(tmp_path, name).configurations[0].name == name
 
 
 def test_a_setting_that_an_older_record_lacks_still_makes_another_configuration(tmp_path):
@@ -498,7 +504,7 @@ def test_a_setting_that_an_older_record_lacks_still_makes_another_configuration(
         record = json.loads(path.read_text())
         record["settings"] |= {} if value is None else {"new": value}
         path.write_text(json.dumps(record))
-    assert [arm.name for arm in align(tmp_path, "head=cls").arms] == [
+    assert [c.name for c in align(tmp_path, "head=cls").configurations] == [
         "head=cls new=None",
         "head=max new=1",
         "head=max new=2",
@@ -513,8 +519,8 @@ def test_uneven_folds_with_eval_steps_are_compared_evaluation_by_evaluation(tmp_
         path = run / "record.json"
         path.write_text(path.read_text().replace('"steps": 6', f'"steps": {6 + 3 * fold}'))
     study = align(tmp_path, "head=cls")
-    assert comparison.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
-    share, scores = comparison.seed_curves(study.arms[1], 1, "rmse")
+    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    share, scores = comparison._seed_curves(study.configurations[1], 1, "rmse")
     np.testing.assert_allclose(share, np.mean([[1 / 3, 2 / 3, 1], [1 / 5, 2 / 5, 3 / 5]], axis=0))
     np.testing.assert_allclose(scores, [[0.5, 0.2, 0.6], [0.7, 0.6, 0.4]])
 
@@ -604,16 +610,16 @@ def test_the_baseline_is_the_configuration_that_leaves_most_at_the_defaults(tmp_
         write_run(tmp_path / str(i), settings=dict(head="cls") | settings, resolved=resolved)
     study = align(tmp_path)
     names = ["backbone_dropout=0 reinit_layers=0 llrd=1", "llrd=0.95", "reinit_layers=1", "backbone_dropout=0.1"]
-    assert [arm.name for arm in study.arms] == names
+    assert [c.name for c in study.configurations] == names
     other = align(tmp_path, "llrd=0.95")
-    assert [arm.name for arm in other.arms[:2]] == ["backbone_dropout=0 reinit_layers=0 llrd=0.95", "llrd=1"]
+    assert [c.name for c in other.configurations[:2]] == ["backbone_dropout=0 reinit_layers=0 llrd=0.95", "llrd=1"]
 
 
 def test_a_setting_left_open_and_the_same_said_are_one_configuration(tmp_path):
     write_run(tmp_path / "a", 0, settings=dict(head="cls"))
     write_run(tmp_path / "b", 1, settings=dict(head="cls", lr=1e-4, backbone_dropout=0.0))
     write_run(tmp_path / "c", 0, settings=dict(head="max"))
-    assert [arm.seeds for arm in align(tmp_path, "head=cls").arms] == [[0, 1], [0]]
+    assert [c.seeds for c in align(tmp_path, "head=cls").configurations] == [[0, 1], [0]]
 
 
 def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):

@@ -43,7 +43,7 @@ def settings(competition, maskable, tmp_path):
 
 def corpus_of(texts, tokenizer=None, **given):
     cfg = pretraining.PretrainConfig.from_dict(given)
-    return pretraining.make_corpus(list(texts), tokenizer or make_pieces(), 27, cfg), cfg
+    return pretraining._make_corpus(list(texts), tokenizer or make_pieces(), 27, cfg), cfg
 
 
 def window(corpus, row):
@@ -64,7 +64,7 @@ def test_texts_of_train_and_test_come_once_without_empty_ones_and_without_a_look
         tmp_path / "train.csv", index=False
     )
     pd.DataFrame({"excerpt": ["the dog", "a hat", "  "], "id": "7"}).to_csv(tmp_path / "test.csv", index=False)
-    texts, counts = pretraining.read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path)))
+    texts, counts = pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path)))
     assert texts == ["a cat", "the dog", "a hat"]
     assert counts == {"train.csv": 4, "test.csv": 3, "empty": 2, "repeated": 2}
 
@@ -72,22 +72,22 @@ def test_texts_of_train_and_test_come_once_without_empty_ones_and_without_a_look
 def test_a_competition_without_a_test_file_and_a_second_text_column_are_read(tmp_path):
     pd.DataFrame({"left": ["a", "b"], "right": ["c", "a"]}).to_csv(tmp_path / "train.csv", index=False)
     cfg = pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="left", pair_column="right")
-    assert pretraining.read_texts(cfg)[0] == ["a", "b", "c"]
+    assert pretraining._read_texts(cfg)[0] == ["a", "b", "c"]
 
 
 def test_a_column_of_numbers_and_a_column_that_is_missing_are_named_with_the_file(tmp_path):
     pd.DataFrame({"text": ["0.5", "7"]}).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(ku.DataError, match=r"train\.csv, column text: expected texts, not numbers, got row 1"):
-        pretraining.read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="text"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="text"))
     with pytest.raises(ku.DataError, match=r"train\.csv: no column 'texd' \(did you mean text\?\)"):
-        pretraining.read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="texd"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="texd"))
 
 
 def test_max_rows_draws_the_same_texts_whatever_the_order_of_the_rows(tmp_path):
     drawn = []
     for texts in (make_texts(30), make_texts(30)[::-1]):
         pd.DataFrame({"excerpt": texts}).to_csv(tmp_path / "train.csv", index=False)
-        drawn.append(pretraining.read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), max_rows=7, seed=3))[0])
+        drawn.append(pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), max_rows=7, seed=3))[0])
     assert len(drawn[0]) == 7 and sorted(drawn[0]) == sorted(drawn[1])
 
 
@@ -114,7 +114,7 @@ def drawn(corpus, cfg, epochs=1):
     """(row, positions, new ids) of every window in so many epochs."""
     for epoch in range(epochs):
         for row in range(len(corpus.tokens)):
-            yield row, *pretraining.mask_window(corpus, row, epoch, cfg)
+            yield row, *pretraining._mask_window(corpus, row, epoch, cfg)
 
 
 def test_all_tokens_of_a_word_are_masked_together_and_words_are_counted_not_tokens():
@@ -157,8 +157,8 @@ def test_of_the_masked_tokens_80_percent_become_the_mask_10_percent_random_and_1
 
 def test_masks_are_drawn_anew_each_epoch_and_again_the_same_for_the_same_seed_epoch_and_row():
     corpus, cfg = corpus_of([" ".join(WORDS)] * 2)
-    one, again, epoch, row = (pretraining.mask_window(corpus, r, e, cfg) for r, e in ((0, 1), (0, 1), (0, 2), (1, 1)))
-    other = pretraining.mask_window(corpus, 0, 1, pretraining.PretrainConfig(seed=1))
+    one, again, epoch, row = (pretraining._mask_window(corpus, r, e, cfg) for r, e in ((0, 1), (0, 1), (0, 2), (1, 1)))
+    other = pretraining._mask_window(corpus, 0, 1, pretraining.PretrainConfig(seed=1))
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
     assert all(not np.array_equal(one[0], x[0]) for x in (epoch, row, other))
 
@@ -182,16 +182,16 @@ def test_a_tokenizer_that_knows_no_words_is_said_and_masks_single_tokens(capsys)
 def masked_model(folder, **given):
     cfg = pretraining.PretrainConfig.from_dict(dict(backbone=folder) | given)
     torch.manual_seed(0)
-    return *pretraining.load_masked_model(folder, cfg.training()), cfg
+    return *pretraining._load_masked_model(folder, cfg.training()), cfg
 
 
 @pytest.mark.parametrize("kind", WITH)
 def test_the_loss_is_that_of_the_whole_model_at_the_masked_places_whatever_else_is_in_the_batch(kind, maskable):
     model, new, cfg = masked_model(maskable(kind))
     corpus, _ = corpus_of(make_texts(5), max_length=32)
-    masks = [pretraining.mask_window(corpus, row, 1, cfg) for row in range(5)]
+    masks = [pretraining._mask_window(corpus, row, 1, cfg) for row in range(5)]
     with torch.no_grad():
-        loss = model.eval()(*pretraining.masked_batch(corpus, np.arange(5), masks, CPU)).item()
+        loss = model.eval()(*pretraining._masked_batch(corpus, np.arange(5), masks, CPU)).item()
     plain, expected = model.language_model, 0.0
     model.backbone._forward_hooks.clear()
     for row, (positions, ids) in enumerate(masks):
@@ -209,14 +209,14 @@ def test_the_loss_is_that_of_the_whole_model_at_the_masked_places_whatever_else_
 @pytest.mark.parametrize("kind", WITH)
 def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_spare(kind, maskable, settings, capsys):
     seen = {}
-    original = pretraining.save_pretrained
+    original = pretraining._save_pretrained
 
     def keeping(model, *rest):
         seen.update({name: weight.clone() for name, weight in model.backbone.state_dict().items()})
         original(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "save_pretrained", keeping)
+        patch.setattr(pretraining, "_save_pretrained", keeping)
         run = pretraining.pretrain(settings(backbone=maskable(kind), epochs=1, max_rows=12, lr=1e-3))
     assert "tied to the word embeddings" in capsys.readouterr().out
     assert ku.find_backbone(str(run)) == run
@@ -255,7 +255,8 @@ def test_a_head_that_the_checkpoint_has_is_used_and_learns_at_the_rate_of_the_ba
         assert torch.equal(weight, model.language_model.state_dict()[name])
     corpus, _ = corpus_of(make_texts(5))
     rates = {
-        group["depth"]: group["lr"] for group in pretraining.Pretraining(corpus, model, new, cfg).optimizer.param_groups
+        group["depth"]: group["lr"]
+        for group in pretraining._Pretraining(corpus, model, new, cfg).optimizer.param_groups
     }
     assert rates == {"backbone": 2e-5, "head": 2e-5}
 
@@ -274,7 +275,7 @@ def test_a_head_in_the_names_of_old_checkpoints_is_used(tmp_path, maskable):
 def test_a_new_head_learns_at_its_own_rate_and_biases_and_norms_do_not_decay(maskable):
     model, new, cfg = masked_model(maskable("bert"), lr=2e-5, head_lr=0.5, weight_decay=0.1)
     corpus, _ = corpus_of(make_texts(5))
-    groups = pretraining.Pretraining(corpus, model, new, cfg).optimizer.param_groups
+    groups = pretraining._Pretraining(corpus, model, new, cfg).optimizer.param_groups
     found = {(group["depth"], p.ndim > 1): group["weight_decay"] for group in groups for p in group["params"]}
     assert found == {("backbone", True): 0.1, ("backbone", False): 0, ("head", True): 0.1, ("head", False): 0}
     assert {group["depth"]: group["lr"] for group in groups} == {"backbone": 2e-5, "head": 0.5}
@@ -308,10 +309,10 @@ def test_a_window_longer_than_the_positions_of_the_backbone_is_an_error(settings
 
 
 def training_of(cfg, texts=40, **given):
-    corpus = pretraining.make_corpus(make_texts(texts), make_pieces(), 27, cfg)
+    corpus = pretraining._make_corpus(make_texts(texts), make_pieces(), 27, cfg)
     torch.manual_seed(0)
-    model, new = pretraining.load_masked_model(Path(cfg.backbone), cfg.training())
-    return pretraining.Pretraining(corpus, model, new, cfg)
+    model, new = pretraining._load_masked_model(Path(cfg.backbone), cfg.training())
+    return pretraining._Pretraining(corpus, model, new, cfg)
 
 
 def test_texts_are_held_out_whole_and_never_trained_on(settings):
@@ -380,9 +381,9 @@ class Killed(BaseException):
 
 def at_step(monkeypatch, number, act):
     """Call `act` before the step of this number, counted from now on."""
-    step, count = pretraining.Pretraining.step, iter(range(1, 10**6))
+    step, count = pretraining._Pretraining.step, iter(range(1, 10**6))
     monkeypatch.setattr(
-        pretraining.Pretraining, "step", lambda *given: act() if next(count) == number else step(*given)
+        pretraining._Pretraining, "step", lambda *given: act() if next(count) == number else step(*given)
     )
 
 
@@ -409,8 +410,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, mo
         at_step(patch, step, kill)
         pretraining.pretrain(cfg)
     assert not ku.is_backbone(Path(cfg.output_dir) / "killed")
-    steps, count = [], pretraining.Pretraining.step
-    monkeypatch.setattr(pretraining.Pretraining, "step", lambda *given: steps.append(1) or count(*given))
+    steps, count = [], pretraining._Pretraining.step
+    monkeypatch.setattr(pretraining._Pretraining, "step", lambda *given: steps.append(1) or count(*given))
     run = pretraining.pretrain(cfg)
     assert content(run) == expected and len(steps) == expected["steps"] - (step - 1)
     assert len(told(run)["sessions"]) == 2 and {p.name for p in run.iterdir()} == {
@@ -421,12 +422,30 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, mo
 PROCESS = """
 import sys, time, math, torch
 import kernel_utils as ku
+import pretraining
 torch.set_num_threads(1)
 ku.SAVE_SHARE = math.inf
-step = pretraining.Pretraining.step
-pretraining.Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
+step = pretraining._Pretraining.step
+pretraining._Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
 pretraining.pretrain(pretraining.PretrainConfig.from_dict(__import__("json").loads(sys.argv[1])))
 """
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [("kernel_utils.py", True), ("pretraining.py", True), ("comparison.py", False), ("blending.py", False)],
+)
+def test_a_change_of_the_core_or_of_pretraining_alone_keeps_a_run_from_going_on(name, counts, tmp_path, monkeypatch):
+    corpus, _ = corpus_of(make_texts(5))
+    modules = Path(shutil.copytree(ROOT / "kernel_utils", tmp_path / "modules"))
+    monkeypatch.setattr(ku, "__file__", str(modules / "kernel_utils.py"))
+    monkeypatch.setattr(pretraining, "__file__", str(modules / "pretraining.py"))
+    config = modules / "config.json"
+    config.write_text("{}")
+    before = pretraining._fingerprint(make_texts(5), corpus, config, {})
+    with open(modules / name, "a") as file:
+        file.write("# another\n")
+    assert (pretraining._fingerprint(make_texts(5), corpus, config, {}) != before) == counts
 
 
 def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settings, often):
@@ -464,7 +483,7 @@ def test_max_minutes_that_are_too_few_stop_before_the_first_step(settings):
 def test_a_complete_run_is_not_trained_again(settings, monkeypatch, capsys):
     cfg = settings(epochs=1)
     before = content(pretraining.pretrain(cfg))
-    monkeypatch.setattr(pretraining.Pretraining, "step", kill)
+    monkeypatch.setattr(pretraining._Pretraining, "step", kill)
     assert content(pretraining.pretrain(cfg)) == before and "is complete, nothing is trained" in capsys.readouterr().out
 
 
@@ -562,6 +581,6 @@ def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monke
         return model, info
 
     monkeypatch.setattr(ku, "load_weights", uninitialised)
-    model, new = pretraining.load_masked_model(maskable("longformer"), pretraining.PretrainConfig().training())
+    model, new = pretraining._load_masked_model(maskable("longformer"), pretraining.PretrainConfig().training())
     head = {key: weight for key, weight in model.language_model.named_parameters() if key.startswith("lm_head")}
     assert new and (head["lm_head.bias"] == 0).all() and head["lm_head.dense.weight"].any()
