@@ -11,8 +11,11 @@ import tokenize
 import types
 from pathlib import Path
 
+import blending
+import comparison
 import nbformat
 import numpy as np
+import pretraining
 import pytest
 
 import kernel_utils as ku
@@ -221,7 +224,9 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
+@pytest.mark.parametrize(
+    "config", [ku.Config, ku.InferConfig, pretraining.PretrainConfig, comparison.CompareConfig, blending.BlendConfig]
+)
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -234,7 +239,7 @@ def test_defaults_are_those_of_the_design(name):
 
 def test_settings_of_pretraining_with_a_name_of_config_have_its_type_and_bounds():
     theirs = {field.name: field for field in dataclasses.fields(ku.Config)}
-    for field in dataclasses.fields(ku.PretrainConfig):
+    for field in dataclasses.fields(pretraining.PretrainConfig):
         if field.name in theirs and field.name != "lr":  # whose 0 means by the backbone's width in Config alone
             other = theirs[field.name]
             assert field.type is other.type
@@ -242,9 +247,9 @@ def test_settings_of_pretraining_with_a_name_of_config_have_its_type_and_bounds(
                 other.metadata[k] for k in ("low", "high", "choices")
             ]
     with pytest.raises(ku.ConfigError, match="resume_from does nothing while resume is False"):
-        ku.PretrainConfig(resume=False, resume_from="x")
+        pretraining.PretrainConfig(resume=False, resume_from="x")
     with pytest.raises(ku.ConfigError, match="run_name must be letters"):
-        ku.PretrainConfig(run_name="../x")
+        pretraining.PretrainConfig(run_name="../x")
 
 
 def test_settings_survive_a_record_in_json():
@@ -455,9 +460,9 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
     [
         ("train.ipynb", ku.Config),
         ("infer.ipynb", ku.InferConfig),
-        ("pretrain.ipynb", ku.PretrainConfig),
-        ("compare.ipynb", ku.CompareConfig),
-        ("blend.ipynb", ku.BlendConfig),
+        ("pretrain.ipynb", pretraining.PretrainConfig),
+        ("compare.ipynb", comparison.CompareConfig),
+        ("blend.ipynb", blending.BlendConfig),
     ],
 )
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
@@ -482,8 +487,8 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
         ("train.ipynb", EXPOSED),
         ("pretrain.ipynb", EXPOSED_TO_PRETRAIN),
         ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
-        ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
-        ("blend.ipynb", [field.name for field in dataclasses.fields(ku.BlendConfig)]),
+        ("compare.ipynb", [field.name for field in dataclasses.fields(comparison.CompareConfig)]),
+        ("blend.ipynb", [field.name for field in dataclasses.fields(blending.BlendConfig)]),
     ],
 )
 def test_the_tagged_cell_lists_each_setting_once(notebook, names):
@@ -502,7 +507,9 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
+@pytest.mark.parametrize(
+    "config", [ku.Config, ku.InferConfig, pretraining.PretrainConfig, comparison.CompareConfig, blending.BlendConfig]
+)
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
