@@ -20,10 +20,9 @@ Beside it, each a file that imports this one: pretraining.py (pretrain.ipynb), c
     run = ku.train(ku.make_folds(train, cfg), cfg)
     ku.predict_test(run, test, sample)
 
-The same from a file of settings, and in processes that share every step:
+The same from a file of settings:
 
     python kernel_utils.py train --config run.json
-    python -m torch.distributed.run --nproc_per_node 2 kernel_utils.py train --config run.json
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
 schedules are added the same way, metrics with `@ku.metric`: see section 9.
@@ -37,7 +36,6 @@ import ast
 import contextlib
 import csv
 import dataclasses
-import datetime
 import difflib
 import errno
 import functools
@@ -822,67 +820,6 @@ def check_config(path, harmless=()):
     keys = foreign_code(read_json(path))
     if keys := [key for key in keys if key not in harmless]:
         raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
-
-
-def rank():
-    """Number of this process among those that share every step of one run; 0 is the one that writes and prints."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world_size():
-    """How many processes share every step of this run: 1 but for those of torch.distributed.run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def join_processes():
-    """Meet the other processes that torch.distributed.run started, if it did; each takes the GPU of its number."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    backend, place = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if place >= (count := torch.cuda.device_count()):
-            raise KitError(f"process {place + 1} of this machine has no GPU: --nproc_per_node must be at most {count}")
-        torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU does not wait for a GPU
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))  # while one saves, others wait
-
-
-def add_up(tensors):
-    """Replace each of the tensors, which are of one type, by its sum over all processes, in few large messages."""
-    sizes = np.cumsum([tensor.numel() for tensor in tensors]) // 2**25
-    for _, bucket in itertools.groupby(zip(sizes, tensors, strict=True), key=lambda pair: pair[0]):
-        bucket = [tensor for _, tensor in bucket]
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        torch.distributed.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def anyone(why):
-    """`why`, or the reason of another process, or '' where none has one."""
-    if world_size() == 1:
-        return why
-    count = torch.tensor(int(bool(why)))
-    torch.distributed.all_reduce(count)
-    return why or ("another process has to stop" if count else "")
-
-
-def from_first(value):
-    """What process 0 has as `value`, in every process."""
-    values = [value]
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def check_same(value, problem):
-    """Raise a KitError of the `problem` where `value`, which JSON can hold, is not the same in all processes."""
-    if world_size() > 1:
-        number = int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:7])
-        ends = torch.tensor([number, -number])
-        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-        if ends.sum():
-            raise KitError(f"the {world_size()} processes of the run {problem}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -3207,7 +3144,7 @@ class Checkpoints:
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
-        for rest in self.folder.glob(f".fold{self.fold}-*.tmp") if rank() == 0 else ():
+        for rest in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(rest)
         for folder in self.found():
             if problems := folder_problems(folder):
@@ -3491,8 +3428,6 @@ class Engine:
         self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
         self.meters = {name: torch.zeros((), device=self.device) for name in METERS}
         self.attack, self.attacking, self.average = None, False, None
-        if world_size() > 1 and (cfg.awp or cfg.fgm):
-            raise ConfigError("awp and fgm are for runs of one process: train folds side by side with fold_processes")
         self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
@@ -3698,20 +3633,20 @@ class Engine:
         self.attack.restore()
         return ()
 
-    def accumulate_all(self, rows, count):
+    def accumulate_all(self, rows):
         """`accumulate` rows, `micro` at a time; in an adversarial step again at perturbed weights."""
         parts = [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
         for part in parts:
-            self.accumulate(part, count)
+            self.accumulate(part, len(rows))
         if self.attacking:
             self.call("perturb", self.perturb)
             try:
                 for part in parts:
-                    self.accumulate(part, count)
+                    self.accumulate(part, len(rows))
             finally:
                 self.call("restore", self.restore)
 
-    def fit_and_accumulate(self, rows, count):
+    def fit_and_accumulate(self, rows):
         """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
         tried again from the same random state. KitError where one row alone does not fit."""
         states = RandomStates()
@@ -3719,7 +3654,7 @@ class Engine:
         while True:
             size = min(self.micro, len(rows))
             try:
-                return self.accumulate_all(rows, count)
+                return self.accumulate_all(rows)
             except CaptureError as error:
                 self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
@@ -3740,26 +3675,8 @@ class Engine:
             tqdm.write(f"{why}: on with {self.micro} at a time, same step")
             states.load_state_dict(before)
 
-    def add_up(self):
-        """Sum the loss and the gradients over all processes; weights that have none in any of them keep none."""
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        given = torch.tensor([weight.grad is not None for weight in weights]).int()
-        torch.distributed.all_reduce(given)
-        weights = [weight for weight, count in zip(weights, given.tolist(), strict=True) if count]
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        add_up([self.mean, *self.meters.values(), *(weight.grad for weight in weights)])
-
-    def checksum(self):
-        """A number that changes with any bit of the weights."""
-        with torch.no_grad():
-            sums = [weight.view(torch.int32).sum(dtype=torch.int64) for weight in self.model.parameters()]
-            return torch.stack(sums).sum().item()
-
     def update(self):
-        """Step the optimiser with the gradients so far, of all processes. Returns loss, gradient norm and meters."""
-        if world_size() > 1:
-            self.add_up()
+        """Step the optimiser with the gradients so far, and return loss, gradient norm and meters."""
         outer, both = self.model.loss.outer, self.attacking and self.cfg.fgm  # FGM adds clean and adversarial gradients
         mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
         gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
@@ -3791,8 +3708,7 @@ class Engine:
         """Optimiser step number `step`, from 0, with a batch of rows. Returns loss, gradient norm and the meters that
         `told` names, on the device.
 
-        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size. Where
-        several processes share the run, each has a share of the rows, which may be none.
+        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
         """
         self.rates.copy_(self.rates_to_come[step])
         if self.average:
@@ -3803,10 +3719,7 @@ class Engine:
         if self.cfg.optimizer != "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.table[step], strict=True):
                 group["lr"] = float(rate)
-        if len(share := rows[rank() :: world_size()]):
-            self.fit_and_accumulate(share, len(rows))
-        else:
-            self.scaler.scale(self.mean)  # it comes to be at its first call
+        self.fit_and_accumulate(rows)
         try:
             return self.call("update", self.update)
         except CaptureError as error:
@@ -3860,20 +3773,9 @@ def stage_batches(data, fold, cfg, bucket_batches):
             yield stage.rows[batch]
 
 
-def predict_together(model, data, rows, cfg):
-    """`predict`, with the rows shared by the processes of the run; each gets all predictions."""
-    if world_size() == 1:
-        return predict(model, data.tokens, cfg, rows)
-    predictions, share = np.zeros((len(rows), data.n_outputs)), slice(rank(), None, world_size())
-    if len(rows[share]):
-        predictions[share] = predict(model, data.tokens, cfg, rows[share])
-    torch.distributed.all_reduce(torch.from_numpy(predictions))  # of which all but one are 0: exact
-    return predictions
-
-
 def evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
-    predictions = predict_together(model, data, rows, cfg)
+    predictions = predict(model, data.tokens, cfg, rows)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
         names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
@@ -3915,7 +3817,6 @@ class Training:
             self.watch.restored += sum(self.state.seconds.values())
             for line in self.state.lines:
                 self.log(json.loads(line))
-        check_same(self.state.step, f"see other checkpoints of fold {self.fold}: the run folder must be on one disk")
         self.begun, self.state.mark = self.state.step, time.perf_counter()
 
     def batches(self):
@@ -3973,9 +3874,6 @@ class Training:
 
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
-        if world_size() > 1:
-            place = f"fold {self.fold}, step {self.state.step}"
-            check_same(self.engine.checksum(), f"have come to other weights ({place}): their machines differ")
         self.engine.swap_average(self.state.step)
         self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
@@ -3984,8 +3882,7 @@ class Training:
         return better
 
     def save(self):
-        if rank() == 0:
-            self.checkpoints.save(self.state.step, self.parts)
+        self.checkpoints.save(self.state.step, self.parts)
         self.watch.note_save(self.state.spend("save"))
 
     def stop(self, why):
@@ -4036,7 +3933,6 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     """
     watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
     engine.begin(fold, say)
-    check_same(engine.packed, "do not agree whether rows are packed: their machines differ")
     model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
@@ -4046,10 +3942,8 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     stopped = ""
     bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
-        if stopped := anyone(watch.signal if rank() else watch.stop(len(training.rows))):
+        if stopped := watch.stop(len(training.rows)):
             break
-        if world_size() > 1:  # dropout is another in each process, and the same where a run goes on
-            seed_everything(cfg.seed, fold, state.step, rank())
         values = engine.optimizer_step(state.step, rows)
         state.step += 1
         measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
@@ -4601,7 +4495,7 @@ def pretraining_of(backbone):
 def describe_machine(cfg):
     """Device, precision, threads and versions, as a record has them."""
     place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
+    return place | {"threads": torch.get_num_threads(), "versions": versions()}
 
 
 def start_record(cfg, asked, frame, backbone, classes):
@@ -4680,7 +4574,7 @@ def check_room(run, backbone, n_folds, cfg):
 def flat(place):
     """Device, threads, precision and versions of a record, side by side."""
     told = {name: place[name] for name in ("device", "threads", "precision")}
-    return told | {"world_size": place.get("world_size", 1)} | place["versions"]
+    return told | place["versions"]
 
 
 def begin_run(run, record, folds):
@@ -4703,12 +4597,11 @@ def begin_run(run, record, folds):
 
 
 def train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows. Of several processes
-    that share the run the first saves."""
+    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows."""
     checkpoints = Checkpoints(run, fold)
     try:
         model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
-        if result["last"] is None or rank():  # stopped before the first step
+        if result["last"] is None:  # stopped before the first step
             return result
         result["golden"] = golden_rows(model, data, result, cfg)
     except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
@@ -4737,7 +4630,7 @@ def train_in_turn(data, folds, finished, cfg, run, watch):
     """Train one fold after another; the dictionaries of `train_fold`, of those that are `finished` too. Where the watch
     stops a fold, it is the last."""
     results, engine, trained = [], Engine(data, cfg), 0
-    with contextlib.nullcontext(lambda entry: None) if rank() else open_log(cfg, run) as log:
+    with open_log(cfg, run) as log:
         for fold in folds:
             watch.models = len(results) + 1
             if result := finished[fold]:
@@ -4800,7 +4693,7 @@ def died(number, count, code, folder):
 def choose_processes(data, n_folds, cfg, run):
     """How many processes train so many folds side by side; why not more is printed."""
     asked = cfg.fold_processes or max(1, len(equal_gpus()))
-    count = min(asked, n_folds) if world_size() == 1 else 1
+    count = min(asked, n_folds)
     if count > 1 and (cells := notebook_parts(cfg)):
         print(f"1 process instead of {count}: {listing(cells)} of the notebook cannot be read by others")
         return 1
@@ -4973,7 +4866,6 @@ def train_folds(data, folds, cfg, run, watch, lock=None):
     """Train and save the folds, in turn or side by side; the dictionaries of `train_fold`, by fold. Folds that are
     finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
     finished = {fold: finished_fold(run / f"fold{fold}") for fold in folds}
-    check_same([bool(result) for result in finished.values()], f"see other finished folds in {run}")
     for fold, result in finished.items():
         if result:
             watch.restored += sum(result["seconds"].values())
@@ -5027,36 +4919,18 @@ def save_results(frame, data, results, cfg, run, record, watch):
     return record
 
 
-def check_shared(run):
-    """Raise KitError where a process does not see the record that the first has written."""
-    path = run / "record.json"
-    seen = file_sha256(path) if path.is_file() else ""
-    check_same(seen, f"do not all see {path}: output_dir must be on a disk that all machines share")
-
-
-def follow_run(data, folds, cfg, run, watch):
-    """What `train` does in the processes that share a run with the first: all of the training, and no writing."""
-    if from_first(None) != "complete":
-        check_shared(run)
-        with watch:
-            train_folds(data, folds, cfg, run, watch)
-
-
 def train_run(frame, data, folds, cfg, run, record, watch, lock):
     """What `train` does in a run folder that is its own, with the descriptor of its lock."""
     new = not (run / "record.json").is_file()
     record = begin_run(run, record, folds)
     if record["status"] == "complete":
         print(f"{run} is complete, nothing is trained")
-        from_first("complete")
     else:
         try:
             check_room(run, data.folder, len(folds), cfg)
             write_json(run / "record.json", record)
             with writing(run / "tokenizer"):
                 data.tokenizer.save_pretrained(run / "tokenizer")
-            from_first("running")
-            check_shared(run)
             with watch:
                 results = train_folds(data, folds, cfg, run, watch, lock)
         except KitError:
@@ -5089,8 +4963,7 @@ def train(frame, cfg, test=None):
 
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
     ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`train_side_by_side`), with the same result; processes that
-    torch.distributed.run started share the rows of every step instead, and the first of them writes.
+    Several GPUs train folds side by side (`train_side_by_side`), with the same result.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
     asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
@@ -5098,9 +4971,6 @@ def train(frame, cfg, test=None):
     check_config(backbone / "config.json", HARMLESS)
     config, _ = load_config(backbone, cfg)
     tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
-    if world_size() > 1:
-        print(f"CUDA graphs and compile are off: {world_size()} processes share every step")
-        cfg = dataclasses.replace(cfg, cuda_graphs=False, compile=False)
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
     record = start_record(cfg, asked, frame, backbone, classes)
     describe(cfg, asked, record)
@@ -5127,13 +4997,8 @@ def train(frame, cfg, test=None):
     folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
     data = Data(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
-    alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
-    check_same(alike, "differ in data, backbone, versions or devices")
     name = f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = from_first(None if rank() else find_run_folder(asked, record, name))
-    if rank():
-        follow_run(data, folds, cfg, run, watch)
-        return run
+    run = find_run_folder(asked, record, name)
     with locked(run) as lock:
         train_run(frame, data, folds, cfg, run, record, watch, lock)
     return run
@@ -5700,18 +5565,9 @@ def predict_test(run_folder, test, sample=None):
 def train_by_config(path):
     """What train.ipynb does, with the settings of a JSON file."""
     cfg = Config.from_dict(read_json(user_path("--config", path)))
-    join_processes()
     frame, test, sample = read_competition(cfg)
     run = train(make_folds(frame, cfg), cfg, test)
-    if rank() == 0:
-        predict_test(run, test, sample)
-
-
-def complain(text):
-    """Show an error. What all processes of a machine meet is shown by the first of them: torch.distributed.run ends the
-    others while they wait here."""
-    time.sleep(3 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
-    print(text, file=sys.stderr)
+    predict_test(run, test, sample)
 
 
 def main(arguments):
@@ -5723,22 +5579,11 @@ def main(arguments):
     command = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="what train.ipynb does")
     command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
     asked = parser.parse_args(arguments)
-    silent = int(os.environ.get("RANK", 0)) > 0
-    with contextlib.ExitStack() as stack:
-        if silent:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            warnings.simplefilter("ignore")
-        try:
-            train_by_config(asked.config)
-        except KitError as error:
-            complain(f"{type(error).__name__}: {error}")
-            return 1
-        except RuntimeError as error:
-            lost = isinstance(error, torch.distributed.DistBackendError) or re.search("peer|[Pp]ipe", str(error))
-            if world_size() == 1 or not lost:
-                raise
-            complain(f"process {rank()} cannot go on: another process of the run has ended")
-            return 1
+    try:
+        train_by_config(asked.config)
+    except KitError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
