@@ -155,10 +155,8 @@ def half(three, tmp_path):
 def gpu(monkeypatch):
     """Function: whether it has bf16 -> a stand-in for a GPU."""
 
-    here = ku.versions()
-
     def make(bf16):
-        monkeypatch.setattr(ku, "versions", lambda: here)
+        monkeypatch.setattr(ku, "pick_device", lambda: torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
