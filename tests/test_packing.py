@@ -248,7 +248,7 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
 def test_attention_that_is_set_gets_padded_rows_and_predicts_the_same(attention, build, capsys):
     model, tokens = build("bert")
     expected = ku.predict(model, tokens, ku.Config())
-    assert "BertModel in float32: packed rows, attention text by text" in capsys.readouterr().out
+    assert "BertModel in float32: packed rows" in capsys.readouterr().out
     model, tokens = build("bert", attention=attention)
     assert model.backbone.config._attn_implementation == attention
     np.testing.assert_allclose(ku.predict(model, tokens, ku.Config()), expected, atol=1e-6)

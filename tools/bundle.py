@@ -54,7 +54,7 @@ BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.inde
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
     transformers triton wandb yaml""".split()
-OPTIONAL = {"bitsandbytes": "adamw8bit", "disentangled_flash": "disentangled_flash"}  # import -> setting that needs it
+OPTIONAL = {"bitsandbytes": "adamw8bit"}  # import -> setting that needs it
 IMAGE_TAGS = ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
 
 
