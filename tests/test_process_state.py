@@ -14,17 +14,18 @@ from conftest import ROOT
 import kernel_utils as ku
 
 IMPORTS = """
-import csv, os, sys, warnings
+import csv, os, re, warnings
 import pandas, safetensors.torch, scipy.stats, sklearn.linear_model, sklearn.model_selection, torch, tqdm.auto
 import transformers.integrations.sdpa_attention, transformers.masking_utils
 
 def state():
-    return dict(os.environ), list(warnings.filters), torch.backends.cudnn.allow_tf32, csv.field_size_limit()
+    ours = [kept for kept in warnings.filters if kept[1] and re.search("IProgress|capturable", kept[1].pattern)]
+    return dict(os.environ) == environment, ours, torch.backends.cudnn.allow_tf32, csv.field_size_limit()
 
+environment = dict(os.environ)
 before = state()
 import kernel_utils
-assert state() == before, (before, state())
-assert before[2], "TF32 was off before"
+assert state() == before == (True, [], True, 131072), state()
 """
 
 
