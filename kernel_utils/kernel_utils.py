@@ -40,6 +40,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -61,12 +62,11 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-warnings.filterwarnings("ignore", message="IProgress not found")  # progress here is plain text
-warnings.filterwarnings("ignore", message=".*capturable=True")  # the first steps are not captured, as `Graphs` says
+with warnings.catch_warnings():  # tqdm warns once, as transformers imports it; progress here is plain text
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    importlib.import_module("tqdm.auto")
 
 import numpy as np
 import pandas as pd
@@ -88,9 +88,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 __version__ = "0.7.0"
-
-# float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
-torch.backends.cudnn.allow_tf32 = False
 
 # ---------------------------------------------------------------------------------------
 # 1. Tables of choices
@@ -254,14 +251,25 @@ class Settings:
         """Problems between settings that are each right alone."""
         return []
 
+    recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+
     @classmethod
     def from_dict(cls, settings):
-        """Build from names and values. One ConfigError lists every unknown name and bad value."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        """Build from names and values. One ConfigError lists every unknown name and bad value.
+
+        The value of `recipe` names one of `recipes`: it gives the settings that are not given, and leaves no trace.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        names = ["recipe", *fields] if cls.recipes else fields
         unknown = [name for name in settings if name not in names]
         problems = [f"there is no setting {name!r}{nearest(name, names)}" for name in unknown]
+        recipe = settings.get("recipe", "") if cls.recipes else ""
+        if recipe != "" and str(recipe) not in cls.recipes:
+            accepted = ", ".join(cls.recipes)
+            problems.append(f"recipe must be one of {accepted}; got {recipe!r}{nearest(recipe, cls.recipes)}")
+        values = cls.recipes.get(str(recipe), {}) | settings
         try:
-            config = cls(**{name: value for name, value in settings.items() if name in names})
+            config = cls(**{name: value for name, value in values.items() if name in fields})
         except ConfigError as error:
             problems += error.problems
         if problems:
@@ -274,9 +282,11 @@ class Settings:
     def from_notebook(cls, namespace):
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
-        Settings are what two cells bind: the last one run whose first line is `# Settings` and the last whose
-        first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never count.
-        A notebook exported to a script is read from its file. What `# Settings` leaves at its default is the recipe's.
+        Settings are the names that two cells bind: the last one run whose first line is `# Settings` and the last
+        whose first line is `# Parameters` (papermill's wording). Their values are those of now: a later cell that
+        binds one of the names again changes the setting. The cells of an exported script are read from its file.
+
+        A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters` binds after it.
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
@@ -290,19 +300,19 @@ class Settings:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
             )
-        settings, asked, usual = {}, set(), {field.name: field.default for field in dataclasses.fields(cls)}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        settings, given = {}, set()
         for source in cells:
-            names = bound_names(source)
-            scope = {name: value for name, value in namespace.items() if name not in names}
-            exec(source, scope)
-            bound = {name: scope[name] for name in names if name in scope}
+            bound = {name: namespace[name] for name in bound_names(source) if name in namespace}
             settings |= bound
-            left = {name for name in bound if title(source) == "# Settings" and bound[name] == usual.get(name)}
-            asked = asked - left | (bound.keys() - left)
-        recipe = RECIPES.get(str(settings.get("recipe")), {})
-        config = cls.from_dict({n: value for n, value in settings.items() if n in asked or n not in recipe})
+            given |= bound.keys()
+            if title(source) == "# Settings":
+                given -= {name for name in bound if bound[name] == defaults.get(name)}
+        recipe = cls.recipes.get(str(settings.get("recipe")), {})
+        left = recipe.keys() - given
+        config = cls.from_dict({name: value for name, value in settings.items() if name not in left})
         if recipe:
-            used = [f"{n} {getattr(config, n)}{' (given)' * (n in asked)}" for n in recipe]
+            used = [f"{name} {getattr(config, name)}{' (given)' if name in given else ''}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
 
@@ -322,10 +332,20 @@ def is_settings(source):
     return title(source) in ("# Settings", "# Parameters")
 
 
+INNER_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.ClassDef)
+
+
 def bound_names(source):
-    """Names that a cell assigns to."""
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+    """Names that a cell assigns to, in order; not those inside its comprehensions, functions and classes."""
+    names, nodes = [], [ast.parse(source)]
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        only_annotated = isinstance(node, ast.AnnAssign) and node.value is None
+        if not only_annotated and not isinstance(node, INNER_SCOPES):
+            nodes += ast.iter_child_nodes(node)
+    return names
 
 
 TASKS = {  # task -> (default loss, default metric)
@@ -367,7 +387,7 @@ def run_conflicts(cfg):
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
-    recipe: str = option("", "quick, strong or max: settings to start from, see README; empty means none", RECIPES)
+    recipes: ClassVar[dict] = RECIPES
     # data
     data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
     id_column: str = option("id", "column that names a row")
@@ -466,18 +486,8 @@ class Config(Settings):
     max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
     predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
 
-    @classmethod
-    def from_dict(cls, settings):
-        """Build from names and values; a `recipe` gives those that are not given, and leaves no other trace. One
-        ConfigError lists every unknown name and bad value."""
-        if str(name := settings.get("recipe")) in RECIPES:
-            settings = RECIPES[name] | settings | {"recipe": ""}
-        return super().from_dict(settings)
-
     def conflicts(self):
         problems = []
-        if self.recipe:
-            problems.append(f"recipe is for notebooks and Config.from_dict; give **RECIPES[{self.recipe!r}] here")
         loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
@@ -771,6 +781,14 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _prepare_process():
+    """Set what training and prediction need of the whole process. Importing this module sets none of it."""
+    # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
+    torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers reads it at every call and fork
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # `Graphs` captures only the later steps
+
+
 def digest(*parts):
     """SHA-256 of arrays, lists of texts and files, shortened."""
     total = hashlib.sha256()
@@ -829,13 +847,12 @@ def check_config(path, harmless=()):
 def check_csv(path):
     """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
     characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
-    line = 1
+    line, limit = 1, csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
     try:
         with open(path, "rb") as file:
             for line, data in enumerate(file, 1):
                 if "\0" in data.decode("utf-8"):
                     raise DataError(f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16")
-        csv.field_size_limit(2**31 - 1)  # the default refuses long texts
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader, header, line = csv.reader(file, strict=True), [], 1
             for row in reader:
@@ -849,6 +866,8 @@ def check_csv(path):
         raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
     except (csv.Error, OSError) as error:
         raise DataError(f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
     if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
@@ -1630,6 +1649,8 @@ def hub_backbone(name, cached):
     """Folder of a hub model in the local cache, or downloaded, or why there is none."""
     import huggingface_hub
 
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:  # read when transformers was imported, so too late to set here
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     files = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         for patterns in (files, [*files, "*.bin"]):
@@ -4182,35 +4203,40 @@ class Stopped(KitError):
 # pseudo-labels and of the backbone is compared, not their places.
 FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
 FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
+FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
 
 
-def code_of(part, module, seen):
-    """The compiled code of what `module` defines and `part` uses, with its defaults and constants."""
-    if isinstance(part, (staticmethod, classmethod)):
-        part = part.__func__
-    if isinstance(part, property):
-        return [code_of(function, module, seen) for function in (part.fget, part.fset)]
-    if not (inspect.iscode(part) or getattr(part, "__module__", None) == module):
-        plain = isinstance(part, (int, float, str, bytes, type(None)))
-        if isinstance(part, (list, tuple)):
-            return [code_of(item, module, seen) for item in part]
-        return repr(part) if plain else getattr(part, "__qualname__", type(part).__qualname__)
-    if id(part) in seen:
-        return "again"
-    seen.add(id(part))
-    if inspect.isclass(part):
-        own = [item for item in vars(part).items() if not item[0].startswith("__") or inspect.isfunction(item[1])]
-        return [code_of(item, module, seen) for item in (*part.__bases__, *own)]
-    if not (inspect.iscode(part) or inspect.isfunction(part)):
-        return type(part).__qualname__
-    code, rest = part, []
-    if inspect.isfunction(part):
-        code, used = part.__code__, inspect.getclosurevars(part)
-        rest = [part.__defaults__, sorted((part.__kwdefaults__ or {}).items())]
-        rest += [*used.nonlocals.values(), *used.globals.values()]
-    sets = [sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)]  # in any order
-    rest += [value for value in code.co_consts if not isinstance(value, frozenset)]
-    return [code.co_code.hex(), code.co_names, sets, [code_of(value, module, seen) for value in rest]]
+def source_of(part):
+    """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
+    in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
+    if not inspect.isclass(part):
+        return inspect.getsource(part)
+    texts = []
+    for owner in part.__mro__:
+        if owner.__module__ == part.__module__:  # bases of the notebook too
+            for name, value in vars(owner).items():
+                function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)))
+                if inspect.isfunction(function):
+                    texts.append(inspect.getsource(function))
+                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("__"):
+                    texts.append(f"{name} = {value!r}")
+    return "\n".join(texts)
+
+
+def source_prints(cfg):
+    """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
+    made = {}
+    for field, table in PARTS.items():
+        part = table[getattr(cfg, field)]
+        if part.__module__ == __name__:
+            continue
+        name = f"the code of {field} {getattr(cfg, field)}"
+        try:
+            made[name] = digest(source_of(part))
+        except (OSError, TypeError):
+            made[name] = f"no source: {part.__module__}.{part.__qualname__}"
+            print(f"{name} has no source here: a run that goes on cannot tell whether it has changed")
+    return made
 
 
 def fingerprint(frame, data, cfg):
@@ -4222,10 +4248,8 @@ def fingerprint(frame, data, cfg):
     made |= {"the pseudo-labels": digest(*data.pseudo.values())} if data.pseudo else {}
     made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
     made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
-    parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
-    own = [code_of(part, part.__module__, set()) for part in parts if part.__module__ != __name__]
-    made["the code (kernel_utils.py, or a part in the notebook)"] = digest(Path(__file__), own)
-    return made
+    made["the code (kernel_utils.py)"] = digest(Path(__file__))
+    return made | source_prints(cfg)
 
 
 def as_recorded(settings):
@@ -4368,10 +4392,12 @@ def peak_memory():
     """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # getrusage tells a larger parent's
-    import resource  # not on Windows
+    with contextlib.suppress(OSError):  # macOS has no /proc
+        lines = Path("/proc/self/status").read_text().splitlines()
+        for line in lines:  # sandboxes such as gVisor leave VmHWM out
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows; after a fork it may tell the peak of a larger parent
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -4734,6 +4760,7 @@ def listen(watch):
 def train_job(path):
     """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
     beside the job."""
+    _prepare_process()
     path = Path(path)
     job, folder = read_job(path), path.parent
     torch.set_num_threads(job["threads"])
@@ -4966,6 +4993,7 @@ def train(frame, cfg, test=None):
     Several GPUs train folds side by side (`train_side_by_side`), with the same result.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
+    _prepare_process()
     asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
     backbone = find_backbone(cfg.backbone)
     check_config(backbone / "config.json", HARMLESS)
@@ -5040,6 +5068,10 @@ BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
 # 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6 of a prediction,
+# eight roundings, however little the target spreads.
+GOLDEN_SHARE = 0.01
 
 
 class BundleError(KitError):
@@ -5312,6 +5344,7 @@ def describe_blend(weights, intercept):
 
 def open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
+    _prepare_process()
     with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
@@ -5382,9 +5415,14 @@ def golden_predictions(run, tokenizer, model, precisions):
 
 
 def golden_gaps(run, predictions, golden):
-    """Distance (n,) of predictions (n, K) from what they must be, in units of 1, of the standard deviation of the
-    targets, or of the prediction, whichever is largest."""
-    scale = np.maximum(max(1, run.record["oof"].get("target_sd", 1)), np.abs(golden))
+    """Distance (n,) of predictions (n, K) from what they must be, in standard deviations of the target, or in units
+    of 1 for probabilities.
+
+    Arithmetic rounds a prediction in proportion to its size. Where a target lies further than its spread allows, 1000
+    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `GOLDEN_SHARE`.
+    """
+    spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
+    scale = np.maximum(spread, GOLDEN_SHARE * np.abs(golden))
     return (abs(predictions - np.array(golden)) / scale).max(1)
 
 

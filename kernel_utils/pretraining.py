@@ -615,6 +615,7 @@ def pretrain(cfg):
     Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, and KitError for a backbone
     that cannot be pre-trained so.
     """
+    ku._prepare_process()
     watch, folder = ku.Watch(cfg), ku.find_backbone(cfg.backbone)
     config_path = folder / "config.json"
     ku.check_config(config_path, ku.HARMLESS)

@@ -1,6 +1,7 @@
 """What the README shows works as it stands there."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,17 @@ import torch
 
 import kernel_utils as ku
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture
-def examples():
-    """Run the README's Python blocks; what they register is gone after the test."""
+def examples(tmp_path, monkeypatch):
+    """Run the README's Python blocks beside a copy of the sample; what they register is gone after the test."""
+    shutil.copytree(ROOT / "notebooks" / "sample", tmp_path / "notebooks" / "sample")
+    monkeypatch.chdir(tmp_path)
     tables = {name: dict(table) for name, table in TABLES.items()}
     scope = {"ku": ku, "torch": torch, "__name__": "__main__"}
     for block in BLOCKS:
@@ -54,4 +58,4 @@ def test_the_readme_lists_every_head_loss_metric_and_the_settings_it_names():
         assert [name for name in table if not re.search(rf"\b{name}\b", README)] == []
     rows = re.findall(r"^\| (`.*?) \|", README.split("## Heads")[0], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named and named <= {field.name for field in ku.dataclasses.fields(ku.Config)}
+    assert named and named <= {field.name for field in ku.dataclasses.fields(ku.Config)} | {"recipe"}
