@@ -442,7 +442,7 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
         drawn = rng.integers(n_groups, size=n_groups)
         times = np.bincount(drawn, minlength=n_groups)[groups]  # (N,) how often a row is drawn
         if score.per_row:
-            scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
+            scores[i] = score.reduce(np.tensordot(times, values, 1) / times.sum())
         else:
             rows = np.repeat(np.arange(len(times)), times)
             scores[i] = [score(target[rows], p[rows]) for p in predictions]

@@ -64,7 +64,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-with warnings.catch_warnings():  # tqdm warns once, as transformers imports it; progress here is plain text
+with (
+    warnings.catch_warnings()
+):  # tqdm warns once, as transformers imports it; progress here is plain text
     warnings.filterwarnings("ignore", message="IProgress not found")
     importlib.import_module("tqdm.auto")
 
@@ -93,7 +95,12 @@ __version__ = "0.7.0"
 # 1. Tables of choices
 
 HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
-_PARTS = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}  # setting -> its table
+_PARTS = {
+    "head": HEADS,
+    "loss": LOSSES,
+    "metric": METRICS,
+    "schedule": SCHEDULES,
+}  # setting -> its table
 
 
 def register(table, name):
@@ -128,7 +135,9 @@ class KitError(ValueError):
     title = "cannot go on:"
 
     def __init__(self, problems):
-        self.problems = [_printable(text) for text in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [
+            _printable(text) for text in ([problems] if isinstance(problems, str) else problems)
+        ]
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -203,7 +212,9 @@ _FOLDS_CAST = (_as_folds, "'all' or fold numbers such as 0,2")
 
 def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None):
     """A setting: its default, one line of help, and what it may be set to (`""` is its own choice)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast)
+    )
 
 
 def _did_you_mean(name, names):
@@ -218,7 +229,11 @@ def _validate_field(field, value):
     try:
         value = cast(value)
     except (TypeError, ValueError, OverflowError):
-        hint = " (papermill's -r keeps digits as text)" if field.type is str and isinstance(value, (int, float)) else ""
+        hint = (
+            " (papermill's -r keeps digits as text)"
+            if field.type is str and isinstance(value, (int, float))
+            else ""
+        )
         raise ValueError(f"{field.name} must be {accepts}, got {value!r}{hint}") from None
     choices = meta["choices"]
     if choices is not None and value not in choices and value != field.default:
@@ -226,7 +241,11 @@ def _validate_field(field, value):
         raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}{hint}")
     numbers = value if field.type is tuple else [value] if field.type in (int, float) else []
     if not all(meta["low"] <= n <= meta["high"] for n in numbers):
-        bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"from {meta['low']} to {meta['high']}"
+        bounds = (
+            f"at least {meta['low']}"
+            if meta["high"] == math.inf
+            else f"from {meta['low']} to {meta['high']}"
+        )
         raise ValueError(f"{field.name} must be {bounds}, got {value!r}")
     return value
 
@@ -239,7 +258,9 @@ class Settings:
         problems = []
         for field in dataclasses.fields(self):
             try:
-                object.__setattr__(self, field.name, _validate_field(field, getattr(self, field.name)))
+                object.__setattr__(
+                    self, field.name, _validate_field(field, getattr(self, field.name))
+                )
             except ValueError as problem:
                 problems.append(str(problem))
                 object.__setattr__(self, field.name, field.default)
@@ -266,7 +287,9 @@ class Settings:
         recipe = settings.get("recipe", "") if cls.recipes else ""
         if recipe != "" and str(recipe) not in cls.recipes:
             accepted = ", ".join(cls.recipes)
-            problems.append(f"recipe must be one of {accepted}; got {recipe!r}{_did_you_mean(recipe, cls.recipes)}")
+            problems.append(
+                f"recipe must be one of {accepted}; got {recipe!r}{_did_you_mean(recipe, cls.recipes)}"
+            )
         values = cls.recipes.get(str(recipe), {}) | settings
         try:
             config = cls(**{name: value for name, value in values.items() if name in fields})
@@ -295,7 +318,9 @@ class Settings:
         cells = [source for _, source in sorted(last.values())]
         if not cells and "__file__" in namespace:
             script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-            cells = list(filter(_is_settings_cell, re.split(_CELL_MARKS, script, flags=re.MULTILINE)))
+            cells = list(
+                filter(_is_settings_cell, re.split(_CELL_MARKS, script, flags=re.MULTILINE))
+            )
         if not cells:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
@@ -310,9 +335,14 @@ class Settings:
                 given -= {name for name in bound if bound[name] == defaults.get(name)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
         left = recipe.keys() - given
-        config = cls.from_dict({name: value for name, value in settings.items() if name not in left})
+        config = cls.from_dict(
+            {name: value for name, value in settings.items() if name not in left}
+        )
         if recipe:
-            used = [f"{name} {getattr(config, name)}{' (given)' if name in given else ''}" for name in recipe]
+            used = [
+                f"{name} {getattr(config, name)}{' (given)' if name in given else ''}"
+                for name in recipe
+            ]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
 
@@ -332,7 +362,15 @@ def _is_settings_cell(source):
     return _first_line(source) in ("# Settings", "# Parameters")
 
 
-_INNER_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.ClassDef)
+_INNER_SCOPES = (
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.Lambda,
+    ast.FunctionDef,
+    ast.ClassDef,
+)
 
 
 def _assigned_names(source):
@@ -368,7 +406,9 @@ _FOLD_KINDS = {
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-_BATCH_TOKENS_HELP = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
+_BATCH_TOKENS_HELP = (
+    "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
+)
 _MAX_WIDTH = 2**16  # of a layer of a head
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -379,7 +419,9 @@ def _run_conflicts(cfg):
     if cfg.resume_from and not cfg.resume:
         problems.append("resume_from does nothing while resume is False")
     if not re.fullmatch(r"[\w.=+-]*", cfg.run_name) or cfg.run_name.strip(".") != cfg.run_name:
-        problems.append(f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}")
+        problems.append(
+            f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}"
+        )
     return problems
 
 
@@ -389,7 +431,9 @@ class Config(Settings):
 
     recipes: ClassVar[dict] = RECIPES
     # data
-    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
+    data_dir: str = option(
+        "", "folder with train.csv; empty means the attached competition, else the sample"
+    )
     id_column: str = option("id", "column that names a row")
     text_column: str = option("excerpt", "column with the text")
     pair_column: str = option("", "column with a second text, encoded as a pair; empty means none")
@@ -399,27 +443,52 @@ class Config(Settings):
     max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
     n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
     run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=_FOLDS_CAST)
-    fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS)
+    fold_kind: str = option(
+        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS
+    )
     group_column: str = option("", "column whose values stay in one fold, for group folds")
     fold_seed: int = option(0, "seed of the folds", low=0, high=2**32 - 1)
     # text
     max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = option("head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail"))
-    prefix: str = option("", "text put before each text; {column} inserts a column, new [words] become tokens")
-    # extra texts
-    pseudo_dir: str = option("", "folder that tools/pseudo_label.py made: train on its texts too; empty means none")
-    pseudo_weight: float = option(1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3)
-    pseudo_epochs: int = option(0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0)
-    # model
-    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
-    head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
-    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH)
-    conv_channels: tuple = option(
-        (256, 1), "conv1d: channels of each convolution, of the last for each output", low=1, high=_MAX_WIDTH
+    truncation: str = option(
+        "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
     )
-    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH)
+    prefix: str = option(
+        "", "text put before each text; {column} inserts a column, new [words] become tokens"
+    )
+    # extra texts
+    pseudo_dir: str = option(
+        "", "folder that tools/pseudo_label.py made: train on its texts too; empty means none"
+    )
+    pseudo_weight: float = option(
+        1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3
+    )
+    pseudo_epochs: int = option(
+        0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0
+    )
+    # model
+    backbone: str = option(
+        DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name"
+    )
+    head: str = option(
+        "mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS
+    )
+    conv_kernels: tuple = option(
+        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH
+    )
+    conv_channels: tuple = option(
+        (256, 1),
+        "conv1d: channels of each convolution, of the last for each output",
+        low=1,
+        high=_MAX_WIDTH,
+    )
+    rnn_size: int = option(
+        256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH
+    )
     concat_layers: int = option(4, "concat: number of last layers", low=1)
-    weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
+    weighted_pool: str = option(
+        "cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean")
+    )
     head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
     dropout_samples: int = option(1, "dropout masks whose losses are averaged; 1 means off", low=1)
     backbone_dropout: float = option(
@@ -435,56 +504,114 @@ class Config(Settings):
         _ATTENTIONS,
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
-    compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
-    fold_processes: int = option(0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0)
+    compile: bool = option(
+        False, "torch.compile the backbone: half a minute that pays in long runs"
+    )
+    fold_processes: int = option(
+        0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0
+    )
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
     focal_gamma: float = option(2.0, "focal: power of the probability that is missing", low=0)
-    rank_weight: float = option(1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0)
-    levels: tuple = option((0, 0), "coral: lowest and highest of the whole numbers that are the targets")
+    rank_weight: float = option(
+        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0
+    )
+    levels: tuple = option(
+        (0, 0), "coral: lowest and highest of the whole numbers that are the targets"
+    )
     error_weights: bool = option(False, "weight rows by their standard error, the surer the more")
-    label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
+    label_smoothing: float = option(
+        0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99
+    )
     metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
     epochs: int = option(3, "passes over the training folds", low=1)
     batch_size: int = option(16, "rows of an optimiser step", low=1)
-    micro_batch_size: int = option(0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    length_bucket: int = option(
-        0, "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4", low=0
+    micro_batch_size: int = option(
+        0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0
     )
-    lr: float = option(0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0)
+    length_bucket: int = option(
+        0,
+        "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4",
+        low=0,
+    )
+    lr: float = option(
+        0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0
+    )
     head_lr: float = option(1e-3, "peak learning rate of the head", low=0)
-    llrd: float = option(1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1)
+    llrd: float = option(
+        1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1
+    )
     weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    schedule: str = option("cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES)
+    schedule: str = option(
+        "cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES
+    )
     warmup_ratio: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
-    optimizer: str = option("adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", _OPTIMIZERS)
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", _OPTIMIZERS
+    )
     max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS)
+    precision: str = option(
+        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
+    )
     # regularisation
-    awp: float = option(0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0)
-    awp_eps: float = option(0.01, "awp: a weight moves by this share of itself at most", low=0, high=1)
-    fgm: float = option(0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0)
-    adversarial_start: float = option(1.0, "awp, fgm: epochs before the first adversarial step", low=0)
-    rdrop: float = option(0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0)
-    label_noise: float = option(0.0, "noise added to the targets, in their standard errors; 0: off", low=0)
-    mixout: float = option(0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99)
-    ema: float = option(0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999)
-    swa_start: float = option(0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0)
+    awp: float = option(
+        0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0
+    )
+    awp_eps: float = option(
+        0.01, "awp: a weight moves by this share of itself at most", low=0, high=1
+    )
+    fgm: float = option(
+        0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0
+    )
+    adversarial_start: float = option(
+        1.0, "awp, fgm: epochs before the first adversarial step", low=0
+    )
+    rdrop: float = option(
+        0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0
+    )
+    label_noise: float = option(
+        0.0, "noise added to the targets, in their standard errors; 0: off", low=0
+    )
+    mixout: float = option(
+        0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
+    )
+    ema: float = option(
+        0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999
+    )
+    swa_start: float = option(
+        0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0
+    )
     # evaluation and records
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
-    eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
+    eval_steps: int = option(
+        0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0
+    )
     keep: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
-    run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
-    report_to: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
+    run_name: str = option(
+        "", "name of the run folder; empty means made from backbone, head and seed"
+    )
+    report_to: str = option(
+        "", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",)
+    )
     # interruptions
-    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
-    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
-    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
-    max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
-    predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
+    resume: bool = option(
+        True, "go on with an unfinished run of the same name and settings, exactly where it was"
+    )
+    resume_from: str = option(
+        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
+    )
+    max_minutes: float = option(
+        0.0, "minutes from the start of training to the submission; 0 means no limit", low=0
+    )
+    predict_partial: bool = option(
+        False, "when a run is stopped, predict with what is trained, else end with an error"
+    )
 
     def conflicts(self):
         problems = []
@@ -492,11 +619,17 @@ class Config(Settings):
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
         if metric and self.task not in metric.tasks:
-            problems.append(f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}")
+            problems.append(
+                f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}"
+            )
         if self.task in ("binary", "multiclass") and len(self.targets) > 1:
-            problems.append(f"task {self.task} takes one target column, got target_columns {self.target_columns!r}")
+            problems.append(
+                f"task {self.task} takes one target column, got target_columns {self.target_columns!r}"
+            )
         if not all(self.targets) or len(set(self.targets)) < len(self.targets):
-            problems.append(f"target_columns has an empty or repeated name: {self.target_columns!r}")
+            problems.append(
+                f"target_columns has an empty or repeated name: {self.target_columns!r}"
+            )
         if "fold" in self.targets:
             problems.append("target_columns must not hold 'fold': that column has the folds")
         if len(self.conv_kernels) != len(self.conv_channels):
@@ -510,26 +643,44 @@ class Config(Settings):
         uses = {"error_weights": self.error_weights, "label_noise": self.label_noise}
         if not self.error_column:
             problems += [
-                f"{name} needs error_column, the standard errors of the targets" for name in uses if uses[name]
+                f"{name} needs error_column, the standard errors of the targets"
+                for name in uses
+                if uses[name]
             ]
-        elif not any(uses.values()) and not (loss and "error" in loss.takes):
-            problems.append("error_column does nothing without error_weights, label_noise or the loss gaussian")
+        elif not any(uses.values()) and not (loss and "target_std" in loss.extra_inputs):
+            problems.append(
+                "error_column does nothing without error_weights, label_noise or the loss gaussian"
+            )
         if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
-            problems.append(f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}")
+            problems.append(
+                f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}"
+            )
         if self.loss == "coral" and len(self.targets) > 1:
-            problems.append(f"loss coral takes one target column, got target_columns {self.target_columns!r}")
+            problems.append(
+                f"loss coral takes one target column, got target_columns {self.target_columns!r}"
+            )
         if self.awp and self.fgm:
-            problems.append("awp and fgm are two adversarial passes of a step: set one of them to 0")
+            problems.append(
+                "awp and fgm are two adversarial passes of a step: set one of them to 0"
+            )
         if (self.awp or self.fgm) and self.adversarial_start >= self.epochs:
-            problems.append(f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}")
+            problems.append(
+                f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}"
+            )
         if self.ema and self.swa_start:
-            problems.append("ema and swa_start are two averages of the weights: set one of them to 0")
+            problems.append(
+                "ema and swa_start are two averages of the weights: set one of them to 0"
+            )
         if self.swa_start >= self.epochs:
             problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
-        still = self.backbone_dropout == 0 or (self.backbone_dropout == -1 and self.task == "regression")
+        still = self.backbone_dropout == 0 or (
+            self.backbone_dropout == -1 and self.task == "regression"
+        )
         if self.rdrop and still and not self.head_dropout:
-            problems.append("rdrop does nothing without dropout: set head_dropout or backbone_dropout")
-        if self.rdrop and loss and loss.outer is not Loss.outer:
+            problems.append(
+                "rdrop does nothing without dropout: set head_dropout or backbone_dropout"
+            )
+        if self.rdrop and loss and loss.reduce is not Loss.reduce:
             problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
         if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
             problems.append("label_smoothing is for the loss cross_entropy")
@@ -540,7 +691,9 @@ class Config(Settings):
         if "group" in self.fold_kind and not self.group_column:
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
-            problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
+            problems.append(
+                f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
+            )
         return problems + _run_conflicts(self)
 
     @property
@@ -568,8 +721,12 @@ class Config(Settings):
 class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
-    data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
-    bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
+    data_dir: str = option(
+        "", "folder with test.csv; empty means the attached competition, else the sample"
+    )
+    bundle_dir: str = option(
+        "", "bundle or run folder; empty means the only one attached, or under runs/"
+    )
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
@@ -594,7 +751,11 @@ def _on_kaggle():
 
 def _attached_folders(marker):
     """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (path.parent for depth in range(1, 7) for path in _kaggle_root().glob("input/" + "*/" * depth + marker))
+    found = (
+        path.parent
+        for depth in range(1, 7)
+        for path in _kaggle_root().glob("input/" + "*/" * depth + marker)
+    )
     return sorted({path.resolve(): path for path in found}.values())
 
 
@@ -608,7 +769,11 @@ def _user_path(setting, value):
         path = Path(value).expanduser()
         with contextlib.suppress(FileNotFoundError):
             path.stat()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, not permitted; a user or a character unknown
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # too long, not permitted; a user or a character unknown
         raise ConfigError(f"{setting} {str(value)!r} cannot be used: {error}") from None
     return path
 
@@ -629,7 +794,9 @@ def _find_data_dir(data_dir, marker):
         if not os.access(folder, os.R_OK | os.X_OK):
             raise DataError(f"data_dir {data_dir!r}: Permission denied")
         if not _file_exists(folder / marker):
-            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {_comma_join(sorted(os.listdir(folder)))}")
+            raise DataError(
+                f"data_dir {data_dir!r} has no {marker}; it has {_comma_join(sorted(os.listdir(folder)))}"
+            )
         return folder
     if _on_kaggle():
         root = _kaggle_root() / "input"
@@ -637,9 +804,15 @@ def _find_data_dir(data_dir, marker):
         if len(found) != 1:
             problem = "several competitions are attached" if found else "no attached competition"
             options = [path.parent for path in found] or _attached_folders("*.csv")
-            raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(options)}")
+            raise DataError(
+                f"{problem} has a {marker}; set data_dir to one of: {_comma_join(options)}"
+            )
         return found[0].parent
-    clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]  # a bundle's module is in no clone
+    clones = [
+        Path(__file__).resolve().parents[1],
+        Path.cwd(),
+        *Path.cwd().parents,
+    ]  # a bundle's module is in no clone
     samples = [clone / "notebooks" / "sample" for clone in clones]
     found = [folder for folder in samples if (folder / marker).is_file()]
     if not found:
@@ -664,12 +837,16 @@ def _pick_device():
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
     except RuntimeError as error:
         name = torch.cuda.get_device_name()
-        raise KitError(f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator") from error
+        raise KitError(
+            f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator"
+        ) from error
     return device
 
 
 def _device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    )
 
 
 def _pick_dtype(precision, device):
@@ -723,7 +900,9 @@ def _wrap_read_errors(what):
     except (KitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise KitError(f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}") from error
+        raise KitError(
+            f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -733,7 +912,9 @@ def _wrap_write_errors(path):
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise KitError(f"{path} could not be written: {why}; what was saved before is as it was") from None
+        raise KitError(
+            f"{path} could not be written: {why}; what was saved before is as it was"
+        ) from None
 
 
 def _open_lines(path, mode):
@@ -755,7 +936,9 @@ def _fsync(path):
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # network disks: files only
+        if not (
+            os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)
+        ):  # network disks: files only
             raise
     finally:
         os.close(descriptor)
@@ -785,8 +968,12 @@ def _prepare_process():
     """Set what training and prediction need of the whole process. Importing this module sets none of it."""
     # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
     torch.backends.cudnn.allow_tf32 = False
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers reads it at every call and fork
-    warnings.filterwarnings("ignore", message=".*capturable=True")  # `_CudaGraphs` captures only the later steps
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # tokenizers reads it at every call and fork
+    warnings.filterwarnings(
+        "ignore", message=".*capturable=True"
+    )  # `_CudaGraphs` captures only the later steps
 
 
 def _digest(*parts):
@@ -796,7 +983,11 @@ def _digest(*parts):
         if isinstance(part, Path):
             total.update(_file_sha256(part).encode())
         else:
-            total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
+            total.update(
+                np.ascontiguousarray(part)
+                if isinstance(part, np.ndarray)
+                else json.dumps(part).encode()
+            )
     return total.hexdigest()[:16]
 
 
@@ -826,7 +1017,9 @@ def _foreign_code_keys(content):
     among others): those named so, and an attention implementation that is the name of a hub repository."""
     found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in items:
-        if key in _FOREIGN_CODE_KEYS or (str(key).endswith("attn_implementation") and "/" in str(value)):
+        if key in _FOREIGN_CODE_KEYS or (
+            str(key).endswith("attn_implementation") and "/" in str(value)
+        ):
             found.append(key)
         if isinstance(value, (dict, list)):
             found += _foreign_code_keys(value)
@@ -837,7 +1030,9 @@ def _check_no_foreign_code(path, harmless=()):
     """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
     keys = _foreign_code_keys(_read_json(path))
     if keys := [key for key in keys if key not in harmless]:
-        raise KitError(f"{path}: {_comma_join(keys)} could make transformers run code from elsewhere; delete it")
+        raise KitError(
+            f"{path}: {_comma_join(keys)} could make transformers run code from elsewhere; delete it"
+        )
 
 
 # ---------------------------------------------------------------------------------------
@@ -852,7 +1047,9 @@ def _check_csv(path):
         with open(path, "rb") as file:
             for line, data in enumerate(file, 1):
                 if "\0" in data.decode("utf-8"):
-                    raise DataError(f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16")
+                    raise DataError(
+                        f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16"
+                    )
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader, header, line = csv.reader(file, strict=True), [], 1
             for row in reader:
@@ -860,12 +1057,16 @@ def _check_csv(path):
                     header = row
                 if len(row) > len(header) > 0:
                     hint = "; is it separated by commas?" if len(header) == 1 else ""
-                    raise DataError(f"{path}, line {line}: more cells than the header has columns{hint}")
+                    raise DataError(
+                        f"{path}, line {line}: more cells than the header has columns{hint}"
+                    )
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
     except (csv.Error, OSError) as error:
-        raise DataError(f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})") from None
+        raise DataError(
+            f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})"
+        ) from None
     finally:
         csv.field_size_limit(limit)
     if not header:
@@ -882,7 +1083,9 @@ def _read_table(path, columns):
     if missing:
         hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
         comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
-        raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}")
+        raise DataError(
+            f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}"
+        )
     if frame.empty:
         raise DataError(f"{path}: no rows")
     return frame
@@ -894,7 +1097,9 @@ def _bad_rows(path, frame, id_column, column, bad, expected):
     if not len(rows):
         return []
     ids, cells = ([str(frame[name].iloc[i])[:60] for i in rows[:3]] for name in (id_column, column))
-    shown = [f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)]
+    shown = [
+        f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)
+    ]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
 
@@ -940,8 +1145,14 @@ def _read_train(cfg, data_dir):
     for column in cfg.targets:
         if cfg.task in ("regression", "multilabel"):
             numbers[column] = _to_numbers(frame[column])
-            allowed = np.isfinite(numbers[column]) if cfg.task == "regression" else np.isin(numbers[column], (0, 1))
-            problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
+            allowed = (
+                np.isfinite(numbers[column])
+                if cfg.task == "regression"
+                else np.isin(numbers[column], (0, 1))
+            )
+            problems += check(
+                column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1"
+            )
         else:
             problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
     for column in errors:
@@ -949,16 +1160,22 @@ def _read_train(cfg, data_dir):
         allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
         problems += check(column, ~allowed, "a finite number from 0 up")
         if not numbers[column].any():
-            problems.append(f"{path}, column {column}: expected an error above 0 in some row, got 0 in all")
+            problems.append(
+                f"{path}, column {column}: expected an error above 0 in some row, got 0 in all"
+            )
     if problems:
         raise DataError(problems)
     frame = frame.assign(**numbers)
     if cfg.max_rows and cfg.max_rows < len(frame):
-        frame = frame[_id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
+        frame = frame[_id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(
+            drop=True
+        )
     labels = len(_class_labels(frame, cfg))
     if (cfg.task == "binary" and labels != 2) or (cfg.task == "multiclass" and labels < 2):
         wanted = f"{'two' if cfg.task == 'binary' else 'two or more'} labels for task {cfg.task}"
-        raise DataError(f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows")
+        raise DataError(
+            f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows"
+        )
     return frame
 
 
@@ -978,10 +1195,19 @@ def _read_test(cfg, data_dir, columns=()):
     for path, frame in zip(paths, (test, sample), strict=True):
         if frame is not None:
             ids = frame[cfg.id_column]
-            for bad, expected in ((ids.duplicated(), "each id once"), (ids.str.strip().eq(""), "a value")):
-                problems += _bad_rows(path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected)
-    if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in _text_columns(cfg))):
-        warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
+            for bad, expected in (
+                (ids.duplicated(), "each id once"),
+                (ids.str.strip().eq(""), "a value"),
+            ):
+                problems += _bad_rows(
+                    path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected
+                )
+    if test is not None and (
+        empty := sum(int(test[c].str.strip().eq("").sum()) for c in _text_columns(cfg))
+    ):
+        warnings.warn(
+            f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2
+        )
     if test is not None and sample is not None:
         ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
         for name, ids in ((paths[1].name, ours - theirs), (paths[0].name, theirs - ours)):
@@ -1009,10 +1235,15 @@ def _submission_columns(sample, cfg, classes):
 
     One column takes any single output or the likeliest class; several must be the targets or the classes.
     """
-    columns, names = [name for name in sample.columns if name != cfg.id_column], _output_names(cfg, classes)
+    columns, names = (
+        [name for name in sample.columns if name != cfg.id_column],
+        _output_names(cfg, classes),
+    )
     single = len(columns) == 1 and (len(names) == 1 or cfg.task == "multiclass")
     if not single and set(columns) != set(names):
-        raise DataError(f"sample_submission.csv has columns {_comma_join(columns)}; the settings predict {_comma_join(names)}")
+        raise DataError(
+            f"sample_submission.csv has columns {_comma_join(columns)}; the settings predict {_comma_join(names)}"
+        )
     return columns
 
 
@@ -1077,9 +1308,13 @@ def make_folds(frame, cfg):
     if "fold" in frame.columns:
         folds = _to_numbers(frame["fold"])
         bad = ~((folds >= 0) & (folds < 2**31) & (folds == np.floor(folds)))  # NaN too
-        problems = _bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
+        problems = _bad_rows(
+            "train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ..."
+        )
         if problems or len(set(folds)) < 2:
-            raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
+            raise DataError(
+                problems or "train.csv, column fold: expected two or more folds, got one"
+            )
         print("folds are those of the column 'fold'")
     else:
         order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
@@ -1089,11 +1324,15 @@ def make_folds(frame, cfg):
         try:
             with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
                 warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-                for fold, (_, rows) in enumerate(splitter.split(ordered, _strata(ordered, cfg), groups)):
+                for fold, (_, rows) in enumerate(
+                    splitter.split(ordered, _strata(ordered, cfg), groups)
+                ):
                     folds[order[rows]] = fold
         except ValueError as error:
             column = cfg.group_column if "group" in cfg.fold_kind else cfg.target_columns
-            raise DataError(f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
+            raise DataError(
+                f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+            ) from None
     frame = frame.assign(fold=folds.astype(int))
     _requested_folds(frame, cfg)
     problems = []
@@ -1101,7 +1340,9 @@ def make_folds(frame, cfg):
         spread = frame.groupby(column)["fold"].nunique()
         for label in spread.index[spread < 2]:
             rows = int((frame[column] == label).sum())
-            problems.append(f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only")
+            problems.append(
+                f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only"
+            )
     if problems:
         raise DataError(problems)
     return frame
@@ -1112,7 +1353,9 @@ def _requested_folds(frame, cfg):
     there = sorted(set(frame["fold"]))
     asked = there if cfg.run_folds == "all" else sorted(set(_as_ints(cfg.run_folds)))
     if not set(asked) <= set(there):
-        raise ConfigError(f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}")
+        raise ConfigError(
+            f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}"
+        )
     return [int(fold) for fold in asked]
 
 
@@ -1133,9 +1376,15 @@ _VOCABULARY_FILES = (
 def _load_tokenizer(folder):
     """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
     if not any(next(Path(folder).glob(name), None) for name in _VOCABULARY_FILES):
-        raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}")
-    with _wrap_read_errors(f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        raise KitError(
+            f"{folder} has no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}"
+        )
+    with _wrap_read_errors(
+        f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         tokenizer("a word, and one that nobody knows: \U0010fffd")
     for key in _HARMLESS_KEYS:  # they would be saved with a run, and refused there
         tokenizer.init_kwargs.pop(key, None)
@@ -1158,7 +1407,9 @@ class _Pack(NamedTuple):
     starts: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
     longest: int  # T: no segment is longer
     positions: torch.Tensor  # (1, N), from 0 in each segment
-    places: torch.Tensor  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
+    places: (
+        torch.Tensor
+    )  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
     mask: torch.Tensor  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
 
     def pad(self, x):
@@ -1168,7 +1419,9 @@ class _Pack(NamedTuple):
 
     def unpad(self, x):
         """(B, T, ...) -> (N, ...), zeros in slots that are left over."""
-        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(0, self.places)
+        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(
+            0, self.places
+        )
 
 
 class Tokens:
@@ -1192,7 +1445,10 @@ class Tokens:
         """The rows as padded tensors (B, T) on `device`: input_ids, attention_mask and token_type_ids."""
         mask = np.arange(self.lengths[rows].max()) < self.lengths[rows][:, None]  # (B, T)
         spans = np.concatenate([np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows])
-        arrays = {"input_ids": np.full(mask.shape, self.pad_id), "attention_mask": mask.astype(np.int64)}
+        arrays = {
+            "input_ids": np.full(mask.shape, self.pad_id),
+            "attention_mask": mask.astype(np.int64),
+        }
         arrays["input_ids"][mask] = self.ids[spans]
         if self.types is not None:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
@@ -1203,7 +1459,9 @@ class Tokens:
         """The texts as tensors that stay on `device`: ids, types (or None), offsets, lengths."""
         if device not in self.resident:
             arrays = (self.ids, self.types, self.offsets, self.lengths)
-            self.resident[device] = [None if array is None else _to_device(array, device) for array in arrays]
+            self.resident[device] = [
+                None if array is None else _to_device(array, device) for array in arrays
+            ]
         return self.resident[device]
 
     def pack(self, rows, slots, longest, spare=False):
@@ -1232,7 +1490,9 @@ class Tokens:
 
         places = torch.where(used, row * longest + positions, len(rows) * longest)
         mask = (torch.arange(longest, device=rows.device) < lengths.clamp(min=1)[:, None]).long()
-        tensors = {"input_ids": fill(ids, self.pad_id)} | ({} if types is None else {"token_type_ids": fill(types, 0)})
+        tensors = {"input_ids": fill(ids, self.pad_id)} | (
+            {} if types is None else {"token_type_ids": fill(types, 0)}
+        )
         return tensors | {"pack": _Pack(starts.int(), longest, positions[None], places, mask)}
 
     def packed(self, rows, device):
@@ -1246,7 +1506,9 @@ def _find_sublist(part, whole, start):
     for i in range(start, len(whole) - len(part) + 1):
         if whole[i : i + len(part)] == part:
             return i
-    raise KitError(f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}")
+    raise KitError(
+        f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}"
+    )
 
 
 def _special_segments(tokenizer, pair):
@@ -1288,10 +1550,16 @@ def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
         return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
 
     columns = [encode(texts)] if pairs is None else [encode(texts), encode(pairs)]
-    starts = [[]] * len(columns[0]) if prefixes is None else encode(prefix.rstrip() for prefix in prefixes)
+    starts = (
+        [[]] * len(columns[0])
+        if prefixes is None
+        else encode(prefix.rstrip() for prefix in prefixes)
+    )
     room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
     if room <= (longest := max(map(len, starts), default=0)):
-        raise ConfigError(f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens")
+        raise ConfigError(
+            f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens"
+        )
     spare = next((i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
     all_ids, all_types = [], []
     for start, *row in zip(starts, *columns, strict=True):
@@ -1314,30 +1582,42 @@ def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
 
 def _check_vocabulary(tokens, tokenizer):
     """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
-    words = tokens.ids[~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    words = tokens.ids[
+        ~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])
+    ]
     share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
     if share > 0.5:
-        raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
+        raise KitError(
+            f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown"
+        )
 
 
 def _check_token_ids(tokens, new, config, folder):
     """Raise KitError where the texts have token ids without an embedding, but for the `new` ones that will get one."""
     size = getattr(config, "vocab_size", math.inf)
     if len(beyond := np.setdiff1d(tokens.ids[tokens.ids >= size], new)):
-        raise KitError(f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings")
+        raise KitError(
+            f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings"
+        )
 
 
 def _make_prefixes(frame, cfg):
     """`cfg.prefix` for every row, columns filled in."""
     columns = _prefix_columns(cfg)
     parts = re.split(r"\{[^{}]+\}", cfg.prefix)
-    rows = zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
+    rows = (
+        zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
+    )
     return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
 
 
 def _new_prefix_tokens(tokenizer, frame, cfg):
     """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = {word for text in set(_make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)}
+    words = {
+        word
+        for text in set(_make_prefixes(frame, cfg))
+        for word in re.findall(r"\[[^\[\]]+\]", text)
+    }
     return sorted(words - set(tokenizer.get_vocab()))
 
 
@@ -1345,7 +1625,9 @@ def _add_prefix_tokens(tokenizer, frame, cfg):
     """Make a special token of each of the `_new_prefix_tokens`; returns them."""
     new = _new_prefix_tokens(tokenizer, frame, cfg)
     if len(new) > 1000:
-        raise ConfigError(f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000")
+        raise ConfigError(
+            f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000"
+        )
     tokenizer.add_tokens(new, special_tokens=True)
     return new
 
@@ -1353,7 +1635,13 @@ def _add_prefix_tokens(tokenizer, frame, cfg):
 def _tokenize_frame(frame, tokenizer, cfg):
     """`_tokenize` for the text columns of a frame, with the prefix."""
     pairs = frame[cfg.pair_column] if cfg.pair_column else None
-    return _tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, _make_prefixes(frame, cfg) if cfg.prefix else None)
+    return _tokenize(
+        frame[cfg.text_column],
+        tokenizer,
+        cfg,
+        pairs,
+        _make_prefixes(frame, cfg) if cfg.prefix else None,
+    )
 
 
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
@@ -1387,82 +1675,90 @@ def _plan_prediction_batches(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `mask` (B, T),
-# and returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
+# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `attention_mask` (B, T),
+# and returns features (B, D); it says D in `self.out_features`. Padding is on the right and must never show:
 # the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
 
 
 class EncoderInfo(NamedTuple):
     """What a head is built from besides the settings."""
 
-    width: int  # H
-    n_states: int  # L + 1
-    cls_last: bool = False  # the token that stands for the text is the last one, not the first
-    n_outputs: int = 1  # K
+    hidden_size: int  # H
+    num_hidden_states: int  # L + 1
+    cls_is_last: bool = False  # the token that stands for the text is the last one, not the first
+    num_outputs: int = 1  # K
 
 
-def cls_token(state, mask, shape):
+def cls_token(state, attention_mask, encoder):
     """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
-    if not shape.cls_last:
+    if not encoder.cls_is_last:
         return state[:, 0]
-    return state[torch.arange(len(state), device=state.device), mask.sum(1) - 1]
+    return state[torch.arange(len(state), device=state.device), attention_mask.sum(1) - 1]
 
 
-def masked_mean(state, mask):
-    m = mask.unsqueeze(-1)  # (B, T, 1)
+def masked_mean(state, attention_mask):
+    m = attention_mask.unsqueeze(-1)  # (B, T, 1)
     return (state * m).sum(1) / m.sum(1)  # (B, H)
 
 
-def masked_max(state, mask):
-    return state.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(1)  # (B, H)
+def masked_max(state, attention_mask):
+    return state.masked_fill(attention_mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(
+        1
+    )  # (B, H)
 
 
 @register(HEADS, "cls")
 class ClsHead(nn.Module):
     """The token that stands for the text. BERT, arXiv:1810.04805."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.shape, self.size = shape, shape.width
+        self.encoder, self.out_features = encoder, encoder.hidden_size
 
-    def forward(self, states, mask):
-        return cls_token(states[-1], mask, self.shape)
+    def forward(self, hidden_states, attention_mask):
+        return cls_token(hidden_states[-1], attention_mask, self.encoder)
 
 
 @register(HEADS, "mean")
 class MeanHead(nn.Module):
     """Average of the tokens. Sentence-BERT, arXiv:1908.10084."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
 
-    def forward(self, states, mask):
-        return masked_mean(states[-1], mask)
+    def forward(self, hidden_states, attention_mask):
+        return masked_mean(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "max")
 class MaxHead(nn.Module):
     """Maximum over the tokens, for each unit."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
 
-    def forward(self, states, mask):
-        return masked_max(states[-1], mask)
+    def forward(self, hidden_states, attention_mask):
+        return masked_max(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "meanmax")
 class MeanMaxHead(nn.Module):
     """Mean and max side by side."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = 2 * shape.width
+        self.out_features = 2 * encoder.hidden_size
 
-    def forward(self, states, mask):
-        return torch.cat([masked_mean(states[-1], mask), masked_max(states[-1], mask)], dim=1)  # (B, 2H)
+    def forward(self, hidden_states, attention_mask):
+        return torch.cat(
+            [
+                masked_mean(hidden_states[-1], attention_mask),
+                masked_max(hidden_states[-1], attention_mask),
+            ],
+            dim=1,
+        )  # (B, 2H)
 
 
 @register(HEADS, "conv1d")
@@ -1473,34 +1769,42 @@ class Conv1dHead(nn.Module):
     mask is applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        widths = [shape.width, *cfg.conv_channels[:-1], cfg.conv_channels[-1] * shape.n_outputs]
+        widths = [
+            encoder.hidden_size,
+            *cfg.conv_channels[:-1],
+            cfg.conv_channels[-1] * encoder.num_outputs,
+        ]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
         self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
-        self.size = widths[-1]
+        self.out_features = widths[-1]
 
-    def forward(self, states, mask):
-        m = mask.unsqueeze(1)  # (B, 1, T)
-        x = states[-1].transpose(1, 2)  # (B, H, T)
+    def forward(self, hidden_states, attention_mask):
+        m = attention_mask.unsqueeze(1)  # (B, 1, T)
+        x = hidden_states[-1].transpose(1, 2)  # (B, H, T)
         for i, conv in enumerate(self.convs):
             k = conv.kernel_size[0]
             x = F.relu(x) if i else x
             x = conv(F.pad(x * m, ((k - 1) // 2, k // 2)))  # (B, C, T)
-        return masked_max(x.transpose(1, 2), mask)  # (B, C)
+        return masked_max(x.transpose(1, 2), attention_mask)  # (B, C)
 
 
 class RecurrentHead(nn.Module):
     """Final state of a recurrent layer that runs over the real tokens alone (packed)."""
 
-    def __init__(self, shape, cfg, layer, bidirectional=False):
+    def __init__(self, encoder, cfg, layer, bidirectional=False):
         super().__init__()
-        self.rnn = layer(shape.width, cfg.rnn_size, batch_first=True, bidirectional=bidirectional)
-        self.size = cfg.rnn_size * (2 if bidirectional else 1)
+        self.rnn = layer(
+            encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=bidirectional
+        )
+        self.out_features = cfg.rnn_size * (2 if bidirectional else 1)
 
-    def forward(self, states, mask):
-        lengths = mask.sum(1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(states[-1], lengths, batch_first=True, enforce_sorted=False)
+    def forward(self, hidden_states, attention_mask):
+        lengths = attention_mask.sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            hidden_states[-1], lengths, batch_first=True, enforce_sorted=False
+        )
         _, final = self.rnn(packed)
         final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
         return final.transpose(0, 1).flatten(1)  # (B, directions * R)
@@ -1510,24 +1814,24 @@ class RecurrentHead(nn.Module):
 class LstmHead(RecurrentHead):
     """LSTM, Hochreiter and Schmidhuber 1997."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.LSTM)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.LSTM)
 
 
 @register(HEADS, "bilstm")
 class BiLstmHead(RecurrentHead):
     """LSTM in both directions: the last token of one, the first token of the other."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.LSTM, bidirectional=True)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.LSTM, bidirectional=True)
 
 
 @register(HEADS, "gru")
 class GruHead(RecurrentHead):
     """GRU, arXiv:1406.1078."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.GRU)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.GRU)
 
 
 @register(HEADS, "concat")
@@ -1537,18 +1841,23 @@ class ConcatHead(nn.Module):
     Each is normalised first: in architectures that normalise before a layer, only the last state is.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        if cfg.concat_layers >= shape.n_states:
+        if cfg.concat_layers >= encoder.num_hidden_states:
             raise ConfigError(
-                f"concat_layers must be at most the backbone's {shape.n_states - 1} layers, got {cfg.concat_layers}"
+                f"concat_layers must be at most the backbone's {encoder.num_hidden_states - 1} layers, got {cfg.concat_layers}"
             )
-        self.shape, self.layers = shape, cfg.concat_layers
-        self.size = self.layers * shape.width
+        self.encoder, self.layers = encoder, cfg.concat_layers
+        self.out_features = self.layers * encoder.hidden_size
 
-    def forward(self, states, mask):
-        tokens = [cls_token(state, mask, self.shape) for state in states[-self.layers :]]
-        return torch.cat([F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1)  # (B, k * H)
+    def forward(self, hidden_states, attention_mask):
+        tokens = [
+            cls_token(state, attention_mask, self.encoder)
+            for state in hidden_states[-self.layers :]
+        ]
+        return torch.cat(
+            [F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1
+        )  # (B, k * H)
 
 
 @register(HEADS, "weighted")
@@ -1558,16 +1867,22 @@ class WeightedHead(nn.Module):
     Averages the classification token or the mean (`weighted_pool`), normalised for each layer.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.shape, self.size = shape, shape.width
-        self.pool = masked_mean if cfg.weighted_pool == "mean" else functools.partial(cls_token, shape=shape)
-        self.weights = nn.Parameter(torch.zeros(shape.n_states))
+        self.encoder, self.out_features = encoder, encoder.hidden_size
+        self.pool = (
+            masked_mean
+            if cfg.weighted_pool == "mean"
+            else functools.partial(cls_token, encoder=encoder)
+        )
+        self.weights = nn.Parameter(torch.zeros(encoder.num_hidden_states))
         self.factor = nn.Parameter(torch.ones(1))
 
-    def forward(self, states, mask):
-        pooled = [self.pool(state, mask) for state in states]
-        pooled = torch.stack([F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1)  # (B, L + 1, H)
+    def forward(self, hidden_states, attention_mask):
+        pooled = [self.pool(state, attention_mask) for state in hidden_states]
+        pooled = torch.stack(
+            [F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1
+        )  # (B, L + 1, H)
         return self.factor * (self.weights.softmax(0)[None, :, None] * pooled).sum(1)  # (B, H)
 
 
@@ -1575,29 +1890,31 @@ class WeightedHead(nn.Module):
 class AttentionHead(nn.Module):
     """Average of the tokens weighted by a small learned attention, arXiv:1703.03130 with one hop."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
-        self.hidden = nn.Linear(shape.width, shape.width)
-        self.score = nn.Linear(shape.width, 1, bias=False)  # softmax ignores a bias
+        self.out_features = encoder.hidden_size
+        self.hidden = nn.Linear(encoder.hidden_size, encoder.hidden_size)
+        self.score = nn.Linear(encoder.hidden_size, 1, bias=False)  # softmax ignores a bias
 
-    def forward(self, states, mask):
-        scores = self.score(torch.tanh(self.hidden(states[-1]))).squeeze(-1)  # (B, T)
-        weights = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.unsqueeze(-1) * states[-1]).sum(1)  # (B, H)
+    def forward(self, hidden_states, attention_mask):
+        scores = self.score(torch.tanh(self.hidden(hidden_states[-1]))).squeeze(-1)  # (B, T)
+        weights = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min).softmax(1)
+        return (weights.unsqueeze(-1) * hidden_states[-1]).sum(1)  # (B, H)
 
 
 @register(HEADS, "gem")
 class GemHead(nn.Module):
     """Generalised mean with a learned power, from 3; negative values count as 0. arXiv:1711.02512."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
-    def forward(self, states, mask):
-        return masked_mean(states[-1].clamp(min=1e-6) ** self.power, mask) ** (1 / self.power)
+    def forward(self, hidden_states, attention_mask):
+        return masked_mean(hidden_states[-1].clamp(min=1e-6) ** self.power, attention_mask) ** (
+            1 / self.power
+        )
 
 
 # ---------------------------------------------------------------------------------------
@@ -1616,7 +1933,11 @@ _WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights,
 
 
 def _weight_files(folder):
-    return [path for kind in ("*.safetensors*", "pytorch_model*.bin") for path in sorted(Path(folder).glob(kind))]
+    return [
+        path
+        for kind in ("*.safetensors*", "pytorch_model*.bin")
+        for path in sorted(Path(folder).glob(kind))
+    ]
 
 
 def _is_backbone(folder):
@@ -1631,7 +1952,11 @@ def _short_name(name):
 
 def _packaged_backbone(name):
     """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {alias.lower(): value for key, value in _WEIGHT_PACKAGES.items() for alias in (key, Path(key).name)}
+    known = {
+        alias.lower(): value
+        for key, value in _WEIGHT_PACKAGES.items()
+        for alias in (key, Path(key).name)
+    }
     if name.lower() not in known:
         return None, "none is known for this name"
     package, folder, hashes = known[name.lower()]
@@ -1649,12 +1974,18 @@ def _hub_backbone(name, cached):
     """Folder of a hub model in the local cache, or downloaded, or why there is none."""
     import huggingface_hub
 
-    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:  # read when transformers was imported, so too late to set here
+    if (
+        "HF_HUB_DISABLE_TELEMETRY" not in os.environ
+    ):  # read when transformers was imported, so too late to set here
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     files = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         for patterns in (files, [*files, "*.bin"]):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, allow_patterns=patterns, local_files_only=cached
+                )
+            )
             if _is_backbone(folder):
                 return folder, ""
     except Exception as error:  # whatever the client raises is told in find_backbone's error
@@ -1670,10 +2001,17 @@ def _find_backbone(name):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
     inputs = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
-    names = {folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts)) for folder in inputs}
-    fitting = [folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]]
+    names = {
+        folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts))
+        for folder in inputs
+    }
+    fitting = [
+        folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]
+    ]
     if len(fitting) > 1:
-        raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}")
+        raise ConfigError(
+            f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}"
+        )
     if fitting:
         return fitting[0]
     tried.append(f"attached Kaggle inputs: {_comma_join(inputs)}")
@@ -1707,7 +2045,10 @@ def _set_dropout(config, rate):
 @contextlib.contextmanager
 def _quiet_transformers():
     """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.utils.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -1721,13 +2062,17 @@ def _quiet_transformers():
 def _model_class(config):
     """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+    return (
+        transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+    )
 
 
 def _load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
     with _wrap_read_errors(f"the config of {folder}"):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         for name in ("hidden_size", "num_hidden_layers"):
             if not (isinstance(size := getattr(config, name), int) and size > 0):
                 raise ValueError(f"expected a positive {name}, got {size!r}")
@@ -1757,7 +2102,9 @@ def _load_weights(auto, folder, config, cfg, say=print):
     files = [path.name for path in _weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
+            raise KitError(
+                f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}"
+            )
         say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
     with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
         return auto.from_pretrained(
@@ -1777,12 +2124,18 @@ def _check_weights(folder, model, missing, info, say=print):
     """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
     if missing or info["mismatched_keys"]:
         names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}")
+        raise KitError(
+            f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}"
+        )
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}")
+        raise KitError(
+            f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}"
+        )
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
-        say(f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})")
+        say(
+            f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})"
+        )
 
 
 def _load_backbone(folder, cfg, n_tokens=0, say=print):
@@ -1795,11 +2148,16 @@ def _load_backbone(folder, cfg, n_tokens=0, say=print):
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
     model, info = _load_weights(_model_class(config), folder, config, cfg, say)
-    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):  # it may have no table of tokens
+    with (
+        _quiet_transformers(),
+        _wrap_read_errors(f"the backbone {folder}"),
+    ):  # it may have no table of tokens
         if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
             say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    _check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
+    _check_weights(
+        folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say
+    )
     return _encoder_only(model)
 
 
@@ -1827,12 +2185,16 @@ def transformer_layers(backbone):
             yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
 
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(lists, key=_num_parameters, default=nn.ModuleList())  # the outermost of equals comes first
+    largest = max(
+        lists, key=_num_parameters, default=nn.ModuleList()
+    )  # the outermost of equals comes first
     layers = list(flat(largest))
     tables = sum(_num_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
     rest = _num_parameters(backbone) - _num_parameters(largest) - tables
     if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * _num_parameters(largest):
-        raise KitError(f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one")
+        raise KitError(
+            f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one"
+        )
     return layers
 
 
@@ -1840,7 +2202,9 @@ def _unshared_layers(backbone, setting):
     """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
     layers = transformer_layers(backbone)
     if len(layers) < backbone.config.num_hidden_layers:
-        raise ConfigError(f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights")
+        raise ConfigError(
+            f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights"
+        )
     return layers
 
 
@@ -1855,7 +2219,9 @@ def _parameter_depths(backbone):
     for depth, layer in enumerate(layers, 1):
         for parameter in layer.parameters():
             depths.setdefault(id(parameter), depth)
-    tables = {id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables = {
+        id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     outside, passed = {}, False
     for name, parameter in backbone.named_parameters():
         if id(parameter) in depths:
@@ -1870,21 +2236,30 @@ def _position_embeddings(backbone):
     """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
-            yield module, 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+        if isinstance(module, nn.Embedding) and (
+            last == "wpe" or ("position" in last and "relative" not in last)
+        ):
+            yield (
+                module,
+                0 if module.padding_idx is None else module.padding_idx + 1,
+            )  # RoBERTa counts from there
 
 
 def _max_positions(backbone):
     """Tokens that the table of absolute positions has room for; infinity without such a table."""
     tables = _position_embeddings(backbone)
-    rooms = [table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables]  # BART from 2
+    rooms = [
+        table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables
+    ]  # BART from 2
     return min(rooms, default=math.inf)
 
 
 def _check_max_length(backbone, cfg):
     limit = _max_positions(backbone)
     if cfg.max_length > limit:
-        raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
+        raise ConfigError(
+            f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}"
+        )
 
 
 def reinit_layers(model, n):
@@ -1897,11 +2272,19 @@ def reinit_layers(model, n):
         return 0
     layers = _unshared_layers(model.backbone, "reinit_layers")
     if n > len(layers):
-        raise ConfigError(f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}")
-    before = [parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()]
+        raise ConfigError(
+            f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}"
+        )
+    before = [
+        parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()
+    ]
     for layer in layers[-n:]:
         for module in layer.modules():
-            for marked in (module, *module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for marked in (
+                module,
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+            ):
                 marked._is_hf_initialized = False
         layer.apply(model.backbone._init_weights)  # children first, as the library does
     after = [parameter for layer in layers[-n:] for parameter in layer.parameters()]
@@ -1949,10 +2332,16 @@ def _install_mixout(backbone, cfg):
     stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
     fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
     left_out = {module for layer in fresh for module in layer.modules()}
-    layers = [layer for layer in backbone.modules() if type(layer) is nn.Linear and layer.weight.requires_grad]
+    layers = [
+        layer
+        for layer in backbone.modules()
+        if type(layer) is nn.Linear and layer.weight.requires_grad
+    ]
     layers = [layer for layer in layers if layer not in left_out]
     if not layers:
-        raise ConfigError(f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear")
+        raise ConfigError(
+            f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear"
+        )
     for layer in layers:
         layer.__class__, layer.p = _MixoutLinear, cfg.mixout
         layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
@@ -1976,14 +2365,18 @@ class _PackingError(Exception):
 def _sdpa_per_sequence(query, key, value, pack, dropout, scale, reach, causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
     lengths, parts = pack.starts.diff().tolist(), []
-    for text in zip(*(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True):
+    for text in zip(
+        *(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True
+    ):
         q, k, v = (x.transpose(1, 2) for x in text)  # (1, heads, T, d)
         mask = None
         if q.shape[2] > reach + 1:
             place = torch.arange(q.shape[2])
             distance = place[:, None] - place  # (T, T)
             mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal and mask is None, scale=scale
+        )
         parts.append(out.transpose(1, 2))
     return torch.cat(parts, 1)  # (1, N, heads, d)
 
@@ -1995,9 +2388,13 @@ def _varlen_flash(query, key, value, pack, dropout, scale, reach, causal):
     left = -1 if reach >= pack.longest - 1 else reach
     texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
     options = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
-    if scale is not None and scale != query.shape[-1] ** -0.5:  # torch 2.10 knows the usual scale alone
+    if (
+        scale is not None and scale != query.shape[-1] ** -0.5
+    ):  # torch 2.10 knows the usual scale alone
         options["scale"] = scale
-    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[None]
+    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[
+        None
+    ]
 
 
 def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal):
@@ -2006,24 +2403,34 @@ def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal
         raise _PackingError("the memory-efficient kernel has no local attention")
     texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
     spans = (pack.starts, pack.starts, pack.longest, pack.longest)
-    return torch.ops.aten._efficient_attention_forward(*texts, None, *spans, dropout, int(causal), True, scale=scale)[0]
+    return torch.ops.aten._efficient_attention_forward(
+        *texts, None, *spans, dropout, int(causal), True, scale=scale
+    )[0]
 
 
 def _pick_attention_kernel(device, dtype, dropout):
     """The function for attention over packed rows that is quickest on a device and can do it."""
     if device.type == "cpu":
         return _sdpa_per_sequence
-    flash = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32 and dropout == 0
+    flash = (
+        torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype != torch.float32
+        and dropout == 0
+    )
     return _varlen_flash if flash else _varlen_mem_efficient
 
 
-def _packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options):
+def _packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options
+):
     """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
     for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
     if pack is None:
         options |= dict(scaling=scaling, dropout=dropout)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if bias := [name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None]:
+    if bias := [
+        name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None
+    ]:
         raise _PackingError(f"its attention has a {bias[0]}")
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -2032,12 +2439,25 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, d
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
     attend = _pick_attention_kernel(query.device, query.dtype, dropout)
-    return attend(query, key, value, pack, dropout, scaling, math.inf if window is None else window - 1, causal), None
+    return attend(
+        query,
+        key,
+        value,
+        pack,
+        dropout,
+        scaling,
+        math.inf if window is None else window - 1,
+        causal,
+    ), None
 
 
 def _packed_mask(*args, attention_mask=None, **options):
     """The mask of padded rows as SDPA wants it; packed rows need none."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+    return (
+        None
+        if attention_mask is None
+        else sdpa_mask(*args, attention_mask=attention_mask, **options)
+    )
 
 
 transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
@@ -2051,10 +2471,16 @@ def _relative_position_rows(T, buckets, longest, device):
     (DeBERTa-v2). What lies outside the table takes its first or last row.
     """
     distance = torch.arange(T - 1, -T - 1, -1, device=device)
-    if buckets > 0:  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
+    if (
+        buckets > 0
+    ):  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
         exact, far = buckets // 2, distance.abs()
-        steps = (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
-        distance = torch.where(far <= exact, distance, distance.sign() * (steps.ceil() + exact)).long()
+        steps = (
+            (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
+        )
+        distance = torch.where(
+            far <= exact, distance, distance.sign() * (steps.ceil() + exact)
+        ).long()
     span = buckets if buckets > 0 else longest
     return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
 
@@ -2071,7 +2497,9 @@ def _relative_scores(x, table):
         rows = x[:, start : start + 128]  # (B, C, heads, d)
         C, width = rows.shape[1], T + rows.shape[1]
         near = table[..., T - start - C : 2 * T - start]
-        products = torch.bmm(rows.flatten(0, 1).transpose(0, 1), near)  # (heads, B * C, T + C), in new memory
+        products = torch.bmm(
+            rows.flatten(0, 1).transpose(0, 1), near
+        )  # (heads, B * C, T + C), in new memory
         steps = (B * C * width, C * width, width - 1, 1)
         blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
     return torch.cat(blocks, 2)
@@ -2093,10 +2521,21 @@ class _DisentangledAttention(nn.Module):
         """What projects the position table for `c2p` or `p2c` scores; None where the model has no such scores."""
         if kind not in self.pos_att_type or not self.relative_attention:
             return None
-        own, shared = {"c2p": ("pos_key_proj", "key_proj"), "p2c": ("pos_query_proj", "query_proj")}[kind]
+        own, shared = {
+            "c2p": ("pos_key_proj", "key_proj"),
+            "p2c": ("pos_query_proj", "query_proj"),
+        }[kind]
         return getattr(self, shared if self.share_att_key else own)
 
-    def forward(self, hidden, mask, output_attentions=False, query_states=None, relative_pos=None, rel_embeddings=None):
+    def forward(
+        self,
+        hidden,
+        mask,
+        output_attentions=False,
+        query_states=None,
+        relative_pos=None,
+        rel_embeddings=None,
+    ):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
         mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `_DebertaLayout.get_rel_pos` gives.
@@ -2104,21 +2543,38 @@ class _DisentangledAttention(nn.Module):
         rows, pack = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
         scale = 1 / math.sqrt(
-            q.shape[-1] / self.num_attention_heads * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
+            q.shape[-1]
+            / self.num_attention_heads
+            * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
         )
         c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
         table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
         dropout = self.dropout.p if self.training else 0.0
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
-        q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
-        bias = mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # half of it: sums with it stay finite
+        q, k, v = (
+            x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v)
+        )  # (B, T, heads, d)
+        bias = mask.to(q.dtype) * (
+            torch.finfo(q.dtype).min / 2
+        )  # half of it: sums with it stay finite
         if c2p:
-            bias = bias + _relative_scores(q, c2p(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
+            bias = bias + _relative_scores(
+                q, c2p(F.embedding(rows[0], table)) * scale
+            )  # (heads, B, T, T)
         if p2c:
-            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
-        q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.transpose(0, 1)  # B, heads first
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(
+                -1, -2
+            )
+        q, k, v, bias = (
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            bias.transpose(0, 1),
+        )  # B, heads first
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
         out = out.transpose(1, 2).flatten(2)  # (B, T, H)
         return out if pack is None else pack.unpad(out)[None], None
 
@@ -2132,7 +2588,11 @@ class _DebertaLayout:
 
     def __init__(self, encoder):
         self.pack = None
-        self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
+        self.table = (
+            (encoder.position_buckets, encoder.max_relative_positions)
+            if encoder.relative_attention
+            else None
+        )
 
     def get_attention_mask(self, mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
@@ -2144,7 +2604,11 @@ class _DebertaLayout:
         return self.table and _relative_position_rows(T, *self.table, hidden.device), self.pack
 
     def pad(self, _, inputs):
-        return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
+        return (
+            inputs
+            if (p := self.pack) is None
+            else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
+        )
 
     def unpad(self, _, inputs, output):
         return output if self.pack is None else self.pack.unpad(output)[None]
@@ -2172,13 +2636,19 @@ def _install_packed_attention(backbone):
     if isinstance(backbone, transformers.DebertaV2Model):
         _replace_deberta_attention(backbone)
         return ""
-    if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
+    if backbone.config._attn_implementation != "sdpa" or not getattr(
+        backbone, "_supports_attention_backend", False
+    ):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position ids"
     with _quiet_transformers():
         backbone.set_attn_implementation(_PACKED_ATTENTION)
-    return "" if backbone.config._attn_implementation == _PACKED_ATTENTION else "its attention cannot be replaced"
+    return (
+        ""
+        if backbone.config._attn_implementation == _PACKED_ATTENTION
+        else "its attention cannot be replaced"
+    )
 
 
 class _PaddedStates(Sequence):
@@ -2201,60 +2671,60 @@ class _PaddedStates(Sequence):
 
 
 class Loss:
-    """What a training loss is. It owns the link from raw outputs to predictions, so that training,
+    """What a training loss is. It owns the link from logits to predictions, so that training,
     validation and submission cannot disagree. A loss of your own derives from this or from a loss below.
 
     `n_outputs` is the number of target columns, or of classes.
     """
 
     tasks = ("regression",)
-    takes = ()  # of "error" and "real": what `__call__` gets besides, by name
+    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets besides, by name
 
     def __init__(self, cfg, n_outputs):
-        self.width = n_outputs  # K, the raw outputs it wants from the model
+        self.num_logits = n_outputs  # K, how many logits it wants from the model
 
-    def __call__(self, raw, target):
-        """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,). What it `takes`: `error` (B,),
-        the standard errors of the targets, 0 without error_column; `real` (B,), False for rows that only fill up.
+    def __call__(self, logits, target):
+        """Loss of every row: logits (B, K), target (B, K) or class numbers (B,) -> (B,). Its `extra_inputs`: `target_std` (B,),
+        the standard errors of the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
 
         Of a multiclass task the targets are probabilities (B, K) in a run with pseudo-labels.
         """
-        raise TypeError(f"{type(self).__name__} does not define __call__")
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
-    def outer(self, mean):
+    def reduce(self, mean):
         """The batch loss from the mean of the row losses."""
         return mean
 
-    def predict(self, raw):
+    def predict(self, logits):
         """Raw outputs -> predictions in target units, or probabilities."""
-        return raw
+        return logits
 
-    def distance(self, raw, other):
-        """How far apart the predictions of two raw outputs (B, K) are for every row (B,), for R-Drop."""
-        return F.mse_loss(self.predict(raw), self.predict(other), reduction="none").mean(1)
+    def distance(self, logits, other):
+        """How far apart the predictions of two logits (B, K) are for every row (B,), for R-Drop."""
+        return F.mse_loss(self.predict(logits), self.predict(other), reduction="none").mean(1)
 
-    def start(self, targets):
+    def init_bias(self, targets):
         """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
         return targets.mean(0)
 
-    def output(self, size):
-        """The layer that makes raw outputs (B, K) of features (B, size)."""
-        return nn.Linear(size, self.width)
+    def output_layer(self, in_features):
+        """The layer that makes logits (B, K) of features (B, D)."""
+        return nn.Linear(in_features, self.num_logits)
 
 
 @register(LOSSES, "mse")
 class MseLoss(Loss):
     """Squared error."""
 
-    def __call__(self, raw, target):
-        return F.mse_loss(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.mse_loss(logits, target, reduction="none").mean(1)
 
 
 @register(LOSSES, "rmse")
 class RmseLoss(MseLoss):
     """Root of the mean squared error of an optimiser batch."""
 
-    def outer(self, mean):
+    def reduce(self, mean):
         return torch.sqrt(mean + 1e-9)
 
 
@@ -2262,8 +2732,8 @@ class RmseLoss(MseLoss):
 class SmoothL1Loss(Loss):
     """Squared below an error of 1, linear above. Fast R-CNN, arXiv:1504.08083."""
 
-    def __call__(self, raw, target):
-        return F.smooth_l1_loss(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.smooth_l1_loss(logits, target, reduction="none").mean(1)
 
 
 @register(LOSSES, "bce")
@@ -2272,19 +2742,21 @@ class BceLoss(Loss):
 
     tasks = ("binary", "multilabel", "regression")
 
-    def __call__(self, raw, target):
-        return F.binary_cross_entropy_with_logits(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
-    def predict(self, raw):
-        return raw.sigmoid()
+    def predict(self, logits):
+        return logits.sigmoid()
 
-    def distance(self, raw, other):
+    def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences, mean over the outputs."""
-        return ((raw.sigmoid() - other.sigmoid()) * (raw - other)).mean(1) / 2
+        return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).mean(1) / 2
 
-    def start(self, targets):
+    def init_bias(self, targets):
         if targets.min() < 0 or targets.max() > 1:
-            raise DataError(f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}")
+            raise DataError(
+                f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}"
+            )
         return torch.logit(targets.mean(0), eps=1e-3)
 
 
@@ -2298,19 +2770,25 @@ class CrossEntropyLoss(Loss):
         super().__init__(cfg, n_outputs)
         self.smoothing = cfg.label_smoothing
 
-    def __call__(self, raw, target):
-        return F.cross_entropy(raw, target, reduction="none", label_smoothing=self.smoothing)
+    def __call__(self, logits, target):
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
 
-    def predict(self, raw):
-        return raw.softmax(1)
+    def predict(self, logits):
+        return logits.softmax(1)
 
-    def distance(self, raw, other):
+    def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences."""
-        return ((raw.softmax(1) - other.softmax(1)) * (raw.log_softmax(1) - other.log_softmax(1))).sum(1) / 2
+        return (
+            (logits.softmax(1) - other.softmax(1)) * (logits.log_softmax(1) - other.log_softmax(1))
+        ).sum(1) / 2
 
-    def start(self, targets):
-        counts = torch.bincount(targets, minlength=self.width) if targets.ndim == 1 else targets.sum(0)
-        return torch.log((counts + 1) / (len(targets) + self.width))
+    def init_bias(self, targets):
+        counts = (
+            torch.bincount(targets, minlength=self.num_logits)
+            if targets.ndim == 1
+            else targets.sum(0)
+        )
+        return torch.log((counts + 1) / (len(targets) + self.num_logits))
 
 
 @register(LOSSES, "mse_rank")
@@ -2318,18 +2796,18 @@ class RankLoss(MseLoss):
     """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the cross-entropy of
     sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch whose target is another one."""
 
-    takes = ("real",)
+    extra_inputs = ("valid_mask",)
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
         self.weight = cfg.rank_weight
 
-    def __call__(self, raw, target, real):
-        ahead, truth = raw[:, None] - raw, target[:, None] - target  # (B, B, K)
+    def __call__(self, logits, target, valid_mask):
+        ahead, truth = logits[:, None] - logits, target[:, None] - target  # (B, B, K)
         pairs = F.binary_cross_entropy_with_logits(ahead, truth.sigmoid(), reduction="none")
-        counted = (truth != 0) & real[:, None]  # as broadcast: j is real
+        counted = (truth != 0) & valid_mask[:, None]  # as broadcast: j is real
         ranks = (pairs * counted).sum(1) / counted.sum(1).clamp(min=1)  # (B, K)
-        return super().__call__(raw, target) + self.weight * ranks.mean(1)
+        return super().__call__(logits, target) + self.weight * ranks.mean(1)
 
 
 @register(LOSSES, "gaussian")
@@ -2341,20 +2819,20 @@ class GaussianLoss(Loss):
     0, and it is the negative log-likelihood (Nix & Weigend 1994).
     """
 
-    takes = ("error",)
+    extra_inputs = ("target_std",)
 
     def __init__(self, cfg, n_outputs):
-        self.n_outputs, self.width = n_outputs, 2 * n_outputs
+        self.n_outputs, self.num_logits = n_outputs, 2 * n_outputs
 
-    def __call__(self, raw, target, error):
-        mean, log_spread = raw.split(self.n_outputs, 1)
-        squares = error[:, None] ** 2 + (target - mean) ** 2
+    def __call__(self, logits, target, target_std):
+        mean, log_spread = logits.split(self.n_outputs, 1)
+        squares = target_std[:, None] ** 2 + (target - mean) ** 2
         return (log_spread + squares / 2 * torch.exp(-2 * log_spread)).mean(1)
 
-    def predict(self, raw):
-        return raw[:, : self.n_outputs]
+    def predict(self, logits):
+        return logits[:, : self.n_outputs]
 
-    def start(self, targets):
+    def init_bias(self, targets):
         return torch.cat([targets.mean(0), targets.std(0, correction=0).clamp(min=1e-3).log()])
 
 
@@ -2368,13 +2846,17 @@ class FocalLoss(Loss):
         super().__init__(cfg, n_outputs)
         self.gamma = cfg.focal_gamma
         self.plain = LOSSES["cross_entropy" if cfg.task == "multiclass" else "bce"](cfg, n_outputs)
-        self.predict, self.distance, self.start = self.plain.predict, self.plain.distance, self.plain.start
+        self.predict, self.distance, self.init_bias = (
+            self.plain.predict,
+            self.plain.distance,
+            self.plain.init_bias,
+        )
 
-    def __call__(self, raw, target):
+    def __call__(self, logits, target):
         if isinstance(self.plain, CrossEntropyLoss):
-            entropy = F.cross_entropy(raw, target, reduction="none")[:, None]
+            entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         else:
-            entropy = F.binary_cross_entropy_with_logits(raw, target, reduction="none")
+            entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
 
 
@@ -2393,7 +2875,7 @@ class _OrdinalLinear(nn.Linear):
 
 @register(LOSSES, "coral")
 class CoralLoss(BceLoss):
-    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, raw output k the logit
+    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit k says
     that the target is above level k. CORAL, arXiv:1901.07884.
 
     A prediction rounds to CORAL's own, the level that as many logits are positive for; between two levels it says how
@@ -2404,53 +2886,63 @@ class CoralLoss(BceLoss):
 
     def __init__(self, cfg, n_outputs):
         self.lowest, self.highest = cfg.levels
-        self.width = self.highest - self.lowest
+        self.num_logits = self.highest - self.lowest
 
-    def output(self, size):
-        return _OrdinalLinear(size, self.width)
+    def output_layer(self, in_features):
+        return _OrdinalLinear(in_features, self.num_logits)
 
     def above(self, targets):
         """Whether targets (B, 1) are above each level but the highest: (B, K)."""
-        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(targets.dtype)
+        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(
+            targets.dtype
+        )
 
-    def __call__(self, raw, target):
-        return F.binary_cross_entropy_with_logits(raw, self.above(target), reduction="none").sum(1)
+    def __call__(self, logits, target):
+        return F.binary_cross_entropy_with_logits(logits, self.above(target), reduction="none").sum(
+            1
+        )
 
-    def predict(self, raw):
-        count = (raw > 0).sum(1, keepdim=True)
-        ends = F.pad(F.pad(raw, (1, 0), value=1.0), (0, 1), value=-1.0)
+    def predict(self, logits):
+        count = (logits > 0).sum(1, keepdim=True)
+        ends = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)
         last, next_ = ends.gather(1, count), ends.gather(1, count + 1)  # above 0, and not
         return (self.lowest + count - 0.5 + last / (last - next_)).clamp(self.lowest, self.highest)
 
-    def distance(self, raw, other):
-        return super().distance(raw, other) * self.width
+    def distance(self, logits, other):
+        return super().distance(logits, other) * self.num_logits
 
-    def start(self, targets):
-        if ((targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)).any():
+    def init_bias(self, targets):
+        if (
+            (targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)
+        ).any():
             wanted = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
-            raise DataError(f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}")
+            raise DataError(
+                f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}"
+            )
         logits = torch.logit(self.above(targets).mean(0), eps=1e-3)
-        return torch.cat([logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()])
+        return torch.cat(
+            [logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()]
+        )
 
 
-def metric(name, better, tasks, outer=None):
+def metric(name, better, tasks, reduce=None):
     """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
 
     Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities. With
-    `outer` the function gives values of each row, (N, M), and the metric is `outer` of their means, (..., M) -> (...):
+    `reduce` the function gives values of each row, (N, M), and the metric is `reduce` of their means, (..., M) -> (...):
     such a metric is resampled many times faster.
     """
 
     def add(function):
         score = function
-        if outer:
+        if reduce:
 
             @functools.wraps(function)
             def score(target, prediction):
-                return float(outer(function(target, prediction).mean(0)))
+                return float(reduce(function(target, prediction).mean(0)))
 
         score.better, score.tasks = better, tasks
-        score.per_row, score.outer = (function, outer) if outer else (None, None)
+        score.per_row, score.reduce = (function, reduce) if reduce else (None, None)
         return register(METRICS, name)(score)
 
     return add
@@ -2476,19 +2968,19 @@ def _predicted_labels(target, prediction):
     return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
 
 
-@metric("rmse", "lower", ("regression",), outer=_mean_root)
+@metric("rmse", "lower", ("regression",), reduce=_mean_root)
 def rmse(target, prediction):
     """Root of the mean squared error over all cells."""
     return ((target - prediction) ** 2).mean(1, keepdims=True)
 
 
-@metric("mae", "lower", ("regression",), outer=_mean_last)
+@metric("mae", "lower", ("regression",), reduce=_mean_last)
 def mae(target, prediction):
     """Mean absolute error."""
     return abs(target - prediction)
 
 
-@metric("mcrmse", "lower", ("regression",), outer=_mean_root)
+@metric("mcrmse", "lower", ("regression",), reduce=_mean_root)
 def mcrmse(target, prediction):
     """Mean over the target columns of their RMSE."""
     return (target - prediction) ** 2
@@ -2503,10 +2995,12 @@ def pearson(target, prediction):
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    return _mean_over_columns(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
+    return _mean_over_columns(
+        lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction
+    )
 
 
-@metric("accuracy", "higher", _CLASS_TASKS, outer=_mean_last)
+@metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
     return (_predicted_labels(target, prediction) == target).reshape(len(target), -1)
@@ -2525,10 +3019,14 @@ def auc(target, prediction):
     """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
     hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
     both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
-    return _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
+    return (
+        _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both])
+        if both
+        else math.nan
+    )
 
 
-@metric("logloss", "lower", _CLASS_TASKS, outer=_mean_last)
+@metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
 def logloss(target, prediction):
     """Mean negative log-likelihood; of the cells in a multilabel task."""
     prediction = prediction.astype(np.float64)
@@ -2608,12 +3106,14 @@ class TextModel(nn.Module):
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.shape = EncoderInfo(config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.width)
+        self.encoder_info = EncoderInfo(
+            config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.num_logits
+        )
         self.backbone, self.loss = backbone, loss
-        self.head = HEADS[cfg.head](self.shape, cfg)
+        self.head = HEADS[cfg.head](self.encoder_info, cfg)
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
-        self.output = loss.output(self.head.size)
-        if self.head.size == len(
+        self.output = loss.output_layer(self.head.out_features)
+        if self.head.out_features == len(
             self.output.weight
         ):  # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
@@ -2621,13 +3121,19 @@ class TextModel(nn.Module):
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
         self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
         why = "attention is set" if cfg.attention else _install_packed_attention(backbone)
-        self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
-        self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
+        self.unpackable = (
+            {None: why} if why else {}
+        )  # dtype -> why rows are padded, or ''; None is any
+        self.layout = getattr(
+            getattr(backbone, "encoder", None), "layout", None
+        )  # of DeBERTa's attention
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
         """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
         (B, T, H) in float32, embeddings first, the last one normed, and the mask (B, T)."""
-        inputs = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        inputs = (
+            {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        )
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
@@ -2642,11 +3148,18 @@ class TextModel(nn.Module):
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
-            raise KitError(f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32") from None
+            raise KitError(
+                f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32"
+            ) from None
         states = (*out.hidden_states[:-1], out.last_hidden_state)
-        if len(states) != self.shape.n_states or states[-1].shape[1] != input_ids.shape[1]:
+        if (
+            len(states) != self.encoder_info.num_hidden_states
+            or states[-1].shape[1] != input_ids.shape[1]
+        ):
             name = type(self.backbone).__name__
-            raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
+            raise KitError(
+                f"{name} changes the number of tokens or states on the way; the heads cannot read it"
+            )
         if pack is None:
             return tuple(state.float() for state in states), attention_mask
         return _PaddedStates(states, pack), pack.mask
@@ -2655,10 +3168,14 @@ class TextModel(nn.Module):
         """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
         samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs."""
         states, mask = self.encode(*inputs, **named)
-        with torch.autocast(mask.device.type, enabled=False):  # float32, whatever the backbone ran in
+        with torch.autocast(
+            mask.device.type, enabled=False
+        ):  # float32, whatever the backbone ran in
             features = self.head(states, mask)  # (B, D)
             if self.training and self.samples > 1:
-                return torch.stack([self.output(self.dropout(features)) for _ in range(self.samples)])
+                return torch.stack(
+                    [self.output(self.dropout(features)) for _ in range(self.samples)]
+                )
             return self.output(self.dropout(features))
 
 
@@ -2674,7 +3191,10 @@ def _check_padding(model, tokens, dtype=torch.float32):
         change = (model(**padded) - model(**inputs)).abs().max().item()
     if change > (1e-3 if dtype == torch.float32 else 0.05):
         name = type(model.backbone).__name__
-        warnings.warn(f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch", stacklevel=2)
+        warnings.warn(
+            f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch",
+            stacklevel=2,
+        )
 
 
 # Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
@@ -2685,7 +3205,10 @@ def _packing_error(model, tokens, dtype, gradients=False):
     """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
     packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
     the first must not move with the second."""
-    device, rows = next(model.parameters()).device, np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+    device, rows = (
+        next(model.parameters()).device,
+        np.array([tokens.lengths.argmax(), tokens.lengths.argmin()]),
+    )
     inputs = tokens.packed(rows, device)
     other = inputs | {"input_ids": inputs["input_ids"].clone()}
     other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
@@ -2693,12 +3216,22 @@ def _packing_error(model, tokens, dtype, gradients=False):
     real = inputs["pack"].mask.bool()
     try:
         with _autocast(device, dtype), torch.no_grad():
-            padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
-        with contextlib.suppress(torch.OutOfMemoryError):  # where two whole texts are more than a micro-batch
+            padded, packed, moved = (
+                model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other)
+            )
+        with contextlib.suppress(
+            torch.OutOfMemoryError
+        ):  # where two whole texts are more than a micro-batch
             for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
                 with _autocast(device, dtype):
-                    states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
-                    loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
+                    states = model.encode(**x)[0][-1][
+                        real
+                    ]  # squares would do nothing: a norm comes last
+                    loss = (
+                        (states @ torch.linspace(-1, 1, states.shape[-1], device=device))
+                        .sin()
+                        .sum()
+                    )
                 slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
         if gradients:  # with dropout the kernel may be another
             devices = [device] if device.type == "cuda" else []
@@ -2710,15 +3243,25 @@ def _packing_error(model, tokens, dtype, gradients=False):
     except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
     scale, allowed = padded[real].std(), _PACKING_TOLERANCES[dtype]
-    gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
+    gap, leak = (
+        (a - b).abs().max() / scale
+        for a, b in ((padded[real], packed[real]), (packed[0], moved[0]))
+    )
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
     if len(slopes) == 2:
-        products = [[(a * b).sum() for a, b in zip(x, y, strict=True)] for x, y in itertools.product(slopes, slopes)]
+        products = [
+            [(a * b).sum() for a, b in zip(x, y, strict=True)]
+            for x, y in itertools.product(slopes, slopes)
+        ]
         own, both, _, other = (torch.stack(product).sum() for product in products)
         if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
             return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
-    return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
+    return (
+        ""
+        if leak <= allowed
+        else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
+    )
 
 
 def _takes_packed_rows(model, tokens, dtype, gradients=False):
@@ -2729,7 +3272,9 @@ def _takes_packed_rows(model, tokens, dtype, gradients=False):
         training, name = model.training, type(model.backbone).__name__
         why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
         model.train(training)
-        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}")
+        print(
+            f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}"
+        )
     return not model.unpackable[dtype]
 
 
@@ -2741,13 +3286,17 @@ def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
     backbone = _load_backbone(folder, cfg, len(tokenizer), say)
     _check_max_length(backbone, cfg)
     model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
-    start = loss.start(targets)
+    start = loss.init_bias(targets)
     if start.shape != model.output.bias.shape:
-        raise KitError(f"loss {cfg.loss}: start must give {loss.width} values, gave shape {tuple(start.shape)}")
+        raise KitError(
+            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, gave shape {tuple(start.shape)}"
+        )
     with torch.no_grad():
         model.output.bias.copy_(start)
     if cfg.reinit_layers:
-        say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
+        say(
+            f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers"
+        )
     _freeze(model, cfg)
     if cfg.mixout:
         say(f"mixout {cfg.mixout:g} in {_install_mixout(backbone, cfg)} linear layers")
@@ -2756,11 +3305,20 @@ def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
             f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
         )
     if cfg.gradient_checkpointing:
-        enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
         try:
-            enable({"use_reentrant": False, "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0})
+            enable(
+                {
+                    "use_reentrant": False,
+                    "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0,
+                }
+            )
         except ValueError as error:
-            raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
+            raise ConfigError(
+                f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}"
+            ) from None
     return model
 
 
@@ -2791,7 +3349,9 @@ def parameter_groups(model, cfg):
             lr = cfg.lr * cfg.llrd ** (n_layers - depth)
             depth = f"layer {depth}" if depth else "embeddings"
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay))
+        group = groups.setdefault(
+            (depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay)
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -2827,7 +3387,9 @@ def _make_optimizer(groups, cfg):
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw")
+        raise ConfigError(
+            "optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw"
+        )
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups)
@@ -2862,11 +3424,15 @@ class _AdversarialPerturbation:
 
     def __init__(self, model, cfg):
         self.cfg = cfg
-        self.weights = [weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad]
+        self.weights = [
+            weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad
+        ]
         if cfg.fgm:
             self.weights = [model.backbone.get_input_embeddings().weight]
             if not self.weights[0].requires_grad:
-                raise ConfigError("fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them")
+                raise ConfigError(
+                    "fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them"
+                )
         self.kept = [weight.detach().clone() for weight in self.weights]
 
     def step(self, weight, gradient):
@@ -2887,7 +3453,9 @@ class _AdversarialPerturbation:
                 weight.add_(step)
                 moved.append(torch.linalg.vector_norm(step))
                 length.append(torch.linalg.vector_norm(kept))
-        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(torch.stack(length))
+        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(
+            torch.stack(length)
+        )
 
     @torch.no_grad()
     def restore(self):
@@ -2899,16 +3467,24 @@ class _AdversarialPerturbation:
 def _relative_l2(weights, others):
     """Length of the difference of two lists of tensors, as a share of the length of the first."""
     weights = list(weights)
-    apart = [torch.linalg.vector_norm(weight - other) for weight, other in zip(weights, others, strict=True)]
+    apart = [
+        torch.linalg.vector_norm(weight - other)
+        for weight, other in zip(weights, others, strict=True)
+    ]
     lengths = [torch.linalg.vector_norm(weight) for weight in weights]
-    return (torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(lengths))).item()
+    return (
+        torch.linalg.vector_norm(torch.stack(apart))
+        / torch.linalg.vector_norm(torch.stack(lengths))
+    ).item()
 
 
 class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
-        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.weights = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
         self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
@@ -2969,7 +3545,11 @@ def predict(model, tokens, cfg, rows=None):
     where one text alone does not fit.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    lengths, device, training = tokens.lengths[rows], next(model.parameters()).device, model.training
+    lengths, device, training = (
+        tokens.lengths[rows],
+        next(model.parameters()).device,
+        model.training,
+    )
     dtype = _pick_dtype(cfg.precision, device)
     model.eval()
     budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
@@ -2993,7 +3573,9 @@ def predict(model, tokens, cfg, rows=None):
                 f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {_device_name()}: {full}"
             )
         torch.cuda.empty_cache()
-        print(f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}")
+        print(
+            f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}"
+        )
         plan = [left[part] for part in _plan_prediction_batches(lengths[left], budget)]
     model.train(training)
     ordered = np.empty((len(rows), predictions[0].shape[1]))
@@ -3013,7 +3595,9 @@ _MAX_SAVE_FRACTION = 0.015  # share of the time that checkpoints may take
 
 
 def _write_json(path, content):
-    _write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+    _write_atomic(
+        path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
+    )
 
 
 def _dump_manifest(content):
@@ -3031,7 +3615,12 @@ def _load_manifest(path):
     try:
         data = path.read_bytes()
         manifest = json.loads(data)
-        sound = _dump_manifest(_with_checksum({key: manifest[key] for key in manifest if key != "sha256"})) == data
+        sound = (
+            _dump_manifest(
+                _with_checksum({key: manifest[key] for key in manifest if key != "sha256"})
+            )
+            == data
+        )
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
     if not sound:
@@ -3047,7 +3636,9 @@ def _verify_files(folder, files):
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name}: missing, or not a plain file in {folder}")
         elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
+            problems.append(
+                f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}"
+            )
         elif _file_sha256(path) != expected["sha256"]:
             problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
     return problems
@@ -3056,7 +3647,9 @@ def _verify_files(folder, files):
 def _integrity_problems(folder, files):
     """What is `_verify_files` in a folder, or not listed in its manifest."""
     there = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
-    return _verify_files(folder, files) + [f"{name}: not in {_MANIFEST}" for name in sorted(there - set(files))]
+    return _verify_files(folder, files) + [
+        f"{name}: not in {_MANIFEST}" for name in sorted(there - set(files))
+    ]
 
 
 def _folder_problems(folder):
@@ -3078,7 +3671,10 @@ def _save_folder(folder, write):
             temporary.mkdir(parents=True)
             write(temporary)
             paths = sorted(temporary.iterdir())
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in paths}
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+                for path in paths
+            }
             (temporary / _MANIFEST).write_bytes(_dump_manifest(_with_checksum({"files": files})))
             for path in (*paths, temporary / _MANIFEST, temporary):
                 _fsync(path)
@@ -3101,7 +3697,9 @@ def _write_state(folder, state):
         if isinstance(value, np.ndarray):
             return {"array": pack(torch.from_numpy(value), place)["tensor"]}
         if isinstance(value, torch.Tensor):
-            place = places.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place)
+            place = places.setdefault(
+                (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place
+            )
             tensors[place] = value.detach().cpu().contiguous()
             return {"tensor": place}
         if isinstance(value, dict):
@@ -3117,7 +3715,9 @@ def _write_state(folder, state):
 
 def _read_state(folder):
     """What `_write_state` wrote."""
-    mapped = load_file(folder / "state.safetensors")  # what is read from a map keeps the file's room on the disk
+    mapped = load_file(
+        folder / "state.safetensors"
+    )  # what is read from a map keeps the file's room on the disk
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
 
     def unpack(packed):
@@ -3160,8 +3760,13 @@ class _Checkpoints:
 
     def found(self):
         """Folders of the checkpoints, newest first."""
-        steps = {path: path.name.partition("-step")[2] for path in self.folder.glob(f"fold{self.fold}-step*")}
-        return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+        steps = {
+            path: path.name.partition("-step")[2]
+            for path in self.folder.glob(f"fold{self.fold}-step*")
+        }
+        return sorted(
+            (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
+        )
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
@@ -3181,12 +3786,19 @@ class _Checkpoints:
 
     def save(self, step, parts):
         """Write a checkpoint, then delete all but the last two."""
-        if self.good and _free_bytes(self.folder) < sum(path.stat().st_size for path in self.good[-1].iterdir()):
+        if self.good and _free_bytes(self.folder) < sum(
+            path.stat().st_size for path in self.good[-1].iterdir()
+        ):
             self.prune(1)  # better one at a time than none
         folder = self.folder / f"fold{self.fold}-step{step}"
         if folder in self.good:  # nothing has happened since
             return
-        _save_folder(folder, lambda temporary: _write_state(temporary, {n: p.state_dict() for n, p in parts.items()}))
+        _save_folder(
+            folder,
+            lambda temporary: _write_state(
+                temporary, {n: p.state_dict() for n, p in parts.items()}
+            ),
+        )
         self.good.append(folder)
         self.prune(2)
 
@@ -3255,8 +3867,12 @@ def _make_stages(data, fold, cfg):
     return [_Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
 
 
-_LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
-_MAX_SKIPPED_STEPS = 20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
+_LOG_STEPS = (
+    50  # steps after which losses are copied from the device, checked and logged, at the latest
+)
+_MAX_SKIPPED_STEPS = (
+    20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
+)
 _FINISH_SECONDS = 5.0  # seconds for the record and the plots of a run that is stopped
 
 
@@ -3312,9 +3928,16 @@ class TimeBudget:
         """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
         if self.signal:
             return self.signal
-        row = self.step_seconds / self.batch_size / 2 if self.row_seconds is None else self.row_seconds
+        row = (
+            self.step_seconds / self.batch_size / 2
+            if self.row_seconds is None
+            else self.row_seconds
+        )
         rows += self.test_rows * self.models
-        needed = 1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds) + _FINISH_SECONDS
+        needed = (
+            1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds)
+            + _FINISH_SECONDS
+        )
         told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
         return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
 
@@ -3338,7 +3961,9 @@ class _FoldState:
     best: dict | None = None  # evaluations: predictions, score, step
     last: dict | None = None
     best_weights: dict | None = None
-    seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0))
+    seconds: dict = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0)
+    )
     lines: list = dataclasses.field(default_factory=list)  # of the log
 
     def __post_init__(self):
@@ -3372,7 +3997,12 @@ class _CudaGraphs:
     """
 
     def __init__(self, names):
-        self.pool, self.calls, self.last, self.made = torch.cuda.graph_pool_handle(), dict.fromkeys(names, 0), {}, {}
+        self.pool, self.calls, self.last, self.made = (
+            torch.cuda.graph_pool_handle(),
+            dict.fromkeys(names, 0),
+            {},
+            {},
+        )
 
     def __call__(self, name, function, *inputs):
         """`function(*inputs)`, a tuple of tensors. The inputs have the same shapes whenever `name` is the same."""
@@ -3441,15 +4071,25 @@ class OptimizerStep:
         self.targets = None  # of the fold
         self.errors = torch.zeros(len(data.folds), device=self.device)
         if data.errors is not None:
-            self.errors[: len(data.errors)] = _to_device(data.errors.astype(np.float32), self.device)
-        self.weights = _to_device(np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device)
-        if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
+            self.errors[: len(data.errors)] = _to_device(
+                data.errors.astype(np.float32), self.device
+            )
+        self.weights = _to_device(
+            np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device
+        )
+        if (
+            cfg.cuda_graphs and self.device.type == "cuda"
+        ):  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
-        self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
+        self.clean = torch.zeros(
+            (), device=self.device
+        )  # of an adversarial step, before the attack
         self.meters = {name: torch.zeros((), device=self.device) for name in _STEP_METRICS}
         self.attack, self.attacking, self.average = None, False, None
-        self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
+        self.micro = (
+            cfg.micro_batch_size or cfg.batch_size
+        )  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
 
@@ -3458,13 +4098,17 @@ class OptimizerStep:
         data, cfg = self.data, self.cfg
         resident = self.model is not None and self.static and not self.scaler.is_enabled()
         if not resident:
-            self.model = self.optimizer = self.graphs = None  # or two would be in memory while the next is built
+            self.model = self.optimizer = self.graphs = (
+                None  # or two would be in memory while the next is built
+            )
         _seed_everything(cfg.seed, fold)
         stages = _make_stages(data, fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
         targets = torch.from_numpy(data.training_targets(fold))
         targets = targets.float() if targets.is_floating_point() else targets
-        self.targets = targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
+        self.targets = (
+            targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
+        )
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
         fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
@@ -3487,7 +4131,9 @@ class OptimizerStep:
         fresh.unpackable |= self.found
         self.found = fresh.unpackable
         self.model = fresh.to(self.device)
-        for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
+        for weight in (
+            self.model.parameters()
+        ):  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         self.rates = torch.zeros(len(groups), device=self.device)
         self.attack = _AdversarialPerturbation(self.model, cfg) if cfg.awp or cfg.fgm else None
@@ -3498,28 +4144,39 @@ class OptimizerStep:
         self.packed = _takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
         if not self.packed:
             _check_padding(self.model.eval(), data.tokens, self.dtype)
-        wanted = {"compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda"}
+        wanted = {
+            "compile": cfg.compile,
+            "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda",
+        }
         why = self.unfit()
         for name in wanted:
             if wanted[name] and why:
                 say(f"{name} is left out: {why}")
-        self.compiled, self.captured = (wanted[name] and not why for name in ("compile", "cuda_graphs"))
+        self.compiled, self.captured = (
+            wanted[name] and not why for name in ("compile", "cuda_graphs")
+        )
         if self.compiled:
             self.model.backbone.compile(dynamic=False)
         self.place()
         if self.static:
-            ways = "compiled, " * self.compiled + ("in CUDA graphs" if self.graphs else "no CUDA graphs")
+            ways = "compiled, " * self.compiled + (
+                "in CUDA graphs" if self.graphs else "no CUDA graphs"
+            )
             say(f"steps are {ways}, for {', '.join(map(str, self.budgets))} token slots")
 
     def schedule(self, stages, groups):
         """What changes from step to step of a fold: rates of the groups and of the average, and the first attack."""
         self.depths = [group["depth"] for group in groups]
-        self.table = np.concatenate([_learning_rates(groups, stage.steps, self.cfg) for stage in stages])
+        self.table = np.concatenate(
+            [_learning_rates(groups, stage.steps, self.cfg) for stage in stages]
+        )
         self.rates_to_come = _to_device(self.table.astype(np.float32), self.device)  # (steps, G)
         first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
         self.attack_from = first + round(self.cfg.adversarial_start * per_epoch)
         self.average_table = _average_rates(len(self.table), per_epoch, self.cfg, first)
-        self.average_rates = _to_device(self.average_table.astype(np.float32), self.device)  # (steps,)
+        self.average_rates = _to_device(
+            self.average_table.astype(np.float32), self.device
+        )  # (steps,)
 
     def weigh(self, rows):
         """Weigh rows by 1 / (e^2 + mean of e^2), e their standard errors, one on average over the training rows among
@@ -3553,7 +4210,11 @@ class OptimizerStep:
             for fold in data.pseudo or np.unique(data.folds)
             for rows in _stage_batches(data, fold, self.cfg, self.length_bucket)
         )
-        return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
+        return [
+            n.sum()
+            for batch in batches
+            for n in np.split(batch, range(self.micro, len(batch), self.micro))
+        ]
 
     @property
     def static(self):
@@ -3600,7 +4261,11 @@ class OptimizerStep:
             noise = self.cfg.label_noise * error[:, None] * torch.randn_like(target)
             self.meters["label_noise"] += self.share(noise.abs().mean(1)[None], rows, count)
             target = target + noise
-        extras = {name: value for name, value in (("error", error), ("real", real)) if name in loss.takes}
+        extras = {
+            name: value
+            for name, value in (("target_std", error), ("valid_mask", real))
+            if name in loss.extra_inputs
+        }
         values = torch.stack([loss(sample, target, **extras) for raw in passes for sample in raw])
         if values.shape[1:] != rows.shape:
             raise KitError(
@@ -3625,7 +4290,9 @@ class OptimizerStep:
         """`backward` for the rows of a micro-batch."""
         tokens, lengths = self.data.tokens, self.data.tokens.lengths[part]
         if not self.packed:
-            return self.backward(tokens.batch(part, self.device), _to_device(part, self.device), count)
+            return self.backward(
+                tokens.batch(part, self.device), _to_device(part, self.device), count
+            )
         slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
         if self.static:
             slots = next(n for n in self.budgets if n >= slots)
@@ -3636,7 +4303,11 @@ class OptimizerStep:
             rows, count = sent[:-1], sent[-1]
             return self.backward(tokens.pack(rows, slots, longest, self.static), rows, count)
 
-        return self.call(("accumulate", slots), pack_and_backward, _to_device(np.array([*part, *fill, count]), self.device))
+        return self.call(
+            ("accumulate", slots),
+            pack_and_backward,
+            _to_device(np.array([*part, *fill, count]), self.device),
+        )
 
     def call(self, name, function, *inputs):
         return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
@@ -3682,7 +4353,9 @@ class OptimizerStep:
                 full = str(error).strip().splitlines()[0]
                 why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
                 self.micro = size // 2
-            self.optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
+            self.optimizer.zero_grad(
+                set_to_none=True
+            )  # here, where the failed pass has let go of its memory
             self.reset()
             if not self.micro:
                 raise KitError(
@@ -3698,7 +4371,10 @@ class OptimizerStep:
 
     def update(self):
         """Step the optimiser with the gradients so far, and return loss, gradient norm and meters."""
-        outer, both = self.model.loss.outer, self.attacking and self.cfg.fgm  # FGM adds clean and adversarial gradients
+        outer, both = (
+            self.model.loss.reduce,
+            self.attacking and self.cfg.fgm,
+        )  # FGM adds clean and adversarial gradients
         mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
         gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
         if loss is not mean:  # chain rule: the gradients so far are those of the mean
@@ -3714,7 +4390,9 @@ class OptimizerStep:
             moved = norm.isfinite() if self.cfg.ema else True
             self.average.update(self.average_rate * moved)
         if self.attacking:
-            self.meters["adversarial_loss"].copy_(outer(self.mean - self.clean if both else self.mean))
+            self.meters["adversarial_loss"].copy_(
+                outer(self.mean - self.clean if both else self.mean)
+            )
             loss = outer(self.clean).clone()
         told = [self.meters[name].clone() for name in self.told]
         self.reset()
@@ -3765,7 +4443,10 @@ def _evaluation_steps(per_epoch, cfg):
     total = per_epoch * cfg.epochs
     if cfg.eval_steps:
         return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
-    return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
+    return {
+        round(i * per_epoch / cfg.evals_per_epoch)
+        for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)
+    } - {0}
 
 
 def _epochs_after(stages, step):
@@ -3799,9 +4480,18 @@ def _evaluate(model, data, rows, cfg, step):
     predictions = predict(model, data.tokens, cfg, rows)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        names, place = _comma_join(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
-        raise NumericError(f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr")
-    return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
+        names, place = (
+            _comma_join(data.ids[rows[bad[:5]]]),
+            f"fold {data.folds[rows[0]]}, step {step}",
+        )
+        raise NumericError(
+            f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr"
+        )
+    return dict(
+        predictions=predictions,
+        score=float(METRICS[cfg.metric](data.targets[rows], predictions)),
+        step=step,
+    )
 
 
 def _keep_best(model, state, cfg):
@@ -3810,7 +4500,9 @@ def _keep_best(model, state, cfg):
     if better:
         state.best = state.last
         if cfg.keep == "best":
-            state.best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+            state.best_weights = {
+                name: w.detach().cpu().clone() for name, w in model.state_dict().items()
+            }
     return better
 
 
@@ -3820,7 +4512,10 @@ class FoldTrainer:
     def __init__(self, engine, fold, log, watch, checkpoints):
         self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
         self.log, self.watch, self.checkpoints = log, watch, checkpoints
-        self.rows, self.stages = np.flatnonzero(self.data.folds == fold), _make_stages(self.data, fold, self.cfg)
+        self.rows, self.stages = (
+            np.flatnonzero(self.data.folds == fold),
+            _make_stages(self.data, fold, self.cfg),
+        )
         last = self.stages[-1]
         self.first = sum(stage.steps for stage in self.stages[:-1])  # steps before the last stage
         self.total = self.first + last.steps
@@ -3853,8 +4548,12 @@ class FoldTrainer:
 
     def problem(self, step, what):
         """The NumericError of a step, with its rows and rates and what helps."""
-        names = f"{_comma_join(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
-        told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items())
+        names = (
+            f"{_comma_join(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
+        )
+        told = ", ".join(
+            f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items()
+        )
         advice, dtype = "lower lr or head_lr, raise warmup_ratio", self.engine.dtype
         if dtype == torch.float16:
             told += f"; loss scale {self.engine.scaler.get_scale():g}"
@@ -3869,7 +4568,10 @@ class FoldTrainer:
         count them, and raise after too many in a row."""
         if self.engine.dtype == torch.float16:
             skipped = not math.isfinite(norm)
-            self.state.skipped, self.state.in_a_row = self.state.skipped + skipped, (self.state.in_a_row + 1) * skipped
+            self.state.skipped, self.state.in_a_row = (
+                self.state.skipped + skipped,
+                (self.state.in_a_row + 1) * skipped,
+            )
             if self.state.in_a_row == _MAX_SKIPPED_STEPS:
                 raise self.problem(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
             return
@@ -3881,22 +4583,32 @@ class FoldTrainer:
         """Log the steps since the last time, with one copy from the device for all."""
         steps, self.steps = self.steps, []
         if steps:
-            values = iter(torch.stack([value for step in steps for value in step.measures.values()]).tolist())
+            values = iter(
+                torch.stack([value for step in steps for value in step.measures.values()]).tolist()
+            )
             for step in steps:
                 entry = {"step": step.number, "epoch": _epochs_after(self.stages, step.number)}
-                measures = dict(zip(step.measures, itertools.islice(values, len(step.measures)), strict=True))
+                measures = dict(
+                    zip(step.measures, itertools.islice(values, len(step.measures)), strict=True)
+                )
                 self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
                 self.check(step, measures["loss"], measures["grad_norm"])
                 if measures.get("rdrop") == 0:
-                    raise KitError("rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout")
+                    raise KitError(
+                        "rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout"
+                    )
         spent = self.state.spend("train")
-        if self.state.step > self.begun + 1:  # the first of a session loads kernels and asks for memory: no measure
+        if (
+            self.state.step > self.begun + 1
+        ):  # the first of a session loads kernels and asks for memory: no measure
             self.watch.step_seconds = spent / max(1, len(steps))
 
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
         self.engine.swap_average(self.state.step)
-        self.state.last = _evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
+        self.state.last = _evaluate(
+            self.engine.model, self.data, self.rows, self.cfg, self.state.step
+        )
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
         better = _keep_best(self.engine.model, self.state, self.cfg)
         self.engine.swap_average(self.state.step)
@@ -3912,7 +4624,9 @@ class FoldTrainer:
         self.flush()
         if self.checkpoints and self.cfg.checkpoint_minutes:
             self.save()
-        if self.state.last is None or self.state.last["step"] < self.state.step:  # of the end alone, not in the log
+        if (
+            self.state.last is None or self.state.last["step"] < self.state.step
+        ):  # of the end alone, not in the log
             self.validate()
 
 
@@ -3934,10 +4648,15 @@ def _regularizer_report(engine, state):
         acted["label_noise"] = {"mean_size": steps["label_noise"].mean()}
     if mixed := [layer for layer in engine.model.modules() if isinstance(layer, _MixoutLinear)]:
         pretrained = [layer.pretrained for layer in mixed]
-        acted["mixout"] = {"layers": len(mixed), "distance": _relative_l2([layer.weight for layer in mixed], pretrained)}
+        acted["mixout"] = {
+            "layers": len(mixed),
+            "distance": _relative_l2([layer.weight for layer in mixed], pretrained),
+        }
     if engine.average:
         means = engine.average.means.values()
-        acted["ema" if cfg.ema else "swa"] = {"distance": _relative_l2(engine.average.weights.values(), means)}
+        acted["ema" if cfg.ema else "swa"] = {
+            "distance": _relative_l2(engine.average.weights.values(), means)
+        }
     return acted
 
 
@@ -3952,12 +4671,18 @@ def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, e
     before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
     each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
-    watch, engine, began = watch or TimeBudget(cfg), engine or OptimizerStep(data, cfg), time.perf_counter()
+    watch, engine, began = (
+        watch or TimeBudget(cfg),
+        engine or OptimizerStep(data, cfg),
+        time.perf_counter(),
+    )
     engine.begin(fold, say)
     model, training = engine.model, FoldTrainer(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
-    watch.save_seconds = watch.save_seconds or 12 * _num_parameters(model) / 3e8  # a guess, until the first is measured
+    watch.save_seconds = (
+        watch.save_seconds or 12 * _num_parameters(model) / 3e8
+    )  # a guess, until the first is measured
     watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
     model.train()
     stopped = ""
@@ -3986,9 +4711,17 @@ def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, e
         model.load_state_dict(state.best_weights)
     elif engine.average and state.last:  # the weights that were evaluated last
         engine.swap_average(state.step)
-    kept = {name: getattr(state, name) for name in ("step", "skipped", "best", "last", "seconds", "lines")}
-    told = dict(fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro)
-    told |= dict(pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()), pseudo_steps=training.first)
+    kept = {
+        name: getattr(state, name)
+        for name in ("step", "skipped", "best", "last", "seconds", "lines")
+    }
+    told = dict(
+        fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro
+    )
+    told |= dict(
+        pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()),
+        pseudo_steps=training.first,
+    )
     return model, told | kept | dict(acted=acted)
 
 
@@ -4014,17 +4747,25 @@ def _plot_curves(run):
     """
     record, log = _read_record(run), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
-    log = log.reindex(columns=log.columns.union([name, "best"]))  # a run that was stopped may have no evaluation
+    log = log.reindex(
+        columns=log.columns.union([name, "best"])
+    )  # a run that was stopped may have no evaluation
     figure = _new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for fold, lines in log.groupby("fold"):
         color = f"C{fold % 10}"
         steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
         left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
-        left.plot(steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color)
-        right.plot(evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}")
+        left.plot(
+            steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color
+        )
+        right.plot(
+            evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}"
+        )
         best = evaluations[evaluations["best"] == 1].tail(1)
-        right.plot(best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10)
+        right.plot(
+            best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10
+        )
     left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
     right.set(xlabel="optimiser step", ylabel=f"validation {name}")
     right.legend(fontsize="small")
@@ -4037,10 +4778,15 @@ def _plot_points(oof, names):
     """Predictions against targets, a panel for each output and a colour for each fold."""
     figure = _new_figure(4.5 * len(names), 4.5)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        target, prediction = oof[_column_name("target", name, names)], oof[_column_name("prediction", name, names)]
+        target, prediction = (
+            oof[_column_name("target", name, names)],
+            oof[_column_name("prediction", name, names)],
+        )
         for fold, rows in oof.groupby("fold").groups.items():
             color = f"C{fold % 10}"
-            axis.scatter(target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}")
+            axis.scatter(
+                target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}"
+            )
         ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
         axis.plot(ends, ends, color="black", linewidth=0.8)
         axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
@@ -4058,7 +4804,14 @@ def _plot_shares(shares, rows, columns, xlabel, ylabel):
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for (i, j), share in np.ndenumerate(shares) if len(rows) <= 25 else ():
-        axis.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+        axis.text(
+            j,
+            i,
+            f"{share:.2f}",
+            ha="center",
+            va="center",
+            color="white" if share > 0.5 else "black",
+        )
     return figure
 
 
@@ -4067,20 +4820,34 @@ def _plot_oof(run):
     classes, and for multilabel the share of each label's rows that are predicted to have it."""
     record = _read_record(run)
     task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
-    oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False)
+    oof = pd.read_csv(
+        run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False
+    )
     predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
     if task == "regression":
         figure = _plot_points(oof, names)
     elif task == "multilabel":
         truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
         hits = predictions >= 0.5
-        shares = np.stack([(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1)
-        figure = _plot_shares(shares, names, ["absent", "present"], "true state", "label: share predicted present")
+        shares = np.stack(
+            [(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1
+        )
+        figure = _plot_shares(
+            shares, names, ["absent", "present"], "true state", "label: share predicted present"
+        )
     else:
-        chosen = predictions.argmax(1) if task == "multiclass" else (predictions[:, 0] >= 0.5).astype(int)
+        chosen = (
+            predictions.argmax(1)
+            if task == "multiclass"
+            else (predictions[:, 0] >= 0.5).astype(int)
+        )
         guesses = np.array(classes)[chosen]
-        shares = sklearn.metrics.confusion_matrix(oof["target"], guesses, labels=classes, normalize="true")
-        figure = _plot_shares(shares, classes, classes, "predicted class", "true class: share of its rows")
+        shares = sklearn.metrics.confusion_matrix(
+            oof["target"], guesses, labels=classes, normalize="true"
+        )
+        figure = _plot_shares(
+            shares, classes, classes, "predicted class", "true class: share of its rows"
+        )
     _save_figure(figure, run / "oof.png")
 
 
@@ -4097,7 +4864,10 @@ _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"  # the format
 
 def _normalize_texts(texts):
     """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    return [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for text in texts]
+    return [
+        " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+        for text in texts
+    ]
 
 
 def _row_texts(frame, cfg):
@@ -4125,12 +4895,16 @@ def _label_columns(fold, outputs):
 def _open_pseudo(folder):
     """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
     if not (folder / "pseudo.json").is_file():
-        raise DataError(f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py")
+        raise DataError(
+            f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py"
+        )
     if problems := _folder_problems(folder):
         raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
     told = _read_json(folder / "pseudo.json")
     if told.get("format") != _PSEUDO_FORMAT:
-        raise DataError(f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}")
+        raise DataError(
+            f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}"
+        )
     return told
 
 
@@ -4144,7 +4918,9 @@ def _leak_problems(fold, given, labels, seen, there, here):
         if model["fold"] != fold
     ]
     if _digest(labels.to_numpy().tolist()) != given["labels"]:
-        problems.append("they are not those that its models gave: columns exchanged, or cells changed")
+        problems.append(
+            "they are not those that its models gave: columns exchanged, or cells changed"
+        )
     if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         problems.append(
             f"their models validated on {len(there)} rows, this fold has {len(here)}, and {len(other)} are not the "
@@ -4164,28 +4940,50 @@ def _read_pseudo(frame, cfg, classes):
     """
     folder = _user_path("pseudo_dir", cfg.pseudo_dir)
     told, outputs = _open_pseudo(folder), _output_names(cfg, classes)
-    here = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": [cfg.id_column, *_input_columns(cfg)]}
+    here = {
+        "task": cfg.task,
+        "outputs": outputs,
+        "classes": classes,
+        "columns": [cfg.id_column, *_input_columns(cfg)],
+    }
     if other := [name for name in here if told[name] != here[name]]:
-        raise DataError([f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other])
+        raise DataError(
+            [f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other]
+        )
     folds = [int(fold) for fold in told["sets"]]
     if not set(_requested_folds(frame, cfg)) <= set(folds):
-        raise ConfigError(f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others")
-    extra = _read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in _label_columns(f, outputs)])
-    rows, seen = _read_table(folder / "rows.csv", ["id", "fold", "digest"]), _seen_rows(extra, frame, cfg)
+        raise ConfigError(
+            f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others"
+        )
+    extra = _read_table(
+        folder / "pseudo.csv",
+        here["columns"] + [c for f in folds for c in _label_columns(f, outputs)],
+    )
+    rows, seen = (
+        _read_table(folder / "rows.csv", ["id", "fold", "digest"]),
+        _seen_rows(extra, frame, cfg),
+    )
     problems, pseudo = [], {}
     if _digest(rows.to_numpy().tolist()) != told["folds"]:
         problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     for fold in folds:
         labels, there = extra[_label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
         pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
-        there, of_fold = dict(zip(there["id"], there["digest"], strict=True)), frame[frame["fold"] == fold]
-        found = _leak_problems(fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg))
+        there, of_fold = (
+            dict(zip(there["id"], there["digest"], strict=True)),
+            frame[frame["fold"] == fold],
+        )
+        found = _leak_problems(
+            fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg)
+        )
         problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
     if problems:
         raise DataError(problems)
     counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
     runs = _comma_join(run["name"] for run in told["runs"])
-    print(f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold")
+    print(
+        f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold"
+    )
     return extra[here["columns"]], pseudo, told
 
 
@@ -4202,7 +5000,14 @@ class Stopped(KitError):
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
 # pseudo-labels and of the backbone is compared, not their places.
 _FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "report_to"}
-_FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
+_FREE |= {
+    "resume",
+    "resume_from",
+    "checkpoint_minutes",
+    "max_minutes",
+    "predict_partial",
+    "fold_processes",
+}
 _FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
 
 
@@ -4218,7 +5023,9 @@ def _source_of(part):
                 function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)))
                 if inspect.isfunction(function):
                     texts.append(inspect.getsource(function))
-                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("__"):
+                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith(
+                    "__"
+                ):
                     texts.append(f"{name} = {value!r}")
     return "\n".join(texts)
 
@@ -4235,7 +5042,9 @@ def _source_prints(cfg):
             made[name] = _digest(_source_of(part))
         except (OSError, TypeError):
             made[name] = f"no source: {part.__module__}.{part.__qualname__}"
-            print(f"{name} has no source here: a run that goes on cannot tell whether it has changed")
+            print(
+                f"{name} has no source here: a run that goes on cannot tell whether it has changed"
+            )
     return made
 
 
@@ -4243,7 +5052,10 @@ def _fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
     columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
     made = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = _digest(data.targets), _digest(frame["fold"].to_numpy())
+    made["the targets"], made["the folds"] = (
+        _digest(data.targets),
+        _digest(frame["fold"].to_numpy()),
+    )
     made |= {} if data.errors is None else {"the standard errors": _digest(data.errors)}
     made |= {"the pseudo-labels": _digest(*data.pseudo.values())} if data.pseudo else {}
     made["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
@@ -4262,14 +5074,23 @@ def _differences(old, new):
     if "fingerprint" not in old:
         return ["it was begun by a version of kernel_utils that could not go on"]
     needed = ["settings", "resolved", "status", "sessions"]
-    needed += ["folds"] * ("outputs" in new and old.get("status") == "complete")  # pre-training has none
+    needed += ["folds"] * (
+        "outputs" in new and old.get("status") == "complete"
+    )  # pre-training has none
     if missing := [name for name in needed if name not in old]:
         return [f"record.json has no {_comma_join(missing)}"]
-    settings = [_as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
-    changed = [name for name in settings[1] if name not in _FREE and settings[0][name] != settings[1][name]]
+    settings = [
+        _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
+        for record in (old, new)
+    ]
+    changed = [
+        name for name in settings[1] if name not in _FREE and settings[0][name] != settings[1][name]
+    ]
     found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
     was, now = old["fingerprint"], new["fingerprint"]
-    return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
+    return found + [
+        f"{name}: not as when the run began" for name in now if was.get(name) != now[name]
+    ]
 
 
 def _copy_run(resume_from, record, folder, file):
@@ -4279,7 +5100,9 @@ def _copy_run(resume_from, record, folder, file):
     runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}")
+        raise ConfigError(
+            f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}"
+        )
     if found := _differences(_read_json(runs[0] / file), record):
         raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
     print(f"copying {runs[0]} to {folder}")
@@ -4308,7 +5131,10 @@ def _find_run_folder(cfg, record, name, file="record.json"):
         _copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
-        if {path.name for path in folder.iterdir()} <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
+        if {path.name for path in folder.iterdir()} <= {
+            ".lock",
+            f".{file}.tmp",
+        }:  # a run was killed as it began
             return folder
         found = ["it is no run"]
         if (folder / file).is_file():
@@ -4318,7 +5144,10 @@ def _find_run_folder(cfg, record, name, file="record.json"):
         if cfg.run_name:
             why = found if cfg.resume else ["resume is False"]
             raise ConfigError(
-                [f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it", *why]
+                [
+                    f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it",
+                    *why,
+                ]
             )
         print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
         number += 1
@@ -4340,9 +5169,13 @@ def _locked(folder):
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode().strip()
-            raise ConfigError(f"{folder} is in use by another {holder}; wait, or set run_name") from None
+            raise ConfigError(
+                f"{folder} is in use by another {holder}; wait, or set run_name"
+            ) from None
         except OSError as error:
-            raise KitError(f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir") from None
+            raise KitError(
+                f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir"
+            ) from None
         file.truncate(0)
         _write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
@@ -4353,7 +5186,9 @@ def _start_tracker(cfg, folder):
     if not cfg.report_to:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("report_to wandb needs the package wandb: pip install wandb, or set report_to to ''")
+        raise ConfigError(
+            "report_to wandb needs the package wandb: pip install wandb, or set report_to to ''"
+        )
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -4399,7 +5234,9 @@ def _peak_memory():
                 return 1024 * int(line.split()[1])
     import resource  # not on Windows; after a fork it may tell the peak of a larger parent
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _oof_frame(frame, results, cfg, names):
@@ -4410,7 +5247,11 @@ def _oof_frame(frame, results, cfg, names):
     columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
     columns |= {_column_name("target", name, cfg.targets): frame[name] for name in cfg.targets}
     columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
-    for kind, source in (("prediction", cfg.keep), ("prediction_best", "best"), ("prediction_last", "last")):
+    for kind, source in (
+        ("prediction", cfg.keep),
+        ("prediction_best", "best"),
+        ("prediction_last", "last"),
+    ):
         values = np.concatenate([result[source]["predictions"] for result in results])
         columns |= {_column_name(kind, name, names): values[:, k] for k, name in enumerate(names)}
     return pd.DataFrame(columns).iloc[np.argsort(rows)]
@@ -4430,7 +5271,9 @@ def _oof_scores(results, targets, cfg):
         scores["target_sd"] = float(targets[rows].std(0).mean())
     if cfg.task == "regression" and cfg.metric == "qwk":
         predictions = np.concatenate([result[cfg.keep]["predictions"] for result in results])
-        folds = np.repeat([result["fold"] for result in results], [len(result["rows"]) for result in results])
+        folds = np.repeat(
+            [result["fold"] for result in results], [len(result["rows"]) for result in results]
+        )
         scores |= _threshold_scores(np.rint(targets[rows]), predictions, folds)
     return scores
 
@@ -4441,7 +5284,9 @@ def _nested_levels(target, prediction, folds):
     for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
         for fold in np.unique(folds):
             inside, levels = folds == fold, (int(t.min()), int(t.max()))
-            labels[inside, k] = _apply_thresholds(_fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0])
+            labels[inside, k] = _apply_thresholds(
+                _fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0]
+            )
     return labels
 
 
@@ -4456,13 +5301,22 @@ def _threshold_scores(target, prediction, folds):
     nested = None
     if len(set(folds)) > 1:
         labels = _nested_levels(target, prediction, folds)
-        nested = float(np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)]))
-    return {"thresholds": thresholds, "levels": levels, "fitted": float(np.mean(fitted)), "nested": nested}
+        nested = float(
+            np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)])
+        )
+    return {
+        "thresholds": thresholds,
+        "levels": levels,
+        "fitted": float(np.mean(fitted)),
+        "nested": nested,
+    }
 
 
 def _fold_scores(result):
     """What the record keeps of a fold."""
-    scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
+    scores = {
+        kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")
+    }
     told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
     told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
     told |= {name: result[name] for name in ("pseudo_rows", "pseudo_steps")}
@@ -4494,7 +5348,10 @@ def _finished_fold(folder):
 def _print_header(cfg, asked, record):
     """Print where the backbone came from and what the settings left open has become."""
     print(f"backbone {cfg.backbone} from {record['backbone']}")
-    rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
+    rate, device = (
+        "as set" if asked.lr else "by the backbone's width",
+        f"{record['device']} {record['precision']}",
+    )
     dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
     print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
     print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
@@ -4502,8 +5359,22 @@ def _print_header(cfg, asked, record):
         print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
 
 
-_PROVENANCE = ["settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps", "held_out"]
-_PROVENANCE += ["seconds", "device", "versions"]  # of pretrain.json, what a run on its backbone records
+_PROVENANCE = [
+    "settings",
+    "backbone",
+    "weights",
+    "pretrained",
+    "texts",
+    "windows",
+    "head",
+    "steps",
+    "held_out",
+]
+_PROVENANCE += [
+    "seconds",
+    "device",
+    "versions",
+]  # of pretrain.json, what a run on its backbone records
 
 
 def _pretraining_of(backbone):
@@ -4514,7 +5385,9 @@ def _pretraining_of(backbone):
         return {}
     told = _read_json(path)
     if told.get("status") != "complete":
-        raise KitError(f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first")
+        raise KitError(
+            f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first"
+        )
     return {"pretrained": {name: told[name] for name in _PROVENANCE if name in told}}
 
 
@@ -4530,7 +5403,9 @@ def _start_record(cfg, asked, frame, backbone, classes):
     return {
         "status": "running",
         "settings": asked.to_dict(),
-        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
+        "resolved": {
+            name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")
+        },
         "backbone": str(backbone),
         **_pretraining_of(backbone),
         "classes": classes,
@@ -4572,8 +5447,19 @@ def _make_golden(frame, data, results, cfg):
         for row, prediction in zip(*result["golden"], strict=True):
             cells = {name: frame[name].iloc[row] for name in _input_columns(cfg)}
             name = frame[cfg.id_column].iloc[row]
-            rows.append({"fold": result["fold"], "id": name, "cells": cells, "prediction": prediction.tolist()})
-    return {"texts": _PROBE_TEXTS, "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg), "rows": rows}
+            rows.append(
+                {
+                    "fold": result["fold"],
+                    "id": name,
+                    "cells": cells,
+                    "prediction": prediction.tolist(),
+                }
+            )
+    return {
+        "texts": _PROBE_TEXTS,
+        "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg),
+        "rows": rows,
+    }
 
 
 def _room_and_sizes(run, backbone, cfg):
@@ -4613,12 +5499,20 @@ def _begin_run(run, record, folds):
         if there == set(folds):
             return old
         if not there < set(folds):
-            raise ConfigError(f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too")
+            raise ConfigError(
+                f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too"
+            )
     sessions = old["sessions"]
     before, now = _environment_summary(sessions[-1]), _environment_summary(record)
     print(f"{run} goes on, its status was {old['status']!r}")
-    if moved := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
-        print(f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run")
+    if moved := [
+        f"{name} {before.get(name)}, now {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]:
+        print(
+            f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run"
+        )
     return record | sessions[0] | {"sessions": sessions + record["sessions"]}
 
 
@@ -4630,7 +5524,9 @@ def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
         if result["last"] is None:  # stopped before the first step
             return result
         result["golden"] = _golden_rows(model, data, result, cfg)
-    except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
+    except (
+        torch.OutOfMemoryError
+    ) as error:  # beside the rows, which `fit_and_accumulate` makes fewer
         full = str(error).strip().splitlines()[0]
         raise KitError(
             f"weights and optimiser do not fit into the memory of {_device_name()}: take a smaller backbone, or set "
@@ -4676,7 +5572,11 @@ def _train_in_turn(data, folds, finished, cfg, run, watch):
 
 def _equal_gpus():
     """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
-    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == _device_name()]
+    return [
+        i
+        for i in range(torch.cuda.device_count())
+        if torch.cuda.get_device_name(i) == _device_name()
+    ]
 
 
 def _notebook_parts(*configs):
@@ -4706,14 +5606,18 @@ def _read_job(path):
     """The job of a process that `_start_process` began."""
     job = json.loads(Path(path).read_text())
     if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(f"this process has {_device_name()}, the one that started it {job['device']}")
+        raise KitError(
+            f"this process has {_device_name()}, the one that started it {job['device']}"
+        )
     return job
 
 
 def _process_error(number, count, code, folder):
     """The KitError of a process that `_start_process` began."""
     lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
-    return KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
+    return KitError(
+        [f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]]
+    )
 
 
 def _choose_processes(data, n_folds, cfg, run):
@@ -4721,29 +5625,49 @@ def _choose_processes(data, n_folds, cfg, run):
     asked = cfg.fold_processes or max(1, len(_equal_gpus()))
     count = min(asked, n_folds)
     if count > 1 and (cells := _notebook_parts(cfg)):
-        print(f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others")
+        print(
+            f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others"
+        )
         return 1
     if count > 1:
         room, size, checkpoints = _room_and_sizes(run, data.folder, cfg)
         fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
         if fit < count:
-            print(f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more")
+            print(
+                f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more"
+            )
             count = int(fit)
     return count
 
 
 def _describe_data(data):
     """`_TrainingData` without the folders it came from, as a nest of plain values and arrays."""
-    tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
-    told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
+    tokens = dict(
+        ids=data.tokens.ids,
+        lengths=data.tokens.lengths,
+        types=data.tokens.types,
+        pad_id=data.tokens.pad_id,
+    )
+    told = dict(
+        tokens=tokens,
+        targets=data.targets,
+        folds=data.folds.copy(),
+        ids=[str(name) for name in data.ids],
+    )
     told |= dict(errors=data.errors, pseudo=data.pseudo)
-    return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=_cls_is_last(data.tokenizer))
+    return told | dict(
+        n_outputs=data.n_outputs,
+        n_tokens=len(data.tokenizer),
+        cls_last=_cls_is_last(data.tokenizer),
+    )
 
 
 def _rebuild_data(told, backbone, tokenizer):
     """The `_TrainingData` that `_describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
     if (len(tokenizer), _cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
-        raise KitError("the tokenizer of the run is another where it is read again: set fold_processes 1")
+        raise KitError(
+            "the tokenizer of the run is another where it is read again: set fold_processes 1"
+        )
     flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
     types = None if flat["types"] is None else np.split(flat["types"], cuts)
     tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
@@ -4754,7 +5678,9 @@ def _rebuild_data(told, backbone, tokenizer):
 
 def _watch_parent(watch):
     """Have the watch stop the run where the process that started this one says why, or is gone."""
-    watch.signal = os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+    watch.signal = (
+        os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+    )
 
 
 def _train_job(path):
@@ -4769,7 +5695,9 @@ def _train_job(path):
     watch.began -= time.time() - job["began"]
     threading.Thread(target=_watch_parent, args=[watch], daemon=True).start()
     try:
-        data = _rebuild_data(_read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer"))
+        data = _rebuild_data(
+            _read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer")
+        )
         engine = OptimizerStep(data, cfg)
         with watch:
             for fold in job["folds"]:
@@ -4789,7 +5717,9 @@ def _train_job(path):
                 if result["stopped"]:
                     break
     except KitError as error:
-        _write_json(path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems})
+        _write_json(
+            path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems}
+        )
         sys.exit(1)
 
 
@@ -4798,7 +5728,10 @@ def _worker_error(number, count, code, folder):
     path = Path(folder) / f"{number}.error"
     if not path.is_file():
         return _process_error(number, count, code, folder)
-    told, kinds = _read_json(path), {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())}
+    told, kinds = (
+        _read_json(path),
+        {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())},
+    )
     return kinds.get(told["kind"], KitError)(told["problems"])
 
 
@@ -4813,7 +5746,9 @@ class _Workers:
         self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
         for number in range(count):
             told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-            self.processes.append(_start_process(number, "train-folds", job | {"number": number}, folder, **told))
+            self.processes.append(
+                _start_process(number, "train-folds", job | {"number": number}, folder, **told)
+            )
 
     def stop(self, why):
         """Have them save and end."""
@@ -4850,13 +5785,25 @@ def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
     all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
     fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
     left, results = [fold for fold in folds if not finished[fold]], {}
-    job = dict(settings=dataclasses.replace(cfg, report_to="").to_dict(), run=str(run.resolve()), folds=left)
-    job |= dict(backbone=str(data.folder.resolve()), finished=len(folds) - len(left), test_rows=watch.test_rows)
-    job |= dict(threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began))
+    job = dict(
+        settings=dataclasses.replace(cfg, report_to="").to_dict(),
+        run=str(run.resolve()),
+        folds=left,
+    )
+    job |= dict(
+        backbone=str(data.folder.resolve()),
+        finished=len(folds) - len(left),
+        test_rows=watch.test_rows,
+    )
+    job |= dict(
+        threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began)
+    )
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         folder = Path(folder)
         _write_state(folder, _describe_data(data))
-        print(f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log")
+        print(
+            f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log"
+        )
         workers = _Workers(count, job, folder, lock)
         stack.callback(workers.end)
         running = True
@@ -4872,14 +5819,21 @@ def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
                 if fold not in results:
                     told = _read_state(path)
                     results[fold] = told["result"]
-                    watch.restored, watch.peak = watch.restored + told["restored"], max(watch.peak, told["peak"])
+                    watch.restored, watch.peak = (
+                        watch.restored + told["restored"],
+                        max(watch.peak, told["peak"]),
+                    )
                     if not results[fold]["stopped"]:
                         _print_fold(results[fold], cfg, watch)
             time.sleep(0.1 * running)
         with _open_log(cfg, run) as log:
             for fold in folds:
                 path = folder / f"fold{fold}" / "log.jsonl"
-                lines = path.read_text().splitlines() if path.is_file() else (finished[fold] or {}).get("lines", ())
+                lines = (
+                    path.read_text().splitlines()
+                    if path.is_file()
+                    else (finished[fold] or {}).get("lines", ())
+                )
                 for line in lines:
                     log(json.loads(line))
         for number, process in enumerate(workers.processes):
@@ -4905,7 +5859,9 @@ def _train_folds(data, folds, cfg, run, watch, lock=None):
 
 def _scorable(results):
     """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
-    return [result for result in results if not result["stopped"]] or [result for result in results if result["last"]]
+    return [result for result in results if not result["stopped"]] or [
+        result for result in results if result["last"]
+    ]
 
 
 def _finish_record(record, results, data, cfg, watch):
@@ -4916,7 +5872,10 @@ def _finish_record(record, results, data, cfg, watch):
             epochs = len(stage.epochs) * result["step"] / result["steps"]
             rows += len(stage.rows) * epochs
             tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
-    seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
+    seconds = {
+        part: sum(result["seconds"][part] for result in results)
+        for part in ("train", "evaluate", "save")
+    }
     total = time.perf_counter() - watch.began + watch.restored
     return record | {
         "folds": [_fold_scores(result) for result in results],
@@ -4937,7 +5896,10 @@ def _save_results(frame, data, results, cfg, run, record, watch):
         _write_json(run / "golden.json", _make_golden(frame, data, used, cfg))
         record = _finish_record(record, used, data, cfg, watch)
     if stopped:
-        told = [f"fold {result['fold']} is at step {result['step']} of {result['steps']}" for result in stopped]
+        told = [
+            f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
+            for result in stopped
+        ]
         told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
         record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
     else:
@@ -4963,7 +5925,9 @@ def _train_run(frame, data, folds, cfg, run, record, watch, lock):
         except KitError:
             log = run / "log.jsonl"
             if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
-                shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings leaves nothing behind
+                shutil.rmtree(
+                    run, ignore_errors=True
+                )  # a mistake in the settings leaves nothing behind
             raise
         record = _save_results(frame, data, results, cfg, run, record, watch)
     if "oof" in record:
@@ -4976,7 +5940,11 @@ def _train_run(frame, data, folds, cfg, run, record, watch, lock):
                 (run / "checkpoints").rmdir()
             (run / ".lock").unlink(missing_ok=True)
     elif not (cfg.predict_partial and "oof" in record):
-        place = "from there" if cfg.checkpoint_minutes else "after the finished folds (checkpoint_minutes is 0)"
+        place = (
+            "from there"
+            if cfg.checkpoint_minutes
+            else "after the finished folds (checkpoint_minutes is 0)"
+        )
         told = "predict_partial True would have predicted with what is trained"
         raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
 
@@ -5009,7 +5977,9 @@ def train(frame, cfg, test=None):
     if cfg.pseudo_dir:
         extra, pseudo, told = _read_pseudo(frame, cfg, classes)
         texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
-        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {"rows": len(extra)}
+        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {
+            "rows": len(extra)
+        }
     if new := _add_prefix_tokens(tokenizer, texts, cfg):
         print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
     loaded = time.perf_counter()
@@ -5018,12 +5988,16 @@ def train(frame, cfg, test=None):
     _check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
     record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
-    print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
+    print(
+        f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}"
+    )
 
     targets, ids = _encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
     folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
-    data = _TrainingData(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
+    data = _TrainingData(
+        tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo
+    )
     record |= {"fingerprint": _fingerprint(frame, data, cfg)}
     name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
     run = _find_run_folder(asked, record, name)
@@ -5036,13 +6010,19 @@ def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
     oof, seconds, lines = record["oof"], record["seconds"], []
     for kind in ("last", "best"):
-        spread = "" if oof[f"{kind}_fold_sd"] is None else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
+        spread = (
+            ""
+            if oof[f"{kind}_fold_sd"] is None
+            else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
+        )
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
         nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        points = "; ".join(", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"])
+        points = "; ".join(
+            ", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]
+        )
         lines.append(
             f"  qwk with thresholds fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}: {points}"
         )
@@ -5050,9 +6030,7 @@ def _summary(name, record):
         f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
         f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
     )
-    head = (
-        f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
-    )
+    head = f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
     return "\n".join([head, *lines])
 
 
@@ -5117,15 +6095,32 @@ def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
     problems = []
     try:
-        files = {name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}}
+        files = {
+            name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}
+        }
         manifest["dataset"]["id"], manifest["version"]
         needed = {"kernel_utils.py"}
         for parts in manifest["runs"].values():
-            needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
-            bad = [name for name in parts["tokenizer"] if Path(name).name != name]  # copied under these names
-            problems += [f"{fold!r} is no number of a fold" for fold in parts["weights"] if not fold.isdecimal()]
+            needed |= {
+                parts["record"],
+                parts["config"],
+                *parts["tokenizer"].values(),
+                *parts["weights"].values(),
+            }
+            bad = [
+                name for name in parts["tokenizer"] if Path(name).name != name
+            ]  # copied under these names
+            problems += [
+                f"{fold!r} is no number of a fold"
+                for fold in parts["weights"]
+                if not fold.isdecimal()
+            ]
             problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
-            problems += [] if parts["golden"]["rows"] and parts["golden"]["texts"] else ["a run has nothing to prove"]
+            problems += (
+                []
+                if parts["golden"]["rows"] and parts["golden"]["texts"]
+                else ["a run has nothing to prove"]
+            )
     except (KeyError, TypeError, AttributeError) as error:
         return [f"malformed ({type(error).__name__}: {error})"]
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
@@ -5139,7 +6134,9 @@ def _read_bundle_manifest(folder):
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
     if manifest.get("format") != _BUNDLE_FORMAT:
-        raise BundleError(f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}")
+        raise BundleError(
+            f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"
+        )
     if problems := _manifest_problems(manifest):
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
@@ -5148,7 +6145,12 @@ def _read_bundle_manifest(folder):
 def _check_record(path, record):
     """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
     try:
-        record["settings"] | record["resolved"], record["versions"].keys(), record["classes"], len(record["outputs"])
+        (
+            record["settings"] | record["resolved"],
+            record["versions"].keys(),
+            record["classes"],
+            len(record["outputs"]),
+        )
         _summary("", record)
         for fold in record["folds"]:
             if type(fold["fold"]) is not int:
@@ -5164,7 +6166,12 @@ def _golden_error(golden, cfg, weights):
     """What is wrong with the golden part of a run, or ''."""
     try:
         for row in golden["rows"]:
-            row["id"], row["prediction"], [row["cells"][name] for name in _input_columns(cfg)], weights[row["fold"]]
+            (
+                row["id"],
+                row["prediction"],
+                [row["cells"][name] for name in _input_columns(cfg)],
+                weights[row["fold"]],
+            )
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
             return "no rows, or other texts than token_ids"
     except (AttributeError, KeyError, TypeError) as error:
@@ -5180,7 +6187,9 @@ def _make_run(name, record, golden, config, tokenizer, weights):
     try:
         cfg = Config.from_dict(record["settings"] | record["resolved"])
     except ConfigError as error:
-        raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
+        raise ConfigError(
+            [f"{name}, record.json: {problem}" for problem in error.problems]
+        ) from None
     if problem := _golden_error(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
     if why := _precision_error(cfg.precision):
@@ -5215,12 +6224,24 @@ def _load_run(folder):
             else "expected a run folder, no record.json"
         )
         raise ConfigError(f"{folder}: {why}")
-    weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
+    weights = {
+        fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors"
+        for fold in record["folds"]
+    }
     config = next(iter(weights.values())).with_name("config.json")
-    needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
+    needed = [
+        folder / "golden.json",
+        folder / "tokenizer" / "tokenizer_config.json",
+        config,
+        *weights.values(),
+    ]
     if missing := [path for path in needed if not path.is_file()]:
-        raise ConfigError(f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}")
-    tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()}
+        raise ConfigError(
+            f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}"
+        )
+    tokenizer = {
+        path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()
+    }
     golden = _read_json(folder / "golden.json")
     return _make_run(folder.name, record, golden, config, tokenizer, weights)
 
@@ -5248,7 +6269,10 @@ def _find_bundle(bundle_dir):
         ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
         if ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
             found.setdefault(data, folder)
-    for folder in [*_attached_folders("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]:
+    for folder in [
+        *_attached_folders("record.json"),
+        *(path.parent for path in sorted(Path("runs").glob("*/record.json"))),
+    ]:
         if _is_complete(folder):
             found.setdefault((folder / "record.json").read_bytes(), folder)
     found = list(found.values())
@@ -5268,16 +6292,27 @@ def _read_blend(path, records):
     try:
         members = content["members"]
         weights = {name: _as_float(member["weight"]) for name, member in members.items()}
-        blend = _Blend(content["method"], weights, [_as_float(v) for v in content["intercept"]], dict(content["cuts"]))
+        blend = _Blend(
+            content["method"],
+            weights,
+            [_as_float(v) for v in content["intercept"]],
+            dict(content["cuts"]),
+        )
         digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
     problems = [f"run {name} is missing" for name in digests if name not in records]
-    problems += [f"run {name} is none of its members, {_comma_join(digests)}" for name in records if name not in digests]
+    problems += [
+        f"run {name} is none of its members, {_comma_join(digests)}"
+        for name in records
+        if name not in digests
+    ]
     for name in records:
         if digests.get(name, got := _file_sha256(records[name])) != got:
             expected = f"{digests[name][:12]}, got {got[:12]}"
-            problems.append(f"run {name} is another one: SHA-256 of its record.json, expected {expected}")
+            problems.append(
+                f"run {name} is another one: SHA-256 of its record.json, expected {expected}"
+            )
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return blend
@@ -5290,9 +6325,13 @@ def _open_bundle(folder):
     parts = _read_bundle_manifest(folder)["runs"]
     runs, blend = [_bundled_run(folder, name, told) for name, told in parts.items()], None
     if (folder / _BLEND_FILE).is_file():
-        blend = _read_blend(folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()})
+        blend = _read_blend(
+            folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()}
+        )
         if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
-            raise BundleError(f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}")
+            raise BundleError(
+                f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}"
+            )
     return Bundle(folder, runs, {}, blend=blend)
 
 
@@ -5309,7 +6348,9 @@ def load_bundle(bundle_dir="", precision="auto"):
         files = _read_bundle_manifest(folder)["files"]
         problems = _integrity_problems(folder, files)
         if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-            problems = [f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"]
+            problems = [
+                f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"
+            ]
         if problems:
             raise BundleError([f"{folder}", *problems])
         size = sum(entry["bytes"] for entry in files.values())
@@ -5320,10 +6361,16 @@ def load_bundle(bundle_dir="", precision="auto"):
     for run in bundle.runs:
         print(_summary(run.name, run.record))
         here, then = _versions(), run.record["versions"]
-        if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
+        if moved := [
+            f"{name} {then.get(name)}, here {here[name]}"
+            for name in here
+            if here[name] != then.get(name)
+        ]:
             print(f"  trained with {'; '.join(moved)}")
     if bundle.blend:
-        print(f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
+        print(
+            f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}"
+        )
     if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"
     if precision != "auto":  # on a GPU, auto is as trained
@@ -5339,13 +6386,19 @@ def _in_precision(run, precision):
 def _describe_blend(weights, intercept):
     """A blend, {name: weight} and (K,) intercepts, as one line."""
     terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    return _comma_join(terms) + (f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
+    return _comma_join(terms) + (
+        f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}"
+        if any(intercept)
+        else ""
+    )
 
 
 def _open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
     _prepare_process()
-    with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers wants the names that it gave the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
         tokenizer = _load_tokenizer(folder)
@@ -5360,7 +6413,9 @@ def _load_fold(model, run, fold):
         load_model(model, run.weights[fold])
 
 
-_READING = "text_column pair_column prefix max_length truncation".split()  # settings that `_tokenize_frame` reads
+_READING = (
+    "text_column pair_column prefix max_length truncation".split()
+)  # settings that `_tokenize_frame` reads
 _SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
 
 
@@ -5373,8 +6428,13 @@ def _tokenization_key(run):
 def _architecture_key(run):
     """What decides the tokenizer and all of the model but its weights, as text. The settings in which the runs of an
     ensemble mostly differ are left out; one more would only build a model of its own."""
-    settings = {name: value for name, value in run.cfg.to_dict().items() if name not in _SHAPELESS.split()}
-    return json.dumps([_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
+    settings = {
+        name: value for name, value in run.cfg.to_dict().items() if name not in _SHAPELESS.split()
+    }
+    return json.dumps(
+        [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]],
+        sort_keys=True,
+    )
 
 
 def _each_run(bundle, work):
@@ -5442,11 +6502,15 @@ def _check_gaps(run, predictions, precision):
 def _check_run(run, tokenizer, model):
     """`check_golden` for one run."""
     _check_probes(run, tokenizer)
-    precisions = {_precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
+    precisions = {
+        _precision_name(precision): precision for precision in (run.cfg.precision, "fp32")
+    }  # one each
     got = _golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
         gap, allowed = _check_gaps(run, got[precision], name), _GOLDEN_TOLERANCES[name]
-        print(f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed")
+        print(
+            f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed"
+        )
 
 
 def check_golden(bundle):
@@ -5464,7 +6528,9 @@ def _predict_runs(bundle, frame, batch_tokens):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
         if (key := _tokenization_key(run)) not in texts:
             if new := _new_prefix_tokens(tokenizer, frame, cfg):
-                warnings.warn(f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2)
+                warnings.warn(
+                    f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2
+                )
             texts[key] = _tokenize_frame(frame, tokenizer, cfg)
         total = 0
         for fold in _progress(list(run.weights), f"predict {run.name}"):
@@ -5483,9 +6549,14 @@ def _predict_job(path):
     job = _read_job(path)
     bundle = _open_bundle(Path(job["bundle"]))
     precisions = job["precisions"]
-    runs = [_in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions]
+    runs = [
+        _in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions
+    ]
     bundle = bundle._replace(runs=runs)
-    np.save(Path(path).with_suffix(".npy"), _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
+    np.save(
+        Path(path).with_suffix(".npy"),
+        _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]),
+    )
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
@@ -5497,7 +6568,9 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     began = time.perf_counter()
     count = min(processes or max(1, len(_equal_gpus())), len(frame))
     if count > 1 and (cells := _notebook_parts(*(run.cfg for run in bundle.runs))):
-        print(f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes")
+        print(
+            f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes"
+        )
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
@@ -5516,21 +6589,31 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             if code := process.wait():
                 raise _process_error(number, count, code, folder)
             lines = (Path(folder) / f"{number}.log").read_text().splitlines()
-            print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
+            print(
+                "".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end=""
+            )
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
     used = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
-    print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
-    print(f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}")
+    print(
+        f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
+    )
+    print(
+        f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}"
+    )
     return predictions
 
 
 def read_test_set(bundle, data_dir):
     """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
     folder = _find_data_dir(data_dir, "test.csv")
-    test, sample = _read_test(bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)])
+    test, sample = _read_test(
+        bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    )
     if sample is None:
-        print(f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings")
+        print(
+            f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings"
+        )
     else:
         _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
@@ -5549,7 +6632,9 @@ def write_submission(path, ids, predictions, run, sample=None):
         raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        raise DataError(f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}")
+        raise DataError(
+            f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}"
+        )
     columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
     values = predictions
     if cfg.task == "multiclass" and len(columns) == 1:
@@ -5560,7 +6645,9 @@ def write_submission(path, ids, predictions, run, sample=None):
         if sorted(sample[cfg.id_column]) != sorted(ids):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
         table = table.loc[sample[cfg.id_column]]
-    table = table.reset_index()[[cfg.id_column, *columns] if sample is None else list(sample.columns)]
+    table = table.reset_index()[
+        [cfg.id_column, *columns] if sample is None else list(sample.columns)
+    ]
     with _wrap_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
@@ -5576,12 +6663,16 @@ def _to_levels(predictions, bundle):
     if not any(found):
         return predictions
     if any(levels != found[0] for levels in found):
-        raise BundleError(f"the runs have thresholds between other levels: {', '.join(map(str, found))}")
+        raise BundleError(
+            f"the runs have thresholds between other levels: {', '.join(map(str, found))}"
+        )
     columns = []
     for k, (lowest, highest) in enumerate(found[0]):
         thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
         columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
-        print(f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}")
+        print(
+            f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}"
+        )
     return np.stack(columns, axis=1)
 
 
@@ -5614,8 +6705,12 @@ def main(arguments):
     if len(arguments) == 2 and arguments[0] in jobs:
         return jobs[arguments[0]](arguments[1])
     parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
-    command = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="what train.ipynb does")
-    command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
+    command = parser.add_subparsers(required=True, metavar="train").add_parser(
+        "train", help="what train.ipynb does"
+    )
+    command.add_argument(
+        "--config", required=True, help="a JSON file with settings: the fields of Config"
+    )
     asked = parser.parse_args(arguments)
     try:
         _train_by_config(asked.config)

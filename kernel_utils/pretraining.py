@@ -83,7 +83,9 @@ class PretrainConfig(ku.Settings):
     )
     head_lr: float = ku.option(1e-3, "peak learning rate of a head that is new", low=0)
     weight_decay: float = ku.option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    warmup_ratio: float = ku.option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    warmup_ratio: float = ku.option(
+        0.1, "share of the steps in which the rates rise", low=0, high=1
+    )
     precision: str = ku.option(
         "auto",
         "auto, fp32, bf16 or fp16; auto means fp32 on a CPU",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pandas as pd
@@ -17,8 +18,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-
-import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small

@@ -4,14 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, make_texts, trained
 from torch.nn import functional as F
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, make_texts, trained
 
 CPU = torch.device("cpu")
 SHARED = ["albert"]
@@ -107,7 +107,9 @@ def test_saved_weights_loaded_into_an_empty_model_give_equal_outputs(kind, build
     model, tokens = build(kind, head="concat")
     ku._save_fold(model, tmp_path / "fold0", {})
     cfg = ku.Config(head="concat")
-    empty = ku.TextModel(cfg, ku._empty_backbone(tmp_path / "fold0", cfg), model.loss, model.shape.cls_last).eval()
+    empty = ku.TextModel(
+        cfg, ku._empty_backbone(tmp_path / "fold0", cfg), model.loss, model.encoder_info.cls_is_last
+    ).eval()
     ku.load_model(empty, tmp_path / "fold0" / "model.safetensors")
     assert torch.equal(forward(empty, tokens, range(6)), forward(model, tokens, range(6)))
 

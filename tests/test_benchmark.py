@@ -5,14 +5,14 @@ import subprocess
 import sys
 
 import benchmark
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_tokenizer, save_competition
 
-import kernel_utils as ku
+from conftest import ROOT, make_tokenizer, save_competition
 
 pytestmark = pytest.mark.slow
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import blending
 import comparison
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.optimize
 import sklearn.metrics
-from conftest import ROOT, papermill, printed, train_frame, trained
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed, train_frame, trained
 
 NAMES = ["--id", "me/blended", "--title", "Blended bundle"]
 

@@ -10,16 +10,16 @@ import zipfile
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, tiny_config, train_frame, trained
-from fake_kaggle import FakeKaggle
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import ROOT, tiny_config, train_frame, trained
+from fake_kaggle import FakeKaggle
 
 NAMES = ["--id", "me/my-bundle", "--title", "My bundle"]
 MODEL = ["--model-source", "google/bert/transformers/tiny/1"]

@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 import comparison
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import sklearn.metrics
-from conftest import ROOT, papermill, printed
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed
 
 # ---------------------------------------------------------------------------------------
 # Simulated studies

@@ -5,12 +5,11 @@ import math
 import re
 from collections import Counter
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-import kernel_utils as ku
 
 TRAIN = "id,excerpt,target\na,a cat sat,1.5\nb,the dog ran,-2\nc,a red hat,0\n"
 ONE_LABEL = "id,excerpt,target\na,a cat,1\nb,a hat,1\n"

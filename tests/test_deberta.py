@@ -3,11 +3,10 @@
 import copy
 import io
 
+import kernel_utils as ku
 import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2Model
-
-import kernel_utils as ku
 
 V3 = dict(
     hidden_size=48,

@@ -11,13 +11,13 @@ import struct
 import zipfile
 from pathlib import Path
 
+import kernel_utils as ku
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, trained
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import make_texts, trained
 
 NUL = "\x00"
 
@@ -938,7 +938,13 @@ def packed(run, folder):
     parts |= {"weights": {fold.removeprefix("fold"): name for fold, name in weights.items()}}
     parts |= {"golden": json.loads((run / GOLDEN).read_text())}
     files = {name: {"bytes": path.stat().st_size, "sha256": ku._file_sha256(path)} for name, path in sources.items()}
-    manifest = {"format": ku._BUNDLE_FORMAT, "dataset": {"id": "me/one"}, "version": "", "files": files, "runs": {"one": parts}}
+    manifest = {
+        "format": ku._BUNDLE_FORMAT,
+        "dataset": {"id": "me/one"},
+        "version": "",
+        "files": files,
+        "runs": {"one": parts},
+    }
     (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
     return folder
 

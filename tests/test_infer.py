@@ -6,13 +6,13 @@ import json
 import shutil
 import weakref
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, train_frame, trained
 from safetensors.torch import load_file
 
-import kernel_utils as ku
+from conftest import tiny_config, train_frame, trained
 
 FRAME = train_frame(12, seed=4)
 

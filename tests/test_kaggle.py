@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import pandas as pd
 import pytest
-from conftest import ROOT, papermill, printed, train_frame
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed, train_frame
 
 # where Kaggle mounts a dataset and a competition, and the output of a notebook
 BUNDLES = {

@@ -2,15 +2,15 @@
 
 import math
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, engine_of, make_texts, weights
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, engine_of, make_texts, weights
 
 CPU = torch.device("cpu")
 # those that take packed rows; ModernBERT not yet on transformers 5.0
@@ -139,7 +139,11 @@ def everywhere(query, key, value, pack, dropout, scale, reach, causal):
 @pytest.mark.parametrize(
     ("kind", "fault", "told"),
     [
-        ("bert", lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: leaky), "states differ by"),
+        (
+            "bert",
+            lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: leaky),
+            "states differ by",
+        ),
         (
             "modernbert",
             lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: everywhere),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pretraining
@@ -17,10 +18,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, make_pieces, make_texts, tiny_config, trained
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, make_pieces, make_texts, tiny_config, trained
 
 CPU = torch.device("cpu")
 PAD, UNK, BOS, EOS, MASK = range(5)

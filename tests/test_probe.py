@@ -3,6 +3,7 @@
 import inspect
 import sys
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import probe_layers
@@ -10,10 +11,9 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import tiny_config, train_frame
 from matplotlib.image import imread
 
-import kernel_utils as ku
+from conftest import tiny_config, train_frame
 
 LAYERS, WIDTH = 4, 32  # of the tiny backbones
 

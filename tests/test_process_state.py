@@ -7,11 +7,11 @@ import subprocess
 import sys
 import warnings
 
+import kernel_utils as ku
 import pytest
 import torch
-from conftest import ROOT
 
-import kernel_utils as ku
+from conftest import ROOT
 
 IMPORTS = """
 import csv, os, re, warnings

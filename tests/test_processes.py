@@ -11,14 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+
 from conftest import train_frame
 from test_resume import NOISY, content, kill, start
-
-import kernel_utils as ku
 
 pytestmark = pytest.mark.slow
 

@@ -5,14 +5,14 @@ import math
 import shutil
 import sys
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pseudo_label
 import pytest
 import torch
-from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
 
-import kernel_utils as ku
+from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
 
 QUIET = dict(say=lambda text: None)
 
@@ -445,8 +445,8 @@ def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
     logp = raw.numpy()[0] - np.log(np.exp(raw.numpy()[0]).sum())
     got = loss(raw, torch.from_numpy(targets).float())
     np.testing.assert_allclose(got, [-logp[2], -logp[0], -(soft[0] * logp).sum()], rtol=1e-5)
-    hard = loss.start(torch.tensor([2, 0, 2]))
-    torch.testing.assert_close(loss.start(torch.eye(3)[[2, 0, 2]]), hard)
+    hard = loss.init_bias(torch.tensor([2, 0, 2]))
+    torch.testing.assert_close(loss.init_bias(torch.eye(3)[[2, 0, 2]]), hard)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])

@@ -4,11 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-
-import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,14 +3,14 @@
 import copy
 import json
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import engine_of, train_frame, trained, weights
 
-import kernel_utils as ku
+from conftest import engine_of, train_frame, trained, weights
 
 ROWS = np.array([1, 3, 5, 7, 9, 11, 13, 15])  # of the other fold than 0
 QUIET = dict(say=lambda text: None)
@@ -34,7 +34,7 @@ def gradients(model, engine, rows=ROWS):
     model = copy.deepcopy(model)
     model.zero_grad()
     raw = model(**engine.data.tokens.batch(rows, engine.device))
-    engine.model.loss.outer(engine.model.loss(raw, engine.targets[rows]).mean()).backward()
+    engine.model.loss.reduce(engine.model.loss(raw, engine.targets[rows]).mean()).backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 

@@ -13,13 +13,13 @@ import sys
 import time
 import zlib
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, padded_mask, train_frame
 
-import kernel_utils as ku
+from conftest import ROOT, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
 
@@ -549,7 +549,9 @@ def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
     for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
         assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)
-    assert "min left" in watch.told() and ku.TimeBudget(ku.Config()).told() == "" == ku.TimeBudget(ku.Config()).stop(10**9)
+    assert "min left" in watch.told() and ku.TimeBudget(ku.Config()).told() == "" == ku.TimeBudget(ku.Config()).stop(
+        10**9
+    )
 
 
 def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_their_share_of_the_time():

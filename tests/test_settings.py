@@ -13,12 +13,11 @@ from pathlib import Path
 
 import blending
 import comparison
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pretraining
 import pytest
-
-import kernel_utils as ku
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPOSED = """data_dir recipe backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr

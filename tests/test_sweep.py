@@ -10,12 +10,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import kernel_utils as ku
 import psutil
 import pytest
 import sweep
-from conftest import ROOT
 
-import kernel_utils as ku
+from conftest import ROOT
 
 # argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves
 STUB = """

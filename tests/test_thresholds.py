@@ -3,13 +3,13 @@
 import itertools
 import json
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from conftest import train_frame, trained
 
-import kernel_utils as ku
+from conftest import train_frame, trained
 
 
 def simulated(n, seed, low=1, high=4):
@@ -37,8 +37,14 @@ def test_fitted_thresholds_are_about_as_good_as_the_best_of_a_fine_grid():
     thresholds = ku._fit_thresholds(target, prediction, (1, 4))
     assert len(thresholds) == 3 and (np.diff(thresholds) >= 0).all()
     grid = np.quantile(prediction, np.linspace(0.02, 0.98, 40))
-    best = max(ku._quadratic_kappa(target, ku._apply_thresholds(points, prediction, 1)) for points in itertools.combinations(grid, 3))
-    got, rounded = (ku._quadratic_kappa(target, labels) for labels in (ku._apply_thresholds(thresholds, prediction, 1), np.rint(prediction)))
+    best = max(
+        ku._quadratic_kappa(target, ku._apply_thresholds(points, prediction, 1))
+        for points in itertools.combinations(grid, 3)
+    )
+    got, rounded = (
+        ku._quadratic_kappa(target, labels)
+        for labels in (ku._apply_thresholds(thresholds, prediction, 1), np.rint(prediction))
+    )
     assert got > best - 0.005 and got > rounded + 0.05
 
 

@@ -3,17 +3,17 @@
 import types
 from collections import Counter
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-import kernel_utils as ku
+from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
 
 PAD, UNK, BOS, EOS = range(4)
 CPU = torch.device("cpu")

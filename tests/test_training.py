@@ -8,14 +8,14 @@ import sys
 import time
 import weakref
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, padded_mask, train_frame
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import kernel_utils as ku
+from conftest import make_texts, padded_mask, train_frame
 
 CPU = torch.device("cpu")
 QUIET = {"say": lambda text: None}
@@ -227,7 +227,10 @@ def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tole
     name, loaded = record["precision"], ku._open_bundle(folder)
     ku.check_golden(loaded)
     told = dict(re.findall(r"golden rows in (\w+): (\S+) from training", capsys.readouterr().out))
-    assert told.keys() == {name, "float32"} and 0 == float(told["float32"]) < float(told[name]) < ku._GOLDEN_TOLERANCES[name]
+    assert (
+        told.keys() == {name, "float32"}
+        and 0 == float(told["float32"]) < float(told[name]) < ku._GOLDEN_TOLERANCES[name]
+    )
     golden = json.loads((folder / "golden.json").read_text())
     for row in golden["rows"]:
         assert row["prediction"] == pytest.approx(

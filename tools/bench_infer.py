@@ -30,7 +30,9 @@ def mixed_lengths(texts, rows, tokenizer):
     rng = np.random.default_rng(0)
     counts = (rng.lognormal(np.log(150), 0.7, rows).clip(20, 500) / tokens_a_word).astype(int)
     starts = rng.integers(0, len(words) - 500, rows)
-    return [" ".join(words[start : start + count]) for start, count in zip(starts, counts, strict=True)]
+    return [
+        " ".join(words[start : start + count]) for start, count in zip(starts, counts, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -64,9 +66,14 @@ def seconds(function, *arguments):
 def measure(name, texts, length, tokenizer, model, cfg, asked):
     """A row of the table: seconds of both sides over the rounds. They take turns in who goes first."""
     cfg = dataclasses.replace(cfg, max_length=length)
-    sides = [(plain_loop, (tokenizer, model, length, asked.batch_size)), (ours, (tokenizer, model, cfg))]
+    sides = [
+        (plain_loop, (tokenizer, model, length, asked.batch_size)),
+        (ours, (tokenizer, model, cfg)),
+    ]
     few = texts[:64]  # warms both up
-    np.testing.assert_allclose(*(function(few, *arguments) for function, arguments in sides), atol=1e-4)
+    np.testing.assert_allclose(
+        *(function(few, *arguments) for function, arguments in sides), atol=1e-4
+    )
     times = np.empty((asked.rounds, 2))
     for round_ in range(asked.rounds):
         for side in (0, 1) if round_ % 2 == 0 else (1, 0):
@@ -91,18 +98,32 @@ def measure(name, texts, length, tokenizer, model, cfg, asked):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--data", required=True, help="folder with test.csv")
     parser.add_argument("-o", "--output", type=Path, help="write the table to this CSV file")
-    parser.add_argument("--rows", type=int, default=0, help="use the first so many rows; 0 means all")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="use the first so many rows; 0 means all"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a batch of the plain loop")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="rows of a batch of the plain loop"
+    )
     asked = parser.parse_args()
     run = ku._load_run(asked.run)
     cfg = run.cfg
-    if (cfg.head, cfg.task, cfg.truncation, cfg.prefix, cfg.pair_column) != ("mean", "regression", "head", "", ""):
-        sys.exit("the plain loop is for regression on single texts without prefix, cut at the end, and the head mean")
+    if (cfg.head, cfg.task, cfg.truncation, cfg.prefix, cfg.pair_column) != (
+        "mean",
+        "regression",
+        "head",
+        "",
+        "",
+    ):
+        sys.exit(
+            "the plain loop is for regression on single texts without prefix, cut at the end, and the head mean"
+        )
     tokenizer, model = ku._open_run(run)
     ku._load_fold(model, run, next(iter(run.weights)))
     model.eval()

@@ -62,7 +62,9 @@ def alike_problems(runs):
             ("text columns", ku._input_columns(run.cfg), ku._input_columns(first.cfg)),
         ):
             if ours != theirs:
-                problems.append(f"{run.name}: {what} must be as in {first.name}, {theirs!r}; got {ours!r}")
+                problems.append(
+                    f"{run.name}: {what} must be as in {first.name}, {theirs!r}; got {ours!r}"
+                )
     return problems
 
 
@@ -74,7 +76,9 @@ def read_rows(run, data_dir):
     for name in dict.fromkeys([cfg.id_column, *ku._input_columns(cfg)]):
         what = f"column {name} of train.csv"
         if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
-            raise ku.DataError(f"{folder}: {what} is not the one that {run.name} was trained on; set --data-dir")
+            raise ku.DataError(
+                f"{folder}: {what} is not the one that {run.name} was trained on; set --data-dir"
+            )
     return frame
 
 
@@ -95,7 +99,9 @@ def validated(folder, run, ids):
         if state["fold"] != fold:
             problems.append(f"{path.parent}: the model of fold {state['fold']}, not of fold {fold}")
         elif folds[fold] != set(oof["id"][oof["fold"] == str(fold)]):
-            problems.append(f"{folder / 'oof.csv'}: fold {fold} has other rows than the model validated on")
+            problems.append(
+                f"{folder / 'oof.csv'}: fold {fold} has other rows than the model validated on"
+            )
     if problems:
         raise ku.DataError(problems)
     return folds
@@ -111,11 +117,18 @@ def read_runs(folders, data_dir):
         raise ku.ConfigError(problems)
     frames = [read_rows(run, data_dir) for run in runs]
     ids = runs[0].cfg.id_column
-    found = [validated(*of) for of in zip(folders, runs, [frame[ids].to_numpy() for frame in frames], strict=True)]
+    found = [
+        validated(*of)
+        for of in zip(folders, runs, [frame[ids].to_numpy() for frame in frames], strict=True)
+    ]
     for run, folds in zip(runs, found, strict=True):
-        if other := [fold for fold in {**found[0], **folds} if folds.get(fold) != found[0].get(fold)]:
+        if other := [
+            fold for fold in {**found[0], **folds} if folds.get(fold) != found[0].get(fold)
+        ]:
             what = f"fold{'s' * (len(other) > 1)} {ku._comma_join(other)}"
-            raise ku.DataError(f"{run.name}: {what} must have the rows that {runs[0].name} has there")
+            raise ku.DataError(
+                f"{run.name}: {what} must have the rows that {runs[0].name} has there"
+            )
     fold_of = {name: fold for fold, names in found[0].items() for name in names}
     return runs, frames[0].assign(fold=[fold_of.get(name, -1) for name in frames[0][ids]]), found[0]
 
@@ -137,7 +150,9 @@ def read_texts(paths, cfg):
         tables.append(table[list(dict.fromkeys([cfg.id_column, *ku._input_columns(cfg)]))])
     table = pd.concat(tables, ignore_index=True)
     repeated = table[cfg.id_column].duplicated().to_numpy()
-    problems += ku._bad_rows(ku._comma_join(paths), table, cfg.id_column, cfg.id_column, repeated, "each id once")
+    problems += ku._bad_rows(
+        ku._comma_join(paths), table, cfg.id_column, cfg.id_column, repeated, "each id once"
+    )
     if problems:
         raise ku.DataError(problems)
     return table
@@ -166,20 +181,34 @@ def label(folders, paths, data_dir, threshold):
     cfg, outputs = runs[0].cfg, runs[0].record["outputs"]
     for run in runs:
         if run.cfg.keep == "best":
-            print(f"{run.name} kept the best evaluations, chosen on the rows of their folds: a small leak")
+            print(
+                f"{run.name} kept the best evaluations, chosen on the rows of their folds: a small leak"
+            )
     texts = read_texts(paths, cfg)
     seen = ku._seen_rows(texts, frame, cfg)
     near = near_duplicates(ku._row_texts(texts, cfg), ku._row_texts(frame, cfg), threshold)
     predictions = predict_folds(runs, texts)
     sets, table = {}, texts
     for place, fold in enumerate(sorted(folds)):
-        twins = np.isin(np.arange(len(texts)), near[0][frame["fold"].to_numpy()[near[1]] == fold]) & ~seen
+        twins = (
+            np.isin(np.arange(len(texts)), near[0][frame["fold"].to_numpy()[near[1]] == fold])
+            & ~seen
+        )
         used, labels = ~(seen | twins), predictions[:, place].mean(0)
         if not used.any():
-            raise ku.DataError(f"fold {fold}: every text is a training row, or nearly one; nothing is left to label")
-        cells = [[f"{value:.9g}" if good else "" for value in row] for row, good in zip(labels, used, strict=True)]
-        table = pd.concat([table, pd.DataFrame(cells, columns=ku._label_columns(fold, outputs))], axis=1)
-        manifests = [ku._load_manifest(run.weights[fold].with_name(ku._MANIFEST))["files"] for run in runs]
+            raise ku.DataError(
+                f"fold {fold}: every text is a training row, or nearly one; nothing is left to label"
+            )
+        cells = [
+            [f"{value:.9g}" if good else "" for value in row]
+            for row, good in zip(labels, used, strict=True)
+        ]
+        table = pd.concat(
+            [table, pd.DataFrame(cells, columns=ku._label_columns(fold, outputs))], axis=1
+        )
+        manifests = [
+            ku._load_manifest(run.weights[fold].with_name(ku._MANIFEST))["files"] for run in runs
+        ]
         sets[str(fold)] = {
             "models": [
                 {"run": run.name, "fold": fold, "weights": files["model.safetensors"]["sha256"]}
@@ -190,10 +219,18 @@ def label(folders, paths, data_dir, threshold):
             "near_duplicates": int(twins.sum()),
             "mean": labels[used].mean(0).tolist(),
             "sd": labels[used].std(0).tolist(),
-            "sd_between_runs": float(predictions[:, place, used].std(0).mean()) if len(runs) > 1 else None,
+            "sd_between_runs": float(predictions[:, place, used].std(0).mean())
+            if len(runs) > 1
+            else None,
         }
     rows = frame[frame["fold"] >= 0]
-    rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": ku._row_digests(rows, cfg).values()})
+    rows = pd.DataFrame(
+        {
+            "id": rows[cfg.id_column],
+            "fold": rows["fold"],
+            "digest": ku._row_digests(rows, cfg).values(),
+        }
+    )
     told = {
         "format": ku._PSEUDO_FORMAT,
         "task": cfg.task,
@@ -218,7 +255,9 @@ def label(folders, paths, data_dir, threshold):
 def describe(told):
     """What was labelled, as text."""
     several = len(told["runs"]) > 1
-    lines = [f"{told['rows']} texts, of which {told['training_rows']} are training rows and get no label"]
+    lines = [
+        f"{told['rows']} texts, of which {told['training_rows']} are training rows and get no label"
+    ]
     for fold, one in told["sets"].items():
         mean, sd = (", ".join(f"{value:.4f}" for value in one[what]) for what in ("mean", "sd"))
         line = f"fold {fold}: {one['rows']} labels, mean {mean}, sd {sd}"
@@ -228,11 +267,21 @@ def describe(told):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a complete run")
-    parser.add_argument("--texts", action="append", required=True, type=Path, metavar="CSV", help="texts to label")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--data-dir", default="", metavar="DIR", help="folder with train.csv, if it has moved")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a complete run"
+    )
+    parser.add_argument(
+        "--texts", action="append", required=True, type=Path, metavar="CSV", help="texts to label"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="folder to make"
+    )
+    parser.add_argument(
+        "--data-dir", default="", metavar="DIR", help="folder with train.csv, if it has moved"
+    )
     told = f"share of word trigrams that makes a near-duplicate (default: {THRESHOLD})"
     parser.add_argument("--threshold", default=THRESHOLD, type=float, metavar="SHARE", help=told)
     asked = parser.parse_args()
@@ -251,9 +300,13 @@ def main():
     asked = parse()
     try:
         if asked.output.exists():
-            raise ku.ConfigError(f"{asked.output} is there already: delete it, or choose another folder with -o")
+            raise ku.ConfigError(
+                f"{asked.output} is there already: delete it, or choose another folder with -o"
+            )
         made = label(asked.runs, asked.texts, asked.data_dir, asked.threshold)
-        ku._save_folder(asked.output, functools.partial(write, table=made[0], rows=made[1], told=made[2]))
+        ku._save_folder(
+            asked.output, functools.partial(write, table=made[0], rows=made[1], told=made[2])
+        )
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
     print(describe(made[2]))
