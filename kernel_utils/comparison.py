@@ -56,7 +56,8 @@ __all__ = [
     "small_sample_factor",
 ]
 
-_INCIDENTAL = (ku._FREE - {"backbone", "pseudo_dir"}) | {"seed", "keep", "batch_tokens"}
+# Settings in which runs of one configuration may differ
+_INCIDENTAL = {*ku.Config.names("place"), "data_dir", "recipe", "seed", "keep", "batch_tokens"}
 # what comparing asks of the settings
 _NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")
 CHECKPOINTS = ("last", "best")
@@ -110,14 +111,14 @@ def read_records(folder):
     Runs that did not finish are named and left out; ComparisonError where none did.
     """
     runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
-    finished = [run for run in runs if ku._is_complete(run)]
+    finished = [run for run in runs if ku.RunFolder(run).is_complete()]
     unfinished = [run.name for run in runs if run not in finished]
     if unfinished:
         print(f"left out, since they did not finish: {ku._comma_join(unfinished)}")
     if not finished:
         where = f"runs_dir {str(folder)!r}"
         raise ComparisonError(f"{where} has no finished run, which is a folder with record.json")
-    return [ku._read_record(run) | {"folder": run} for run in finished]
+    return [ku.RunFolder(run).read_record() | {"folder": run} for run in finished]
 
 
 # ---------------------------------------------------------------------------------------

@@ -3,16 +3,7 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices            8. Attention                   15. Training, one fold
-     2. Settings                     9. Losses and metrics          16. Plots
-     3. Environment and paths       10. Model                       17. Pseudo-labels
-     4. Data and folds              11. Optimiser groups            18. Runs: all folds, records
-     5. Tokens and batches          12. Regularisers                19. Inference: bundles, submission
-     6. Heads                       13. Prediction                  20. Command line
-     7. Backbones                   14. Checkpoints
-
-Beside it, each a file that imports this one: pretraining.py (pretrain.ipynb), comparison.py
-(compare.ipynb), blending.py (blend.ipynb).
+@@TOC@@
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -24,8 +15,9 @@ The same from a file of settings:
 
     python kernel_utils.py train --config run.json
 
-To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
-schedules are added the same way, metrics with `@ku.metric`: see section 9.
+To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`; losses and schedules are
+added the same way, metrics with `@ku.metric`. `__all__` lists what notebooks and parts of your own
+use. Siblings beside this file import it: pretraining.py, comparison.py, blending.py.
 
 Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
 data set, K outputs.
@@ -89,18 +81,27 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
+__all__ = [
+    # settings
+    *("Config", "InferConfig", "Settings", "option", "RECIPES", "TASKS"),
+    # parts of your own
+    *("HEADS", "LOSSES", "METRICS", "SCHEDULES", "register", "metric", "Loss", "MseLoss"),
+    *("EncoderInfo", "cls_token", "masked_mean", "masked_max"),
+    # errors
+    *("KitError", "ConfigError", "DataError", "NumericError", "Stopped", "BundleError"),
+    # training
+    *("read_competition", "make_folds", "train", "predict_test", "RunFolder"),
+    *("TextModel", "predict", "parameter_groups", "transformer_layers", "reinit_layers"),
+    # inference
+    *("load_bundle", "check_golden", "read_test_set", "predict_bundle", "write_submission"),
+]
 
 # ---------------------------------------------------------------------------------------
-# 1. Tables of choices
+# 1. Registries
 
 HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
-_PARTS = {
-    "head": HEADS,
-    "loss": LOSSES,
-    "metric": METRICS,
-    "schedule": SCHEDULES,
-}  # setting -> its table
+_REGISTRIES = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}
 
 
 def register(table, name):
@@ -120,13 +121,7 @@ def register(table, name):
 
 
 # ---------------------------------------------------------------------------------------
-# 2. Settings
-
-
-def _printable(text):
-    """`text` fit to be shown: at most 2000 characters, what is no printable character written as Python does."""
-    text = text if len(text) <= 2000 else f"{text[:2000]} ..."
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+# 2. Errors and settings
 
 
 class KitError(ValueError):
@@ -135,9 +130,8 @@ class KitError(ValueError):
     title = "cannot go on:"
 
     def __init__(self, problems):
-        self.problems = [
-            _printable(text) for text in ([problems] if isinstance(problems, str) else problems)
-        ]
+        texts = [problems] if isinstance(problems, str) else problems
+        self.problems = [_printable(text) for text in texts]
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -156,65 +150,33 @@ class DataError(KitError):
     title = "the data have problems:"
 
 
-def _as_int(value):
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-        raise ValueError
-    return int(value)
+class NumericError(KitError):
+    """A loss, gradient or prediction that is not a number."""
+
+    title = "the training went wrong:"
 
 
-def _as_float(value):
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
+class Stopped(KitError):
+    """A run that was stopped before its end, with all that is needed to go on."""
+
+    title = "the run is stopped, not finished:"
 
 
-def _as_bool(value):
-    """True, False, or the text that papermill's -p makes of `true`."""
-    words = {"true": True, "false": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError
-    return bool(value)
+class BundleError(KitError):
+    """A bundle that is not what was packed, or does not predict what training predicted."""
+
+    title = "the bundle is refused:"
 
 
-def _as_text(value):
-    if isinstance(value, Path):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+def _printable(text):
+    """`text` fit for a terminal: at most 2000 characters, control characters as Python escapes."""
+    if len(text) > 2000:
+        text = f"{text[:2000]} ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def _as_ints(value):
-    if isinstance(value, str):
-        value = value.split(",")
-    numbers = tuple(_as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
-    if not numbers:
-        raise ValueError
-    return numbers
-
-
-def _as_folds(value):
-    """`all`, or fold numbers such as `0,2`; papermill's -p makes an int of `0`."""
-    return "all" if value == "all" else ",".join(str(fold) for fold in _as_ints(value))
-
-
-_CASTS = {  # type of a setting -> (cast, what it accepts)
-    int: (_as_int, "a whole number"),
-    float: (_as_float, "a finite number"),
-    bool: (_as_bool, "True or False"),
-    str: (_as_text, "text"),
-    tuple: (_as_ints, "whole numbers such as 2,3"),
-}
-_FOLDS_CAST = (_as_folds, "'all' or fold numbers such as 0,2")
-
-
-def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None):
-    """A setting: its default, one line of help, and what it may be set to (`""` is its own choice)."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast)
-    )
+def _comma_join(items):
+    return ", ".join(str(item) for item in items) or "nothing"
 
 
 def _did_you_mean(name, names):
@@ -222,31 +184,73 @@ def _did_you_mean(name, names):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def option(default, help, choices=None, low=-math.inf, high=math.inf, kind=None, affects=""):
+    """A setting of a `Settings` class: its default, one line of help, and what it may be set to.
+
+    `kind` is its type where that is not the annotation: "folds". `affects` says what a setting of
+    `Config` shapes: "data" (rows, folds, tokens), "model" (what the weights are of), "training"
+    (how they come about), or "place" (where a run lies and how it is kept, never what it gives).
+    """
+    metadata = dict(help=help, choices=choices, low=low, high=high, kind=kind, affects=affects)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_ACCEPTS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text",
+    tuple: "whole numbers such as 2,3",
+    "folds": "'all' or fold numbers such as 0,2",
+}
+
+
+def _cast(value, kind):
+    """`value` as a setting of that kind. An exception where it is none.
+
+    Papermill's -p hands over `true` as text, `0` for folds as a number, `2,3` as text.
+    """
+    if kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False}[value.lower()]
+    if kind is bool and isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if kind == "folds":
+        return "all" if value == "all" else ",".join(map(str, _cast(value, tuple)))
+    if kind is tuple:
+        if isinstance(value, str):
+            value = value.split(",")
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        if value:
+            return tuple(_cast(number, int) for number in value)
+    if kind is int and not isinstance(value, bool):
+        if not isinstance(value, float) or value == int(value):
+            return int(value)
+    if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
+    raise ValueError
+
+
 def _validate_field(field, value):
-    """`value` cast to the type of the setting `field`; ValueError says what the setting accepts."""
-    meta = field.metadata
-    cast, accepts = meta["cast"] or _CASTS[field.type]
+    """`value` as the setting `field` takes it; ValueError says what it accepts."""
+    name, choices = field.name, field.metadata["choices"]
+    low, high = field.metadata["low"], field.metadata["high"]
+    kind = field.metadata["kind"] or field.type
     try:
-        value = cast(value)
-    except (TypeError, ValueError, OverflowError):
-        hint = (
-            " (papermill's -r keeps digits as text)"
-            if field.type is str and isinstance(value, (int, float))
-            else ""
-        )
-        raise ValueError(f"{field.name} must be {accepts}, got {value!r}{hint}") from None
-    choices = meta["choices"]
+        value = _cast(value, kind)
+    except (TypeError, ValueError, OverflowError, KeyError):
+        is_number = kind is str and isinstance(value, (int, float))
+        hint = " (papermill's -r keeps digits as text)" if is_number else ""
+        raise ValueError(f"{name} must be {_ACCEPTS[kind]}, got {value!r}{hint}") from None
     if choices is not None and value not in choices and value != field.default:
         hint = _did_you_mean(value, choices)
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}{hint}")
-    numbers = value if field.type is tuple else [value] if field.type in (int, float) else []
-    if not all(meta["low"] <= n <= meta["high"] for n in numbers):
-        bounds = (
-            f"at least {meta['low']}"
-            if meta["high"] == math.inf
-            else f"from {meta['low']} to {meta['high']}"
-        )
-        raise ValueError(f"{field.name} must be {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+    numbers = value if kind is tuple else [value]
+    if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
     return value
 
 
@@ -254,16 +258,18 @@ def _validate_field(field, value):
 class Settings:
     """What `Config` and its like share: every value is checked when one is built."""
 
+    recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+
     def __post_init__(self):
         problems = []
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             try:
-                object.__setattr__(
-                    self, field.name, _validate_field(field, getattr(self, field.name))
-                )
+                value = _validate_field(field, value)
             except ValueError as problem:
                 problems.append(str(problem))
-                object.__setattr__(self, field.name, field.default)
+                value = field.default
+            object.__setattr__(self, field.name, value)
         problems += self.conflicts()
         if problems:
             raise ConfigError(problems)
@@ -272,32 +278,34 @@ class Settings:
         """Problems between settings that are each right alone."""
         return []
 
-    recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+    @classmethod
+    def names(cls, *affects):
+        """Names of the settings, in order; of those that affect one of the things named."""
+        fields = dataclasses.fields(cls)
+        return [f.name for f in fields if not affects or f.metadata["affects"] in affects]
 
     @classmethod
     def from_dict(cls, settings):
         """Build from names and values. One ConfigError lists every unknown name and bad value.
 
-        The value of `recipe` names one of `recipes`: it gives the settings that are not given, and leaves no trace.
+        The value of `recipe` names one of `recipes`: it gives the settings that are not given, and
+        leaves no trace.
         """
-        fields = [field.name for field in dataclasses.fields(cls)]
-        names = ["recipe", *fields] if cls.recipes else fields
-        unknown = [name for name in settings if name not in names]
-        problems = [f"there is no setting {name!r}{_did_you_mean(name, names)}" for name in unknown]
+        accepted = ["recipe", *cls.names()] if cls.recipes else cls.names()
+        unknown = [name for name in settings if name not in accepted]
+        problems = [f"there is no setting {n!r}{_did_you_mean(n, accepted)}" for n in unknown]
         recipe = settings.get("recipe", "") if cls.recipes else ""
         if recipe != "" and str(recipe) not in cls.recipes:
-            accepted = ", ".join(cls.recipes)
-            problems.append(
-                f"recipe must be one of {accepted}; got {recipe!r}{_did_you_mean(recipe, cls.recipes)}"
-            )
+            hint = _did_you_mean(recipe, cls.recipes)
+            problems.append(f"recipe must be one of {', '.join(cls.recipes)}; got {recipe!r}{hint}")
         values = cls.recipes.get(str(recipe), {}) | settings
         try:
-            config = cls(**{name: value for name, value in values.items() if name in fields})
+            config = cls(**{name: values[name] for name in cls.names() if name in values})
         except ConfigError as error:
             problems += error.problems
+        if unknown:
+            problems.append(f"the settings are: {', '.join(accepted)}")
         if problems:
-            if unknown:
-                problems.append(f"the settings are: {', '.join(names)}")
             raise ConfigError(problems)
         return config
 
@@ -305,44 +313,29 @@ class Settings:
     def from_notebook(cls, namespace):
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
-        Settings are the names that two cells bind: the last one run whose first line is `# Settings` and the last
-        whose first line is `# Parameters` (papermill's wording). Their values are those of now: a later cell that
-        binds one of the names again changes the setting. The cells of an exported script are read from its file.
+        Settings are the names that two cells bind: the last one run whose first line is
+        `# Settings` and the last whose first line is `# Parameters` (papermill's wording). Their
+        values are those of now: a later cell that binds one of the names again changes the
+        setting. The cells of an exported script are read from its file.
 
-        A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters` binds after it.
+        A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters`
+        binds after it.
         """
-        last = {}
-        for position, source in enumerate(namespace.get("In", [])):
-            if _is_settings_cell(source):
-                last[_first_line(source)] = (position, source)
-        cells = [source for _, source in sorted(last.values())]
-        if not cells and "__file__" in namespace:
-            script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-            cells = list(
-                filter(_is_settings_cell, re.split(_CELL_MARKS, script, flags=re.MULTILINE))
-            )
-        if not cells:
-            raise ConfigError(
-                "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
-            )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         settings, given = {}, set()
-        for source in cells:
-            bound = {name: namespace[name] for name in _assigned_names(source) if name in namespace}
+        for cell in _settings_cells(namespace):
+            bound = {name: namespace[name] for name in _assigned_names(cell) if name in namespace}
             settings |= bound
             given |= bound.keys()
-            if _first_line(source) == "# Settings":
+            if _first_line(cell) == "# Settings":
                 given -= {name for name in bound if bound[name] == defaults.get(name)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
-        left = recipe.keys() - given
-        config = cls.from_dict(
-            {name: value for name, value in settings.items() if name not in left}
-        )
+        for name in recipe.keys() - given:
+            settings.pop(name, None)
+        config = cls.from_dict(settings)
         if recipe:
-            used = [
-                f"{name} {getattr(config, name)}{' (given)' if name in given else ''}"
-                for name in recipe
-            ]
+            note = {name: " (given)" if name in given else "" for name in recipe}
+            used = [f"{name} {getattr(config, name)}{note[name]}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
 
@@ -353,35 +346,44 @@ class Settings:
 _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
 
 
-def _first_line(source):
-    """The first line of a cell."""
-    return source.strip().partition("\n")[0].strip()
+def _first_line(cell):
+    return cell.strip().partition("\n")[0].strip()
 
 
-def _is_settings_cell(source):
-    return _first_line(source) in ("# Settings", "# Parameters")
+def _is_settings_cell(cell):
+    return _first_line(cell) in ("# Settings", "# Parameters")
 
 
-_INNER_SCOPES = (
-    ast.ListComp,
-    ast.SetComp,
-    ast.DictComp,
-    ast.GeneratorExp,
-    ast.Lambda,
-    ast.FunctionDef,
-    ast.ClassDef,
-)
+def _settings_cells(namespace):
+    """Sources of the settings cells of a notebook or an exported script, in the order they ran."""
+    latest = {}  # first line -> (position, source)
+    for position, cell in enumerate(namespace.get("In", [])):
+        if _is_settings_cell(cell):
+            latest[_first_line(cell)] = (position, cell)
+    cells = [cell for _, cell in sorted(latest.values())]
+    if not cells and "__file__" in namespace:
+        script = Path(namespace["__file__"]).read_text(encoding="utf-8")
+        parts = re.split(_CELL_MARKS, script, flags=re.MULTILINE)
+        cells = [part for part in parts if _is_settings_cell(part)]
+    if not cells:
+        expected = "its first line must be '# Settings', in a script below a cell mark"
+        raise ConfigError(f"no settings cell has run: {expected}")
+    return cells
 
 
-def _assigned_names(source):
-    """Names that a cell assigns to, in order; not those inside its comprehensions, functions and classes."""
-    names, nodes = [], [ast.parse(source)]
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_INNER_SCOPES = (*_COMPREHENSIONS, ast.Lambda, ast.FunctionDef, ast.ClassDef)
+
+
+def _assigned_names(cell):
+    """Names that a cell assigns to, in order; not those inside comprehensions and functions."""
+    names, nodes = [], [ast.parse(cell)]
     while nodes:
         node = nodes.pop(0)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.append(node.id)
-        only_annotated = isinstance(node, ast.AnnAssign) and node.value is None
-        if not only_annotated and not isinstance(node, _INNER_SCOPES):
+        is_annotation_alone = isinstance(node, ast.AnnAssign) and node.value is None
+        if not is_annotation_alone and not isinstance(node, _INNER_SCOPES):
             nodes += ast.iter_child_nodes(node)
     return names
 
@@ -392,37 +394,29 @@ TASKS = {  # task -> (default loss, default metric)
     "multiclass": ("cross_entropy", "accuracy"),
     "multilabel": ("bce", "auc"),
 }
-RECIPES = {  # named settings for a start; a setting that is given wins. For `max` see "Recipes" of the README
+RECIPES = {  # settings to start from; a setting that is given wins
     "quick": {"head": "mean", "epochs": 2, "reinit_layers": 1},
     "strong": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99},
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-_OPTIMIZERS = ("adamw", "adamw8bit")
-_ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-_BATCH_TOKENS_HELP = (
-    "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
-)
 _MAX_WIDTH = 2**16  # of a layer of a head
+_MAX_SEED = 2**32 - 1
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+_BACKBONE_HELP = "encoder: a folder, an attached Kaggle input, or a hub name"
+_BATCH_TOKENS_HELP = "tokens of a prediction batch with padding; 0: 4096 on a CPU, 8192 on a GPU"
 
 
-def _run_conflicts(cfg):
-    """Problems of the settings that name a run folder and what it goes on with."""
-    problems = []
-    if cfg.resume_from and not cfg.resume:
-        problems.append("resume_from does nothing while resume is False")
-    if not re.fullmatch(r"[\w.=+-]*", cfg.run_name) or cfg.run_name.strip(".") != cfg.run_name:
-        problems.append(
-            f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}"
-        )
-    return problems
+def _run_name_error(name):
+    if re.fullmatch(r"[\w.=+-]*", name) and name.strip(".") == name:
+        return None
+    return f"run_name must be letters, digits and . _ - = + only, got {name!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,271 +424,479 @@ class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
     recipes: ClassVar[dict] = RECIPES
+    # What is compared by content, not by name, when a run goes on
+    by_content: ClassVar[tuple] = ("data_dir", "pseudo_dir", "backbone")
+
     # data
     data_dir: str = option(
-        "", "folder with train.csv; empty means the attached competition, else the sample"
+        "",
+        "folder with train.csv; empty means the attached competition, else the sample",
+        affects="data",
     )
-    id_column: str = option("id", "column that names a row")
-    text_column: str = option("excerpt", "column with the text")
-    pair_column: str = option("", "column with a second text, encoded as a pair; empty means none")
-    target_columns: str = option("target", "column to predict, or several with commas")
-    error_column: str = option("", "column with the standard error of the target; empty means none")
-    task: str = option("regression", "regression, binary, multiclass or multilabel", TASKS)
-    max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
-    n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
-    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=_FOLDS_CAST)
+    id_column: str = option("id", "column that names a row", affects="data")
+    text_column: str = option("excerpt", "column with the text", affects="data")
+    pair_column: str = option(
+        "", "column with a second text, encoded as a pair; empty means none", affects="data"
+    )
+    target_columns: str = option(
+        "target", "column to predict, or several with commas", affects="data"
+    )
+    error_column: str = option(
+        "", "column with the standard error of the target; empty means none", affects="data"
+    )
+    task: str = option(
+        "regression", "regression, binary, multiclass or multilabel", TASKS, affects="data"
+    )
+    max_rows: int = option(
+        0, "train on this many rows, drawn by fold_seed; 0 means all", low=0, affects="data"
+    )
+    n_folds: int = option(
+        5, "number of folds; a column 'fold' in train.csv wins", low=2, affects="data"
+    )
+    run_folds: str = option(
+        "all", "folds to train: all, or numbers such as 0,2", kind="folds", affects="place"
+    )
     fold_kind: str = option(
-        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS
+        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS, affects="data"
     )
-    group_column: str = option("", "column whose values stay in one fold, for group folds")
-    fold_seed: int = option(0, "seed of the folds", low=0, high=2**32 - 1)
+    group_column: str = option(
+        "", "column whose values stay in one fold, for group folds", affects="data"
+    )
+    fold_seed: int = option(0, "seed of the folds", low=0, high=_MAX_SEED, affects="data")
     # text
-    max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
+    max_length: int = option(
+        256, "tokens kept of a text, special tokens included", low=8, affects="data"
+    )
     truncation: str = option(
-        "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
+        "head",
+        "end that is kept: head, tail or head_tail",
+        ("head", "tail", "head_tail"),
+        affects="data",
     )
     prefix: str = option(
-        "", "text put before each text; {column} inserts a column, new [words] become tokens"
+        "",
+        "text put before each text; {column} inserts a column, new [words] become tokens",
+        affects="data",
     )
     # extra texts
     pseudo_dir: str = option(
-        "", "folder that tools/pseudo_label.py made: train on its texts too; empty means none"
+        "",
+        "folder that tools/pseudo_label.py made: train on its texts too; empty means none",
+        affects="data",
     )
     pseudo_weight: float = option(
-        1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3
+        1.0,
+        "factor of the losses of pseudo-labelled texts among training rows",
+        low=1e-3,
+        affects="training",
     )
     pseudo_epochs: int = option(
-        0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0
+        0,
+        "epochs on pseudo-labelled texts alone, before the others; 0: mixed",
+        low=0,
+        affects="training",
     )
     # model
-    backbone: str = option(
-        DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name"
-    )
+    backbone: str = option(DEFAULT_BACKBONE, _BACKBONE_HELP, affects="model")
     head: str = option(
-        "mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS
+        "mean",
+        "how the tokens of a text become its features: a name in ku.HEADS",
+        HEADS,
+        affects="model",
     )
     conv_kernels: tuple = option(
-        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH
+        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH, affects="model"
     )
     conv_channels: tuple = option(
         (256, 1),
         "conv1d: channels of each convolution, of the last for each output",
         low=1,
         high=_MAX_WIDTH,
+        affects="model",
     )
     rnn_size: int = option(
-        256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH
+        256,
+        "lstm, bilstm, gru: hidden units of each direction",
+        low=1,
+        high=_MAX_WIDTH,
+        affects="model",
     )
-    concat_layers: int = option(4, "concat: number of last layers", low=1)
+    concat_layers: int = option(4, "concat: number of last layers", low=1, affects="model")
     weighted_pool: str = option(
-        "cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean")
+        "cls",
+        "weighted: what is averaged over layers, cls or mean",
+        ("cls", "mean"),
+        affects="model",
     )
-    head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
-    dropout_samples: int = option(1, "dropout masks whose losses are averaged; 1 means off", low=1)
+    head_dropout: float = option(
+        0.0, "dropout on the features of the head", low=0, high=0.99, affects="model"
+    )
+    dropout_samples: int = option(
+        1, "dropout masks whose losses are averaged; 1 means off", low=1, affects="model"
+    )
     backbone_dropout: float = option(
-        -1.0, "dropout of the backbone; -1: 0 in regression, else its own", low=-1, high=0.99
+        -1.0,
+        "dropout of the backbone; -1: 0 in regression, else its own",
+        low=-1,
+        high=0.99,
+        affects="model",
     )
-    reinit_layers: int = option(0, "re-initialise this many last layers", low=0)
-    freeze_layers: int = option(0, "keep this many first layers as they are", low=0)
-    freeze_embeddings: bool = option(False, "keep the embeddings as they are")
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
+    reinit_layers: int = option(0, "re-initialise this many last layers", low=0, affects="training")
+    freeze_layers: int = option(
+        0, "keep this many first layers as they are", low=0, affects="training"
+    )
+    freeze_embeddings: bool = option(False, "keep the embeddings as they are", affects="training")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, slower", affects="training"
+    )
     attention: str = option(
         "",
         "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
-        _ATTENTIONS,
+        ("eager", "sdpa", "flash_attention_2"),
+        affects="model",
     )
-    cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
+    cuda_graphs: bool = option(
+        True, "launch each step at once on a GPU, where rows are packed", affects="training"
+    )
     compile: bool = option(
-        False, "torch.compile the backbone: half a minute that pays in long runs"
+        False, "torch.compile the backbone: half a minute that pays in long runs", affects="model"
     )
     fold_processes: int = option(
-        0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0
+        0,
+        "folds trained side by side, each by a process of its own; 0: one a GPU",
+        low=0,
+        affects="place",
     )
     # optimisation
-    loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
-    focal_gamma: float = option(2.0, "focal: power of the probability that is missing", low=0)
+    loss: str = option(
+        "", "training loss; empty means mse, bce or cross_entropy by task", LOSSES, affects="model"
+    )
+    focal_gamma: float = option(
+        2.0, "focal: power of the probability that is missing", low=0, affects="model"
+    )
     rank_weight: float = option(
-        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0
+        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0, affects="model"
     )
     levels: tuple = option(
-        (0, 0), "coral: lowest and highest of the whole numbers that are the targets"
+        (0, 0),
+        "coral: lowest and highest of the whole numbers that are the targets",
+        affects="model",
     )
-    error_weights: bool = option(False, "weight rows by their standard error, the surer the more")
+    error_weights: bool = option(
+        False, "weight rows by their standard error, the surer the more", affects="training"
+    )
     label_smoothing: float = option(
-        0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99
+        0.0,
+        "cross_entropy: share of the target given to all classes",
+        low=0,
+        high=0.99,
+        affects="model",
     )
-    metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
-    epochs: int = option(3, "passes over the training folds", low=1)
-    batch_size: int = option(16, "rows of an optimiser step", low=1)
+    metric: str = option(
+        "", "score; empty means rmse, auc or accuracy by task", METRICS, affects="training"
+    )
+    epochs: int = option(3, "passes over the training folds", low=1, affects="training")
+    batch_size: int = option(16, "rows of an optimiser step", low=1, affects="training")
     micro_batch_size: int = option(
-        0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0
+        0,
+        "rows of a forward pass, gradients accumulate; 0 means batch_size",
+        low=0,
+        affects="training",
     )
     length_bucket: int = option(
         0,
-        "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4",
+        "batches sorted by length together; 0: 1 (plain random) where rows are packed, else 4",
         low=0,
+        affects="training",
     )
     lr: float = option(
-        0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0
+        0.0,
+        "peak learning rate of the last layer; 0 means by the backbone's width",
+        low=0,
+        affects="training",
     )
-    head_lr: float = option(1e-3, "peak learning rate of the head", low=0)
+    head_lr: float = option(1e-3, "peak learning rate of the head", low=0, affects="training")
     llrd: float = option(
-        1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1
+        1.0,
+        "learning-rate factor from a layer to the one below; 1 means off",
+        low=0.01,
+        high=1,
+        affects="training",
     )
-    weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
+    weight_decay: float = option(
+        0.01, "AdamW weight decay; never on biases and norms", low=0, affects="training"
+    )
     schedule: str = option(
-        "cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES
+        "cosine",
+        "learning rate after warm-up: linear, cosine or constant",
+        SCHEDULES,
+        affects="training",
     )
-    warmup_ratio: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    warmup_ratio: float = option(
+        0.1, "share of the steps in which the rates rise", low=0, high=1, affects="training"
+    )
     optimizer: str = option(
-        "adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", _OPTIMIZERS
+        "adamw",
+        "adamw, or adamw8bit: states of a byte each (package bitsandbytes)",
+        ("adamw", "adamw8bit"),
+        affects="training",
     )
-    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
+    max_grad_norm: float = option(
+        1.0, "largest norm of the gradient; 0 means off", low=0, affects="training"
+    )
     precision: str = option(
-        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
+        "auto",
+        "auto, fp32, bf16 or fp16; auto means fp32 on a CPU",
+        _PRECISIONS,
+        affects="training",
     )
     # regularisation
     awp: float = option(
-        0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0
+        0.0,
+        "adversarial weights: step against a tensor, as a share of each weight; 0: off",
+        low=0,
+        affects="training",
     )
     awp_eps: float = option(
-        0.01, "awp: a weight moves by this share of itself at most", low=0, high=1
+        0.01,
+        "awp: a weight moves by this share of itself at most",
+        low=0,
+        high=1,
+        affects="training",
     )
     fgm: float = option(
-        0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0
+        0.0,
+        "adversarial word embeddings: length of the step against the table; 0: off",
+        low=0,
+        affects="training",
     )
     adversarial_start: float = option(
-        1.0, "awp, fgm: epochs before the first adversarial step", low=0
+        1.0, "awp, fgm: epochs before the first adversarial step", low=0, affects="training"
     )
     rdrop: float = option(
-        0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0
+        0.0,
+        "weight of the distance of two passes that dropout sets apart; 0: off",
+        low=0,
+        affects="training",
     )
     label_noise: float = option(
-        0.0, "noise added to the targets, in their standard errors; 0: off", low=0
+        0.0,
+        "noise added to the targets, in their standard errors; 0: off",
+        low=0,
+        affects="training",
     )
     mixout: float = option(
-        0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
+        0.0,
+        "share of inputs of Linear layers mixed with pre-trained weights",
+        low=0,
+        high=0.99,
+        affects="training",
     )
     ema: float = option(
-        0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999
+        0.0,
+        "decay of a running average of the weights, such as 0.99; 0: off",
+        low=0,
+        high=0.9999,
+        affects="training",
     )
     swa_start: float = option(
-        0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0
+        0.0,
+        "epochs from whose end on weights are averaged, all steps alike; 0: off",
+        low=0,
+        affects="training",
     )
     # evaluation and records
-    evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
+    evals_per_epoch: int = option(1, "evaluations an epoch", low=1, affects="training")
     eval_steps: int = option(
-        0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0
+        0,
+        "evaluate every so many steps instead; 0 means evals_per_epoch",
+        low=0,
+        affects="training",
     )
-    keep: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
-    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
-    seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
-    output_dir: str = option("runs", "folder of the run folders")
+    keep: str = option(
+        "last",
+        "weights and predictions to keep: last or best",
+        ("last", "best"),
+        affects="training",
+    )
+    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0, affects="training")
+    seed: int = option(
+        0, "seed of everything but the folds", low=0, high=_MAX_SEED, affects="training"
+    )
+    output_dir: str = option("runs", "folder of the run folders", affects="place")
     run_name: str = option(
-        "", "name of the run folder; empty means made from backbone, head and seed"
+        "", "name of the run folder; empty means made from backbone, head and seed", affects="place"
     )
     report_to: str = option(
-        "", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",)
+        "",
+        "also log to: wandb (offline unless WANDB_MODE says else); empty means none",
+        ("wandb",),
+        affects="place",
     )
     # interruptions
     resume: bool = option(
-        True, "go on with an unfinished run of the same name and settings, exactly where it was"
+        True,
+        "go on with an unfinished run of the same name and settings, exactly where it was",
+        affects="place",
     )
     resume_from: str = option(
-        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
+        "",
+        "a run folder to copy and go on with, such as the attached output of a killed kernel",
+        affects="place",
     )
     checkpoint_minutes: float = option(
-        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
+        10.0,
+        "minutes between checkpoints, made at evaluations too; 0: none",
+        low=0,
+        affects="place",
     )
     max_minutes: float = option(
-        0.0, "minutes from the start of training to the submission; 0 means no limit", low=0
+        0.0,
+        "minutes from the start of training to the submission; 0 means no limit",
+        low=0,
+        affects="place",
     )
     predict_partial: bool = option(
-        False, "when a run is stopped, predict with what is trained, else end with an error"
+        False,
+        "when a run is stopped, predict with what is trained, else end with an error",
+        affects="place",
     )
 
     def conflicts(self):
-        problems = []
-        loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
-        if loss and self.task not in loss.tasks:
-            problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
-        if metric and self.task not in metric.tasks:
-            problems.append(
-                f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}"
+        problems = [_run_name_error(self.run_name)]
+        problems += [
+            message
+            for conflicts in (
+                self._column_conflicts(),
+                self._loss_conflicts(),
+                self._regularizer_conflicts(),
+                self._pointless_settings(),
             )
-        if self.task in ("binary", "multiclass") and len(self.targets) > 1:
-            problems.append(
-                f"task {self.task} takes one target column, got target_columns {self.target_columns!r}"
-            )
-        if not all(self.targets) or len(set(self.targets)) < len(self.targets):
-            problems.append(
-                f"target_columns has an empty or repeated name: {self.target_columns!r}"
-            )
-        if "fold" in self.targets:
-            problems.append("target_columns must not hold 'fold': that column has the folds")
-        if len(self.conv_kernels) != len(self.conv_channels):
-            problems.append(
-                f"conv_kernels has {len(self.conv_kernels)} and conv_channels {len(self.conv_channels)} values"
-            )
-        if self.dropout_samples > 1 and not self.head_dropout:
-            problems.append("dropout_samples does nothing while head_dropout is 0")
-        if self.error_column and self.task != "regression":
-            problems.append(f"error_column is for regression; task is {self.task}")
-        uses = {"error_weights": self.error_weights, "label_noise": self.label_noise}
-        if not self.error_column:
-            problems += [
-                f"{name} needs error_column, the standard errors of the targets"
-                for name in uses
-                if uses[name]
-            ]
-        elif not any(uses.values()) and not (loss and "target_std" in loss.extra_inputs):
-            problems.append(
-                "error_column does nothing without error_weights, label_noise or the loss gaussian"
-            )
-        if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
-            problems.append(
-                f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}"
-            )
-        if self.loss == "coral" and len(self.targets) > 1:
-            problems.append(
-                f"loss coral takes one target column, got target_columns {self.target_columns!r}"
-            )
-        if self.awp and self.fgm:
-            problems.append(
-                "awp and fgm are two adversarial passes of a step: set one of them to 0"
-            )
-        if (self.awp or self.fgm) and self.adversarial_start >= self.epochs:
-            problems.append(
-                f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}"
-            )
-        if self.ema and self.swa_start:
-            problems.append(
-                "ema and swa_start are two averages of the weights: set one of them to 0"
-            )
-        if self.swa_start >= self.epochs:
-            problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
-        still = self.backbone_dropout == 0 or (
-            self.backbone_dropout == -1 and self.task == "regression"
+            for is_wrong, message in conflicts
+            if is_wrong
+        ]
+        return [problem for problem in problems if problem]
+
+    def _column_conflicts(self):
+        targets, columns = self.targets, self.target_columns
+        has_one_target = self.task in ("binary", "multiclass")
+        is_repeated = len(set(targets)) < len(targets)
+        one = f"takes one target column, got target_columns {columns!r}"
+        return [
+            (has_one_target and len(targets) > 1, f"task {self.task} {one}"),
+            (self.loss == "coral" and len(targets) > 1, f"loss coral {one}"),
+            (
+                is_repeated or not all(targets),
+                f"target_columns has an empty or repeated name: {columns!r}",
+            ),
+            (
+                "fold" in targets,
+                "target_columns must not hold 'fold': that column has the folds",
+            ),
+            (
+                "group" in self.fold_kind and not self.group_column,
+                f"fold_kind {self.fold_kind} needs group_column",
+            ),
+            (
+                self.error_column and self.task != "regression",
+                f"error_column is for regression; task is {self.task}",
+            ),
+        ]
+
+    def _loss_conflicts(self):
+        lowest, highest = self.levels if len(self.levels) == 2 else (0, 0)
+        conflicts = [
+            (
+                self.loss == "coral" and lowest >= highest,
+                f"loss coral needs levels, the lowest and highest target such as 1,6; "
+                f"got {self.levels}",
+            ),
+            (
+                self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy",
+                "label_smoothing is for the loss cross_entropy",
+            ),
+        ]
+        for setting, parts in (("loss", LOSSES), ("metric", METRICS)):
+            name = getattr(self, setting)
+            if name:
+                tasks = parts[name].tasks
+                wrong_task = f"{setting} {name} is for {', '.join(tasks)}; task is {self.task}"
+                conflicts.append((self.task not in tasks, wrong_task))
+        return conflicts
+
+    def _regularizer_conflicts(self):
+        loss = LOSSES.get(self.loss)
+        has_adversary = self.awp or self.fgm
+        has_backbone_dropout = self.backbone_dropout > 0 or (
+            self.backbone_dropout == -1 and self.task != "regression"
         )
-        if self.rdrop and still and not self.head_dropout:
-            problems.append(
-                "rdrop does nothing without dropout: set head_dropout or backbone_dropout"
-            )
-        if self.rdrop and loss and loss.reduce is not Loss.reduce:
-            problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
-        if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
-            problems.append("label_smoothing is for the loss cross_entropy")
-        if not self.pseudo_dir and (self.pseudo_epochs or self.pseudo_weight != 1):
-            problems.append("pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty")
-        if self.pseudo_epochs and self.pseudo_weight != 1:
-            problems.append("pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0")
-        if "group" in self.fold_kind and not self.group_column:
-            problems.append(f"fold_kind {self.fold_kind} needs group_column")
-        if -1 < self.backbone_dropout < 0:
-            problems.append(
-                f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
-            )
-        return problems + _run_conflicts(self)
+        return [
+            (
+                self.awp and self.fgm,
+                "awp and fgm are two adversarial passes of a step: set one of them to 0",
+            ),
+            (
+                has_adversary and self.adversarial_start >= self.epochs,
+                f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}",
+            ),
+            (
+                self.ema and self.swa_start,
+                "ema and swa_start are two averages of the weights: set one of them to 0",
+            ),
+            (
+                self.swa_start >= self.epochs,
+                f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}",
+            ),
+            (
+                self.rdrop and not has_backbone_dropout and not self.head_dropout,
+                "rdrop does nothing without dropout: set head_dropout or backbone_dropout",
+            ),
+            (
+                self.rdrop and loss and loss.reduce is not Loss.reduce,
+                f"rdrop adds to a mean over rows: loss {self.loss} is none",
+            ),
+            (
+                -1 < self.backbone_dropout < 0,
+                f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}",
+            ),
+        ]
+
+    def _pointless_settings(self):
+        """Settings that do nothing beside the others."""
+        loss = LOSSES.get(self.loss)
+        kernels, channels = len(self.conv_kernels), len(self.conv_channels)
+        loss_reads_errors = loss and "target_std" in loss.extra_inputs
+        reads_errors = self.error_weights or self.label_noise or loss_reads_errors
+        needs_errors = "needs error_column, the standard errors of the targets"
+        has_pseudo_settings = self.pseudo_epochs or self.pseudo_weight != 1
+        return [
+            (
+                self.resume_from and not self.resume,
+                "resume_from does nothing while resume is False",
+            ),
+            (
+                kernels != channels,
+                f"conv_kernels has {kernels} and conv_channels {channels} values",
+            ),
+            (
+                self.dropout_samples > 1 and not self.head_dropout,
+                "dropout_samples does nothing while head_dropout is 0",
+            ),
+            (self.error_weights and not self.error_column, f"error_weights {needs_errors}"),
+            (self.label_noise and not self.error_column, f"label_noise {needs_errors}"),
+            (
+                self.error_column and not reads_errors,
+                "error_column does nothing without error_weights, label_noise or the loss gaussian",
+            ),
+            (
+                has_pseudo_settings and not self.pseudo_dir,
+                "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty",
+            ),
+            (
+                self.pseudo_epochs and self.pseudo_weight != 1,
+                "pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0",
+            ),
+        ]
 
     @property
     def targets(self):
@@ -703,17 +905,23 @@ class Config(Settings):
     def resolved(self, backbone_config):
         """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
         loss, metric = TASKS[self.task]
-        if self.task == "regression" and len(self.targets) > 1:
+        is_regression = self.task == "regression"
+        if is_regression and len(self.targets) > 1:
             metric = "mcrmse"
-        width = backbone_config.hidden_size
-        lr = 1e-4 if width <= 384 else 2e-5 if width <= 768 else 1e-5
-        dropout = 0.0 if self.task == "regression" else -1.0
+        lr = 1e-5
+        if backbone_config.hidden_size <= 768:
+            lr = 2e-5
+        if backbone_config.hidden_size <= 384:
+            lr = 1e-4
+        dropout = self.backbone_dropout
+        if dropout == -1 and is_regression:
+            dropout = 0.0
         return dataclasses.replace(
             self,
             loss=self.loss or loss,
             metric=self.metric or metric,
             lr=self.lr or lr,
-            backbone_dropout=dropout if self.backbone_dropout == -1 else self.backbone_dropout,
+            backbone_dropout=dropout,
         )
 
 
@@ -730,14 +938,12 @@ class InferConfig(Settings):
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
-        "auto",
-        "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU",
-        _PRECISIONS,
+        "auto", "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU", _PRECISIONS
     )
 
 
 # ---------------------------------------------------------------------------------------
-# 3. Environment and paths
+# 3. Environment
 
 
 def _kaggle_root():
@@ -759,65 +965,68 @@ def _attached_folders(marker):
     return sorted({path.resolve(): path for path in found}.values())
 
 
-def _comma_join(paths):
-    return ", ".join(str(path) for path in paths) or "nothing"
-
-
 def _user_path(setting, value):
-    """The path that a setting names, whether something is there or not; ConfigError where none can be."""
+    """The path that a setting names, whether something is there or not.
+
+    ConfigError where nothing can be there: a name too long, a folder not permitted, a user unknown.
+    """
     try:
         path = Path(value).expanduser()
         with contextlib.suppress(FileNotFoundError):
             path.stat()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # too long, not permitted; a user or a character unknown
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{setting} {str(value)!r} cannot be used: {error}") from None
     return path
 
 
 def _file_exists(path):
-    """Whether a file is there; DataError where its name is something else's, such as a dangling link."""
+    """Whether a file is there; DataError where its name is something else's: a dangling link."""
     if os.path.lexists(path) and not path.is_file():
         raise DataError(f"{path}: not a file")
     return path.is_file()
 
 
 def _find_data_dir(data_dir, marker):
-    """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
+    """Folder with the file `marker` of the competition.
+
+    It is the one that is set, the one attached on Kaggle, or the sample of the clone.
+    """
     if data_dir:
-        folder = _user_path("data_dir", data_dir)
-        if not folder.is_dir():
-            raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise DataError(f"data_dir {data_dir!r}: Permission denied")
-        if not _file_exists(folder / marker):
-            raise DataError(
-                f"data_dir {data_dir!r} has no {marker}; it has {_comma_join(sorted(os.listdir(folder)))}"
-            )
-        return folder
+        return _given_data_dir(data_dir, marker)
     if _on_kaggle():
-        root = _kaggle_root() / "input"
-        found = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
-        if len(found) != 1:
-            problem = "several competitions are attached" if found else "no attached competition"
-            options = [path.parent for path in found] or _attached_folders("*.csv")
-            raise DataError(
-                f"{problem} has a {marker}; set data_dir to one of: {_comma_join(options)}"
-            )
-        return found[0].parent
-    clones = [
-        Path(__file__).resolve().parents[1],
-        Path.cwd(),
-        *Path.cwd().parents,
-    ]  # a bundle's module is in no clone
-    samples = [clone / "notebooks" / "sample" for clone in clones]
-    found = [folder for folder in samples if (folder / marker).is_file()]
-    if not found:
-        raise DataError(f"data_dir is empty and there is no sample at {samples[0]}: set data_dir")
-    return found[0]
+        return _attached_competition(marker)
+    clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
+    samples = [clone / "notebooks" / "sample" for clone in clones]  # a bundle is in no clone
+    for sample in samples:
+        if (sample / marker).is_file():
+            return sample
+    raise DataError(f"data_dir is empty and there is no sample at {samples[0]}: set data_dir")
+
+
+def _given_data_dir(data_dir, marker):
+    folder = _user_path("data_dir", data_dir)
+    if not folder.is_dir():
+        raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DataError(f"data_dir {data_dir!r}: Permission denied")
+    if not _file_exists(folder / marker):
+        names = _comma_join(sorted(os.listdir(folder)))
+        raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {names}")
+    return folder
+
+
+def _attached_competition(marker):
+    root = _kaggle_root() / "input"
+    files = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
+    if len(files) == 1:
+        return files[0].parent
+    if files:
+        problem = "several competitions are attached"
+        folders = [file.parent for file in files]
+    else:
+        problem = "no attached competition"
+        folders = _attached_folders("*.csv")
+    raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
 
 
 def _seed_everything(*seeds):
@@ -828,31 +1037,46 @@ def _seed_everything(*seeds):
     torch.manual_seed(seed)
 
 
+def _prepare_process():
+    """Set what training and prediction need of the whole process; the import sets none of it."""
+    # float32 means float32: where a GPU has TF32, conv1d and recurrent heads would round to 10 bits
+    torch.backends.cudnn.allow_tf32 = False
+    # tokenizers reads it at every call and fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # `_CudaGraphs` captures only the later steps
+    warnings.filterwarnings("ignore", message=".*capturable=True")
+
+
 def _pick_device():
-    """The GPU if it can run this PyTorch, else the CPU. A GPU that cannot is an error, not a fallback."""
+    """The GPU if it can run this PyTorch, else the CPU. A GPU that cannot is an error."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda")
     try:
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
     except RuntimeError as error:
-        name = torch.cuda.get_device_name()
-        raise KitError(
-            f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator"
-        ) from error
+        problem = f"the GPU {_device_name()} cannot run PyTorch {torch.__version__}"
+        raise KitError(f"{problem}: choose another accelerator") from error
     return device
 
 
 def _device_name():
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU"
+
+
+def _equal_gpus():
+    """Numbers of the GPUs that are like the one in use: others would set the pace, or fail."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [i for i, name in enumerate(names) if name == _device_name()]
 
 
 def _pick_dtype(precision, device):
-    """Autocast type: bf16 where the GPU has it natively, else fp16; float32 (no autocast) on a CPU."""
+    """Autocast type; `auto` is bf16 where a GPU has it natively, else fp16, and fp32 on a CPU."""
     if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
@@ -865,44 +1089,60 @@ def _precision_error(precision):
     """Why this machine cannot compute in a precision, or None."""
     if precision != "bf16" or not torch.cuda.is_available():
         return None
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return None if native else f"{_device_name()} has no bf16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return f"{_device_name()} has no bf16"
 
 
 def _autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _read_json(path):
-    """The object that a JSON file holds; KitError, with the file, where there is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise KitError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise KitError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _versions():
+    modules = (torch, transformers, tokenizers, np, pd, sklearn)
+    versions = {"kernel_utils": __version__, "python": platform.python_version()}
+    return versions | {module.__name__: module.__version__ for module in modules}
 
 
-def _read_record(run):
-    return _read_json(Path(run) / "record.json")
+def _peak_memory():
+    """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # macOS has no /proc
+        lines = Path("/proc/self/status").read_text().splitlines()
+        for line in lines:  # sandboxes such as gVisor leave VmHWM out
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows; after a fork it may tell the peak of a larger parent
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+# ---------------------------------------------------------------------------------------
+# 4. Files
+#
+# A file is replaced in one move. A folder (a checkpoint, a finished fold) is written under another
+# name, put on the disk, sealed by a manifest with the size and SHA-256 of every file, and renamed:
+# a crash leaves it whole or not at all, and what a disk did to it later is seen.
 
 
 @contextlib.contextmanager
 def _wrap_read_errors(what):
-    """Turn whatever a library raises at a file that it cannot read into a KitError that names `what`.
+    """Turn whatever a library raises at a file that it cannot read into a KitError about `what`.
 
-    The one place that catches everything: transformers, torch and safetensors raise what their readers happen to
-    run into (KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...), tokenizers raises Exception itself.
+    The one place that catches everything: transformers, torch and safetensors raise what their
+    readers happen to run into (KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...),
+    tokenizers raises Exception itself.
     """
     try:
         yield
     except (KitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise KitError(
-            f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}"
-        ) from error
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+        raise KitError(f"{what} cannot be read: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -911,10 +1151,9 @@ def _wrap_write_errors(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise KitError(
-            f"{path} could not be written: {why}; what was saved before is as it was"
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = "what was saved before is as it was"
+        raise KitError(f"{path} could not be written: {reason}; {kept}") from None
 
 
 def _open_lines(path, mode):
@@ -936,16 +1175,18 @@ def _fsync(path):
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (
-            os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)
-        ):  # network disks: files only
+        takes_files_only = error.errno in (errno.EINVAL, errno.ENOTSUP)  # network disks
+        if not (takes_files_only and os.path.isdir(path)):
             raise
     finally:
         os.close(descriptor)
 
 
 def _write_atomic(path, write):
-    """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
+    """Call `write(temporary path)`, then move the file to `path`.
+
+    A crash leaves the old file or the new.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -959,21 +1200,25 @@ def _write_atomic(path, write):
             temporary.unlink()
 
 
+def _read_json(path):
+    """The object that a JSON file holds; KitError, with the file, where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise KitError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise KitError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _write_json(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    _write_atomic(path, lambda temporary: temporary.write_text(text))
+
+
 def _file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _prepare_process():
-    """Set what training and prediction need of the whole process. Importing this module sets none of it."""
-    # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
-    torch.backends.cudnn.allow_tf32 = False
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # tokenizers reads it at every call and fork
-    warnings.filterwarnings(
-        "ignore", message=".*capturable=True"
-    )  # `_CudaGraphs` captures only the later steps
 
 
 def _digest(*parts):
@@ -982,57 +1227,243 @@ def _digest(*parts):
     for part in parts:
         if isinstance(part, Path):
             total.update(_file_sha256(part).encode())
+        elif isinstance(part, np.ndarray):
+            total.update(np.ascontiguousarray(part))
         else:
-            total.update(
-                np.ascontiguousarray(part)
-                if isinstance(part, np.ndarray)
-                else json.dumps(part).encode()
-            )
+            total.update(json.dumps(part).encode())
     return total.hexdigest()[:16]
 
 
-_KAGGLE_OUTPUT_BYTES = 20e9  # bytes that a kernel may leave in its working folder
+_KAGGLE_OUTPUT_BYTES = 20e9  # that a kernel may leave in its working folder
 
 
 def _free_bytes(folder):
-    """Bytes that can still be written into `folder`; in Kaggle's working folder its limit counts, not the disk."""
-    free, working = shutil.disk_usage(folder).free, (_kaggle_root() / "working").resolve()
+    """Bytes that can still be written into `folder`: of the disk, or of Kaggle's working folder."""
+    free = shutil.disk_usage(folder).free
+    working = (_kaggle_root() / "working").resolve()
     if not (_on_kaggle() and folder.resolve().is_relative_to(working)):
         return free
     used = 0
-    for place, _, names in os.walk(working):
+    for parent, _, names in os.walk(working):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # of another process, which moved it
-                used += os.lstat(os.path.join(place, name)).st_size
+                used += os.lstat(os.path.join(parent, name)).st_size
     return min(free, _KAGGLE_OUTPUT_BYTES - used)
 
 
-_FOREIGN_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
-_HARMLESS_KEYS = _FOREIGN_CODE_KEYS  # while nobody follows them: many architectures that transformers has still name code
-_FOREIGN_CODE_KEYS += ("_attn_implementation_internal", "_experts_implementation_internal")
+# Keys that many architectures still carry, and that nobody follows while trust_remote_code is False
+_HARMLESS_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+# and those that transformers before 5.3 follows all the same (CVE-2026-4372)
+_DANGEROUS_KEYS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 def _foreign_code_keys(content):
-    """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
-    among others): those named so, and an attention implementation that is the name of a hub repository."""
-    found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
+    """Keys of a parsed JSON file, at any depth, that could run code from elsewhere.
+
+    An attention implementation is one where it is the name of a hub repository.
+    """
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    keys = []
     for key, value in items:
-        if key in _FOREIGN_CODE_KEYS or (
-            str(key).endswith("attn_implementation") and "/" in str(value)
-        ):
-            found.append(key)
+        is_hub_attention = str(key).endswith("attn_implementation") and "/" in str(value)
+        if key in _HARMLESS_KEYS + _DANGEROUS_KEYS or is_hub_attention:
+            keys.append(key)
         if isinstance(value, (dict, list)):
-            found += _foreign_code_keys(value)
-    return found
+            keys += _foreign_code_keys(value)
+    return keys
 
 
 def _check_no_foreign_code(path, harmless=()):
-    """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
-    keys = _foreign_code_keys(_read_json(path))
-    if keys := [key for key in keys if key not in harmless]:
-        raise KitError(
-            f"{path}: {_comma_join(keys)} could make transformers run code from elsewhere; delete it"
-        )
+    """Raise KitError where a config could run code from elsewhere, but by `harmless` keys."""
+    keys = [key for key in _foreign_code_keys(_read_json(path)) if key not in harmless]
+    if keys:
+        danger = "could make transformers run code from elsewhere"
+        raise KitError(f"{path}: {_comma_join(keys)} {danger}; delete it")
+
+
+_MANIFEST = "manifest.json"
+_DATASET_METADATA = "dataset-metadata.json"
+
+
+def _dump_manifest(content):
+    """The one way a manifest is written, as bytes."""
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _with_checksum(content):
+    """`content` with the SHA-256 of the rest as `sha256`."""
+    return content | {"sha256": hashlib.sha256(_dump_manifest(content)).hexdigest()}
+
+
+def _load_manifest(path):
+    """What `_dump_manifest(_with_checksum(content))` wrote; ValueError where a byte differs."""
+    try:
+        data = path.read_bytes()
+        manifest = json.loads(data)
+        content = {key: manifest[key] for key in manifest if key != "sha256"}
+        is_sound = _dump_manifest(_with_checksum(content)) == data
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
+    if not is_sound:
+        raise ValueError("its own checksum does not fit its content")
+    return manifest
+
+
+def _verify_files(folder, files):
+    """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
+    problems = []
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name}: missing, or not a plain file in {folder}")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(
+                f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}"
+            )
+        elif _file_sha256(path) != expected["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
+    return problems
+
+
+def _integrity_problems(folder, files):
+    """`_verify_files`, and what is in the folder but not in its manifest."""
+    names = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
+    added = sorted(names - set(files))
+    return _verify_files(folder, files) + [f"{name}: not in {_MANIFEST}" for name in added]
+
+
+def _folder_problems(folder):
+    """What is wrong in a folder that `_save_folder` wrote; nothing where every byte is the same."""
+    try:
+        return _verify_files(folder, _load_manifest(folder / _MANIFEST)["files"])
+    except (OSError, ValueError) as problem:
+        return [f"{_MANIFEST}: {problem}"]
+
+
+def _save_folder(folder, write):
+    """Make a folder of what `write(temporary folder)` writes, in place of one that is there.
+
+    A crash at any moment leaves it complete, as it was, or damaged in a way that shows. KitError
+    where the disk is full or read-only.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        with _wrap_write_errors(folder):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            paths = sorted(temporary.iterdir())
+            files = {path.name: _file_entry(path) for path in paths}
+            manifest = temporary / _MANIFEST
+            manifest.write_bytes(_dump_manifest(_with_checksum({"files": files})))
+            for path in (*paths, manifest, temporary):
+                _fsync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+            _fsync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _file_entry(path):
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+
+
+def _write_state(folder, state):
+    """Write any nest of dictionaries, lists, tuples, tensors, arrays and plain values.
+
+    Tensors go to state.safetensors, all else to state.json: a folder may come from anybody, so
+    there is no pickle. Tensors that share their memory, such as tied weights, are written once.
+    """
+    tensors = {}  # place in the nest -> tensor
+    places = {}  # memory -> place
+
+    def pack(value, place):
+        if isinstance(value, np.ndarray):
+            return {"array": pack(torch.from_numpy(value), place)["tensor"]}
+        if isinstance(value, torch.Tensor):
+            layout = (value.shape, value.stride(), value.dtype, value.device)
+            place = places.setdefault((value.data_ptr(), *layout), place)
+            tensors[place] = value.detach().cpu().contiguous()
+            return {"tensor": place}
+        if isinstance(value, dict):
+            return {"dict": [[key, pack(item, f"{place}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [pack(item, f"{place}.{number}") for number, item in enumerate(value)]}
+        return value
+
+    (folder / "state.json").write_text(json.dumps(pack(state, "state")))
+    save_file(tensors, folder / "state.safetensors")
+
+
+def _read_state(folder):
+    """What `_write_state` wrote."""
+    mapped = load_file(folder / "state.safetensors")
+    # a map would keep the file's room on the disk
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+
+    def unpack(packed):
+        if not isinstance(packed, dict):
+            return packed
+        ((kind, content),) = packed.items()
+        if kind == "dict":
+            return {key: unpack(item) for key, item in content}
+        if kind == "tuple":
+            return tuple(unpack(item) for item in content)
+        if kind == "list":
+            return [unpack(item) for item in content]
+        return tensors[content].numpy() if kind == "array" else tensors[content]
+
+    return unpack(json.loads((folder / "state.json").read_text()))
+
+
+class RunFolder:
+    """The folder of a run, `output_dir/run_name`: where everything in it is, and its readers.
+
+    It is complete only where record.json says `"status": "complete"`.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.name = self.path.name
+        self.record = self.path / "record.json"
+        self.oof = self.path / "oof.csv"
+        self.golden = self.path / "golden.json"
+        self.log = self.path / "log.jsonl"
+        self.curves = self.path / "curves.png"
+        self.oof_plot = self.path / "oof.png"
+        self.submission = self.path / "submission.csv"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"  # until the run is complete
+        self.lock = self.path / ".lock"  # while it is trained
+
+    def fold(self, number):
+        """The sealed folder of a fold: weights, config of the backbone, result of the training."""
+        return self.path / f"fold{number}"
+
+    def weights(self, number):
+        return self.fold(number) / "model.safetensors"
+
+    def config(self, number):
+        """The config of the backbone, the same in every fold."""
+        return self.fold(number) / "config.json"
+
+    def read_record(self):
+        return _read_json(self.record)
+
+    def read_golden(self):
+        return _read_json(self.golden)
+
+    def is_complete(self):
+        """Whether a finished run is there; a record.json may be anybody's."""
+        try:
+            return self.read_record().get("status") == "complete"
+        except (OSError, ValueError, AttributeError):
+            return False
 
 
 # ---------------------------------------------------------------------------------------
@@ -1351,7 +1782,7 @@ def make_folds(frame, cfg):
 def _requested_folds(frame, cfg):
     """Numbers of the folds that `run_folds` asks for."""
     there = sorted(set(frame["fold"]))
-    asked = there if cfg.run_folds == "all" else sorted(set(_as_ints(cfg.run_folds)))
+    asked = there if cfg.run_folds == "all" else sorted(set(_cast(cfg.run_folds, tuple)))
     if not set(asked) <= set(there):
         raise ConfigError(
             f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}"
@@ -3585,152 +4016,8 @@ def predict(model, tokens, cfg, rows=None):
 
 # ---------------------------------------------------------------------------------------
 # 14. Checkpoints
-#
-# A checkpoint, and the folder of a finished fold, is written under another name, put on the disk, sealed by a manifest
-# with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
-# later is seen. Tensors are in state.safetensors, all else in state.json.
 
-_MANIFEST, _DATASET_METADATA = "manifest.json", "dataset-metadata.json"
-_MAX_SAVE_FRACTION = 0.015  # share of the time that checkpoints may take
-
-
-def _write_json(path, content):
-    _write_atomic(
-        path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
-    )
-
-
-def _dump_manifest(content):
-    """The one way a manifest is written, as bytes."""
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _with_checksum(content):
-    """`content` with the SHA-256 of the rest as `sha256`."""
-    return content | {"sha256": hashlib.sha256(_dump_manifest(content)).hexdigest()}
-
-
-def _load_manifest(path):
-    """What `canonical(sealed(content))` wrote to a file; ValueError where a byte of it differs."""
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        sound = (
-            _dump_manifest(
-                _with_checksum({key: manifest[key] for key in manifest if key != "sha256"})
-            )
-            == data
-        )
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
-    if not sound:
-        raise ValueError("its own checksum does not fit its content")
-    return manifest
-
-
-def _verify_files(folder, files):
-    """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
-    problems = []
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"{name}: missing, or not a plain file in {folder}")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(
-                f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}"
-            )
-        elif _file_sha256(path) != expected["sha256"]:
-            problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
-    return problems
-
-
-def _integrity_problems(folder, files):
-    """What is `_verify_files` in a folder, or not listed in its manifest."""
-    there = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
-    return _verify_files(folder, files) + [
-        f"{name}: not in {_MANIFEST}" for name in sorted(there - set(files))
-    ]
-
-
-def _folder_problems(folder):
-    """What is wrong in a folder that `_save_folder` wrote; an empty list where every byte is as it was written."""
-    try:
-        return _verify_files(folder, _load_manifest(folder / _MANIFEST)["files"])
-    except (OSError, ValueError) as problem:
-        return [f"{_MANIFEST}: {problem}"]
-
-
-def _save_folder(folder, write):
-    """Make a folder of what `write(temporary folder)` writes, in place of one that is there. A crash at any moment
-    leaves it complete, as it was, or damaged in a way that shows. KitError where the disk is full or read-only."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        with _wrap_write_errors(folder):
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            paths = sorted(temporary.iterdir())
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
-                for path in paths
-            }
-            (temporary / _MANIFEST).write_bytes(_dump_manifest(_with_checksum({"files": files})))
-            for path in (*paths, temporary / _MANIFEST, temporary):
-                _fsync(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-            _fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_state(folder, state):
-    """Write any nest of dictionaries, lists, tuples, tensors, arrays and plain values, without pickle.
-
-    Tensors that share their memory, such as tied weights, are written once.
-    """
-    tensors, places = {}, {}  # place in the nest -> tensor; memory -> place
-
-    def pack(value, place):
-        if isinstance(value, np.ndarray):
-            return {"array": pack(torch.from_numpy(value), place)["tensor"]}
-        if isinstance(value, torch.Tensor):
-            place = places.setdefault(
-                (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place
-            )
-            tensors[place] = value.detach().cpu().contiguous()
-            return {"tensor": place}
-        if isinstance(value, dict):
-            return {"dict": [[key, pack(item, f"{place}.{key}")] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            kind = "tuple" if isinstance(value, tuple) else "list"
-            return {kind: [pack(item, f"{place}.{number}") for number, item in enumerate(value)]}
-        return value
-
-    (folder / "state.json").write_text(json.dumps(pack(state, "state")))
-    save_file(tensors, folder / "state.safetensors")
-
-
-def _read_state(folder):
-    """What `_write_state` wrote."""
-    mapped = load_file(
-        folder / "state.safetensors"
-    )  # what is read from a map keeps the file's room on the disk
-    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
-
-    def unpack(packed):
-        if not isinstance(packed, dict):
-            return packed
-        ((kind, content),) = packed.items()
-        if kind == "dict":
-            return {key: unpack(item) for key, item in content}
-        if kind in ("list", "tuple"):
-            return (tuple if kind == "tuple" else list)(map(unpack, content))
-        return tensors[content].numpy() if kind == "array" else tensors[content]
-
-    return unpack(json.loads((folder / "state.json").read_text()))
+_MAX_SAVE_FRACTION = 0.015  # of the time that checkpoints may take
 
 
 class _RandomStates:
@@ -3874,12 +4161,6 @@ _MAX_SKIPPED_STEPS = (
     20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
 )
 _FINISH_SECONDS = 5.0  # seconds for the record and the plots of a run that is stopped
-
-
-class NumericError(KitError):
-    """A loss, gradient or prediction that is not a number."""
-
-    title = "the training went wrong:"
 
 
 class TimeBudget:
@@ -4745,7 +5026,7 @@ def _plot_curves(run):
 
     Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
     """
-    record, log = _read_record(run), pd.read_json(run / "log.jsonl", lines=True)
+    record, log = RunFolder(run).read_record(), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
     log = log.reindex(
         columns=log.columns.union([name, "best"])
@@ -4818,7 +5099,7 @@ def _plot_shares(shares, rows, columns, xlabel, ylabel):
 def _plot_oof(run):
     """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
     classes, and for multilabel the share of each label's rows that are predicted to have it."""
-    record = _read_record(run)
+    record = RunFolder(run).read_record()
     task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
     oof = pd.read_csv(
         run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False
@@ -4991,26 +5272,6 @@ def _read_pseudo(frame, cfg, classes):
 # 18. Runs: all folds, records
 
 
-class Stopped(KitError):
-    """A run that was stopped before its end, with all that is needed to go on."""
-
-    title = "the run is stopped, not finished:"
-
-
-# Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
-# pseudo-labels and of the backbone is compared, not their places.
-_FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "report_to"}
-_FREE |= {
-    "resume",
-    "resume_from",
-    "checkpoint_minutes",
-    "max_minutes",
-    "predict_partial",
-    "fold_processes",
-}
-_FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
-
-
 def _source_of(part):
     """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
     in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
@@ -5033,7 +5294,7 @@ def _source_of(part):
 def _source_prints(cfg):
     """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
     made = {}
-    for field, table in _PARTS.items():
+    for field, table in _REGISTRIES.items():
         part = table[getattr(cfg, field)]
         if part.__module__ == __name__:
             continue
@@ -5083,9 +5344,10 @@ def _differences(old, new):
         _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
         for record in (old, new)
     ]
-    changed = [
-        name for name in settings[1] if name not in _FREE and settings[0][name] != settings[1][name]
-    ]
+    # What is compared by content is in the fingerprint; records of version 0.7.0 hold a `recipe`
+    free = {*Config.names("place"), *Config.by_content, "recipe"}
+    old_settings, new_settings = settings
+    changed = [n for n in new_settings if n not in free and old_settings[n] != new_settings[n]]
     found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
     was, now = old["fingerprint"], new["fingerprint"]
     return found + [
@@ -5214,29 +5476,6 @@ def _open_log(cfg, folder):
         finally:
             if tracker:
                 tracker.finish()
-
-
-def _versions():
-    modules = (torch, transformers, tokenizers, np, pd, sklearn)
-    return {"kernel_utils": __version__, "python": platform.python_version()} | {
-        m.__name__: m.__version__ for m in modules
-    }
-
-
-def _peak_memory():
-    """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # macOS has no /proc
-        lines = Path("/proc/self/status").read_text().splitlines()
-        for line in lines:  # sandboxes such as gVisor leave VmHWM out
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    import resource  # not on Windows; after a fork it may tell the peak of a larger parent
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 def _oof_frame(frame, results, cfg, names):
@@ -5493,7 +5732,7 @@ def _begin_run(run, record, folds):
     """The record of a run that begins or goes on; that of a run which is complete as it is."""
     if not (run / "record.json").is_file():
         return record
-    old = _read_record(run)
+    old = RunFolder(run).read_record()
     if old["status"] == "complete":
         there = {fold["fold"] for fold in old["folds"]}
         if there == set(folds):
@@ -5570,18 +5809,9 @@ def _train_in_turn(data, folds, finished, cfg, run, watch):
     return results
 
 
-def _equal_gpus():
-    """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
-    return [
-        i
-        for i in range(torch.cuda.device_count())
-        if torch.cuda.get_device_name(i) == _device_name()
-    ]
-
-
 def _notebook_parts(*configs):
     """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _PARTS.items()]
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
     return [part.__name__ for part in parts if part.__module__ != __name__]
 
 
@@ -6052,12 +6282,6 @@ _GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _GOLDEN_MIN_FRACTION = 0.01
 
 
-class BundleError(KitError):
-    """A bundle that is not what was packed, or does not predict what training predicted."""
-
-    title = "the bundle is refused:"
-
-
 class _Run(NamedTuple):
     """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
 
@@ -6198,19 +6422,11 @@ def _make_run(name, record, golden, config, tokenizer, weights):
     return _Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
-def _is_complete(folder):
-    """Whether a folder holds a finished run; a record.json may be anybody's."""
-    try:
-        return _read_record(folder).get("status") == "complete"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _load_run(folder):
     """A complete run folder as a `_Run`, or one that was stopped and may be used so (`predict_partial`). Raises
     ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
     folder = Path(folder)
-    record = _read_record(folder) if (folder / "record.json").is_file() else {}
+    record = RunFolder(folder).read_record() if (folder / "record.json").is_file() else {}
     status = record.get("status")
     if status == "complete" or (status == "stopped" and "oof" in record):
         _check_record(folder / "record.json", record)
@@ -6273,7 +6489,7 @@ def _find_bundle(bundle_dir):
         *_attached_folders("record.json"),
         *(path.parent for path in sorted(Path("runs").glob("*/record.json"))),
     ]:
-        if _is_complete(folder):
+        if RunFolder(folder).is_complete():
             found.setdefault((folder / "record.json").read_bytes(), folder)
     found = list(found.values())
     if len(found) != 1:
@@ -6291,11 +6507,11 @@ def _read_blend(path, records):
     content = _read_json(path)
     try:
         members = content["members"]
-        weights = {name: _as_float(member["weight"]) for name, member in members.items()}
+        weights = {name: _cast(member["weight"], float) for name, member in members.items()}
         blend = _Blend(
             content["method"],
             weights,
-            [_as_float(v) for v in content["intercept"]],
+            [_cast(v, float) for v in content["intercept"]],
             dict(content["cuts"]),
         )
         digests = {name: str(member["record_sha256"]) for name, member in members.items()}
@@ -6413,28 +6629,22 @@ def _load_fold(model, run, fold):
         load_model(model, run.weights[fold])
 
 
-_READING = (
-    "text_column pair_column prefix max_length truncation".split()
-)  # settings that `_tokenize_frame` reads
-_SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
-
-
 def _tokenization_key(run):
     """What decides the token ids of a run, as text."""
     files = {name: _file_sha256(path) for name, path in run.tokenizer.items()}
-    return json.dumps([files, [getattr(run.cfg, name) for name in _READING]], sort_keys=True)
+    return json.dumps([files, _settings_that_affect(run.cfg, "data")], sort_keys=True)
 
 
 def _architecture_key(run):
-    """What decides the tokenizer and all of the model but its weights, as text. The settings in which the runs of an
-    ensemble mostly differ are left out; one more would only build a model of its own."""
-    settings = {
-        name: value for name, value in run.cfg.to_dict().items() if name not in _SHAPELESS.split()
-    }
-    return json.dumps(
-        [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]],
-        sort_keys=True,
-    )
+    """What decides the tokenizer and all of the model but its weights, as text."""
+    settings = _settings_that_affect(run.cfg, "model")
+    parts = [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _settings_that_affect(cfg, *affects):
+    names = [name for name in Config.names(*affects) if name not in Config.by_content]
+    return {name: getattr(cfg, name) for name in names}
 
 
 def _each_run(bundle, work):

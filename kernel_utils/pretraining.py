@@ -114,7 +114,10 @@ class PretrainConfig(ku.Settings):
     )
 
     def conflicts(self):
-        return ku._run_conflicts(self)
+        problems = [ku._run_name_error(self.run_name)]
+        if self.resume_from and not self.resume:
+            problems.append("resume_from does nothing while resume is False")
+        return [problem for problem in problems if problem]
 
     def training(self):
         """A `Config` with these settings, for what pre-training shares with training."""

@@ -477,7 +477,7 @@ def test_odd_tables_are_trained_on_and_predicted_with_ids_and_texts_as_they_stan
 
 def test_a_text_of_10_mb_is_trained_on(train, competition):
     append("train.csv", "x," + "a cat sat on the mat " * (10**7 // 21) + ",1,0\n")(competition)
-    assert ku._read_record(train({}))["oof"]["rows"] == 41
+    assert ku.RunFolder(train({})).read_record()["oof"]["rows"] == 41
 
 
 # ---------------------------------------------------------------------------------------

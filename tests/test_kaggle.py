@@ -238,9 +238,9 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     kaggle(again)
     done, _ = papermill(kernels / "run/train/train.ipynb", work / "again.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
-    trained = {path.name: ku._read_record(path) for path in (work / "runs").iterdir()}
+    trained = {path.name: ku.RunFolder(path).read_record() for path in (work / "runs").iterdir()}
     assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
-    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku._read_record(runs / "one")["oof"]["last"])
+    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku.RunFolder(runs / "one").read_record()["oof"]["last"])
     shutil.move(work / "runs", tmp_path / "output")  # infer.ipynb runs in another kernel
     done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
@@ -356,10 +356,10 @@ def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, 
     ("field", "name"), [("head", "mean"), ("loss", "mse"), ("metric", "rmse"), ("schedule", "linear")]
 )
 def test_with_parts_of_the_notebook_one_process_predicts_and_says_so(field, name, tiny, capsys, monkeypatch):
-    part = ku._PARTS[field][name]
+    part = ku._REGISTRIES[field][name]
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
     own.__module__, own.__name__ = "__main__", "Own"
-    monkeypatch.setitem(ku._PARTS[field], "own", own)
+    monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     train, _, _ = ku.read_competition(cfg := tiny(run_folds="0", run_name="own", **{field: "own"}))
     loaded = ku._open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
     capsys.readouterr()

@@ -100,7 +100,7 @@ def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys)
     assert sorted(re.findall(r"^fold (\d): rmse", out, re.MULTILINE)) == ["0", "1", "2"]
     assert out.count("depth") == 1 and "%|" not in out  # the table of rates once, no bars
     assert {path.name for path in run.iterdir()} == {path.name for path in (run.parent / "whole").iterdir()}
-    assert ku._read_record(run)["peak_memory_bytes"] > 10**7
+    assert ku.RunFolder(run).read_record()["peak_memory_bytes"] > 10**7
 
 
 def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, slow):
@@ -110,7 +110,7 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, s
     with pytest.raises(ku.Stopped, match=told):
         start(cfg)
     run, before = run_of(cfg), [max(saved_steps(run_of(cfg), fold)) for fold in (0, 1)]
-    record = ku._read_record(run)
+    record = ku.RunFolder(run).read_record()
     assert record["status"] == "stopped" and [fold["last"]["step"] for fold in record["folds"]] == before
     assert len(pd.read_csv(run / "oof.csv")) == 27 and not workers_of(os.getpid())
     assert content(start(cfg)) == whole(tiny, **SETTINGS)
@@ -168,13 +168,13 @@ def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until
 
 @pytest.mark.parametrize(("field", "name"), [("head", "mean"), ("metric", "rmse")])
 def test_with_parts_of_the_notebook_one_process_trains_and_says_so(field, name, tiny, capsys, monkeypatch):
-    part = ku._PARTS[field][name]
+    part = ku._REGISTRIES[field][name]
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
     own.__module__, own.__name__ = "__main__", "Own"
-    monkeypatch.setitem(ku._PARTS[field], "own", own)
+    monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     monkeypatch.setattr(ku, "_start_process", kill)
     run = start(tiny(run_name="own", fold_processes=2, **{field: "own"}))
-    assert ku._read_record(run)["status"] == "complete"
+    assert ku.RunFolder(run).read_record()["status"] == "complete"
     assert "1 process instead of 2: Own of the notebook cannot be read by others" in capsys.readouterr().out
 
 

@@ -332,7 +332,7 @@ def test_each_fold_trains_on_its_own_labels_and_validates_training_rows_alone(st
     spy, cfg = Spy(monkeypatch), student(epochs=2)
     run = trained(cfg)
     frame, table = ku.make_folds(ku.read_competition(cfg)[0], cfg), pd.read_csv(made / "pseudo.csv")
-    record = ku._read_record(run)
+    record = ku.RunFolder(run).read_record()
     for fold in (0, 1):
         labels = table[f"target_fold{fold}"].to_numpy()
         extra = 40 + np.flatnonzero(np.isfinite(labels))
@@ -355,7 +355,7 @@ def test_a_first_stage_has_the_pseudo_labels_alone_and_a_schedule_of_its_own(stu
     monkeypatch.undo()
     spy, cfg = Spy(monkeypatch), student(epochs=2, pseudo_epochs=3, evals_per_epoch=2, warmup_ratio=0.2)
     run = trained(cfg)
-    log, record = pd.read_json(run / "log.jsonl", lines=True), ku._read_record(run)
+    log, record = pd.read_json(run / "log.jsonl", lines=True), ku.RunFolder(run).read_record()
     for fold in (0, 1):
         count = record["folds"][fold]["pseudo_rows"]
         first = 3 * math.ceil(count / 8)

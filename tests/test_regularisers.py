@@ -177,7 +177,7 @@ def test_adversarial_steps_begin_when_asked_and_say_what_they_did(tiny):
     steps = [line for line in lines if "loss" in line]
     assert [("adversarial_loss" in line) for line in steps] == [False] * 3 + [True] * 6
     assert all(line["adversarial_loss"] > line["loss"] for line in steps[3:])
-    (fold,) = ku._read_record(run)["folds"]
+    (fold,) = ku.RunFolder(run).read_record()["folds"]
     told = fold["regularisers"]["awp"]
     assert told["steps"] == 6 and told["loss"] == pytest.approx(np.mean([line["loss"] for line in steps[3:]]))
     assert 0 < told["perturbation"] < 0.2 and told["adversarial_loss"] > told["loss"]
@@ -359,7 +359,7 @@ def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkey
 def test_validation_and_its_score_know_no_weights_and_no_noise(tiny):
     run = trained(tiny(error_column="standard_error", error_weights=True, label_noise=1.0, run_name="noisy"))
     oof = pd.read_csv(run / "oof.csv")
-    record = ku._read_record(run)
+    record = ku.RunFolder(run).read_record()
     assert record["oof"]["last"] == pytest.approx(np.sqrt(((oof["target"] - oof["prediction_last"]) ** 2).mean()))
     assert record["folds"][0]["regularisers"]["label_noise"]["mean_size"] == pytest.approx(0.4, abs=0.15)
     assert sorted(oof["target"]) == sorted(train_frame()["target"])
@@ -485,7 +485,7 @@ def test_every_regulariser_tells_in_record_and_print_how_it_acted(tiny, capsys):
     settings = dict(awp=0.1, adversarial_start=1, ema=0.9, rdrop=1.0, mixout=0.3, head_dropout=0.2, llrd=0.9)
     run = trained(tiny(epochs=2, run_name="all", **settings))
     out = capsys.readouterr().out
-    for fold in ku._read_record(run)["folds"]:
+    for fold in ku.RunFolder(run).read_record()["folds"]:
         told = fold["regularisers"]
         assert told.keys() == {"awp", "ema", "rdrop", "mixout"}
         assert told["awp"]["perturbation"] > 0 and told["ema"]["distance"] > 0 and told["rdrop"]["distance"] > 0

@@ -307,7 +307,7 @@ def test_a_part_without_source_is_recorded_by_its_name_and_the_run_says_so(tiny,
     exec("class Own(ku.MeanHead):\n    def own(self):\n        return 1", scope)
     monkeypatch.setitem(ku.HEADS, "mean", scope["Own"])
     run = start(tiny(head="mean", run_folds="0"))
-    assert ku._read_record(run)["fingerprint"]["the code of head mean"] == "no source: __main__.Own"
+    assert ku.RunFolder(run).read_record()["fingerprint"]["the code of head mean"] == "no source: __main__.Own"
     told = "the code of head mean has no source here: a run that goes on cannot tell whether it has changed"
     assert told in capsys.readouterr().out
 
@@ -420,7 +420,7 @@ def test_another_machine_is_told_and_recorded(tiny, often, monkeypatch, capsys):
     monkeypatch.setattr(ku, "_device_name", lambda: "Tesla T4")
     torch.set_num_threads(2)
     try:
-        record = ku._read_record(start(cfg))
+        record = ku.RunFolder(start(cfg)).read_record()
     finally:
         torch.set_num_threads(1)
     out = capsys.readouterr().out
@@ -486,7 +486,7 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
             start(cfg)
     assert signal.getsignal(number) is handler
     run = ku.Path(cfg.output_dir) / "r"
-    record, oof = ku._read_record(run), pd.read_csv(run / "oof.csv")
+    record, oof = ku.RunFolder(run).read_record(), pd.read_csv(run / "oof.csv")
     assert record["status"] == "stopped" and [fold["fold"] for fold in record["folds"]] == [0]
     assert record["oof"]["rows"] == len(oof) == 20
     assert record["oof"]["last"] == pytest.approx(math.sqrt(((oof["target"] - oof["prediction"]) ** 2).mean()))
@@ -580,7 +580,7 @@ def test_a_stopped_run_predicts_with_what_is_trained_where_that_is_asked_for(ste
         at_step(patch, step, stop_by(signal.SIGTERM))
         run = start(cfg, test)
     submission = ku.predict_test(run, test, sample)
-    assert [fold["fold"] for fold in ku._read_record(run)["folds"]] == folds
+    assert [fold["fold"] for fold in ku.RunFolder(run).read_record()["folds"]] == folds
     assert len(submission) == 10 and np.isfinite(submission["target"]).all()
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
@@ -629,7 +629,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_step_is_that_of_the_whole_b
     run = start(cfg)
     assert content(run) == expected
     assert failures == [8, 4]  # never again in this fold, the next, or after a kill
-    assert [fold["micro_batch_size"] for fold in ku._read_record(run)["folds"]] == [2, 2]
+    assert [fold["micro_batch_size"] for fold in ku.RunFolder(run).read_record()["folds"]] == [2, 2]
     told = [line for line in re.split("[\r\n]+", capsys.readouterr().out) if line.startswith("out of memory")]
     assert told == [
         "out of memory with 8 rows of 32 tokens: on with 4 at a time, same step",
@@ -840,4 +840,4 @@ def test_a_gpu_that_runs_out_of_memory_trains_with_smaller_micro_batches(tiny, c
         run = start(tiny(run_name="r", batch_size=4096, max_rows=0, attention="eager"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert ku._read_record(run)["status"] == "complete"
+    assert ku.RunFolder(run).read_record()["status"] == "complete"

@@ -97,7 +97,7 @@ def graded(tmp_path_factory, backbone_folder):
 
 @pytest.mark.parametrize("name", ["squared", "coral"])
 def test_the_record_has_thresholds_and_both_scores_and_the_submission_their_levels(name, graded, capsys):
-    record = ku._read_record(graded / name)
+    record = ku.RunFolder(graded / name).read_record()
     scores, oof = record["oof"], pd.read_csv(graded / name / "oof.csv")
     target, prediction = oof["target"].to_numpy(float), oof["prediction"].to_numpy()
     assert scores["levels"] == [[1, 4]] and len(scores["thresholds"][0]) == 3

@@ -152,7 +152,7 @@ def setting_problems(folder, settings):
     """Problems of the settings of a run: parts that a notebook cell defined, or what `Config` refuses."""
     own = [
         f"{field} {settings[field]!r}"
-        for field, table in ku._PARTS.items()
+        for field, table in ku._REGISTRIES.items()
         if settings[field] not in table
     ]
     if own:
@@ -172,7 +172,7 @@ def run_problems(folder, half):
     path = folder / "record.json"
     if problems := plain_files(folder, [path.name]) or json_problems(path):
         return None, problems
-    record = ku._read_record(folder)
+    record = ku.RunFolder(folder).read_record()
     if record.get("status") != "complete" or not record.get("folds"):
         return None, [
             f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"

@@ -406,7 +406,7 @@ def train_kit(task, folder, save=True):
 
 
 def kit_result(folder):
-    record = ku._read_record(folder)
+    record = ku.RunFolder(folder).read_record()
     names = [
         "oof.csv",
         "golden.json",
@@ -708,7 +708,7 @@ def stop(case):
         case.counts.clear()
         return
     case.counts["detected"] += (
-        done.end == STOPPED and ku._read_record(case.folder)["status"] == "stopped"
+        done.end == STOPPED and ku.RunFolder(case.folder).read_record()["status"] == "stopped"
     )
     case.go_on()
 
@@ -758,7 +758,7 @@ def kill_papermill(case):
     case.notes.append(
         f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed"
     )
-    made, complete = first.stat().st_mtime_ns, ku._is_complete(case.folder)
+    made, complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
     case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
     case.counts["resumed"] += not alive and not complete and first.stat().st_mtime_ns == made
     case.counts["equal"] += kit_result(case.folder) == reference

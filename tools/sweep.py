@@ -59,12 +59,7 @@ OTHER, FOREIGN, STOPPED = (
     "stopped",
 )
 PLACE = ("output_dir", "run_name")
-KEEPING = ku._FREE - {
-    "data_dir",
-    "backbone",
-    "pseudo_dir",
-    "run_folds",
-}  # say where a run lies and how it is kept
+KEEPING = set(ku.Config.names("place")) - {"run_folds"}  # say how a run is kept
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
 ROWS += (
     "n_folds fold_kind group_column fold_seed".split()
