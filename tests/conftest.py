@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import collections
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def one_thread():
 
 def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
-    if config.option.markexpr != "gpu":
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

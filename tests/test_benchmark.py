@@ -14,7 +14,7 @@ from conftest import ROOT, make_tokenizer, save_competition
 
 import kernel_utils as ku
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 QUICK = ["--quick", "--loads", "mixed"]
 

@@ -502,6 +502,7 @@ def test_a_step_that_cannot_be_captured_is_made_without_graphs_aloud(where, prec
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_step_trains_as_the_one_that_is_not_and_is_made_once_for_all_folds(tiny):
     results, counters = [], []
     for compiled in (False, True):
