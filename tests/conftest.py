@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import collections
+import importlib.util
 import random
 import re
 import subprocess
@@ -29,6 +30,32 @@ torch.set_num_threads(1)  # faster for models this small
 def one_thread():
     """Runs are compared to the last bit, and libraries set other numbers of threads."""
     torch.set_num_threads(1)
+
+
+pretraining = importlib.import_module("pretraining") if importlib.util.find_spec("pretraining") else ku
+
+TIME_TAKERS = {  # mark -> the functions that only tests with this mark call: most of the time of a tiny run
+    "plots": [(ku, "plot_curves"), (ku, "plot_oof"), (pretraining, "plot_pretraining")],
+    "disk": [(ku, "sync")],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def time_takers():
+    """What the functions were before; it is in force while other fixtures of the session train as well."""
+    real = {place: getattr(*place) for places in TIME_TAKERS.values() for place in places}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in real:
+            patch.setattr(module, name, lambda path, *rest: None)
+        yield real
+
+
+@pytest.fixture(autouse=True)
+def time_takers_of_marked_tests(request, time_takers, monkeypatch):
+    for mark, places in TIME_TAKERS.items():
+        if request.node.get_closest_marker(mark):
+            for module, name in places:
+                monkeypatch.setattr(module, name, time_takers[module, name])
 
 
 def pytest_configure(config):

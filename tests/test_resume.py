@@ -162,6 +162,7 @@ def test_the_last_two_checkpoints_are_kept_and_none_of_a_finished_fold_or_run(ti
     assert not (run / "checkpoints").exists() and not (run / ".lock").exists()
 
 
+@pytest.mark.plots
 def test_a_complete_run_is_not_trained_again(tiny, whole, monkeypatch, capsys):
     cfg = tiny(run_name="r", **NOISY)
     run = start(cfg)
@@ -538,6 +539,7 @@ def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_th
     assert not off.due(True)
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize(("step", "folds"), [(4, [0]), (13, [0])])
 def test_a_stopped_run_predicts_with_what_is_trained_where_that_is_asked_for(step, folds, tiny, whole, monkeypatch):
     """With a fold that is finished, by that alone; else by the one that was stopped."""
@@ -666,6 +668,7 @@ def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
         start(tiny(run_name="r"))
 
 
+@pytest.mark.plots
 def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeypatch):
     wrong_from(monkeypatch, 3, until=5)
     record = ku.read_record(start(tiny(run_name="r", precision="fp16", **NOISY)))
@@ -686,6 +689,7 @@ def test_float16_that_skips_too_many_steps_in_a_row_stops_with_advice(tiny, monk
 # The disk
 
 
+@pytest.mark.disk
 @pytest.mark.parametrize("code", [ku.errno.ENOSPC, ku.errno.EIO, ku.errno.EROFS])
 @pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])
 def test_a_disk_that_fails_is_an_error_with_the_path_and_the_run_goes_on_later(
