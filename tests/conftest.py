@@ -308,6 +308,13 @@ def runs(tmp_path_factory, backbone_folder):
     return folder / "runs"
 
 
+def flip(path):
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def papermill(notebook, out, *parameters, cwd=ROOT, env=None):
     """Run a notebook with `-p` parameters; the finished process and the executed notebook."""
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "notebooks" / notebook), str(out)]

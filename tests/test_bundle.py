@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, tiny_config, train_frame, trained
+from conftest import ROOT, flip, tiny_config, train_frame, trained
 from fake_kaggle import FakeKaggle
 from safetensors.torch import load_file, save_file
 
@@ -262,12 +262,6 @@ def test_a_run_of_every_kind_of_task_predicts_the_same_from_its_bundle(task, cal
 
 # ---------------------------------------------------------------------------------------
 # Damage
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 DAMAGE = {
