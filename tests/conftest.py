@@ -32,6 +32,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def new_files():
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--ignored"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return {line for line in lines if line[:2] in ("??", "!!") and "cache" not in line}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untouched_checkout():
+    """No test writes into the clone, whatever folder the tests start from."""
+    before = new_files()
+    yield
+    made = new_files() - before
+    assert not made, f"files that came into the clone while the tests ran: {sorted(made)}"
+
+
 pretraining = importlib.import_module("pretraining") if importlib.util.find_spec("pretraining") else ku
 
 TIME_TAKERS = {  # mark -> the functions that only tests with this mark call: most of the time of a tiny run
@@ -270,6 +285,17 @@ def save_competition(folder):
 def competition(tmp_path):
     """Folder with train.csv (40 rows), test.csv (10 rows) and sample_submission.csv."""
     return save_competition(tmp_path / "competition")
+
+
+QUIET = dict(say=lambda text: None)  # for functions that tell what they do
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as an exception can; no code of ours catches it."""
+
+
+def kill():
+    raise Killed
 
 
 def tiny_config(competition, backbone, output_dir, **settings):

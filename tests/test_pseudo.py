@@ -10,15 +10,9 @@ import pandas as pd
 import pseudo_label
 import pytest
 import torch
-from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
+from conftest import QUIET, WORDS, Killed, engine_of, make_texts, tiny_config, train_frame, trained
 
 import kernel_utils as ku
-
-QUIET = dict(say=lambda text: None)
-
-
-class Killed(BaseException):
-    """Ends a run as abruptly as an exception can."""
 
 
 def label(monkeypatch, *arguments):

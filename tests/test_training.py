@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, padded_mask, train_frame
+from conftest import QUIET, make_texts, padded_mask, train_frame
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import kernel_utils as ku
 
 CPU = torch.device("cpu")
-QUIET = {"say": lambda text: None}
 
 
 def fold_data(cfg, frame=None, n_outputs=1):
