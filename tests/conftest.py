@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import collections
-import importlib.util
 import random
 import re
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
+import pretraining
 import pytest
 import tokenizers
 import torch
@@ -24,6 +24,7 @@ import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
+ku._prepare_process()  # tests build models and steps outside of a run too
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,8 @@ def untouched_checkout():
     assert not made, f"files that came into the clone while the tests ran: {sorted(made)}"
 
 
-pretraining = importlib.import_module("pretraining") if importlib.util.find_spec("pretraining") else ku
-
 TIME_TAKERS = {  # mark -> the functions that only tests with this mark call: most of the time of a tiny run
-    "plots": [(ku, "plot_curves"), (ku, "plot_oof"), (pretraining, "plot_pretraining")],
+    "plots": [(ku, "plot_curves"), (ku, "plot_oof"), (pretraining, "_plot_pretraining")],
     "disk": [(ku, "sync")],
 }
 

@@ -2,14 +2,15 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import kernel_utils as ku
 
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -17,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
-    """Run the README's Python blocks; what they register or write is gone after the test."""
+    """Run the README's Python blocks beside a copy of the sample; what they register is gone after the test."""
     shutil.copytree(ROOT / "notebooks" / "sample", tmp_path / "notebooks" / "sample")
     monkeypatch.chdir(tmp_path)
     tables = {name: dict(table) for name, table in TABLES.items()}
@@ -53,4 +54,4 @@ def test_the_readme_lists_every_head_loss_metric_and_the_settings_it_names():
         assert [name for name in table if not re.search(rf"\b{name}\b", README)] == []
     rows = re.findall(r"^\| (`.*?) \|", README.split("## Heads")[0], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named and named <= {field.name for field in ku.dataclasses.fields(ku.Config)}
+    assert named and named <= {field.name for field in ku.dataclasses.fields(ku.Config)} | {"recipe"}
