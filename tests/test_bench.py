@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
+import kernel_utils as ku
 import pandas as pd
 import pytest
-from conftest import ROOT
 
-import kernel_utils as ku
+from conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 

@@ -11,12 +11,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import kernel_utils as ku
 import psutil
 import pytest
 import sweep
-from conftest import ROOT
 
-import kernel_utils as ku
+from conftest import ROOT
 
 # argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves. One that
 # takes long has a process of its own, as papermill has the kernel.
@@ -161,7 +161,7 @@ def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block
     text = 'seeds = [1, 2]\n[settings]\nepochs = 7\nbatch_size = 4\n[[grid]]\nhead = ["cls"]\n[[grid]]\nllrd = [0.9]\n'
     call(write(tmp_path / "g.toml", text), "--seeds", "5", "--grid", "reinit_layers=0,1")
     assert stub == [f"{block}+reinit_layers={n}+seed=5" for block in ("head=cls", "llrd=0.9") for n in (0, 1)]
-    settings = ku.read_record(output / stub[0])["settings"]
+    settings = ku.RunFolder(output / stub[0]).read_record()["settings"]
     assert settings["epochs"] == 1 and settings["batch_size"] == 4
 
 
@@ -172,7 +172,7 @@ def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_nam
     other = tmp_path / folder.name
     other.symlink_to(folder)
     code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)
-    assert code == 0 and shown.startswith(f"backbone={ku.short_name(str(folder))}+seed=0: to run")
+    assert code == 0 and shown.startswith(f"backbone={ku._short_name(str(folder))}+seed=0: to run")
     code, shown = call("--grid", f"backbone={folder},{other}", backbone=None)
     assert code == 1 and "2 different runs would be called backbone=" in shown and stub == []
 
@@ -244,11 +244,11 @@ def test_a_setting_that_is_given_in_two_ways_is_refused(call, stub, arguments, p
 
 def test_runs_that_are_complete_with_other_settings_stop_the_grid_and_every_change_is_listed(call, stub):
     call("--grid", "head=cls,max")
-    code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup=0.2)
+    code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup_ratio=0.2)
     assert code == 1 and stub == ["head=cls+seed=0", "head=max+seed=0"]
     for name in stub:
         assert f"{name} is complete with other settings: " in shown
-    assert shown.count("epochs was 1, now 5; warmup was 0.1, now 0.2") == 2
+    assert shown.count("epochs was 1, now 5; warmup_ratio was 0.1, now 0.2") == 2
 
 
 def test_a_folder_that_is_no_run_is_never_touched(call, stub, output):
@@ -275,11 +275,11 @@ def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output
     call("--grid", "head=cls")
     path = output / "head=cls+seed=0" / "record.json"
     record = json.loads(path.read_text())
-    del record["settings"]["bucket_batches"]
+    del record["settings"]["length_bucket"]
     path.write_text(json.dumps(record))
     assert call("--grid", "head=cls")[0] == 0 and len(stub) == 1
-    code, shown = call("--grid", "head=cls", "--set", "bucket_batches=9")
-    assert code == 1 and "bucket_batches was 0, now 9" in shown
+    code, shown = call("--grid", "head=cls", "--set", "length_bucket=9")
+    assert code == 1 and "length_bucket was 0, now 9" in shown
 
 
 @pytest.mark.parametrize("left", ["running", "stopped", "empty", "temporary"])
@@ -293,7 +293,7 @@ def test_what_a_killed_run_left_is_there_for_the_run_to_go_on(call, stub, left, 
         (folder / ".record.json.tmp").write_text("{")
     assert "head=cls+seed=0: interrupted, to go on" in call("--grid", "head=cls", "--dry-run")[1]
     code, _ = call("--grid", "head=cls")
-    assert code == 0 and ku.read_record(folder)["status"] == "complete" and (folder / ".lock").exists()
+    assert code == 0 and ku.RunFolder(folder).read_record()["status"] == "complete" and (folder / ".lock").exists()
     assert sorted(path.suffix for path in (output / "notebooks").iterdir()) == [".ipynb", ".lock", ".log"]
 
 
@@ -536,7 +536,7 @@ def test_real_notebooks_that_fail_or_are_stopped_are_reported_and_the_next_call_
     assert re.search(failed, shown) and psutil.wait_procs(descendants, timeout=10)[1] == []
     code, shown = call("--grid", "lr=1e-4", **settings)
     assert code == 0 and "1 finished now, 0 before" in shown
-    assert len(ku.read_record(run)["sessions"]) == 2  # it went on
+    assert len(ku.RunFolder(run).read_record()["sessions"]) == 2  # it went on
     executed = json.loads((output / "notebooks" / f"{run.name}.ipynb").read_text())
     assert executed["metadata"]["papermill"]["exception"] is None
     before = fingerprint(run)

@@ -30,7 +30,9 @@ def mixed_lengths(texts, rows, tokenizer):
     rng = np.random.default_rng(0)
     counts = (rng.lognormal(np.log(150), 0.7, rows).clip(20, 500) / tokens_a_word).astype(int)
     starts = rng.integers(0, len(words) - 500, rows)
-    return [" ".join(words[start : start + count]) for start, count in zip(starts, counts, strict=True)]
+    return [
+        " ".join(words[start : start + count]) for start, count in zip(starts, counts, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -51,7 +53,7 @@ def plain_loop(texts, tokenizer, model, length, batch_size):
 
 
 def ours(texts, tokenizer, model, cfg):
-    tokens = ku.tokenize(texts, tokenizer, cfg)
+    tokens = ku._tokenize(texts, tokenizer, cfg)
     return ku.predict(model, tokens, cfg)
 
 
@@ -64,9 +66,14 @@ def seconds(function, *arguments):
 def measure(name, texts, length, tokenizer, model, cfg, asked):
     """A row of the table: seconds of both sides over the rounds. They take turns in who goes first."""
     cfg = dataclasses.replace(cfg, max_length=length)
-    sides = [(plain_loop, (tokenizer, model, length, asked.batch_size)), (ours, (tokenizer, model, cfg))]
+    sides = [
+        (plain_loop, (tokenizer, model, length, asked.batch_size)),
+        (ours, (tokenizer, model, cfg)),
+    ]
     few = texts[:64]  # warms both up
-    np.testing.assert_allclose(*(function(few, *arguments) for function, arguments in sides), atol=1e-4)
+    np.testing.assert_allclose(
+        *(function(few, *arguments) for function, arguments in sides), atol=1e-4
+    )
     times = np.empty((asked.rounds, 2))
     for round_ in range(asked.rounds):
         for side in (0, 1) if round_ % 2 == 0 else (1, 0):
@@ -79,34 +86,48 @@ def measure(name, texts, length, tokenizer, model, cfg, asked):
         "texts": name,
         "padded to": length,
         "rows": len(texts),
-        "tokens a row": round(ku.tokenize(texts, tokenizer, cfg).lengths.mean(), 1),
+        "tokens a row": round(ku._tokenize(texts, tokenizer, cfg).lengths.mean(), 1),
         "plain rows/s": round(len(texts) / np.median(plain), 1),
         "rows/s": round(len(texts) / np.median(own), 1),
         "ratio": round(np.median(plain / own), 2),
         "smallest": round((plain / own).min(), 2),
         "largest": round((plain / own).max(), 2),
         "rounds": asked.rounds,
-        "device": f"{ku.device_name()}, {torch.get_num_threads()} threads, float32",
+        "device": f"{ku._device_name()}, {torch.get_num_threads()} threads, float32",
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--data", required=True, help="folder with test.csv")
     parser.add_argument("-o", "--output", type=Path, help="write the table to this CSV file")
-    parser.add_argument("--rows", type=int, default=0, help="use the first so many rows; 0 means all")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="use the first so many rows; 0 means all"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a batch of the plain loop")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="rows of a batch of the plain loop"
+    )
     asked = parser.parse_args()
-    run = ku.load_run(asked.run)
+    run = ku._load_run(asked.run)
     cfg = run.cfg
-    if (cfg.head, cfg.task, cfg.truncation, cfg.prefix, cfg.pair_column) != ("mean", "regression", "head", "", ""):
-        sys.exit("the plain loop is for regression on single texts without prefix, cut at the end, and the head mean")
-    tokenizer, model = ku.open_run(run)
-    ku.load_fold(model, run, next(iter(run.weights)))
+    if (cfg.head, cfg.task, cfg.truncation, cfg.prefix, cfg.pair_column) != (
+        "mean",
+        "regression",
+        "head",
+        "",
+        "",
+    ):
+        sys.exit(
+            "the plain loop is for regression on single texts without prefix, cut at the end, and the head mean"
+        )
+    tokenizer, model = ku._open_run(run)
+    ku._load_fold(model, run, next(iter(run.weights)))
     model.eval()
-    test, _ = ku.read_test(run.cfg, Path(asked.data))
+    test, _ = ku._read_test(run.cfg, Path(asked.data))
     texts = list(test[run.cfg.text_column][: asked.rows or None])
     mixed = mixed_lengths(texts, len(texts), tokenizer)
     cfg = dataclasses.replace(run.cfg, precision="fp32")

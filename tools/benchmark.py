@@ -45,7 +45,9 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would split its batches over several GPUs
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", "0"
+)  # the Trainer would split its batches over several GPUs
 
 import numpy as np
 import tokenizers
@@ -67,8 +69,12 @@ LABELS = {
     "tuned": "Trainer, tuned",
     "sorted": "plain loop, sorted by length",
 }
-DEBERTA = dict(relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True)
-DEBERTA |= dict(pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7)
+DEBERTA = dict(
+    relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True
+)
+DEBERTA |= dict(
+    pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7
+)
 SIZES = {  # width, layers, heads, inner width, vocabulary
     "minilm": (transformers.BertConfig, (384, 6, 12, 1536, 30522), {}),
     "bert-base": (transformers.BertConfig, (768, 12, 12, 3072, 30522), {}),
@@ -76,17 +82,48 @@ SIZES = {  # width, layers, heads, inner width, vocabulary
     "tiny": (transformers.BertConfig, (32, 2, 2, 64, 100), {}),
 }
 LENGTHS = {"narrow": 320, "mixed": 512}  # load -> tokens that rows are cut and, by some, padded to
-CPU = dict(size="minilm", contenders="kit,padded,dynamic,tuned", batch_size=16, steps=7, warm=1, start=0, rows=96)
-CPU |= dict(infer_batch_size=16, memory_steps=3, workers=0, matmul=1024, copied=2**26, split_rows=200)
-GPU = dict(size="bert-base,deberta-v3-base", contenders="kit,kit-eager,kit-compile,padded,dynamic,tuned")
+CPU = dict(
+    size="minilm",
+    contenders="kit,padded,dynamic,tuned",
+    batch_size=16,
+    steps=7,
+    warm=1,
+    start=0,
+    rows=96,
+)
+CPU |= dict(
+    infer_batch_size=16, memory_steps=3, workers=0, matmul=1024, copied=2**26, split_rows=200
+)
+GPU = dict(
+    size="bert-base,deberta-v3-base", contenders="kit,kit-eager,kit-compile,padded,dynamic,tuned"
+)
 GPU |= dict(batch_size=32, steps=200, warm=5, start=60, rows=4096, infer_batch_size=64)
 GPU |= dict(memory_steps=20, workers=4, matmul=8192, copied=2**29, split_rows=0)
-QUICK = dict(size="tiny", batch_size=4, steps=2, warm=1, start=0, rows=8, infer_batch_size=4, memory_steps=0, workers=0)
+QUICK = dict(
+    size="tiny",
+    batch_size=4,
+    steps=2,
+    warm=1,
+    start=0,
+    rows=8,
+    infer_batch_size=4,
+    memory_steps=0,
+    workers=0,
+)
 QUICK |= dict(rounds=2, matmul=64, copied=2**16, split_rows=20)
 PARITY_ROWS, PARITY_STEPS, SYNC_STEPS = 8, 3, 20
-OUTPUT_TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}  # between predictions of the same weights
-TRAINED_TOLERANCES = {"fp32": 0.02, "bf16": 0.5}  # after a few steps, by the largest change they made
-GROUPED = 50  # batches that the Trainer's sampler sorts by length together, where there are 200 or more
+OUTPUT_TOLERANCES = {
+    "fp32": 1e-4,
+    "fp16": 0.02,
+    "bf16": 0.1,
+}  # between predictions of the same weights
+TRAINED_TOLERANCES = {
+    "fp32": 0.02,
+    "bf16": 0.5,
+}  # after a few steps, by the largest change they made
+GROUPED = (
+    50  # batches that the Trainer's sampler sorts by length together, where there are 200 or more
+)
 LOG_STEPS = 50  # the kit copies its losses from the device after so many steps
 
 
@@ -117,7 +154,10 @@ def repeated(n, count, rng):
 def make_tokens(load, n, rng, texts, vocabulary):
     """`n` rows of a load: those of `texts` (Tokens) or pieces of them, or random ids where there are none."""
     if texts is not None and load == "narrow":
-        ids = [texts.ids[texts.offsets[row] : texts.offsets[row + 1]] for row in repeated(n, len(texts), rng)]
+        ids = [
+            texts.ids[texts.offsets[row] : texts.offsets[row + 1]]
+            for row in repeated(n, len(texts), rng)
+        ]
     else:
         lengths = (mixed_lengths if load == "mixed" else narrow_lengths)(n, rng)
         pool = texts.ids if texts is not None else rng.integers(vocabulary // 2, vocabulary, 10**6)
@@ -130,11 +170,15 @@ def make_tokens(load, n, rng, texts, vocabulary):
 
 def plain_tokenizer():
     """Enough of a tokenizer for rows that are token ids already."""
-    model = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]")
+    model = tokenizers.models.WordLevel(
+        {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"
+    )
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -146,7 +190,12 @@ def plain_tokenizer():
 
 def size_config(size):
     kind, (width, layers, heads, inner, vocabulary), more = SIZES[size]
-    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner)
+    sizes = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+    )
     return kind(**sizes, vocab_size=vocabulary, max_position_embeddings=512, pad_token_id=0, **more)
 
 
@@ -154,16 +203,18 @@ def find_or_make(size, temporary, data):
     """Folder of a backbone, and where its weights are from. Rows of `data` are tokenized as MiniLM does it, unless the
     backbone has a tokenizer of its own."""
     if size not in SIZES:
-        return ku.find_backbone(size), "its own"
+        return ku._find_backbone(size), "its own"
     if size == "minilm":
         with contextlib.suppress(ku.KitError):
-            return ku.find_backbone(ku.Config().backbone), "its own"
+            return ku._find_backbone(ku.Config().backbone), "its own"
     folder = Path(temporary) / size
     torch.manual_seed(0)
-    with ku.quiet_transformers():
+    with ku._quiet_transformers():
         transformers.AutoModel.from_config(size_config(size)).save_pretrained(folder)
     real = data and size != "tiny"
-    tokenizer = ku.load_tokenizer(ku.find_backbone(ku.Config().backbone)) if real else plain_tokenizer()
+    tokenizer = (
+        ku._load_tokenizer(ku._find_backbone(ku.Config().backbone)) if real else plain_tokenizer()
+    )
     tokenizer.save_pretrained(folder)
     return folder, "random"
 
@@ -180,7 +231,9 @@ class Work:
         if getattr(config, "relative_attention", False):
             buckets = getattr(config, "position_buckets", 0)
             limit = getattr(config, "max_relative_positions", 0)
-            spans = buckets if buckets > 0 else limit if limit > 0 else config.max_position_embeddings
+            spans = (
+                buckets if buckets > 0 else limit if limit > 0 else config.max_position_embeddings
+            )
             self.positions = 2 * spans
 
     def flops(self, lengths):
@@ -232,38 +285,51 @@ class Regressor(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        states = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, **types
+        ).last_hidden_state
         with torch.autocast(states.device.type, enabled=False):
             mask = attention_mask.unsqueeze(-1)  # (B, T, 1)
             logits = self.output((states.float() * mask).sum(1) / mask.sum(1))[:, 0]  # (B,)
-            return {"logits": logits} | ({} if labels is None else {"loss": F.mse_loss(logits, labels)})
+            return {"logits": logits} | (
+                {} if labels is None else {"loss": F.mse_loss(logits, labels)}
+            )
 
 
 class Lab:
     """Rows of a load, settings, and the model that the contenders other than the kit share."""
 
     def __init__(self, asked, folder, load):
-        self.asked, self.load, self.length, self.device = asked, load, LENGTHS[load], ku.pick_device()
+        self.asked, self.load, self.length, self.device = (
+            asked,
+            load,
+            LENGTHS[load],
+            ku._pick_device(),
+        )
         cfg = ku.Config(
             backbone=str(folder),
             max_length=self.length,
             epochs=1,
             batch_size=asked.batch_size,
             schedule="constant",
-            warmup=0.0,
+            warmup_ratio=0.0,
             backbone_dropout=asked.dropout,
             precision=asked.precision,
         )
         config = transformers.AutoConfig.from_pretrained(folder)
         cfg = cfg.resolved(config)
-        self.cfg = dataclasses.replace(cfg, head_lr=cfg.lr)  # one rate for all, as the Trainer has it
-        self.dtype = ku.pick_dtype(cfg.precision, self.device)
-        self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
-        tokenizer = ku.load_tokenizer(folder)
+        self.cfg = dataclasses.replace(
+            cfg, head_lr=cfg.lr
+        )  # one rate for all, as the Trainer has it
+        self.dtype = ku._pick_dtype(cfg.precision, self.device)
+        self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[
+            self.dtype
+        ]
+        tokenizer = ku._load_tokenizer(folder)
         texts = None
         if asked.data:
             frame, _, _ = ku.read_competition(dataclasses.replace(cfg, data_dir=asked.data))
-            texts = ku.tokenize(frame[cfg.text_column], tokenizer, cfg)
+            texts = ku._tokenize(frame[cfg.text_column], tokenizer, cfg)
         rng = np.random.default_rng(asked.seed)
         n = asked.batch_size * sum(map(in_groups, self.blocks()))
         # one more batch stays out of the training, as each fold needs rows to validate
@@ -271,9 +337,13 @@ class Lab:
         targets = rng.standard_normal((len(self.tokens), 1)).astype(np.float32)
         folds = (np.arange(len(self.tokens)) < n).astype(int)
         self.left = rng.permutation(n)
-        self.data = ku.Data(self.tokens, targets, folds, folder, tokenizer, 1, np.arange(len(self.tokens)))
+        self.data = ku._TrainingData(
+            self.tokens, targets, folds, folder, tokenizer, 1, np.arange(len(self.tokens))
+        )
         self.model = self.load_model()
-        self.initial = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
+        self.initial = {
+            name: weight.cpu().clone() for name, weight in self.model.state_dict().items()
+        }
         self.work = Work(self.model.backbone)
 
     def blocks(self):
@@ -288,16 +358,20 @@ class Lab:
         many, size = in_groups(count), self.asked.batch_size
         rows, self.left = np.split(self.left, [many * size])
         generator = torch.Generator().manual_seed(self.asked.seed)
-        order = get_length_grouped_indices(self.tokens.lengths[rows].tolist(), size, GROUPED, generator)
+        order = get_length_grouped_indices(
+            self.tokens.lengths[rows].tolist(), size, GROUPED, generator
+        )
         batches = np.split(rows[order], many)
         return [batches[int(place * many / count)] for place in np.arange(count) + 0.5]
 
     def load_model(self):
         config = transformers.AutoConfig.from_pretrained(self.data.folder)
-        ku.set_dropout(config, self.asked.dropout)
-        with ku.quiet_transformers():
+        ku._set_dropout(config, self.asked.dropout)
+        with ku._quiet_transformers():
             load = transformers.AutoModel.from_pretrained
-            backbone = load(self.data.folder, config=config, dtype=torch.float32, local_files_only=True)
+            backbone = load(
+                self.data.folder, config=config, dtype=torch.float32, local_files_only=True
+            )
         if isinstance(getattr(backbone, "pooler", None), nn.Module):
             backbone.pooler = None  # nobody reads it
         torch.manual_seed(0)
@@ -311,7 +385,9 @@ class Lab:
         tokens = self.tokens
         mask = np.arange(length or tokens.lengths[rows].max()) < tokens.lengths[rows][:, None]
         ids = np.full(mask.shape, tokens.pad_id)
-        ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])
+        ids[mask] = np.concatenate(
+            [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
+        )
         arrays = {"input_ids": ids, "attention_mask": mask.astype(int)}
         if tokens.types is not None:
             arrays["token_type_ids"] = np.zeros_like(ids)
@@ -320,13 +396,17 @@ class Lab:
     @torch.inference_mode()
     def predict(self, rows, batch_size, pad, precision=None):
         """Predictions (B,) of the model that is no kit's: longest first, or in order and padded to the maximum."""
-        dtype = ku.pick_dtype(precision or self.precision, self.device)
+        dtype = ku._pick_dtype(precision or self.precision, self.device)
         self.model.eval()
-        order = np.arange(len(rows)) if pad else np.argsort(-self.tokens.lengths[rows], kind="stable")
+        order = (
+            np.arange(len(rows)) if pad else np.argsort(-self.tokens.lengths[rows], kind="stable")
+        )
         parts = []
         for start in range(0, len(rows), batch_size):
-            inputs = self.padded(rows[order[start : start + batch_size]], self.length if pad else None)
-            with ku.autocast(self.device, dtype):
+            inputs = self.padded(
+                rows[order[start : start + batch_size]], self.length if pad else None
+            )
+            with ku._autocast(self.device, dtype):
                 parts.append(self.model(**inputs)["logits"])
         ordered = np.empty(len(rows))
         ordered[order] = torch.cat(parts).cpu().numpy()
@@ -346,7 +426,7 @@ class Kit:
 
     def __init__(self, lab, **settings):
         self.lab, self.cfg, self.step = lab, dataclasses.replace(lab.cfg, **settings), 0
-        self.engine = ku.Engine(lab.data, self.cfg)
+        self.engine = ku.OptimizerStep(lab.data, self.cfg)
         self.engine.begin(0, lambda text: None)
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
@@ -356,8 +436,13 @@ class Kit:
         lengths = self.lab.tokens.lengths
         while True:
             cfg = dataclasses.replace(self.cfg, seed=int(rng.integers(2**32)))
-            mine = [rows[batch] for batch in ku.epoch_batches(lengths[rows], 0, cfg, engine.bucket_batches)]
-            if not engine.static or max(lengths[batch].sum() for batch in mine) <= max(engine.budgets):
+            mine = [
+                rows[batch]
+                for batch in ku._epoch_batches(lengths[rows], 0, cfg, engine.length_bucket)
+            ]
+            if not engine.static or max(lengths[batch].sum() for batch in mine) <= max(
+                engine.budgets
+            ):
                 return mine
 
     def slots(self, batch):
@@ -409,8 +494,13 @@ class PaddedLoop(Other):
 
     def run(self, warm, batches, window):
         lab, cfg, model = self.lab, self.lab.cfg, self.lab.model.train()
-        parts = [[p for p in model.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
-        groups = [dict(params=parts[0], weight_decay=cfg.weight_decay), dict(params=parts[1], weight_decay=0.0)]
+        parts = [
+            [p for p in model.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)
+        ]
+        groups = [
+            dict(params=parts[0], weight_decay=cfg.weight_decay),
+            dict(params=parts[1], weight_decay=0.0),
+        ]
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr)
         scaler = torch.amp.GradScaler(lab.device.type, enabled=lab.dtype == torch.float16)
         targets, losses = torch.from_numpy(lab.data.targets[:, 0]), []
@@ -418,11 +508,11 @@ class PaddedLoop(Other):
             if number == len(warm):
                 window.open()
             inputs = lab.padded(rows, lab.length) | {"labels": targets[rows].to(lab.device)}
-            with ku.autocast(lab.device, lab.dtype):
+            with ku._autocast(lab.device, lab.dtype):
                 loss = model(**inputs)["loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -443,7 +533,11 @@ class Rows(torch.utils.data.Dataset):
         tokens, row = self.tokens, self.rows[index]
         ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].tolist()
         types = {} if tokens.types is None else {"token_type_ids": [0] * len(ids)}
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.targets[row, 0].item()} | types
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": self.targets[row, 0].item(),
+        } | types
 
 
 class Clock(transformers.TrainerCallback):
@@ -484,14 +578,18 @@ class HfTrainer(Other):
         tuning = dict(optim="adamw_torch_fused", logging_nan_inf_filter=False)
         names = inspect.signature(transformers.TrainingArguments).parameters
         grouping = "train_sampling_strategy" in names  # transformers 5.0 calls it group_by_length
-        tuning |= {"train_sampling_strategy": "group_by_length"} if grouping else {"group_by_length": True}
+        tuning |= (
+            {"train_sampling_strategy": "group_by_length"}
+            if grouping
+            else {"group_by_length": True}
+        )
         return transformers.TrainingArguments(
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=cfg.batch_size,
             learning_rate=cfg.lr,
             weight_decay=cfg.weight_decay,
-            max_grad_norm=cfg.clip_norm,
+            max_grad_norm=cfg.max_grad_norm,
             lr_scheduler_type="constant",
             bf16=lab.dtype == torch.bfloat16,
             fp16=lab.dtype == torch.float16,
@@ -508,7 +606,7 @@ class HfTrainer(Other):
 
     def run(self, warm, batches, window):
         lab, order = self.lab, [*warm, *batches]
-        with tempfile.TemporaryDirectory() as folder, ku.quiet_transformers():
+        with tempfile.TemporaryDirectory() as folder, ku._quiet_transformers():
             trainer = OrderedTrainer(
                 Regressor(lab.model.backbone, lab.model.output),  # which accelerate may wrap
                 self.arguments(folder, len(order)),
@@ -573,7 +671,9 @@ def largest_gap(lab, contenders, precision, rows):
 
 
 def check_gaps(what, gaps, allowed):
-    if bad := [f"{what}: {name} differs by {gap:.1e}" for name, gap in gaps.items() if not gap <= allowed]:
+    if bad := [
+        f"{what}: {name} differs by {gap:.1e}" for name, gap in gaps.items() if not gap <= allowed
+    ]:
         raise ParityError([*bad, f"{allowed:.1e} is allowed"])
 
 
@@ -600,7 +700,9 @@ def first_steps(lab, contenders, batches):
         after = contender.outputs(rows, "fp32")
         kit = after if kit is None else kit
         gaps[name] = float(np.abs(after - kit).max() / np.abs(kit - before).max())
-    if not lab.asked.dropout and lab.precision in TRAINED_TOLERANCES:  # loss scaling may skip first steps
+    if (
+        not lab.asked.dropout and lab.precision in TRAINED_TOLERANCES
+    ):  # loss scaling may skip first steps
         check_gaps(f"after {len(batches)} steps", gaps, TRAINED_TOLERANCES[lab.precision])
     return gaps, windows
 
@@ -611,12 +713,18 @@ def rotated(names, number):
 
 
 def spread(values):
-    return {"median": float(np.median(values)), "smallest": float(min(values)), "largest": float(max(values))}
+    return {
+        "median": float(np.median(values)),
+        "smallest": float(min(values)),
+        "largest": float(max(values)),
+    }
 
 
 def new_rounds():
     """What is the same for all contenders in each round."""
-    return {name: [] for name in ("rows", "tokens", "flops", "first", "load_average", "matmul_flops")}
+    return {
+        name: [] for name in ("rows", "tokens", "flops", "first", "load_average", "matmul_flops")
+    }
 
 
 def note_round(rounds, lengths, flops, first):
@@ -632,7 +740,10 @@ def train_in_turn(lab, contenders, asked):
     rounds["steps"] = asked.steps
     for number in range(asked.rounds):
         warm, batches = lab.deal(asked.warm), lab.deal(asked.steps)
-        lengths, order = lab.tokens.lengths[np.concatenate(batches)], rotated(list(contenders), number)
+        lengths, order = (
+            lab.tokens.lengths[np.concatenate(batches)],
+            rotated(list(contenders), number),
+        )
         note_round(rounds, lengths, lab.work.flops(lengths), order[0])
         for name in order:
             rng = np.random.default_rng([asked.seed, number])
@@ -662,7 +773,10 @@ def predict_in_turn(lab, kit, asked):
         "padded": lambda: lab.predict(rows, size, pad=True),
     }
     predictions = {name: side() for name, side in sides.items()}  # warms up
-    gaps = {name: float(np.abs(values - predictions["kit"]).max()) for name, values in predictions.items()}
+    gaps = {
+        name: float(np.abs(values - predictions["kit"]).max())
+        for name, values in predictions.items()
+    }
     check_gaps("predictions", gaps, 10 * OUTPUT_TOLERANCES[lab.precision])  # of many more rows
     rounds, results = new_rounds(), {name: {"seconds": []} for name in sides}
     for number in range(asked.rounds):
@@ -715,7 +829,7 @@ def own_memory(peak=False):
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     status = Path("/proc/self/status")
     if not status.is_file():
-        return ku.peak_memory()
+        return ku._peak_memory()
     values = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return 1024 * int(values["VmHWM" if peak else "VmRSS"].split()[0])
 
@@ -752,7 +866,10 @@ def measure_load(asked, folder, load, names):
     contenders = {name: CONTENDERS[name](lab) for name in names}
     kit = contenders["kit"]
     parity = check_outputs(lab, contenders)
-    rng, kits = np.random.default_rng(asked.seed), [each for each in contenders.values() if isinstance(each, Kit)]
+    rng, kits = (
+        np.random.default_rng(asked.seed),
+        [each for each in contenders.values() if isinstance(each, Kit)],
+    )
     planner = max(kits, key=lambda each: each.engine.static)  # whose batches all kits can take
     trained, windows = first_steps(lab, contenders, planner.arrange(lab.deal(PARITY_STEPS), rng))
     start = {name: window.first + window.seconds for name, window in windows.items()}
@@ -765,12 +882,16 @@ def measure_load(asked, folder, load, names):
     rounds, results = train_in_turn(lab, contenders, asked)
     syncs = count_syncs(lab, contenders, asked)
     prediction = predict_in_turn(lab, kit, asked)
-    peak = max(rounds["matmul_flops"] + prediction["rounds"]["matmul_flops"])  # others may have disturbed the rest
+    peak = max(
+        rounds["matmul_flops"] + prediction["rounds"]["matmul_flops"]
+    )  # others may have disturbed the rest
     training = add_rates({"rounds": rounds, "contenders": results}, peak)
     for name, result in results.items():
         steady = (PARITY_STEPS + asked.start) * result["seconds_per_step"]
         result["first_step_seconds"] = windows[name].first
-        result["start_seconds"] = max(0.0, start[name] - steady)  # until it is steady, beyond what its steps take then
+        result["start_seconds"] = max(
+            0.0, start[name] - steady
+        )  # until it is steady, beyond what its steps take then
         result["syncs_per_step"], result["memory"] = syncs[name], None
     used = lab.tokens.lengths
     work = {name: getattr(lab.work, name) for name in ("weights", "layers", "width", "positions")}
@@ -819,9 +940,13 @@ def time_split(asked, folder):
             checkpoint_minutes=0,
         )
         train, _, _ = ku.read_competition(cfg)
-        record = ku.read_record(ku.train(ku.make_folds(train, cfg), cfg))
+        record = ku._read_record(ku.train(ku.make_folds(train, cfg), cfg))
     rows = record["oof"]["rows"]
-    return {"seconds": record["seconds"], "validation_rows": rows, "rows": asked.split_rows or len(train)}
+    return {
+        "seconds": record["seconds"],
+        "validation_rows": rows,
+        "rows": asked.split_rows or len(train),
+    }
 
 
 # ---------------------------------------------------------------------------------------
@@ -844,7 +969,10 @@ def megabytes(memory, on_gpu):
 
 def shared_cells(name, result):
     """What both tables say of a contender: its label, rates, ratio and share of the matrix product."""
-    rates = [number(result["tokens_per_second"]["median"], 0), number(result["rows_per_second"]["median"], 1)]
+    rates = [
+        number(result["tokens_per_second"]["median"], 0),
+        number(result["rows_per_second"]["median"], 1),
+    ]
     ratio = "" if name == "kit" else ratio_text(result["ratio"])
     return [LABELS[name], *rates, ratio, f"{result['share_of_matmul']:.1%}"]
 
@@ -853,14 +981,21 @@ def tables(report):
     """The figures as two tables in Markdown."""
     gpu = report["device"]["type"] == "cuda"
     memory = "peak memory, MB" if gpu else "memory beside the model, MB"
-    rates, waits = "tokens/s | rows/s | kit's speed by it | share of matmul", " | waits a step" if gpu else ""
-    lines = [f"| backbone | lengths | training | {rates} | padding | {memory} | first step, s{waits} |"]
+    rates, waits = (
+        "tokens/s | rows/s | kit's speed by it | share of matmul",
+        " | waits a step" if gpu else "",
+    )
+    lines = [
+        f"| backbone | lengths | training | {rates} | padding | {memory} | first step, s{waits} |"
+    ]
     lines.append("|---" * (11 if gpu else 10) + "|")
     for model, load in measured(report):
         for name, result in load["training"]["contenders"].items():
             cells = [model["size"], load["load"], *shared_cells(name, result)]
             cells += [f"{result['padding_share']:.0%}", megabytes(result["memory"], gpu)]
-            cells += [number(result["first_step_seconds"], 1)] + ([number(result["syncs_per_step"], 1)] if gpu else [])
+            cells += [number(result["first_step_seconds"], 1)] + (
+                [number(result["syncs_per_step"], 1)] if gpu else []
+            )
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| backbone | lengths | prediction | {rates} |", "|---" * 7 + "|"]
     for model, load in measured(report):
@@ -885,7 +1020,7 @@ def plot(report, path):
     """Real tokens a second of every contender, with the kit's factor over it."""
     columns = max(len(model["loads"]) for model in report["models"])
     kinds = ("training", "prediction")
-    figure = ku.new_figure(6 * columns, 2.6 * len(kinds) * len(report["models"]))
+    figure = ku._new_figure(6 * columns, 2.6 * len(kinds) * len(report["models"]))
     axes = figure.subplots(len(kinds) * len(report["models"]), columns, squeeze=False)
     for (row, (model, kind)), column in itertools.product(
         enumerate(itertools.product(report["models"], kinds)), range(columns)
@@ -898,21 +1033,32 @@ def plot(report, path):
     dtype = report["models"][0]["loads"][0]["precision"]
     device = report["device"]
     figure.suptitle(
-        f"{device['name']}, {dtype}, threads: {device['threads']}" if device["type"] == "cpu" else device["name"]
+        f"{device['name']}, {dtype}, threads: {device['threads']}"
+        if device["type"] == "cpu"
+        else device["name"]
     )
-    ku.save_figure(figure, path)
+    ku._save_figure(figure, path)
 
 
 def draw(axis, load, kind, size):
     results = load[kind]["contenders"]
     names, rates = list(results), [result["tokens_per_second"] for result in results.values()]
     middle = np.array([rate["median"] for rate in rates])
-    errors = [middle - [rate["smallest"] for rate in rates], [rate["largest"] for rate in rates] - middle]
+    errors = [
+        middle - [rate["smallest"] for rate in rates],
+        [rate["largest"] for rate in rates] - middle,
+    ]
     colors = ["C0" if name.startswith("kit") else "0.7" for name in names]
     axis.barh(range(len(names)), middle, xerr=errors, color=colors, ecolor="0.3", capsize=2)
     for place, (name, rate) in enumerate(zip(names, rates, strict=True)):
         factor = "" if name == "kit" else f"  (kit {results[name]['ratio']['median']:.2f}x)"
-        axis.annotate(f"{rate['median']:,.0f}{factor}", (rate["largest"], place), (6, 0), va="center", **OFFSET)
+        axis.annotate(
+            f"{rate['median']:,.0f}{factor}",
+            (rate["largest"], place),
+            (6, 0),
+            va="center",
+            **OFFSET,
+        )
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.5 * max(rate["largest"] for rate in rates))
@@ -956,8 +1102,16 @@ class Asked:
 
     def words(self, **changed):
         """The same options, some changed, for another process."""
-        values = {name: value for name, value in vars(dataclasses.replace(self, **changed)).items() if value != ""}
-        return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        values = {
+            name: value
+            for name, value in vars(dataclasses.replace(self, **changed)).items()
+            if value != ""
+        }
+        return [
+            word
+            for name, value in values.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
 
 
 def listed(text, allowed, what):
@@ -968,9 +1122,16 @@ def listed(text, allowed, what):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("-o", "--output", type=Path, help="write the figures to this JSON file, and a plot beside it")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        help="write the figures to this JSON file, and a plot beside it",
+    )
     add(
         "--size",
         help=f"with commas: {', '.join(SIZES)} (random weights, but for MiniLM where it is installed), folders",
@@ -984,28 +1145,59 @@ def parse(arguments):
         choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: bf16, on a T4 fp16, on a CPU fp32",
     )
-    add("--dropout", type=float, default=0.0, help="of the backbone, for all; the kit's default in regression is 0")
+    add(
+        "--dropout",
+        type=float,
+        default=0.0,
+        help="of the backbone, for all; the kit's default in regression is 0",
+    )
     add("--threads", type=int, default=0, help="of PyTorch on a CPU; 0: as many as it takes")
     add("--seed", type=int, default=0)
     add("--rounds", type=int, help="how often each has its turn; 3")
     add("--steps", type=int, help="timed optimiser steps of a turn; 200, on a CPU 7")
     add("--warm", type=int, help="steps of a turn before them; 5, on a CPU 1")
-    add("--start", type=int, help="more steps before the first round, for graphs and compilation; 60, on a CPU 0")
+    add(
+        "--start",
+        type=int,
+        help="more steps before the first round, for graphs and compilation; 60, on a CPU 0",
+    )
     add("--batch-size", type=int, help="rows of an optimiser step; 32, on a CPU 16")
     add("--rows", type=int, help="rows to predict; 4096, on a CPU 96")
-    add("--infer-batch-size", type=int, help="rows of a batch of the plain loops in prediction; 64, on a CPU 16")
-    add("--memory-steps", type=int, help="steps in which memory is measured; 20, on a CPU 3; 0: not at all")
+    add(
+        "--infer-batch-size",
+        type=int,
+        help="rows of a batch of the plain loops in prediction; 64, on a CPU 16",
+    )
+    add(
+        "--memory-steps",
+        type=int,
+        help="steps in which memory is measured; 20, on a CPU 3; 0: not at all",
+    )
     add("--workers", type=int, help="loader processes of the Trainer; 4, on a CPU 0")
-    add("--matmul", type=int, help="rows of the matrices whose product is timed; 8192, on a CPU 1024")
+    add(
+        "--matmul",
+        type=int,
+        help="rows of the matrices whose product is timed; 8192, on a CPU 1024",
+    )
     add("--copied", type=int, help="numbers in the copy that is timed")
     add("--split-rows", type=int, help="rows of the whole run, with --data; 0: all; on a CPU 200")
-    add("--quick", action="store_true", help="a tiny random backbone and few steps: to try the tool out")
+    add(
+        "--quick",
+        action="store_true",
+        help="a tiny random backbone and few steps: to try the tool out",
+    )
     add("--alone", default="", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     output, quick = given.pop("output"), given.pop("quick")
-    defaults = {"rounds": 3} | (GPU if torch.cuda.is_available() else CPU) | (QUICK if quick else {})
-    asked = Asked(**{name: defaults[name] if value is None else value for name, value in given.items()})
-    if low := [f"--{name}" for name in ("rounds", "steps", "warm", "rows") if getattr(asked, name) < 1]:
+    defaults = (
+        {"rounds": 3} | (GPU if torch.cuda.is_available() else CPU) | (QUICK if quick else {})
+    )
+    asked = Asked(
+        **{name: defaults[name] if value is None else value for name, value in given.items()}
+    )
+    if low := [
+        f"--{name}" for name in ("rounds", "steps", "warm", "rows") if getattr(asked, name) < 1
+    ]:
         parser.error(f"{', '.join(low)}: at least 1")
     return output, asked
 
@@ -1013,20 +1205,28 @@ def parse(arguments):
 def versions():
     import accelerate
 
-    return ku.versions() | {"accelerate": accelerate.__version__}
+    return ku._versions() | {"accelerate": accelerate.__version__}
 
 
 def benchmark(asked, command, save):
     """All figures. They are saved after each load, so that an end in between leaves what there is."""
-    names, loads = listed(asked.contenders, CONTENDERS, "--contenders"), listed(asked.loads, LENGTHS, "--loads")
-    device, dtype = ku.pick_device(), ku.pick_dtype(asked.precision, ku.pick_device())
+    names, loads = (
+        listed(asked.contenders, CONTENDERS, "--contenders"),
+        listed(asked.loads, LENGTHS, "--loads"),
+    )
+    device, dtype = ku._pick_device(), ku._pick_dtype(asked.precision, ku._pick_device())
     report = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
-        "device": {"type": device.type, "name": ku.device_name(), "threads": torch.get_num_threads()},
-        "precision": ku.precision_name(asked.precision),
-        "settings": dataclasses.asdict(asked) | {"data": Path(asked.data).name},  # no path of a machine
+        "device": {
+            "type": device.type,
+            "name": ku._device_name(),
+            "threads": torch.get_num_threads(),
+        },
+        "precision": ku._precision_name(asked.precision),
+        "settings": dataclasses.asdict(asked)
+        | {"data": Path(asked.data).name},  # no path of a machine
         "load_average": {"before": os.getloadavg()},
         "matmul": {"size": asked.matmul, "flops": matmul_flops(asked.matmul, dtype, device)},
         "copy": {"bytes": 4 * asked.copied, "bytes_per_second": copy_bytes(asked.copied, device)},

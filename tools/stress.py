@@ -54,7 +54,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 # One thread, or forks would hang; the CPU, where runs are exact; before libraries are imported
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
 
 import matplotlib.backends.backend_agg  # imported here, or every fork would do so by itself
 import matplotlib.figure  # noqa: F401
@@ -74,12 +79,20 @@ import kernel_utils as ku
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # or a bar starts a thread
-tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked where one is killed
-ku.SAVE_SHARE = math.inf
+tqdm.set_lock(
+    threading.RLock()
+)  # its own lock is shared with forks, and stays locked where one is killed
+ku._MAX_SAVE_FRACTION = math.inf
 
 GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
 COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
-DONE, CRASHED, KIT_ERROR, STOPPED, INTERRUPTED = ENDS = "done", "crashed", "KitError", "Stopped", "KeyboardInterrupt"
+DONE, CRASHED, KIT_ERROR, STOPPED, INTERRUPTED = ENDS = (
+    "done",
+    "crashed",
+    "KitError",
+    "Stopped",
+    "KeyboardInterrupt",
+)
 KILLED, OVERSIZED = "SIGKILL", "SIGXFSZ"  # other ends of a process
 PATIENCE = 120  # seconds until a process counts as hung
 
@@ -102,7 +115,7 @@ SETTINGS = dict(
     head_dropout=0.1,
     dropout_samples=2,
     lr=0.01,
-    checkpoint="best",
+    keep="best",
 )
 
 
@@ -112,14 +125,18 @@ def make_task(folder):
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) for _ in range(ROWS)]
     shares = [text.split().count("cat") / len(text.split()) for text in texts]
     data.mkdir()
-    frame = pd.DataFrame({"id": range(ROWS), "excerpt": texts, "target": shares, "standard_error": 0.5})
+    frame = pd.DataFrame(
+        {"id": range(ROWS), "excerpt": texts, "target": shares, "standard_error": 0.5}
+    )
     frame.to_csv(data / "train.csv", index=False)
 
     vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     marks = [(word, vocabulary[word]) for word in ("<s>", "</s>")]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=marks)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=marks
+    )
     names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(bert)
     torch.manual_seed(0)
@@ -219,7 +236,9 @@ def after_step(number, action):
     if not number:
         return action
     steps = itertools.count(1)
-    return lambda: register_optimizer_step_post_hook(lambda *_: action() if next(steps) == number else None)
+    return lambda: register_optimizer_step_post_hook(
+        lambda *_: action() if next(steps) == number else None
+    )
 
 
 def written(event, arguments, folder):
@@ -228,7 +247,9 @@ def written(event, arguments, folder):
     if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
         return None
     path = arguments[0] if event == "open" or event in WRITES else None
-    inside = isinstance(path, (str, Path)) and (Path(path).is_relative_to(folder) or not os.path.isabs(path))
+    inside = isinstance(path, (str, Path)) and (
+        Path(path).is_relative_to(folder) or not os.path.isabs(path)
+    )
     return path if inside else None
 
 
@@ -344,7 +365,11 @@ def make_flips(run, folder):
     """One bit in every region of every file of a folder."""
     for path in sorted((run / folder).iterdir()):
         for position in sorted(regions(path)):
-            yield Damage(folder, f"{path.name} bit in byte {position}", functools.partial(flip, path.name, position))
+            yield Damage(
+                folder,
+                f"{path.name} bit in byte {position}",
+                functools.partial(flip, path.name, position),
+            )
 
 
 # ---------------------------------------------------------------------------------------
@@ -375,24 +400,35 @@ def train_kit(task, folder, save=True):
         checkpoint_minutes=1e-9 if save else 0,
         **SETTINGS,
     )
-    ku.train(ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg), cfg)
+    ku.train(
+        ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg), cfg
+    )
 
 
 def kit_result(folder):
-    record = ku.read_record(folder)
-    names = ["oof.csv", "golden.json", "log.jsonl", *(f"fold{fold}/model.safetensors" for fold in range(FOLDS))]
-    result = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names}
+    record = ku.RunFolder(folder).read_record()
+    names = [
+        "oof.csv",
+        "golden.json",
+        "log.jsonl",
+        *(f"fold{fold}/model.safetensors" for fold in range(FOLDS)),
+    ]
+    result = {
+        name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names
+    }
     result |= {f"{name} of the record": record.get(name) for name in ("status", "folds", "oof")}
-    return result | {"names of files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
+    return result | {
+        "names of files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    }
 
 
 def is_good(folder):
-    return folder.is_dir() and not ku.folder_problems(folder)
+    return folder.is_dir() and not ku._folder_problems(folder)
 
 
 def kit_progress(folder):
     good = [fold for fold in range(FOLDS) if is_good(folder / f"fold{fold}")]
-    finished = [fold for fold in good if not ku.read_state(folder / f"fold{fold}")["stopped"]]
+    finished = [fold for fold in good if not ku._read_state(folder / f"fold{fold}")["stopped"]]
     steps = [0]
     for path in folder.glob("checkpoints/fold*-step*"):
         fold, step = map(int, re.findall(r"\d+", path.name))
@@ -411,7 +447,9 @@ def kit_subject(task):
         stop=FOLD_STEPS + 6,
         saved=["checkpoints/fold1-step5", "fold0"],
         last="manifest.json",
-        says=lambda text, name: any(name in line and "damaged" in line for line in text.splitlines()),
+        says=lambda text, name: any(
+            name in line and "damaged" in line for line in text.splitlines()
+        ),
         again=0.5,
     )
 
@@ -423,7 +461,10 @@ def train_trainer(task, folder, save=True):
     tokenizer = AutoTokenizer.from_pretrained(task / "bert")
     tokens = tokenizer(list(frame["excerpt"]), padding=True, return_tensors="pt")
     labels = torch.tensor(frame["target"], dtype=torch.float32)
-    rows = [{"labels": label} | {name: tokens[name][row] for name in tokens} for row, label in enumerate(labels)]
+    rows = [
+        {"labels": label} | {name: tokens[name][row] for name in tokens}
+        for row, label in enumerate(labels)
+    ]
     config = AutoConfig.from_pretrained(task / "bert", num_labels=1)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -465,7 +506,9 @@ def trainer_subject(task):
         stop=9,
         saved=["checkpoint-8"],
         last="trainer_state.json",
-        says=lambda text, name: re.search("missing|corrupt|damaged|not found|not find", text.lower()) is not None,
+        says=lambda text, name: (
+            re.search("missing|corrupt|damaged|not found|not find", text.lower()) is not None
+        ),
         again=0.0,
     )
 
@@ -485,7 +528,9 @@ class Lab(NamedTuple):
 
 def prepare(subject, task, folder):
     """Runs without interruption, with and without checkpoints, and one that is stopped in the middle."""
-    plain, saving, short, stopped = (folder / name for name in ("reference", "saving", "short", "stopped"))
+    plain, saving, short, stopped = (
+        folder / name for name in ("reference", "saving", "short", "stopped")
+    )
     folder.mkdir()
     writes = Tally()
     count = at_writes(saving, range(sys.maxsize), writes.add)
@@ -496,13 +541,19 @@ def prepare(subject, task, folder):
         attempt(functools.partial(subject.train, stopped), after_step(subject.stop, die)),
     ]
     if [done.end for done in ends] != [DONE, DONE, KILLED, KILLED]:
-        raise ku.KitError([f"{subject.name} does not train undisturbed:", *(done.text for done in ends)])
+        raise ku.KitError(
+            [f"{subject.name} does not train undisturbed:", *(done.text for done in ends)]
+        )
     reference = subject.result(plain)
     if subject.result(saving) != reference:
         raise ku.KitError(f"{subject.name}: a run with checkpoints differs from one without")
     if missing := [name for name in subject.saved if not (stopped / name).is_dir()]:
-        raise ku.KitError(f"{subject.name}: a run stopped at step {subject.stop} lacks {ku.listing(missing)}")
-    return Lab(subject, task, folder, reference, ends[2].seconds, ends[1].seconds, writes.value, stopped)
+        raise ku.KitError(
+            f"{subject.name}: a run stopped at step {subject.stop} lacks {ku._comma_join(missing)}"
+        )
+    return Lab(
+        subject, task, folder, reference, ends[2].seconds, ends[1].seconds, writes.value, stopped
+    )
 
 
 # ---------------------------------------------------------------------------------------
@@ -528,7 +579,9 @@ class Case:
         least = done.steps if done.end in (DONE, STOPPED) else max(0, done.steps - 1)
         self.kept &= before + least <= now <= before + done.steps
         why = f" ({done.text.splitlines()[-1]})" if done.end == CRASHED else ""
-        self.notes.append(f"{done.end} after {done.steps} steps{why}, {before} saved before, {now} after")
+        self.notes.append(
+            f"{done.end} after {done.steps} steps{why}, {before} saved before, {now} after"
+        )
         with open(self.folder.with_name("output.txt"), "a") as file:
             file.write(done.text)
         return done
@@ -595,14 +648,18 @@ def explained(case, done, number):
     where a file that is gone already could not be removed."""
     if done.end == DONE:
         return case.lab.subject.result(case.folder) == case.lab.reference
-    return done.end == KIT_ERROR and str(case.folder) in done.text and os.strerror(number) in done.text
+    return (
+        done.end == KIT_ERROR and str(case.folder) in done.text and os.strerror(number) in done.text
+    )
 
 
 def fail_at_write(case):
     call, kind = divmod(case.number, len(FULL_DISKS))
     forever = case.rng.random() < 0.5
     calls, number = range(call + 1, sys.maxsize if forever else call + 2), FULL_DISKS[kind]
-    case.notes.append(f"{os.strerror(number)} at call {call + 1}{' and all after it' if forever else ''}")
+    case.notes.append(
+        f"{os.strerror(number)} at call {call + 1}{' and all after it' if forever else ''}"
+    )
     done = case.attempt(at_writes(case.folder, calls, functools.partial(fail, number)))
     case.counts["detected"] += explained(case, done, number)
     case.go_on()
@@ -650,7 +707,9 @@ def stop(case):
     if at_once or done.end == DONE:
         case.counts.clear()
         return
-    case.counts["detected"] += done.end == STOPPED and ku.read_record(case.folder)["status"] == "stopped"
+    case.counts["detected"] += (
+        done.end == STOPPED and ku.RunFolder(case.folder).read_record()["status"] == "stopped"
+    )
     case.go_on()
 
 
@@ -659,13 +718,17 @@ NOTEBOOK_EPOCHS = 40  # seconds for a fold, so that there is time to kill
 
 def start_papermill(lab, folder):
     """A process that runs train.ipynb into a run folder."""
-    settings = SETTINGS | dict(data_dir=lab.task / "data", backbone=lab.task / "bert", epochs=NOTEBOOK_EPOCHS)
+    settings = SETTINGS | dict(
+        data_dir=lab.task / "data", backbone=lab.task / "bert", epochs=NOTEBOOK_EPOCHS
+    )
     settings |= dict(output_dir=folder.parent, run_name=folder.name)
     notebook, executed = ROOT / "notebooks" / "train.ipynb", folder.with_name("train.ipynb")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, executed]
     command += [part for name, value in settings.items() for part in ("-p", name, str(value))]
     with open(folder.with_name("output.txt"), "a") as output:
-        return psutil.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        return psutil.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
 
 
 def notebook_reference(lab):
@@ -692,8 +755,10 @@ def kill_papermill(case):
     _, alive = psutil.wait_procs(both, PATIENCE)
     for one in alive:
         one.kill()
-    case.notes.append(f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed")
-    made, complete = first.stat().st_mtime_ns, ku.is_complete(case.folder)
+    case.notes.append(
+        f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed"
+    )
+    made, complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
     case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
     case.counts["resumed"] += not alive and not complete and first.stat().st_mtime_ns == made
     case.counts["equal"] += kit_result(case.folder) == reference
@@ -722,15 +787,22 @@ def damage_group(damages, required=WORDED):
 
 def trainer_groups(lab, kills):
     damages = list(make_damages(lab.stopped, lab.subject.saved[0], lab.subject.last))
-    return {"kills": Group(kill, range(10 * kills), kills, (), kills), "damage": damage_group(damages, ())}
+    return {
+        "kills": Group(kill, range(10 * kills), kills, (), kills),
+        "damage": damage_group(damages, ()),
+    }
 
 
 def kit_groups(lab, kills):
     saved, last = lab.subject.saved, lab.subject.last
     flips = [damage for folder in saved for damage in make_flips(lab.stopped, folder)]
     damages = [damage for folder in saved for damage in make_damages(lab.stopped, folder, last)]
-    damages = [damage for damage in damages if damage.apply is not add_file]  # it does no harm, and stays
-    damages.append(Damage(saved[0], "all checkpoints with a flipped bit", functools.partial(flip_all, last)))
+    damages = [
+        damage for damage in damages if damage.apply is not add_file
+    ]  # it does no harm, and stays
+    damages.append(
+        Damage(saved[0], "all checkpoints with a flipped bit", functools.partial(flip_all, last))
+    )
     damages += random.Random(0).sample(flips, 20)
     return {
         "kills": Group(kill, range(10 * kills), kills, enough=kills),
@@ -740,7 +812,9 @@ def kit_groups(lab, kills):
         "limits": Group(fail_in_write, range(100), 5, WORDED),
         "restarts": Group(break_restart, range(100), 8),
         "damage": damage_group(damages),
-        "flips": Group(functools.partial(look_at_flip, flips), range(len(flips)), 100, ("detected",)),
+        "flips": Group(
+            functools.partial(look_at_flip, flips), range(len(flips)), 100, ("detected",)
+        ),
         "signals": Group(stop, range(1000), 4, WORDED, 100),
         "notebook": Group(kill_papermill, range(2), 0),
     }
@@ -750,7 +824,9 @@ def choose(name, group, asked):
     """Numbers of the cases to run, in order, and how many of them are enough."""
     if asked.case is not None:
         if asked.case not in group.numbers:
-            raise ku.KitError(f"--case {asked.case}: the cases of {name} are {group.numbers[0]} to {group.numbers[-1]}")
+            raise ku.KitError(
+                f"--case {asked.case}: the cases of {name} are {group.numbers[0]} to {group.numbers[-1]}"
+            )
         return [asked.case], 1
     order = random.Random(f"{asked.seed} {name}").sample(group.numbers, len(group.numbers))
     return order, group.quick if asked.quick else group.enough or len(order)
@@ -760,14 +836,20 @@ def report(case, required):
     """What is wrong with a case in one line, or nothing."""
     wrong = [word for word in ("crashed", "silently different") if case.counts[word]]
     wrong += [f"not {word}" for word in required if case.counts[word] < case.counts["cases"]]
-    return f"{case.lab.subject.name} {case.name}: {', '.join(wrong)} ({'; '.join(case.notes)})" if wrong else ""
+    return (
+        f"{case.lab.subject.name} {case.name}: {', '.join(wrong)} ({'; '.join(case.notes)})"
+        if wrong
+        else ""
+    )
 
 
 def run_group(lab, name, group, asked, failed):
     """A row of the table. What failed of ours is kept, and listed in `failed`."""
     total, began, every = Counter(), time.perf_counter(), 1 if sys.stderr.isatty() else 30
     order, enough = choose(name, group, asked)
-    with tqdm(total=enough, desc=f"{lab.subject.name} {name}", unit=" cases", mininterval=every) as bar:
+    with tqdm(
+        total=enough, desc=f"{lab.subject.name} {name}", unit=" cases", mininterval=every
+    ) as bar:
         for number in order:
             if total["cases"] >= enough:
                 break
@@ -784,7 +866,11 @@ def run_group(lab, name, group, asked, failed):
             else:
                 shutil.rmtree(case.folder.parent)
     counts = {column: total[column] for column in COLUMNS}
-    return {"subject": lab.subject.name, "group": name} | counts | {"seconds": round(time.perf_counter() - began)}
+    return (
+        {"subject": lab.subject.name, "group": name}
+        | counts
+        | {"seconds": round(time.perf_counter() - began)}
+    )
 
 
 def stress(asked, folder, failed):
@@ -795,7 +881,7 @@ def stress(asked, folder, failed):
     sides += [(trainer_subject(task), trainer_groups)] if asked.trainer else []
     attempt(functools.partial(make_task, task))
     if asked.quick:
-        ku.plot_curves = ku.plot_oof = lambda run: None
+        ku._plot_curves = ku._plot_oof = lambda run: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)
@@ -806,12 +892,27 @@ def stress(asked, folder, failed):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--quick", action="store_true", help="a sample of every group, without plots: about a minute")
-    add("--kills", type=int, help="kills that must hit a running process; default 200, with --quick 12")
+    add(
+        "--quick",
+        action="store_true",
+        help="a sample of every group, without plots: about a minute",
+    )
+    add(
+        "--kills",
+        type=int,
+        help="kills that must hit a running process; default 200, with --quick 12",
+    )
     add("--trainer", action="store_true", help="also the Trainer of transformers; needs accelerate")
-    add("--only", type=lambda text: text.split(","), default=GROUPS, help=f"groups to run, of {','.join(GROUPS)}")
+    add(
+        "--only",
+        type=lambda text: text.split(","),
+        default=GROUPS,
+        help=f"groups to run, of {','.join(GROUPS)}",
+    )
     add("--seed", type=int, default=0, help="of all that is random")
     add("--case", type=int, help="run this case of the group in --only alone")
     add("-o", "--output", type=Path, help="write the table to this CSV file")

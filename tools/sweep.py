@@ -46,15 +46,34 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
-FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = "finished", "to run", "interrupted, to go on", "running elsewhere"
+FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = (
+    "finished",
+    "to run",
+    "interrupted, to go on",
+    "running elsewhere",
+)
 TRAINED = "trained by another sweep by now"
-OTHER, FOREIGN, STOPPED = "is complete with other settings", "is not a run: it has no record.json", "stopped"
+OTHER, FOREIGN, STOPPED = (
+    "is complete with other settings",
+    "is not a run: it has no record.json",
+    "stopped",
+)
 PLACE = ("output_dir", "run_name")
-KEEPING = ku.FREE - {"data_dir", "backbone", "pseudo_dir", "run_folds"}  # say where a run lies and how it is kept
+KEEPING = ku._FREE - {
+    "data_dir",
+    "backbone",
+    "pseudo_dir",
+    "run_folds",
+}  # say where a run lies and how it is kept
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
-ROWS += "n_folds fold_kind group_column fold_seed".split()  # settings that say which rows are in which fold
+ROWS += (
+    "n_folds fold_kind group_column fold_seed".split()
+)  # settings that say which rows are in which fold
 DEFAULTS = ku.Config().to_dict()
-GRACE, POLL = 10, 0.5  # seconds: for papermill to end its kernel after Ctrl-C; between two looks at the runs
+GRACE, POLL = (
+    10,
+    0.5,
+)  # seconds: for papermill to end its kernel after Ctrl-C; between two looks at the runs
 
 
 class Cell(NamedTuple):
@@ -79,10 +98,14 @@ def read_grid(path):
         raise ku.KitError(f"{path}: {error}") from None
     settings, blocks = content.get("settings", {}), content.get("grid", [{}])
     unknown = content.keys() - {"seeds", "settings", "grid"}
-    problems = [f"there is no {name!r}, only seeds, [settings] and [[grid]]" for name in sorted(unknown)]
+    problems = [
+        f"there is no {name!r}, only seeds, [settings] and [[grid]]" for name in sorted(unknown)
+    ]
     if not isinstance(settings, dict):
         problems.append(f"settings must be a table [settings], got {settings!r}")
-    if not (blocks and isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
+    if not (
+        blocks and isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)
+    ):
         problems.append(f"grid must be tables [[grid]], got {blocks!r}")
         blocks = []
     lists = [item for block in blocks for item in block.items()]
@@ -98,18 +121,33 @@ def combinations(asked):
     """For each cell the names of what varies, in order, and its settings."""
     seeds, settings, blocks = read_grid(asked.grid_file) if asked.grid_file else (None, {}, [{}])
     seeds, settings = asked.seeds or seeds, settings | dict(asked.set)
-    in_file, in_grid = [name for block in blocks for name in block], [name for name, _ in asked.grid]
+    in_file, in_grid = (
+        [name for block in blocks for name in block],
+        [name for name, _ in asked.grid],
+    )
     varied = in_file + in_grid
-    problems = [f"{name} is made by this tool and cannot be set" for name in PLACE if name in [*settings, *varied]]
-    problems += [f"{name} is in --set and in the grid: leave one out" for name, _ in asked.set if name in varied]
+    problems = [
+        f"{name} is made by this tool and cannot be set"
+        for name in PLACE
+        if name in [*settings, *varied]
+    ]
+    problems += [
+        f"{name} is in --set and in the grid: leave one out"
+        for name, _ in asked.set
+        if name in varied
+    ]
     again = [name for number, name in enumerate(in_grid, len(in_file)) if name in varied[:number]]
-    problems += [f"--grid {name} is given twice, or in the grid file too: leave one out" for name in again]
+    problems += [
+        f"--grid {name} is given twice, or in the grid file too: leave one out" for name in again
+    ]
     for option, values, name in (("seeds", seeds, "seed"), ("--folds", asked.folds, "run_folds")):
         if values and name in [*settings, *varied]:
             problems.append(f"{option} and the setting {name} are given: leave one out")
     if problems:
         raise ku.KitError(problems)
-    last = {"seed": seeds or [settings.get("seed", 0)]} | ({"run_folds": asked.folds} if asked.folds else {})
+    last = {"seed": seeds or [settings.get("seed", 0)]} | (
+        {"run_folds": asked.folds} if asked.folds else {}
+    )
     for block in blocks:
         axes = block | dict(asked.grid)
         axes |= {name: values for name, values in last.items() if name not in axes}
@@ -133,8 +171,12 @@ def collect(function, items, kind):
 def name_run(cfg, names, asked, settings):
     """`head=cls+llrd=0.95+seed=0`: what varies, in the characters that run_name allows."""
     values = {name: settings[name] if name == "recipe" else getattr(cfg, name) for name in names}
-    values |= {"backbone": ku.short_name(cfg.backbone)} if "backbone" in values else {}
-    values |= {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
+    values |= {"backbone": ku._short_name(cfg.backbone)} if "backbone" in values else {}
+    values |= {
+        name: ",".join(map(str, value))
+        for name, value in values.items()
+        if isinstance(value, tuple)
+    }
     names = ["fold" if name == "run_folds" and asked.folds else name for name in names]
     text = "+".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
     return re.sub(r"[^\w.=+-]", "-", text)
@@ -149,13 +191,15 @@ def identity(settings):
 def read_folds(cfg):
     """Frame with the fold of every training row."""
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is for the notebook
-        return ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)[["fold"]]
+        return ku.make_folds(
+            ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg
+        )[["fold"]]
 
 
 def measure(cfg, frame):
     """Training rows over all folds and epochs, and the number of evaluations."""
-    rows = [int((frame["fold"] != fold).sum()) for fold in ku.asked_folds(frame, cfg)]
-    evaluations = [len(ku.evaluation_steps(math.ceil(n / cfg.batch_size), cfg)) for n in rows]
+    rows = [int((frame["fold"] != fold).sum()) for fold in ku._requested_folds(frame, cfg)]
+    evaluations = [len(ku._evaluation_steps(math.ceil(n / cfg.batch_size), cfg)) for n in rows]
     return sum(rows) * cfg.epochs, sum(evaluations)
 
 
@@ -166,8 +210,12 @@ def make_cells(asked):
     data = [ku.Config(**{name: getattr(cfg, name) for name in ROWS}) for cfg in configs]
     distinct = list(dict.fromkeys(data))
     frames = dict(zip(distinct, collect(read_folds, distinct, ku.DataError), strict=True))
-    sizes = collect(lambda pair: measure(pair[0], frames[pair[1]]), zip(configs, data, strict=True), ku.ConfigError)
-    collect(ku.find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
+    sizes = collect(
+        lambda pair: measure(pair[0], frames[pair[1]]),
+        zip(configs, data, strict=True),
+        ku.ConfigError,
+    )
+    collect(ku._find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
     cells = {}
     for cfg, names, given, size in zip(configs, varied, settings, sizes, strict=True):
         place = {"output_dir": asked.output, "run_name": name_run(cfg, names, asked, given)}
@@ -175,8 +223,14 @@ def make_cells(asked):
         cell = Cell(place["run_name"], told, identity(told), *size)
         cells.setdefault(json.dumps(cell.identity), cell)
     names = Counter(cell.name for cell in cells.values())
-    problems = [f"{count} different runs would be called {name}" for name, count in names.items() if count > 1]
-    problems += [f"{name}: a name has at most 200 characters" for name in names if len(name.encode()) > 200]
+    problems = [
+        f"{count} different runs would be called {name}"
+        for name, count in names.items()
+        if count > 1
+    ]
+    problems += [
+        f"{name}: a name has at most 200 characters" for name in names if len(name.encode()) > 200
+    ]
     if problems:
         raise ku.ConfigError([*problems, "split the grid into several folders"])
     return list(cells.values())
@@ -195,7 +249,9 @@ def read_record(folder):
         record = json.loads(path.read_text(encoding="utf-8"))
         record["status"], record["settings"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ku.KitError(f"{path} is not the record of a run ({type(error).__name__}): delete or mend it") from None
+        raise ku.KitError(
+            f"{path} is not the record of a run ({type(error).__name__}): delete or mend it"
+        ) from None
     return record
 
 
@@ -205,7 +261,10 @@ def state(folder, wanted):
         return TO_RUN
     record = read_record(folder)
     if not record:  # a run makes the folder, then the record
-        begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", ".record.json.tmp"}
+        begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {
+            ".lock",
+            ".record.json.tmp",
+        }
         return INTERRUPTED if begun else FOREIGN
     if record.get("status") != "complete":
         return INTERRUPTED
@@ -234,10 +293,15 @@ def changes(folder, wanted):
 def states(cells, output):
     """The state of each cell, by name. KitError lists every folder that stands in the way."""
     done = finished(cells, output)
-    found = {cell.name: FINISHED if cell in done else state(output / cell.name, cell.identity) for cell in cells}
+    found = {
+        cell.name: FINISHED if cell in done else state(output / cell.name, cell.identity)
+        for cell in cells
+    }
     problems = [f"{output / name} {FOREIGN}" for name, what in found.items() if what == FOREIGN]
     other = [cell for cell in cells if found[cell.name] == OTHER]
-    problems += [f"{cell.name} {OTHER}: {changes(output / cell.name, cell.identity)}" for cell in other]
+    problems += [
+        f"{cell.name} {OTHER}: {changes(output / cell.name, cell.identity)}" for cell in other
+    ]
     if problems:
         raise ku.KitError([*problems, "choose another -o, or delete what is named here"])
     return found
@@ -261,12 +325,16 @@ def failure(notebook, log, code):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError):  # none yet, or a disk that is full
         cells = []
-    errors = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
+    errors = [
+        out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"
+    ]
     if errors:
         lines = [line.strip() for line in errors[0]["evalue"].splitlines()[:3]]
         return f"{errors[0]['ename']}: {' '.join(lines)}"
     lines = log.read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), f"papermill ended with exit code {code}")
+    return next(
+        (line for line in reversed(lines) if line.strip()), f"papermill ended with exit code {code}"
+    )
 
 
 def end(process):
@@ -291,7 +359,9 @@ def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambd
     """
     run, notebooks = output / cell.name, output / "notebooks"
     notebook, log = notebooks / f"{cell.name}.ipynb", notebooks / f"{cell.name}.log"
-    with open(lock_path(cell, output), "w") as lock:  # it stays: deleting one that another opens frees both
+    with open(
+        lock_path(cell, output), "w"
+    ) as lock:  # it stays: deleting one that another opens frees both
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -341,7 +411,11 @@ def run_cell(cell, output, folder, drop_weights, environment=None, stopped=lambd
 def gpu_names():
     """What CUDA_VISIBLE_DEVICES calls the GPUs of this machine that may be used."""
     count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[:count] if visible is not None else [str(number) for number in range(count)]
+    return (
+        visible.split(",")[:count]
+        if visible is not None
+        else [str(number) for number in range(count)]
+    )
 
 
 def count_jobs(asked, gpus):
@@ -358,7 +432,11 @@ def slot_environment(slot, jobs, gpus):
     """Variables of the runs in a slot: its GPU, or on a CPU its share of the cores."""
     if gpus:
         return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(1, cores() // jobs))} if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else {}
+    return (
+        {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+        if jobs > 1 and "OMP_NUM_THREADS" not in os.environ
+        else {}
+    )
 
 
 def cores():
@@ -439,7 +517,9 @@ def rows_so_far(cell, output, began):
 def report(name, record):
     """The line of a finished run."""
     oof, seconds = record["oof"], record["seconds"]["total"]
-    return f"{name}: {oof['metric']} {oof['last']:.4f} last, {oof['best']:.4f} best, {seconds:.0f} s"
+    return (
+        f"{name}: {oof['metric']} {oof['last']:.4f} last, {oof['best']:.4f} best, {seconds:.0f} s"
+    )
 
 
 @contextlib.contextmanager
@@ -461,12 +541,22 @@ def train_cells(todo, before, output, submit):
     """
     began, failed, done = time.time(), {}, before
     total, every = before + sum(cell.work for cell in todo), 1 if sys.stderr.isatty() else 30
-    bar = tqdm(total=total, initial=before, unit=" rows", unit_scale=True, smoothing=0, miniters=0, mininterval=every)
+    bar = tqdm(
+        total=total,
+        initial=before,
+        unit=" rows",
+        unit_scale=True,
+        smoothing=0,
+        miniters=0,
+        mininterval=every,
+    )
     with caught_signals() as signals, bar:
         futures, stop = submit(todo)
         try:
             while futures and not signals:
-                for future in concurrent.futures.wait(futures, POLL, concurrent.futures.FIRST_COMPLETED).done:
+                for future in concurrent.futures.wait(
+                    futures, POLL, concurrent.futures.FIRST_COMPLETED
+                ).done:
                     cell = futures.pop(future)
                     what = outcome(future, cell, output)
                     if what == FINISHED:
@@ -477,10 +567,16 @@ def train_cells(todo, before, output, submit):
                     if what not in (ELSEWHERE, TRAINED):
                         failed[cell.name] = f"{what} ({output / 'notebooks' / cell.name}.ipynb)"
                     bar.write(
-                        f"{cell.name}: failed: {failed[cell.name]}" if cell.name in failed else f"{cell.name}: {what}"
+                        f"{cell.name}: failed: {failed[cell.name]}"
+                        if cell.name in failed
+                        else f"{cell.name}: {what}"
                     )
                 bar.set_description(f"{len(futures)} of {len(todo)} runs left", refresh=False)
-                bar.update(done + sum(rows_so_far(cell, output, began) for cell in futures.values()) - bar.n)
+                bar.update(
+                    done
+                    + sum(rows_so_far(cell, output, began) for cell in futures.values())
+                    - bar.n
+                )
             if signals:
                 bar.write("stopping the runs")
         finally:
@@ -495,7 +591,13 @@ def train_cells(todo, before, output, submit):
 
 def probe(cell, threads):
     """Training rows a second in a short run of few rows, evaluations included."""
-    few = dict(max_rows=1024 if torch.cuda.is_available() else 64, n_folds=2, epochs=1, run_folds="all", tracker="")
+    few = dict(
+        max_rows=1024 if torch.cuda.is_available() else 64,
+        n_folds=2,
+        epochs=1,
+        run_folds="all",
+        report_to="",
+    )
     if cell.identity["max_rows"]:
         few["max_rows"] = min(few["max_rows"], cell.identity["max_rows"])
     silent = io.StringIO()
@@ -505,7 +607,9 @@ def probe(cell, threads):
         contextlib.redirect_stderr(silent),
     ):
         cfg = ku.Config.from_dict(cell.told | few | {"output_dir": folder})
-        frame = ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)
+        frame = ku.make_folds(
+            ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg
+        )
         torch.set_num_threads(threads)
         run = ku.train(frame, dataclasses.replace(cfg, run_folds=str(frame["fold"].min())))
         record = read_record(run)
@@ -518,7 +622,10 @@ def estimate(todo, output, jobs, gpus):
     rows, records = sum(cell.work for cell in todo), complete_records(output)
     if records:
         seconds = sum(record["seconds"]["total"] for record in records)
-        rate = sum(record["rows_per_second"] * record["seconds"]["train"] for record in records) / seconds
+        rate = (
+            sum(record["rows_per_second"] * record["seconds"]["train"] for record in records)
+            / seconds
+        )
         source = f"as in the {len(records)} runs that are finished"
     else:
         try:
@@ -548,20 +655,49 @@ def parse():
             raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("grid_file", nargs="?", help="TOML file with seeds, [settings] and [[grid]]")
     values = "values to try, in every block; values that are lists themselves need a grid file"
     add("--grid", metavar="NAME=V1,V2", type=axis, action="append", default=[], help=values)
-    add("--set", metavar="NAME=VALUE", type=assignment, action="append", default=[], help="a setting of every run")
-    add("--seeds", type=lambda text: text.split(","), help="such as 0,1,2; default: those of the file, else 0")
-    add("--folds", type=lambda text: text.split(","), help="such as 0,1,2: each fold a run of its own")
+    add(
+        "--set",
+        metavar="NAME=VALUE",
+        type=assignment,
+        action="append",
+        default=[],
+        help="a setting of every run",
+    )
+    add(
+        "--seeds",
+        type=lambda text: text.split(","),
+        help="such as 0,1,2; default: those of the file, else 0",
+    )
+    add(
+        "--folds",
+        type=lambda text: text.split(","),
+        help="such as 0,1,2: each fold a run of its own",
+    )
     add("-o", "--output", required=True, help="folder of the run folders")
     add("--jobs", type=count, help="runs side by side; default: --per-gpu for each GPU, on a CPU 1")
     add("--per-gpu", type=count, default=1, help="runs that may share a GPU; default 1")
-    add("--ray", metavar="ADDRESS", help="run on this Ray cluster; nodes see clone, data and -o by the same paths")
-    add("--drop-weights", action="store_true", help="delete the weights of each run that this call completes")
-    add("--dry-run", action="store_true", help="list the runs and estimate the time; changes nothing")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="run on this Ray cluster; nodes see clone, data and -o by the same paths",
+    )
+    add(
+        "--drop-weights",
+        action="store_true",
+        help="delete the weights of each run that this call completes",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="list the runs and estimate the time; changes nothing",
+    )
     asked = parser.parse_args()
     if asked.ray and asked.jobs:
         parser.error("--ray decides by the cluster's resources how many run: leave out --jobs")
@@ -569,8 +705,10 @@ def parse():
 
 
 def check_folders(folder, output):
-    if ROOT not in (folder, *folder.parents) and not ku.on_kaggle():
-        raise ku.KitError(f"start this in {ROOT} or below: train.ipynb looks for the module from there, not {folder}")
+    if ROOT not in (folder, *folder.parents) and not ku._on_kaggle():
+        raise ku.KitError(
+            f"start this in {ROOT} or below: train.ipynb looks for the module from there, not {folder}"
+        )
     if output.exists() and not output.is_dir():
         raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")
 
@@ -601,21 +739,34 @@ def sweep(asked):
         job = (output, folder, asked.drop_weights)
         submit = functools.partial(submit_here, job=job, jobs=jobs, gpus=gpus)
         if asked.ray:
-            submit = functools.partial(submit_ray, job=job, ray=connect_ray(asked.ray), per_gpu=asked.per_gpu)
+            submit = functools.partial(
+                submit_ray, job=job, ray=connect_ray(asked.ray), per_gpu=asked.per_gpu
+            )
         (output / "notebooks").mkdir(parents=True, exist_ok=True)
         rows_before = sum(cell.work for cell in cells if found[cell.name] == FINISHED)
         failed, stopped = train_cells(todo, rows_before, output, submit)
     done = [cell for cell in finished(cells, output) if cell.name not in failed]
     if stopped:
-        print(f"stopped: {len(done)} of {len(cells)} runs are complete and kept; the next call trains the others")
+        print(
+            f"stopped: {len(done)} of {len(cells)} runs are complete and kept; the next call trains the others"
+        )
         return 130
     before = len(cells) - len(todo)
     elsewhere = len(cells) - len(done) - len(failed)
     counts = f"{len(done) - before} finished now, {before} before, {len(failed)} failed, {elsewhere} running elsewhere"
-    print("\n  ".join([f"{len(cells)} runs: {counts}", *(f"{name}: {problem}" for name, problem in failed.items())]))
+    print(
+        "\n  ".join(
+            [
+                f"{len(cells)} runs: {counts}",
+                *(f"{name}: {problem}" for name, problem in failed.items()),
+            ]
+        )
+    )
     if len(done) < len(cells):
         return 1
-    print(f"compare them: papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {shlex.quote(asked.output)}")
+    print(
+        f"compare them: papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {shlex.quote(asked.output)}"
+    )
     return 0
 
 

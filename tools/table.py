@@ -53,7 +53,9 @@ def markdown(table):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", help="run folders, or folders that hold some")
     parser.add_argument("-o", "--output", help="also write the table to this CSV file")
     arguments = parser.parse_args()
@@ -62,9 +64,13 @@ def main():
         sys.exit(f"no complete run under {', '.join(arguments.folders)}")
     kinds = {(record["oof"]["metric"], record["oof"]["better"]) for _, record in runs}
     if len(kinds) > 1:
-        sys.exit(f"the runs have different metrics: {', '.join(sorted(metric for metric, _ in kinds))}")
+        sys.exit(
+            f"the runs have different metrics: {', '.join(sorted(metric for metric, _ in kinds))}"
+        )
     ((metric, better),) = kinds
-    table = pd.DataFrame([row(*run) for run in runs]).sort_values(f"{metric} last", ascending=better == "lower")
+    table = pd.DataFrame([row(*run) for run in runs]).sort_values(
+        f"{metric} last", ascending=better == "lower"
+    )
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(arguments.output, index=False)
