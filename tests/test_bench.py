@@ -9,6 +9,8 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
+
 SAMPLE = ROOT / "notebooks" / "sample"
 
 
@@ -26,7 +28,6 @@ def bench(run, *arguments):
     return subprocess.run([*command, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_the_table_has_a_row_for_each_load_with_both_speeds_and_the_ratios_of_the_rounds(run, tmp_path):
     done = bench(run, "-o", tmp_path / "results" / "speed.csv")
     assert done.returncode == 0, done.stderr
@@ -41,7 +42,6 @@ def test_the_table_has_a_row_for_each_load_with_both_speeds_and_the_ratios_of_th
     assert list(table["smallest"]) == [min(pair) for pair in zip(ratios[::2], ratios[1::2], strict=True)]
 
 
-@pytest.mark.slow
 def test_a_run_that_the_plain_loop_cannot_predict_is_refused(runs):
     done = bench(runs / "one")
     assert done.returncode == 1 and "the plain loop is for regression" in done.stderr

@@ -14,7 +14,7 @@ import transformers
 
 from conftest import ROOT, make_tokenizer, save_competition
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 QUICK = ["--quick", "--loads", "mixed"]
 

@@ -12,13 +12,7 @@ import pseudo_label
 import pytest
 import torch
 
-from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
-
-QUIET = dict(say=lambda text: None)
-
-
-class Killed(BaseException):
-    """Ends a run as abruptly as an exception can."""
+from conftest import QUIET, WORDS, Killed, engine_of, make_texts, tiny_config, train_frame, trained
 
 
 def label(monkeypatch, *arguments):

@@ -10,10 +10,9 @@ import pytest
 import scipy.stats
 import torch
 
-from conftest import engine_of, train_frame, trained, weights
+from conftest import QUIET, engine_of, train_frame, trained, weights
 
 ROWS = np.array([1, 3, 5, 7, 9, 11, 13, 15])  # of the other fold than 0
-QUIET = dict(say=lambda text: None)
 
 
 @pytest.fixture

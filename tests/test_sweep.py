@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import sweep
 
 from conftest import ROOT
 
-# argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves
+# argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves. One that
+# takes long has a process of its own, as papermill has the kernel.
 STUB = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 notebook, text, run, settings, seconds = sys.argv[1:]
 pathlib.Path(notebook).write_text(text)
 if "error" in text:
@@ -27,10 +29,13 @@ if "error" in text:
 run, record = pathlib.Path(run), {"status": "running", "settings": json.loads(settings)}
 run.mkdir(exist_ok=True)
 (run / "record.json").write_text(json.dumps(record))
-(run / "fold0").mkdir()
+(run / "fold0").mkdir(exist_ok=True)
 (run / "fold0" / "model.safetensors").write_text("weights")
 (run / "environment.json").write_text(json.dumps(dict(os.environ)))
-print("the log of", run.name)
+(run / "oof.csv").write_text("id")
+print("the log of", run.name, flush=True)
+if float(seconds) > 100:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 time.sleep(float(seconds))
 oof = {"metric": "rmse", "last": 0.5, "best": 0.25}
 record |= {"status": "complete", "oof": oof, "rows_per_second": 10.0, "seconds": {"total": 8.0, "train": 4.0}}
@@ -45,6 +50,12 @@ def notebook_text(error=""):
     return json.dumps({"cells": [{"outputs": [lines] if error else []}]})
 
 
+def stub_command(cell, notebook, text, seconds):
+    settings = json.dumps(ku.Config.from_dict(cell.told).to_dict())
+    run = Path(cell.told["output_dir"]) / cell.name
+    return [sys.executable, "-c", STUB, str(notebook), text, str(run), settings, str(seconds)]
+
+
 @pytest.fixture
 def stub(monkeypatch):
     """Names of the cells that a stub of papermill ran, for `stub.seconds`; `stub.errors` says which fail with what."""
@@ -57,10 +68,8 @@ def stub(monkeypatch):
 
     def command(cell, notebook):
         started.append(cell.name)
-        settings = json.dumps(ku.Config.from_dict(cell.told).to_dict())
-        run = Path(cell.told["output_dir"]) / cell.name
         text = notebook_text(started.errors.get(cell.name, ""))
-        return [sys.executable, "-c", STUB, str(notebook), text, str(run), settings, str(started.seconds)]
+        return stub_command(cell, notebook, text, started.seconds)
 
     monkeypatch.setattr(sweep, "command", command)
     monkeypatch.setattr(sweep, "POLL", 0.05)
@@ -466,12 +475,28 @@ def test_a_missing_ray_is_said_with_how_to_install_it(call, stub, monkeypatch, o
     assert code == 1 and "pip install ray" in shown and not output.exists()
 
 
-# The real notebook
+# Sweeps that are a process of their own
 
 
-def start(base, *arguments):
-    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *base, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+# argv: of sweep.py; a cell takes so many seconds by its epochs, or longer than any test
+WITH_STUB = """
+import sweep, test_sweep
+sweep.POLL = 0.05
+text = test_sweep.notebook_text()
+def command(cell, notebook):
+    seconds = {1: 0, 2: 5}.get(cell.told["epochs"], 600)
+    return test_sweep.stub_command(cell, notebook, text, seconds)
+sweep.command = command
+sweep.main()
+"""
+
+
+def start(program, *arguments):
+    paths = [str(ROOT / folder) for folder in ("kernel_utils", "tools", "tests")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = [sys.executable, *program, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
 
 
 def wait_for(condition, seconds=120):
@@ -495,72 +520,80 @@ def fingerprint(run):
     return stat.st_ino, stat.st_mtime_ns, (run / "oof.csv").read_bytes()
 
 
-def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, output):
-    first, second = output / "head=cls+seed=0", output / "head=max+seed=0"
-    process = start(base(epochs=40), "--grid", "head=cls,max")  # long enough to be killed
-    wait_for((first / "record.json").is_file)
-    papermill_of("head=cls+seed=0", psutil.Process(process.pid)).kill()
-    shown = process.communicate()[0]
-    assert process.returncode == 1 and "head=cls+seed=0: failed: papermill was ended by SIGKILL" in shown
-    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
-    assert ku.RunFolder(first).read_record()["status"] == "running"
-    before = fingerprint(second)
-    process = start(base(epochs=40), "--grid", "head=cls,max")
-    shown = process.communicate()[0]
-    assert len(ku.RunFolder(first).read_record()["sessions"]) == 2  # it went on
-    assert process.returncode == 0 and "1 finished now, 1 before" in shown and fingerprint(second) == before
-    runs = [folder for folder in output.iterdir() if folder.name != "notebooks"]
-    assert sorted(runs) == [first, second] and ku.RunFolder(first).read_record()["status"] == "complete"
-    executed = json.loads((output / "notebooks" / "head=cls+seed=0.ipynb").read_text())
+SWEEP = [str(ROOT / "tools" / "sweep.py")]
+
+
+def test_real_notebooks_that_fail_or_are_stopped_are_reported_and_the_next_call_goes_on(base, call, output):
+    run, settings = output / "lr=0.0001+seed=0", dict(epochs=40)  # long enough to be stopped
+    process = start(SWEEP, *base(**settings), "--grid", "lr=1e30,1e-4")
+    wait_for((run / "log.jsonl").is_file)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped: 0 of 2 runs are complete and kept" in shown
+    failed = r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb"
+    assert re.search(failed, shown) and psutil.wait_procs(descendants, timeout=10)[1] == []
+    code, shown = call("--grid", "lr=1e-4", **settings)
+    assert code == 0 and "1 finished now, 0 before" in shown
+    assert len(ku.RunFolder(run).read_record()["sessions"]) == 2  # it went on
+    executed = json.loads((output / "notebooks" / f"{run.name}.ipynb").read_text())
     assert executed["metadata"]["papermill"]["exception"] is None
+    before = fingerprint(run)
+    code, shown = call("--grid", "lr=1e-4", **settings)
+    assert code == 0 and "0 finished now, 1 before" in shown and fingerprint(run) == before
 
 
-def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, output):
+def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, call, stub, output):
+    first, second = (f"epochs={n}+seed=0" for n in (5000, 1))
+    process = start(["-c", WITH_STUB], *base(epochs=None), "--grid", "epochs=5000,1")
+    wait_for((output / first / "oof.csv").is_file)
+    worker = papermill_of(first, psutil.Process(process.pid))
+    for process_of_it in (*worker.children(), worker):
+        process_of_it.kill()
+    shown = process.communicate()[0]
+    assert process.returncode == 1
+    assert f"{first}: failed: papermill was ended by SIGKILL" in shown
+    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
+    before = fingerprint(output / second)
+    code, shown = call("--grid", "epochs=5000,1", epochs=None)
+    assert code == 0 and "1 finished now, 1 before" in shown
+    assert stub == [first] and fingerprint(output / second) == before
+
+
+def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, call, stub, output):
     run = output / "head=cls+seed=0"
-    process = start(base(), "--grid", "head=cls")
-    wait_for((run / "record.json").is_file)
+    process = start(["-c", WITH_STUB], *base(epochs=2), "--grid", "head=cls")
+    wait_for((run / "oof.csv").is_file)
     papermill = papermill_of(run.name, psutil.Process(process.pid))
-    asleep = [papermill, *papermill.children(recursive=True)]  # or the run could be over before the second call looks
-    for worker in asleep:
-        worker.suspend()
+    papermill.suspend()  # or the run could be over before the second call looks
     try:
         process.kill()
         process.communicate()
-        inode = (run / "log.jsonl").stat().st_ino if (run / "log.jsonl").exists() else None
-        other = start(base(), "--grid", "head=cls")
-        shown = other.communicate()[0]
+        code, shown = call("--grid", "head=cls", epochs=2)
     finally:
-        for worker in asleep:
-            worker.resume()
-    assert other.returncode == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
-    psutil.wait_procs([papermill], timeout=120)
-    assert ku.RunFolder(run).read_record()["status"] == "complete" and inode in (None, (run / "log.jsonl").stat().st_ino)
+        papermill.resume()
+    assert code == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    psutil.wait_procs([papermill], timeout=60)
     before = fingerprint(run)
-    process = start(base(), "--grid", "head=cls")
-    assert "0 finished now, 1 before" in process.communicate()[0]
-    assert process.returncode == 0 and fingerprint(run) == before
+    code, shown = call("--grid", "head=cls", epochs=2)
+    assert code == 0 and "0 finished now, 1 before" in shown
+    assert stub == [] and fingerprint(run) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(base, output, number):
-    process = start(base(epochs=None), "--grid", "epochs=1,5000,6000")
-    wait_for((output / "epochs=5000+seed=0" / "record.json").is_file)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
+    grid = ["--grid", "epochs=1,5000,6000"]
+    process = start(["-c", WITH_STUB], *base(epochs=None), *grid)
+    children = psutil.Process(process.pid).children
+    descendants = wait_for(lambda: len(found := children(recursive=True)) == 2 and found)
     before = fingerprint(output / "epochs=1+seed=0")
     process.send_signal(number)
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "stopped: 1 of 3 runs are complete and kept" in shown
     assert psutil.wait_procs(descendants, timeout=10)[1] == []
-    assert fingerprint(output / "epochs=1+seed=0") == before and not (output / "epochs=6000+seed=0").exists()
-
-
-def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base, output):
-    process = start(base(), "--grid", "lr=1e-4,1e30", "--jobs", "2")
-    shown = process.communicate()[0]
-    assert process.returncode == 1 and "2 runs: 1 finished now, 0 before, 1 failed" in shown
-    assert re.search(r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown)
-    assert ku.RunFolder(output / "lr=0.0001+seed=0").read_record()["status"] == "complete"
+    assert fingerprint(output / "epochs=1+seed=0") == before
+    assert not (output / "epochs=6000+seed=0").exists()
 
 
 @pytest.fixture
@@ -588,14 +621,13 @@ def raylets(output):
     return found
 
 
-def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, output, cluster):
-    process = start(base(), "--grid", "head=cls,max", "--ray", cluster)
-    wait_for(lambda: len(raylets(output)) == 2)  # both run at once, each under the daemon of another node
+def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, call, output, cluster):
+    process = start(SWEEP, *base(), "--grid", "head=cls,max", "--ray", cluster)
+    wait_for(lambda: len(raylets(output)) == 2)  # both at once, each under the daemon of another node
     shown = process.communicate()[0]
     assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown
     runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]
     before = [fingerprint(run) for run in runs]
-    for arguments in (["--ray", cluster], []):
-        process = start(base(), "--grid", "head=cls,max", *arguments)
-        assert "0 finished now, 2 before" in process.communicate()[0] and process.returncode == 0
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 0 and "0 finished now, 2 before" in shown
     assert [fingerprint(run) for run in runs] == before

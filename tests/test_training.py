@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from conftest import make_texts, padded_mask, train_frame
+from conftest import QUIET, make_texts, padded_mask, train_frame
 
 CPU = torch.device("cpu")
-QUIET = {"say": lambda text: None}
 
 
 def fold_data(cfg, frame=None, n_outputs=1):
@@ -328,6 +327,7 @@ def test_a_fold_trained_alone_equals_the_fold_of_a_whole_run(tiny):
     pd.testing.assert_frame_equal(alone, whole[whole["fold"] == 1].reset_index(drop=True))
 
 
+@pytest.mark.plots
 def test_a_run_folder_holds_what_the_design_says(tiny):
     folder, record, oof = run(tiny(run_name="run"))
     names = {path.name for path in folder.iterdir()}
@@ -390,6 +390,7 @@ def task_frame(name):
     return frame.assign(a=(rank > 30).astype(int), b=(rank % 2 == 0).astype(int)).drop(columns="target")
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_from_the_table_to_a_submission(task, tiny, competition):
     settings, suffixes, _ = TASKS[task]
