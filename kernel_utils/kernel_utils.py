@@ -3,14 +3,16 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-     1. Tables of choices            9. Losses and metrics          17. Pseudo-labels
-     2. Settings                    10. Model                       18. Runs: all folds, records
-     3. Environment and paths       11. Optimiser groups            19. Pre-training
-     4. Data and folds              12. Regularisers                20. Inference: bundles, submission
-     5. Tokens and batches          13. Prediction                  21. Comparison of runs
-     6. Heads                       14. Checkpoints                 22. Blending
-     7. Backbones                   15. Training, one fold          23. Command line
-     8. Attention                   16. Plots
+     1. Tables of choices            8. Attention                   15. Training, one fold
+     2. Settings                     9. Losses and metrics          16. Plots
+     3. Environment and paths       10. Model                       17. Pseudo-labels
+     4. Data and folds              11. Optimiser groups            18. Runs: all folds, records
+     5. Tokens and batches          12. Regularisers                19. Inference: bundles, submission
+     6. Heads                       13. Prediction                  20. Command line
+     7. Backbones                   14. Checkpoints
+
+Beside it, each a file that imports this one: pretraining.py (pretrain.ipynb), comparison.py
+(compare.ipynb), blending.py (blend.ipynb).
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -18,10 +20,9 @@ stands below what it uses.
     run = ku.train(ku.make_folds(train, cfg), cfg)
     ku.predict_test(run, test, sample)
 
-The same from a file of settings, and in processes that share every step:
+The same from a file of settings:
 
     python kernel_utils.py train --config run.json
-    python -m torch.distributed.run --nproc_per_node 2 kernel_utils.py train --config run.json
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`: see section 6. Losses and
 schedules are added the same way, metrics with `@ku.metric`: see section 9.
@@ -35,12 +36,11 @@ import ast
 import contextlib
 import csv
 import dataclasses
-import datetime
 import difflib
 import errno
 import functools
 import hashlib
-import importlib.metadata
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -50,7 +50,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -63,12 +62,11 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-warnings.filterwarnings("ignore", message="IProgress not found")  # progress here is plain text
-warnings.filterwarnings("ignore", message=".*capturable=True")  # the first steps are not captured, as `Graphs` says
+with warnings.catch_warnings():  # tqdm warns once, as transformers imports it; progress here is plain text
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    importlib.import_module("tqdm.auto")
 
 import numpy as np
 import pandas as pd
@@ -90,9 +88,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 __version__ = "0.7.0"
-
-# float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
-torch.backends.cudnn.allow_tf32 = False
 
 # ---------------------------------------------------------------------------------------
 # 1. Tables of choices
@@ -256,14 +251,25 @@ class Settings:
         """Problems between settings that are each right alone."""
         return []
 
+    recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+
     @classmethod
     def from_dict(cls, settings):
-        """Build from names and values. One ConfigError lists every unknown name and bad value."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        """Build from names and values. One ConfigError lists every unknown name and bad value.
+
+        The value of `recipe` names one of `recipes`: it gives the settings that are not given, and leaves no trace.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        names = ["recipe", *fields] if cls.recipes else fields
         unknown = [name for name in settings if name not in names]
         problems = [f"there is no setting {name!r}{nearest(name, names)}" for name in unknown]
+        recipe = settings.get("recipe", "") if cls.recipes else ""
+        if recipe != "" and str(recipe) not in cls.recipes:
+            accepted = ", ".join(cls.recipes)
+            problems.append(f"recipe must be one of {accepted}; got {recipe!r}{nearest(recipe, cls.recipes)}")
+        values = cls.recipes.get(str(recipe), {}) | settings
         try:
-            config = cls(**{name: value for name, value in settings.items() if name in names})
+            config = cls(**{name: value for name, value in values.items() if name in fields})
         except ConfigError as error:
             problems += error.problems
         if problems:
@@ -276,9 +282,11 @@ class Settings:
     def from_notebook(cls, namespace):
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
-        Settings are what two cells bind: the last one run whose first line is `# Settings` and the last whose
-        first line is `# Parameters` (papermill's wording), in the order they ran. Other cells never count.
-        A notebook exported to a script is read from its file. What `# Settings` leaves at its default is the recipe's.
+        Settings are the names that two cells bind: the last one run whose first line is `# Settings` and the last
+        whose first line is `# Parameters` (papermill's wording). Their values are those of now: a later cell that
+        binds one of the names again changes the setting. The cells of an exported script are read from its file.
+
+        A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters` binds after it.
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
@@ -292,19 +300,19 @@ class Settings:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
             )
-        settings, asked, usual = {}, set(), {field.name: field.default for field in dataclasses.fields(cls)}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        settings, given = {}, set()
         for source in cells:
-            names = bound_names(source)
-            scope = {name: value for name, value in namespace.items() if name not in names}
-            exec(source, scope)
-            bound = {name: scope[name] for name in names if name in scope}
+            bound = {name: namespace[name] for name in bound_names(source) if name in namespace}
             settings |= bound
-            left = {name for name in bound if title(source) == "# Settings" and bound[name] == usual.get(name)}
-            asked = asked - left | (bound.keys() - left)
-        recipe = RECIPES.get(str(settings.get("recipe")), {})
-        config = cls.from_dict({n: value for n, value in settings.items() if n in asked or n not in recipe})
+            given |= bound.keys()
+            if title(source) == "# Settings":
+                given -= {name for name in bound if bound[name] == defaults.get(name)}
+        recipe = cls.recipes.get(str(settings.get("recipe")), {})
+        left = recipe.keys() - given
+        config = cls.from_dict({name: value for name, value in settings.items() if name not in left})
         if recipe:
-            used = [f"{n} {getattr(config, n)}{' (given)' * (n in asked)}" for n in recipe]
+            used = [f"{name} {getattr(config, name)}{' (given)' if name in given else ''}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
 
@@ -324,10 +332,20 @@ def is_settings(source):
     return title(source) in ("# Settings", "# Parameters")
 
 
+INNER_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.ClassDef)
+
+
 def bound_names(source):
-    """Names that a cell assigns to."""
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+    """Names that a cell assigns to, in order; not those inside its comprehensions, functions and classes."""
+    names, nodes = [], [ast.parse(source)]
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        only_annotated = isinstance(node, ast.AnnAssign) and node.value is None
+        if not only_annotated and not isinstance(node, INNER_SCOPES):
+            nodes += ast.iter_child_nodes(node)
+    return names
 
 
 TASKS = {  # task -> (default loss, default metric)
@@ -342,9 +360,8 @@ RECIPES = {  # named settings for a start; a setting that is given wins. For `ma
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
@@ -370,7 +387,7 @@ def run_conflicts(cfg):
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
-    recipe: str = option("", "quick, strong or max: settings to start from, see README; empty means none", RECIPES)
+    recipes: ClassVar[dict] = RECIPES
     # data
     data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
     id_column: str = option("id", "column that names a row")
@@ -413,7 +430,9 @@ class Config(Settings):
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
     attention: str = option(
-        "", "empty or disentangled_flash: packed rows; eager, sdpa, flash_attention_2: padded rows", ATTENTIONS
+        "",
+        "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
+        ATTENTIONS,
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
@@ -467,18 +486,8 @@ class Config(Settings):
     max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
     predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
 
-    @classmethod
-    def from_dict(cls, settings):
-        """Build from names and values; a `recipe` gives those that are not given, and leaves no other trace. One
-        ConfigError lists every unknown name and bad value."""
-        if str(name := settings.get("recipe")) in RECIPES:
-            settings = RECIPES[name] | settings | {"recipe": ""}
-        return super().from_dict(settings)
-
     def conflicts(self):
         problems = []
-        if self.recipe:
-            problems.append(f"recipe is for notebooks and Config.from_dict; give **RECIPES[{self.recipe!r}] here")
         loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
@@ -565,47 +574,9 @@ class InferConfig(Settings):
     batch_tokens: int = option(0, BATCH_TOKENS, low=0)
     precision: str = option(
         "auto",
-        "auto, fp32, bf16 or int8; auto: as trained on a GPU, the fastest that agrees on a CPU",
-        INFER_PRECISIONS,
+        "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU",
+        PRECISIONS,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig(Settings):
-    """The settings of pretrain.ipynb. A name that `Config` has too means the same here."""
-
-    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
-    text_column: str = option("excerpt", "column with the text")
-    pair_column: str = option("", "column with a second text, here a text of its own; empty means none")
-    max_rows: int = option(0, "pre-train on this many texts, drawn by seed; 0 means all", low=0)
-    held_out: float = option(0.05, "share of the texts that only measure the loss", low=0.001, high=0.5)
-    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
-    max_length: int = option(256, "tokens of a window, special tokens included; longer texts are split", low=8)
-    mask_share: float = option(0.15, "share of the words of a window that are to be predicted", low=0.01, high=0.9)
-    whole_words: bool = option(True, "mask all tokens of a word together, else single tokens")
-    epochs: int = option(5, "passes over the texts, each with other words masked", low=1)
-    batch_size: int = option(16, "windows of an optimiser step", low=1)
-    micro_batch_size: int = option(0, "windows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    lr: float = option(5e-5, "peak learning rate of the backbone, and of a head that the checkpoint has", low=1e-9)
-    head_lr: float = option(1e-3, "peak learning rate of a head that is new", low=0)
-    weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
-    seed: int = option(0, "seed of everything", low=0, high=2**32 - 1)
-    output_dir: str = option("runs", "folder of the run folders")
-    run_name: str = option("", "name of the run folder; empty means made from backbone and seed")
-    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
-    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
-    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
-    max_minutes: float = option(0.0, "minutes after which to save and stop, to go on later; 0 means no limit", low=0)
-
-    def conflicts(self):
-        return run_conflicts(self)
-
-    def training(self):
-        """A `Config` with these settings, where it has them, for what pre-training shares with training."""
-        names = {field.name for field in dataclasses.fields(Config)}
-        return Config(**{name: value for name, value in self.to_dict().items() if name in names})
 
 
 # ---------------------------------------------------------------------------------------
@@ -709,37 +680,16 @@ def pick_dtype(precision, device):
 
 
 def precision_name(precision):
-    """float32, bfloat16, float16 or int8: what the setting `precision` means on this machine."""
-    return "int8" if precision == "int8" else str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+    """float32, bfloat16 or float16: what the setting `precision` means on this machine."""
+    return str(pick_dtype(precision, pick_device())).removeprefix("torch.")
 
 
-def cpu_flags():
-    """The instruction sets of the CPU as Linux names them; none elsewhere."""
-    info = Path("/proc/cpuinfo")
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
-    return set(line[1].split()) if line else set()
-
-
-def unfit(precision):
-    """Why this machine cannot predict in a precision, or ''."""
-    gpu = torch.cuda.is_available()
-    if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return f"{device_name()} has no bf16"
-    if precision == "int8" and gpu:
-        return "int8 is for CPUs"
-    if precision == "int8" and "avx512_vnni" not in cpu_flags():  # pytorch issue 103646
-        return f"{device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
-    if precision == "int8" and not (
-        hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
-    ):
-        return f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
-    return ""
-
-
-def cpu_precisions():
-    """Precisions below float32, the more exact one first -> why this CPU has nothing to gain by it, or ''."""
-    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
-    return {"bf16": "" if native else f"{device_name()} has no instructions for bf16", "int8": unfit("int8")}
+def precision_error(precision):
+    """Why this machine cannot compute in a precision, or None."""
+    if precision != "bf16" or not torch.cuda.is_available():
+        return None
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return None if native else f"{device_name()} has no bf16"
 
 
 def autocast(device, dtype):
@@ -831,6 +781,14 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _prepare_process():
+    """Set what training and prediction need of the whole process. Importing this module sets none of it."""
+    # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
+    torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers reads it at every call and fork
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # `Graphs` captures only the later steps
+
+
 def digest(*parts):
     """SHA-256 of arrays, lists of texts and files, shortened."""
     total = hashlib.sha256()
@@ -882,67 +840,6 @@ def check_config(path, harmless=()):
         raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
 
 
-def rank():
-    """Number of this process among those that share every step of one run; 0 is the one that writes and prints."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world_size():
-    """How many processes share every step of this run: 1 but for those of torch.distributed.run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def join_processes():
-    """Meet the other processes that torch.distributed.run started, if it did; each takes the GPU of its number."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    backend, place = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if place >= (count := torch.cuda.device_count()):
-            raise KitError(f"process {place + 1} of this machine has no GPU: --nproc_per_node must be at most {count}")
-        torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU does not wait for a GPU
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))  # while one saves, others wait
-
-
-def add_up(tensors):
-    """Replace each of the tensors, which are of one type, by its sum over all processes, in few large messages."""
-    sizes = np.cumsum([tensor.numel() for tensor in tensors]) // 2**25
-    for _, bucket in itertools.groupby(zip(sizes, tensors, strict=True), key=lambda pair: pair[0]):
-        bucket = [tensor for _, tensor in bucket]
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        torch.distributed.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def anyone(why):
-    """`why`, or the reason of another process, or '' where none has one."""
-    if world_size() == 1:
-        return why
-    count = torch.tensor(int(bool(why)))
-    torch.distributed.all_reduce(count)
-    return why or ("another process has to stop" if count else "")
-
-
-def from_first(value):
-    """What process 0 has as `value`, in every process."""
-    values = [value]
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def check_same(value, problem):
-    """Raise a KitError of the `problem` where `value`, which JSON can hold, is not the same in all processes."""
-    if world_size() > 1:
-        number = int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:7])
-        ends = torch.tensor([number, -number])
-        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-        if ends.sum():
-            raise KitError(f"the {world_size()} processes of the run {problem}")
-
-
 # ---------------------------------------------------------------------------------------
 # 4. Data and folds
 
@@ -950,13 +847,12 @@ def check_same(value, problem):
 def check_csv(path):
     """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
     characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
-    line = 1
+    line, limit = 1, csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
     try:
         with open(path, "rb") as file:
             for line, data in enumerate(file, 1):
                 if "\0" in data.decode("utf-8"):
                     raise DataError(f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16")
-        csv.field_size_limit(2**31 - 1)  # the default refuses long texts
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader, header, line = csv.reader(file, strict=True), [], 1
             for row in reader:
@@ -970,6 +866,8 @@ def check_csv(path):
         raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
     except (csv.Error, OSError) as error:
         raise DataError(f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
     if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
@@ -1751,6 +1649,8 @@ def hub_backbone(name, cached):
     """Folder of a hub model in the local cache, or downloaded, or why there is none."""
     import huggingface_hub
 
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:  # read when transformers was imported, so too late to set here
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     files = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         for patterns in (files, [*files, "*.bin"]):
@@ -1849,7 +1749,7 @@ def encoder_only(model):
 
 
 def attention_option(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention not in ("", "disentangled_flash") else {}
+    return {"attn_implementation": cfg.attention} if cfg.attention else {}
 
 
 def load_weights(auto, folder, config, cfg, say=print):
@@ -2201,7 +2101,7 @@ class DisentangledAttention(nn.Module):
 
         mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `DebertaLayout.get_rel_pos` gives.
         """
-        rows, pack, plan = relative_pos
+        rows, pack = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
         scale = 1 / math.sqrt(
             q.shape[-1] / self.num_attention_heads * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
@@ -2209,10 +2109,6 @@ class DisentangledAttention(nn.Module):
         c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
         table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
         dropout = self.dropout.p if self.training else 0.0
-        if plan is not None and q.dtype != torch.float32:
-            q, k, v = (x[0].unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (N, heads, d)
-            positions = (project and project(table[plan.active_slots]) for project in (c2p, p2c))
-            return disentangled_flash(q, k, v, *positions, plan, pack, scale, dropout)[None], None
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
         q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
@@ -2231,11 +2127,11 @@ class DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours. With `flash` there are plans for disentangled-flash, made when needed.
+    (DeBERTa-v2 xlarge), that reads neighbours.
     """
 
-    def __init__(self, encoder, flash=False):
-        self.pack, self.flash, self.plans = None, flash, None
+    def __init__(self, encoder):
+        self.pack = None
         self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
 
     def get_attention_mask(self, mask):
@@ -2243,15 +2139,9 @@ class DebertaLayout:
         return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
 
     def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `distance_rows`, and for packed rows the pack and
-        the plan of disentangled-flash."""
+        """What the attention of every layer takes as relative_pos: `distance_rows`, and the pack of packed rows."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        rows, plan = self.table and distance_rows(T, *self.table, hidden.device), None
-        if self.flash and self.pack is not None and can_flash(hidden.device):
-            self.plans = self.plans or flash_plans(*self.table)
-            with torch.inference_mode(False):  # they are kept, and training reads them too
-                plan = self.plans.compact(T, hidden.device)
-        return rows, self.pack, plan
+        return self.table and distance_rows(T, *self.table, hidden.device), self.pack
 
     def pad(self, _, inputs):
         return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
@@ -2260,74 +2150,15 @@ class DebertaLayout:
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
-FLASH_VERSION = "1.1.1"  # of disentangled-flash: the kernels have no public name, so another may call them otherwise
-
-
-def can_flash(device):
-    """Whether the kernels of disentangled-flash are for a device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def flash_plans(buckets, longest):
-    """The position plans of disentangled-flash; ConfigError where the package is not the one we know."""
-    try:
-        version = importlib.metadata.version("disentangled-flash")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    if version != FLASH_VERSION:
-        wanted = f"disentangled-flash=={FLASH_VERSION}"
-        raise ConfigError(f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}")
-    from disentangled_flash.position import SharedPositionPlanCache
-
-    return SharedPositionPlanCache(
-        position_buckets=buckets,
-        max_relative_positions=longest,
-        position_embedding_size=buckets if buckets > 0 else longest,
-    )
-
-
-def disentangled_flash(q, k, v, pos_key, pos_query, plan, pack, scale, dropout):
-    """Attention of packed q, k, v (N, heads, d) -> (N, heads * d) by the package disentangled-flash, from sm_80 on.
-
-    pos_key, pos_query: (R, heads * d), the R rows `plan.active_slots` of the position table, projected; or None.
-    """
-    from disentangled_flash.position import pad_position_table
-    from disentangled_flash.training._kernels import training_attention_packed
-    from disentangled_flash.tuning import DeviceResources, heuristic_config
-
-    heads = q.shape[1]
-    positions = (
-        x if x is None else pad_position_table(x.unflatten(-1, (heads, -1)).transpose(0, 1))
-        for x in (pos_key, pos_query)
-    )
-    workload = dict(sequence_length=plan.sequence_length, head_dim=q.shape[-1], dtype=str(q.dtype).split(".")[1])
-    device = dict(batch_heads=None, resources=DeviceResources.current(q.device))
-    phases = {"forward_config": "training_forward", "dq_config": "backward_dq", "dkv_config": "backward_dkv"}
-    return training_attention_packed(
-        *(x.transpose(0, 1) for x in (q, k, v)),  # (heads, N, d)
-        *(*positions, plan.delta_to_local, pack.starts),
-        max_seqlen=plan.sequence_length,
-        score_scale=scale,
-        strict_fp32=True,
-        dropout_p=dropout,
-        gradient_band=plan.gradient_band,  # without it, atomics
-        **{name: heuristic_config(phase=phase, **workload, **device) for name, phase in phases.items()},
-    )
-
-
-def faster_deberta(backbone, flash=False):
+def faster_deberta(backbone):
     """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
 
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
     padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
     Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
-    With `flash` packed rows in half precision go to disentangled-flash on a GPU that it is for.
     """
-    encoder, attention = backbone.encoder, backbone.encoder.layer[0].attention.self
-    if flash and not (attention.attention_head_size in (32, 64, 128) and attention.relative_attention):
-        told = f"relative positions and heads of 32, 64 or 128 units, not {attention.attention_head_size}"
-        raise ConfigError(f"attention disentangled_flash is for {told}")
-    layout = encoder.layout = DebertaLayout(encoder, flash)
+    encoder = backbone.encoder
+    layout = encoder.layout = DebertaLayout(encoder)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
@@ -2336,16 +2167,11 @@ def faster_deberta(backbone, flash=False):
         layer.attention.self = DisentangledAttention(layer.attention.self)
 
 
-def use_packed_attention(backbone, attention=""):
-    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''.
-    ConfigError where the setting `attention` is for DeBERTa, and the backbone is another."""
-    if isinstance(backbone, transformers.DebertaV2Model) and attention in ("", "disentangled_flash"):
-        faster_deberta(backbone, attention == "disentangled_flash")
+def use_packed_attention(backbone):
+    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    if isinstance(backbone, transformers.DebertaV2Model):
+        faster_deberta(backbone)
         return ""
-    if attention == "disentangled_flash":
-        raise ConfigError(f"attention disentangled_flash is for DeBERTa-v2 and v3, not for {type(backbone).__name__}")
-    if attention:
-        return "attention is set"
     if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
@@ -2794,7 +2620,7 @@ class TextModel(nn.Module):
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
         self.first_position = max((first for _, first in position_tables(backbone)), default=0)
-        why = use_packed_attention(backbone, cfg.attention)
+        why = "attention is set" if cfg.attention else use_packed_attention(backbone)
         self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
 
@@ -2895,17 +2721,6 @@ def packing_problem(model, tokens, dtype, gradients=False):
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
-def attention_name(model, device, dtype):
-    """How a model attends over packed rows in training, as text."""
-    if model.layout:
-        flash = model.layout.flash and can_flash(device) and dtype != torch.float32
-        return "disentangled-flash" if flash else "attention by relative shift"
-    rates = [rate for name, rate in model.backbone.config.to_dict().items() if "att" in name and "drop" in name]
-    kernel = attention_kernel(device, dtype, max(filter(None, rates), default=0))
-    names = {attend_flash: "flash attention", attend_efficient: "memory-efficient attention"}
-    return names.get(kernel, "attention text by text")
-
-
 def takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
@@ -2914,8 +2729,7 @@ def takes_packed_rows(model, tokens, dtype, gradients=False):
         training, name = model.training, type(model.backbone).__name__
         why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
         model.train(training)
-        packed = f"packed rows, {attention_name(model, next(model.parameters()).device, dtype)}"
-        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else packed}")
+        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}")
     return not model.unpackable[dtype]
 
 
@@ -3351,7 +3165,7 @@ class Checkpoints:
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
-        for rest in self.folder.glob(f".fold{self.fold}-*.tmp") if rank() == 0 else ():
+        for rest in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(rest)
         for folder in self.found():
             if problems := folder_problems(folder):
@@ -3635,8 +3449,6 @@ class Engine:
         self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
         self.meters = {name: torch.zeros((), device=self.device) for name in METERS}
         self.attack, self.attacking, self.average = None, False, None
-        if world_size() > 1 and (cfg.awp or cfg.fgm):
-            raise ConfigError("awp and fgm are for runs of one process: train folds side by side with fold_processes")
         self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
@@ -3842,20 +3654,20 @@ class Engine:
         self.attack.restore()
         return ()
 
-    def accumulate_all(self, rows, count):
+    def accumulate_all(self, rows):
         """`accumulate` rows, `micro` at a time; in an adversarial step again at perturbed weights."""
         parts = [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
         for part in parts:
-            self.accumulate(part, count)
+            self.accumulate(part, len(rows))
         if self.attacking:
             self.call("perturb", self.perturb)
             try:
                 for part in parts:
-                    self.accumulate(part, count)
+                    self.accumulate(part, len(rows))
             finally:
                 self.call("restore", self.restore)
 
-    def fit_and_accumulate(self, rows, count):
+    def fit_and_accumulate(self, rows):
         """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
         tried again from the same random state. KitError where one row alone does not fit."""
         states = RandomStates()
@@ -3863,7 +3675,7 @@ class Engine:
         while True:
             size = min(self.micro, len(rows))
             try:
-                return self.accumulate_all(rows, count)
+                return self.accumulate_all(rows)
             except CaptureError as error:
                 self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
@@ -3884,26 +3696,8 @@ class Engine:
             tqdm.write(f"{why}: on with {self.micro} at a time, same step")
             states.load_state_dict(before)
 
-    def add_up(self):
-        """Sum the loss and the gradients over all processes; weights that have none in any of them keep none."""
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        given = torch.tensor([weight.grad is not None for weight in weights]).int()
-        torch.distributed.all_reduce(given)
-        weights = [weight for weight, count in zip(weights, given.tolist(), strict=True) if count]
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        add_up([self.mean, *self.meters.values(), *(weight.grad for weight in weights)])
-
-    def checksum(self):
-        """A number that changes with any bit of the weights."""
-        with torch.no_grad():
-            sums = [weight.view(torch.int32).sum(dtype=torch.int64) for weight in self.model.parameters()]
-            return torch.stack(sums).sum().item()
-
     def update(self):
-        """Step the optimiser with the gradients so far, of all processes. Returns loss, gradient norm and meters."""
-        if world_size() > 1:
-            self.add_up()
+        """Step the optimiser with the gradients so far, and return loss, gradient norm and meters."""
         outer, both = self.model.loss.outer, self.attacking and self.cfg.fgm  # FGM adds clean and adversarial gradients
         mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
         gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
@@ -3935,8 +3729,7 @@ class Engine:
         """Optimiser step number `step`, from 0, with a batch of rows. Returns loss, gradient norm and the meters that
         `told` names, on the device.
 
-        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size. Where
-        several processes share the run, each has a share of the rows, which may be none.
+        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
         """
         self.rates.copy_(self.rates_to_come[step])
         if self.average:
@@ -3947,10 +3740,7 @@ class Engine:
         if self.cfg.optimizer != "adamw":
             for group, rate in zip(self.optimizer.param_groups, self.table[step], strict=True):
                 group["lr"] = float(rate)
-        if len(share := rows[rank() :: world_size()]):
-            self.fit_and_accumulate(share, len(rows))
-        else:
-            self.scaler.scale(self.mean)  # it comes to be at its first call
+        self.fit_and_accumulate(rows)
         try:
             return self.call("update", self.update)
         except CaptureError as error:
@@ -4004,20 +3794,9 @@ def stage_batches(data, fold, cfg, bucket_batches):
             yield stage.rows[batch]
 
 
-def predict_together(model, data, rows, cfg):
-    """`predict`, with the rows shared by the processes of the run; each gets all predictions."""
-    if world_size() == 1:
-        return predict(model, data.tokens, cfg, rows)
-    predictions, share = np.zeros((len(rows), data.n_outputs)), slice(rank(), None, world_size())
-    if len(rows[share]):
-        predictions[share] = predict(model, data.tokens, cfg, rows[share])
-    torch.distributed.all_reduce(torch.from_numpy(predictions))  # of which all but one are 0: exact
-    return predictions
-
-
 def evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
-    predictions = predict_together(model, data, rows, cfg)
+    predictions = predict(model, data.tokens, cfg, rows)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
         names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
@@ -4059,7 +3838,6 @@ class Training:
             self.watch.restored += sum(self.state.seconds.values())
             for line in self.state.lines:
                 self.log(json.loads(line))
-        check_same(self.state.step, f"see other checkpoints of fold {self.fold}: the run folder must be on one disk")
         self.begun, self.state.mark = self.state.step, time.perf_counter()
 
     def batches(self):
@@ -4117,9 +3895,6 @@ class Training:
 
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
-        if world_size() > 1:
-            place = f"fold {self.fold}, step {self.state.step}"
-            check_same(self.engine.checksum(), f"have come to other weights ({place}): their machines differ")
         self.engine.swap_average(self.state.step)
         self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
@@ -4128,8 +3903,7 @@ class Training:
         return better
 
     def save(self):
-        if rank() == 0:
-            self.checkpoints.save(self.state.step, self.parts)
+        self.checkpoints.save(self.state.step, self.parts)
         self.watch.note_save(self.state.spend("save"))
 
     def stop(self, why):
@@ -4180,7 +3954,6 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     """
     watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
     engine.begin(fold, say)
-    check_same(engine.packed, "do not agree whether rows are packed: their machines differ")
     model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
@@ -4190,10 +3963,8 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     stopped = ""
     bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
-        if stopped := anyone(watch.signal if rank() else watch.stop(len(training.rows))):
+        if stopped := watch.stop(len(training.rows)):
             break
-        if world_size() > 1:  # dropout is another in each process, and the same where a run goes on
-            seed_everything(cfg.seed, fold, state.step, rank())
         values = engine.optimizer_step(state.step, rows)
         state.step += 1
         measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
@@ -4432,35 +4203,40 @@ class Stopped(KitError):
 # pseudo-labels and of the backbone is compared, not their places.
 FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
 FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
+FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
 
 
-def code_of(part, module, seen):
-    """The compiled code of what `module` defines and `part` uses, with its defaults and constants."""
-    if isinstance(part, (staticmethod, classmethod)):
-        part = part.__func__
-    if isinstance(part, property):
-        return [code_of(function, module, seen) for function in (part.fget, part.fset)]
-    if not (inspect.iscode(part) or getattr(part, "__module__", None) == module):
-        plain = isinstance(part, (int, float, str, bytes, type(None)))
-        if isinstance(part, (list, tuple)):
-            return [code_of(item, module, seen) for item in part]
-        return repr(part) if plain else getattr(part, "__qualname__", type(part).__qualname__)
-    if id(part) in seen:
-        return "again"
-    seen.add(id(part))
-    if inspect.isclass(part):
-        own = [item for item in vars(part).items() if not item[0].startswith("__") or inspect.isfunction(item[1])]
-        return [code_of(item, module, seen) for item in (*part.__bases__, *own)]
-    if not (inspect.iscode(part) or inspect.isfunction(part)):
-        return type(part).__qualname__
-    code, rest = part, []
-    if inspect.isfunction(part):
-        code, used = part.__code__, inspect.getclosurevars(part)
-        rest = [part.__defaults__, sorted((part.__kwdefaults__ or {}).items())]
-        rest += [*used.nonlocals.values(), *used.globals.values()]
-    sets = [sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)]  # in any order
-    rest += [value for value in code.co_consts if not isinstance(value, frozenset)]
-    return [code.co_code.hex(), code.co_names, sets, [code_of(value, module, seen) for value in rest]]
+def source_of(part):
+    """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
+    in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
+    if not inspect.isclass(part):
+        return inspect.getsource(part)
+    texts = []
+    for owner in part.__mro__:
+        if owner.__module__ == part.__module__:  # bases of the notebook too
+            for name, value in vars(owner).items():
+                function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)))
+                if inspect.isfunction(function):
+                    texts.append(inspect.getsource(function))
+                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("__"):
+                    texts.append(f"{name} = {value!r}")
+    return "\n".join(texts)
+
+
+def source_prints(cfg):
+    """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
+    made = {}
+    for field, table in PARTS.items():
+        part = table[getattr(cfg, field)]
+        if part.__module__ == __name__:
+            continue
+        name = f"the code of {field} {getattr(cfg, field)}"
+        try:
+            made[name] = digest(source_of(part))
+        except (OSError, TypeError):
+            made[name] = f"no source: {part.__module__}.{part.__qualname__}"
+            print(f"{name} has no source here: a run that goes on cannot tell whether it has changed")
+    return made
 
 
 def fingerprint(frame, data, cfg):
@@ -4472,10 +4248,8 @@ def fingerprint(frame, data, cfg):
     made |= {"the pseudo-labels": digest(*data.pseudo.values())} if data.pseudo else {}
     made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
     made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
-    parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
-    own = [code_of(part, part.__module__, set()) for part in parts if part.__module__ != __name__]
-    made["the code (kernel_utils.py, or a part in the notebook)"] = digest(Path(__file__), own)
-    return made
+    made["the code (kernel_utils.py)"] = digest(Path(__file__))
+    return made | source_prints(cfg)
 
 
 def as_recorded(settings):
@@ -4618,10 +4392,12 @@ def peak_memory():
     """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # getrusage tells a larger parent's
-    import resource  # not on Windows
+    with contextlib.suppress(OSError):  # macOS has no /proc
+        lines = Path("/proc/self/status").read_text().splitlines()
+        for line in lines:  # sandboxes such as gVisor leave VmHWM out
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows; after a fork it may tell the peak of a larger parent
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -4745,7 +4521,7 @@ def pretraining_of(backbone):
 def describe_machine(cfg):
     """Device, precision, threads and versions, as a record has them."""
     place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
+    return place | {"threads": torch.get_num_threads(), "versions": versions()}
 
 
 def start_record(cfg, asked, frame, backbone, classes):
@@ -4824,7 +4600,7 @@ def check_room(run, backbone, n_folds, cfg):
 def flat(place):
     """Device, threads, precision and versions of a record, side by side."""
     told = {name: place[name] for name in ("device", "threads", "precision")}
-    return told | {"world_size": place.get("world_size", 1)} | place["versions"]
+    return told | place["versions"]
 
 
 def begin_run(run, record, folds):
@@ -4847,12 +4623,11 @@ def begin_run(run, record, folds):
 
 
 def train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows. Of several processes
-    that share the run the first saves."""
+    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows."""
     checkpoints = Checkpoints(run, fold)
     try:
         model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
-        if result["last"] is None or rank():  # stopped before the first step
+        if result["last"] is None:  # stopped before the first step
             return result
         result["golden"] = golden_rows(model, data, result, cfg)
     except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
@@ -4881,7 +4656,7 @@ def train_in_turn(data, folds, finished, cfg, run, watch):
     """Train one fold after another; the dictionaries of `train_fold`, of those that are `finished` too. Where the watch
     stops a fold, it is the last."""
     results, engine, trained = [], Engine(data, cfg), 0
-    with contextlib.nullcontext(lambda entry: None) if rank() else open_log(cfg, run) as log:
+    with open_log(cfg, run) as log:
         for fold in folds:
             watch.models = len(results) + 1
             if result := finished[fold]:
@@ -4944,7 +4719,7 @@ def died(number, count, code, folder):
 def choose_processes(data, n_folds, cfg, run):
     """How many processes train so many folds side by side; why not more is printed."""
     asked = cfg.fold_processes or max(1, len(equal_gpus()))
-    count = min(asked, n_folds) if world_size() == 1 else 1
+    count = min(asked, n_folds)
     if count > 1 and (cells := notebook_parts(cfg)):
         print(f"1 process instead of {count}: {listing(cells)} of the notebook cannot be read by others")
         return 1
@@ -4985,6 +4760,7 @@ def listen(watch):
 def train_job(path):
     """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
     beside the job."""
+    _prepare_process()
     path = Path(path)
     job, folder = read_job(path), path.parent
     torch.set_num_threads(job["threads"])
@@ -5117,7 +4893,6 @@ def train_folds(data, folds, cfg, run, watch, lock=None):
     """Train and save the folds, in turn or side by side; the dictionaries of `train_fold`, by fold. Folds that are
     finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
     finished = {fold: finished_fold(run / f"fold{fold}") for fold in folds}
-    check_same([bool(result) for result in finished.values()], f"see other finished folds in {run}")
     for fold, result in finished.items():
         if result:
             watch.restored += sum(result["seconds"].values())
@@ -5171,36 +4946,18 @@ def save_results(frame, data, results, cfg, run, record, watch):
     return record
 
 
-def check_shared(run):
-    """Raise KitError where a process does not see the record that the first has written."""
-    path = run / "record.json"
-    seen = file_sha256(path) if path.is_file() else ""
-    check_same(seen, f"do not all see {path}: output_dir must be on a disk that all machines share")
-
-
-def follow_run(data, folds, cfg, run, watch):
-    """What `train` does in the processes that share a run with the first: all of the training, and no writing."""
-    if from_first(None) != "complete":
-        check_shared(run)
-        with watch:
-            train_folds(data, folds, cfg, run, watch)
-
-
 def train_run(frame, data, folds, cfg, run, record, watch, lock):
     """What `train` does in a run folder that is its own, with the descriptor of its lock."""
     new = not (run / "record.json").is_file()
     record = begin_run(run, record, folds)
     if record["status"] == "complete":
         print(f"{run} is complete, nothing is trained")
-        from_first("complete")
     else:
         try:
             check_room(run, data.folder, len(folds), cfg)
             write_json(run / "record.json", record)
             with writing(run / "tokenizer"):
                 data.tokenizer.save_pretrained(run / "tokenizer")
-            from_first("running")
-            check_shared(run)
             with watch:
                 results = train_folds(data, folds, cfg, run, watch, lock)
         except KitError:
@@ -5233,18 +4990,15 @@ def train(frame, cfg, test=None):
 
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
     ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`train_side_by_side`), with the same result; processes that
-    torch.distributed.run started share the rows of every step instead, and the first of them writes.
+    Several GPUs train folds side by side (`train_side_by_side`), with the same result.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
+    _prepare_process()
     asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
     backbone = find_backbone(cfg.backbone)
     check_config(backbone / "config.json", HARMLESS)
     config, _ = load_config(backbone, cfg)
     tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
-    if world_size() > 1:
-        print(f"CUDA graphs and compile are off: {world_size()} processes share every step")
-        cfg = dataclasses.replace(cfg, cuda_graphs=False, compile=False)
     classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
     record = start_record(cfg, asked, frame, backbone, classes)
     describe(cfg, asked, record)
@@ -5271,13 +5025,8 @@ def train(frame, cfg, test=None):
     folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
     data = Data(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
     record |= {"fingerprint": fingerprint(frame, data, cfg)}
-    alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
-    check_same(alike, "differ in data, backbone, versions or devices")
     name = f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = from_first(None if rank() else find_run_folder(asked, record, name))
-    if rank():
-        follow_run(data, folds, cfg, run, watch)
-        return run
+    run = find_run_folder(asked, record, name)
     with locked(run) as lock:
         train_run(frame, data, folds, cfg, run, record, watch, lock)
     return run
@@ -5308,408 +5057,7 @@ def summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Pre-training
-#
-# Masked-language modelling (BERT, arXiv:1810.04805) on the texts of the task before it is trained, TAPT of Gururangan
-# et al., arXiv:2004.10964. What comes out is a backbone like any other.
-
-PRETRAIN_RECORD = "pretrain.json"
-
-
-def read_texts(cfg):
-    """(texts, counts) of train.csv and test.csv: each text once, without empty ones, drawn by seed where `max_rows` is
-    set. Of the files nothing but the text columns is used; raises DataError as `read_competition` does."""
-    data_dir, texts, counts, problems = find_data(cfg.data_dir, "train.csv"), [], {}, []
-    for path in filter(is_there, (data_dir / "train.csv", data_dir / "test.csv")):
-        frame = read_table(path, text_columns(cfg))
-        for column in text_columns(cfg):
-            numeric = np.isfinite(to_numbers(frame[column]))
-            if numeric.mean() > 0.5:
-                problems += bad_rows(path, frame, column, column, numeric, "texts, not numbers")
-            texts += list(frame[column].str.strip())
-        counts[path.name] = len(texts) - sum(counts.values())
-    if problems:
-        raise DataError(problems)
-    unique = list(dict.fromkeys(filter(None, texts)))
-    counts |= {"empty": texts.count(""), "repeated": sum(map(bool, texts)) - len(unique)}
-    if cfg.max_rows:
-        unique = [unique[i] for i in np.flatnonzero(id_order(unique, cfg.seed) < cfg.max_rows)]
-    return unique, counts
-
-
-class Corpus(NamedTuple):
-    """Texts in N windows, and what is needed to mask them."""
-
-    tokens: Tokens
-    words: np.ndarray  # of each token, the number of its word in its text; -1 for one that is never masked
-    texts: np.ndarray  # (N,) number of the text of each window
-    mask_id: int
-    ordinary: np.ndarray  # ids that a random replacement may be: not special, known to the backbone
-
-
-def number_words(encoded, tokenizer, cfg):
-    """Of each token of each text the number of its word, by the tokenizer's own division into words; of the token
-    itself where `whole_words` is off or the tokenizer divides texts into none, which is said."""
-    tokens = [np.arange(len(ids)) for ids in encoded["input_ids"]]
-    if not cfg.whole_words:
-        return tokens
-    if tokenizer.is_fast:
-        found = [encoded.word_ids(i) for i in range(len(tokens))]
-        words = [np.array([-1 if word is None else word for word in row], dtype=int) for row in found]
-        if sum(len(np.unique(row)) for row in words) > len(words):
-            return words
-    print(f"{type(tokenizer).__name__} does not divide texts into words: single tokens are masked")
-    return tokens
-
-
-def make_corpus(texts, tokenizer, n_embeddings, cfg):
-    """The `Corpus` of texts. One that is longer than `max_length` becomes windows of about equal length, each with the
-    tokenizer's special tokens, so that no part of it is lost; one without a token that may be masked is left out."""
-    (before, after), special = (ids for ids, _ in template(tokenizer, pair=False)[0]), tokenizer.all_special_ids
-    room = cfg.max_length - len(before) - len(after)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    divided = number_words(encoded, tokenizer, cfg)
-    rows, words, numbers = [], [], []
-    for number, (ids, marks) in enumerate(zip(encoded["input_ids"], divided, strict=True)):
-        ids, marks = np.array(ids, np.int32), np.where(np.isin(ids, special), -1, marks)
-        for part in np.array_split(np.arange(len(ids)), math.ceil(len(ids) / room) or 1):
-            if (marks[part] >= 0).any():
-                rows.append(np.array([*before, *ids[part], *after], np.int32))
-                words.append(np.pad(marks[part], (len(before), len(after)), constant_values=-1))
-                numbers.append(number)
-    ordinary = np.setdiff1d(list(tokenizer.get_vocab().values()), special)
-    tokens = Tokens(rows, None, tokenizer.pad_token_id or 0)
-    words = np.concatenate(words) if words else np.empty(0, int)
-    return Corpus(tokens, words, np.array(numbers), tokenizer.mask_token_id, ordinary[ordinary < n_embeddings])
-
-
-def mask_window(corpus, row, epoch, cfg):
-    """(positions (M,), new ids (M,)) of the tokens of window `row` that are to be predicted in an epoch.
-
-    `mask_share` of its words are drawn, one at least, with all of their tokens; of these 80 % become the mask token,
-    10 % a random token and 10 % stay (arXiv:1810.04805). The draw depends on seed, epoch and row alone.
-    """
-    span = slice(corpus.tokens.offsets[row], corpus.tokens.offsets[row + 1])
-    ids, words, rng = corpus.tokens.ids[span], corpus.words[span], np.random.default_rng([cfg.seed, epoch, row])
-    names = np.unique(words[words >= 0])
-    chosen = rng.choice(names, max(1, round(cfg.mask_share * len(names))), replace=False)
-    positions = np.flatnonzero(np.isin(words, chosen))
-    fate, random_ids = rng.random(len(positions)), rng.choice(corpus.ordinary, len(positions))
-    new = np.where(fate < 0.8, corpus.mask_id, np.where(fate < 0.9, random_ids, ids[positions]))
-    return positions, new
-
-
-def masked_batch(corpus, rows, masks, device):
-    """What `MaskedModel` takes: the windows `rows` as padded tensors (B, T) with their `masks` of `mask_window` done,
-    places (M,) of the tokens to be predicted, row * T + position, and their true ids (M,)."""
-    inputs, width = corpus.tokens.batch(rows, device), corpus.tokens.lengths[rows].max()
-    places = send(np.concatenate([i * width + positions for i, (positions, _) in enumerate(masks)]), device)
-    flat = inputs["input_ids"].view(-1)
-    true = flat[places]
-    flat[places] = send(np.concatenate([new for _, new in masks]).astype(np.int64), device)
-    return inputs, places, true
-
-
-class MaskedModel(nn.Module):
-    """A masked-language model whose head, as wide as the vocabulary, sees only the tokens that are to be predicted."""
-
-    def __init__(self, language_model):
-        super().__init__()
-        self.language_model, self.places = language_model, None
-        self.backbone.register_forward_hook(self.pick)
-
-    @property
-    def backbone(self):
-        return self.language_model.base_model
-
-    def pick(self, module, inputs, output):
-        """Leave of the backbone's states (B, T, H) those at `places`, as (1, M, H)."""
-        output["last_hidden_state"] = output.last_hidden_state.flatten(0, 1)[self.places][None]
-        return output
-
-    def forward(self, inputs, places, true):
-        """Cross-entropy summed over the M tokens at `places`."""
-        self.places = places
-        logits = self.language_model(**inputs).logits[0]  # (M, V)
-        return F.cross_entropy(logits.float(), true, reduction="sum")
-
-
-def load_masked_model(folder, cfg):
-    """(`MaskedModel`, whether its head is new) of a backbone, in float32.
-
-    A head that the checkpoint lacks starts at random, tied to the word embeddings where the architecture ties them.
-    Raises KitError for an architecture without one, and for weights of the backbone that are missing.
-    """
-    config, _ = load_config(folder, cfg)
-    name = type(config).__name__.removesuffix("Config")
-    if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise KitError(
-            f"{folder}: {name} has no head that predicts masked words. Decoders (GPT-2, Llama), encoder-decoders (T5, "
-            "BART) and XLNet are not pre-trained here: train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
-        )
-    model, info = load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
-    for key, weight in model.named_parameters():
-        if key in info["missing_keys"] and key.endswith("bias"):  # transformers 5.0 leaves Longformer's as memory was
-            weight.data.zero_()
-    model = MaskedModel(model)
-    inside = f"{model.language_model.base_model_prefix}."
-    check_weights(folder, model.language_model, [key for key in info["missing_keys"] if key.startswith(inside)], info)
-    if new := sorted(info["missing_keys"]):
-        output = model.language_model.get_output_embeddings()
-        tied = output is not None and output.weight is model.backbone.get_input_embeddings().weight
-        print(
-            f"of the head that predicts masked words the checkpoint lacks {len(new)} tensors, such as {new[0]}: they "
-            f"start at random and learn at head_lr; its output is {'' if tied else 'not '}tied to the word embeddings"
-        )
-    return model, bool(new)
-
-
-@dataclasses.dataclass
-class PretrainState:
-    """Where pre-training stands, beside its model, optimiser and random states: a part of a checkpoint."""
-
-    step: int = 0
-    losses: list = dataclasses.field(default_factory=list)  # of each step
-    held_out: list = dataclasses.field(default_factory=list)  # [step, loss] of each evaluation
-    seconds: float = 0.0
-
-    def state_dict(self):
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
-
-class Pretraining:
-    """Optimiser steps and evaluations of a masked-language model on a corpus."""
-
-    def __init__(self, corpus, model, new_head, cfg):
-        self.corpus, self.cfg, self.device = corpus, cfg, pick_device()
-        self.dtype, shared = pick_dtype(cfg.precision, self.device), cfg.training()
-        texts = np.random.default_rng(cfg.seed).permutation(np.unique(corpus.texts))
-        held_out = np.isin(corpus.texts, texts[: max(1, round(cfg.held_out * len(texts)))])
-        self.train_rows, self.rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        self.per_epoch = math.ceil(len(self.train_rows) / cfg.batch_size)
-        self.total = self.per_epoch * cfg.epochs
-        self.model = model.to(self.device).train()
-        groups = parameter_groups(model, shared if new_head else dataclasses.replace(shared, head_lr=cfg.lr))
-        print(group_table(groups))
-        self.rates, self.shared = rate_table(groups, self.total, shared), shared
-        self.optimizer = make_optimizer(groups, shared)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.state, self.pending = PretrainState(), []  # losses since the last `flush`, still on the device
-        self.parts = dict(model=model, optimizer=self.optimizer, scaler=self.scaler, state=self.state)
-        self.parts |= dict(random=RandomStates())
-
-    def batches(self):
-        """Rows of the optimiser steps that are left."""
-        batches = epoch_batches(self.corpus.tokens.lengths[self.train_rows], 0, self.shared, bucket_batches=4)
-        return (self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None))
-
-    def loss(self, rows, masks):
-        with autocast(self.device, self.dtype):
-            return self.model(*masked_batch(self.corpus, rows, masks, self.device))
-
-    def step(self, rows):
-        """An optimiser step on the mean loss of all masked tokens of the windows `rows`."""
-        epoch, size = 1 + self.state.step // self.per_epoch, self.cfg.micro_batch_size or self.cfg.batch_size
-        masks = [mask_window(self.corpus, row, epoch, self.cfg) for row in rows]
-        count, mean = sum(len(positions) for positions, _ in masks), torch.zeros((), device=self.device)
-        for group, rate in zip(self.optimizer.param_groups, self.rates[self.state.step], strict=True):
-            group["lr"] = float(rate)
-        for start in range(0, len(rows), size):
-            share = self.loss(rows[start : start + size], masks[start : start + size]) / count
-            self.scaler.scale(share).backward()
-            mean += share.detach()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.state.step += 1
-        self.pending.append(mean)
-
-    def flush(self):
-        """Copy the losses since the last time from the device; NumericError at one that is not finite."""
-        losses, self.pending = torch.stack(self.pending).tolist() if self.pending else [], []
-        for step, loss in enumerate(losses, self.state.step - len(losses) + 1):
-            self.check(step, loss)
-        self.state.losses += losses
-
-    def check(self, step, loss):
-        if not math.isfinite(loss):
-            advice = "lower lr or head_lr" + ("" if self.dtype == torch.float32 else ", or set precision fp32")
-            raise NumericError(f"pre-training, step {step}: the loss is {loss}: {advice}")
-
-    @torch.no_grad()
-    def evaluate(self):
-        """Note the mean loss of the masked tokens of the held-out windows, whose masks are always the same; as text."""
-        total = count = 0
-        self.model.eval()
-        for batch in plan_prediction(self.corpus.tokens.lengths[self.rows], 8192):
-            masks = [mask_window(self.corpus, row, 0, self.cfg) for row in self.rows[batch]]
-            total += self.loss(self.rows[batch], masks).item()
-            count += sum(len(positions) for positions, _ in masks)
-        self.model.train()
-        self.check(self.state.step, loss := total / count)
-        self.state.held_out.append([self.state.step, loss])
-        return f"held-out loss {loss:.4f}, perplexity {torch.tensor(loss).exp():.4g}"
-
-
-def run_pretraining(training, checkpoints, watch):
-    """Pre-train to the end, or until the watch stops it; why it did, or ''."""
-    state = training.state
-    if checkpoints.load(training.parts):
-        print(f"goes on after step {state.step} of {training.total}")
-    began = time.perf_counter() - state.seconds
-    watch.save_seconds = 12 * n_parameters(training.model) / 3e8  # a guess, until the first is measured
-
-    def save():
-        mark, state.seconds = time.perf_counter(), time.perf_counter() - began
-        checkpoints.save(state.step, training.parts)
-        watch.note_save(time.perf_counter() - mark)
-
-    if not state.held_out:
-        print(f"before the first step: {training.evaluate()}")
-    stopped, mark = "", time.perf_counter()
-    bar = progress(training.batches(), "pre-training", training.total, state.step)
-    for rows in bar:
-        if stopped := watch.stop(len(training.rows)):
-            training.flush()
-            if watch.every:
-                save()
-            break
-        training.step(rows)
-        evaluated = state.step % training.per_epoch == 0
-        due = watch.due(evaluated)
-        if evaluated or due or len(training.pending) == LOG_STEPS or not watch.step_seconds:
-            steps = len(training.pending)
-            training.flush()
-            watch.step_seconds = (time.perf_counter() - mark) / steps
-            mark = time.perf_counter()
-        if evaluated:
-            bar.write(f"epoch {state.step // training.per_epoch}: {training.evaluate()}{watch.told()}")
-            watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
-        if due:
-            save()
-        if evaluated or due:
-            mark = time.perf_counter()
-    state.seconds = time.perf_counter() - began
-    return stopped
-
-
-def plot_pretraining(run, state):
-    """Loss of each step, its running mean and the held-out loss of each evaluation, as curves.png."""
-    figure = new_figure(8, 4)
-    axis, steps = figure.subplots(), range(1, len(state.losses) + 1)
-    smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
-    axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
-    axis.plot(steps, smooth, color="C0", label="training, running mean")
-    axis.plot(*zip(*state.held_out, strict=True), color="C1", marker=".", label="held out, the same words masked")
-    axis.set(xlabel="optimiser step", ylabel="loss of a masked token (nats)")
-    axis.legend(fontsize="small")
-    (_, first), (_, last) = state.held_out[0], state.held_out[-1]
-    figure.suptitle(f"{run.name}: held-out loss {first:.3f} before, {last:.3f} after", fontsize="medium")
-    save_figure(figure, run / "curves.png")
-
-
-def save_pretrained(model, tokenizer, run):
-    """The backbone alone, without its head, as transformers lays it out; the weights last."""
-    with writing(run):
-        tokenizer.save_pretrained(run)
-    config = model.backbone.config
-    config.architectures = [type(model.backbone).__name__]
-    write_atomic(run / "config.json", config.to_json_file)
-    write_atomic(run / "model.safetensors", lambda path: save_model(model.backbone, path, metadata={"format": "pt"}))
-
-
-def describe_pretraining(training):
-    """What pretrain.json says of a pre-training as far as it has come."""
-    state = training.state
-    losses = {"before": state.held_out[0][1], "after": state.held_out[-1][1], "steps_and_losses": state.held_out}
-    texts = len(np.unique(training.corpus.texts[training.rows]))
-    told = {"steps": state.step, "of_steps": training.total, "seconds": state.seconds}
-    return told | {"held_out": {"texts": texts, "windows": len(training.rows)} | losses}
-
-
-def pretrain_in(run, training, tokenizer, record, watch):
-    """What `pretrain` does in a run folder that is its own."""
-    path, checkpoints, status = run / PRETRAIN_RECORD, Checkpoints(run, 0), ""
-    if path.is_file():
-        old = read_json(path)
-        status = old["status"]
-        record = record | {"sessions": old["sessions"] + record["sessions"]}
-    if status == "complete":
-        print(f"{run} is complete, nothing is trained")
-    else:
-        write_json(path, record)
-        try:
-            with watch:
-                stopped = run_pretraining(training, checkpoints, watch)
-        except torch.OutOfMemoryError as error:
-            full = str(error).strip().splitlines()[0]
-            raise KitError(f"out of memory on {device_name()}: lower micro_batch_size or max_length ({full})") from None
-        record = record | describe_pretraining(training)
-        if stopped:
-            why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
-            write_json(path, record | {"status": "stopped", "stopped": why})
-            place = "from there" if watch.every else "from the beginning (checkpoint_minutes is 0)"
-            raise Stopped([why, f"the same command goes on {place}"])
-        plot_pretraining(run, training.state)
-        save_pretrained(training.model, tokenizer, run)
-        write_json(path, record | {"status": "complete"})
-        print(f"{run}: {record['steps']} steps in {record['seconds']:.0f} s; set backbone to this folder")
-    checkpoints.prune(0)
-    with writing(run):
-        with contextlib.suppress(OSError):
-            checkpoints.folder.rmdir()
-        (run / ".lock").unlink(missing_ok=True)
-
-
-def pretrain(cfg):
-    """Pre-train a backbone on the texts of a competition by masked-language modelling; the run folder, which is a
-    backbone: `output_dir/run_name` with config.json, model.safetensors, the tokenizer, pretrain.json and curves.png.
-
-    An unfinished run of the same name and content goes on where it was (`resume`), on a CPU with as many threads to the
-    same bytes. No target is read. Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, and KitError
-    for a backbone that cannot be pre-trained so.
-    """
-    watch, folder = Watch(cfg), find_backbone(cfg.backbone)
-    check_config(folder / "config.json", HARMLESS)
-    tokenizer, (texts, counts) = load_tokenizer(folder), read_texts(cfg)
-    seed_everything(cfg.seed)
-    print(f"backbone {cfg.backbone} from {folder}")
-    model, new_head = load_masked_model(folder, cfg.training())
-    n_embeddings = model.backbone.get_input_embeddings().num_embeddings
-    if tokenizer.mask_token_id is None or tokenizer.mask_token_id >= n_embeddings:
-        raise KitError(f"{folder}: the tokenizer has no mask token that the backbone knows, so no words can be masked")
-    check_length(model.backbone, cfg)
-    corpus = make_corpus(texts, tokenizer, n_embeddings, cfg)
-    if len(np.unique(corpus.texts)) < 2:
-        raise DataError(f"train.csv and test.csv: expected two texts or more that the tokenizer knows, got {counts}")
-    check_ids(corpus.tokens, [], model.backbone.config, folder)
-    check_vocabulary(corpus.tokens, tokenizer)
-    counts |= {"used": len(np.unique(corpus.texts))}
-    print(
-        f"texts: {', '.join(f'{name} {number}' for name, number in counts.items())}, in {len(corpus.tokens)} windows "
-        f"of {corpus.tokens.lengths.mean():.0f} tokens on average"
-    )
-    training = Pretraining(corpus, model, new_head, cfg)
-    place, weights = describe_machine(cfg), {path.name: file_sha256(path) for path in weight_files(folder)}
-    made = {"the texts": digest(texts), "the token ids": digest(corpus.tokens.ids, corpus.tokens.lengths)}
-    made |= {"the backbone": digest(folder / "config.json", list(weights.values()))}
-    record = {"status": "running", "settings": cfg.to_dict(), "resolved": {}, "backbone": str(folder)}
-    record |= {"weights": weights, **pretraining_of(folder), "texts": counts, "windows": len(corpus.tokens), **place}
-    record |= {"sessions": [place], "head": "new" if new_head else "of the checkpoint"}
-    record |= {"fingerprint": made | {"the code (kernel_utils.py)": digest(Path(__file__))}}
-    run = find_run_folder(cfg, record, f"{short_name(cfg.backbone)}-pretrained-seed{cfg.seed}", PRETRAIN_RECORD)
-    with locked(run):
-        pretrain_in(run, training, tokenizer, record, watch)
-    return run
-
-
-# ---------------------------------------------------------------------------------------
-# 20. Inference: bundles, submission
+# 19. Inference: bundles, submission
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
@@ -5718,18 +5066,12 @@ FORMAT = "kernel_utils bundle 1"
 BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
 # Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
-# 6e-4 in float16, 6e-3 in bfloat16 and 5e-2 in int8; a deeper model adds up more. Float32, always checked too, is the
-# sharp one.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
+# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
-# What a CPU may take for speed unasked: a root mean square gap g to float32, in standard deviations of the target (in
-# units of 1 for probabilities), turns an RMSE r into sqrt(r^2 + g^2): 0.04 costs at most 0.5 % where r is 0.4 or more,
-# and the best of CommonLit is at 0.43. MiniLM's on CLEAR: bf16 0.001, int8 0.01 to 0.015. The four golden rows of a
-# fold tell such a gap from a larger one only roughly; that all folds must pass, and the probe, makes up for it.
-AGREEMENT = 0.04
-PROBE_ROWS = 32  # texts that speeds are measured on
-PROBE_PAYS = 1000  # rows by models, of which a probe takes as long as 150 and can save half
-CLEARLY = 0.95  # share of the seconds that is clearly faster: two probes of the same differ by less
+# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6 of a prediction,
+# eight roundings, however little the target spreads.
+GOLDEN_SHARE = 0.01
 
 
 class BundleError(KitError):
@@ -5748,7 +5090,6 @@ class Run(NamedTuple):
     config: Path  # of the backbone
     tokenizer: dict  # name of a file of the tokenizer -> its path
     weights: dict  # fold -> path
-    precision: str  # to predict in: that of training, of the setting, or what a CPU is fastest in
 
 
 class Blend(NamedTuple):
@@ -5764,7 +5105,6 @@ class Bundle(NamedTuple):
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    precision: str = ""  # the setting of infer.ipynb; empty means as trained
     blend: Blend | None = None  # without one, runs count alike
 
     @property
@@ -5843,10 +5183,10 @@ def make_run(name, record, golden, config, tokenizer, weights):
         raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
     if problem := golden_problem(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := unfit(cfg.precision):
+    if why := precision_error(cfg.precision):
         print(f"{name}: {why}, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    return Run(name, record, golden, cfg, config, tokenizer, weights, cfg.precision)
+    return Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
 def is_complete(folder):
@@ -5956,13 +5296,13 @@ def open_bundle(folder):
     return Bundle(folder, runs, {}, blend=blend)
 
 
-def load_bundle(bundle_dir="", precision=""):
+def load_bundle(bundle_dir="", precision="auto"):
     """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
 
     A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
     BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
     """
-    if why := unfit(precision):
+    if why := precision_error(precision):
         raise ConfigError(f"precision {precision} cannot be used here: {why}")
     folder = find_bundle(bundle_dir)
     if (folder / MANIFEST).is_file():
@@ -5984,10 +5324,16 @@ def load_bundle(bundle_dir="", precision=""):
             print(f"  trained with {'; '.join(moved)}")
     if bundle.blend:
         print(f"blended by {bundle.blend.method}: {describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
-    bundle = bundle._replace(precision=precision)
     if precision == "auto" and pick_device().type == "cpu":
-        precision = "fp32"  # until `choose_precision` has seen the texts
-    return with_precisions(bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")})
+        precision = "fp32"
+    if precision != "auto":  # on a GPU, auto is as trained
+        bundle = bundle._replace(runs=[in_precision(run, precision) for run in bundle.runs])
+    return bundle
+
+
+def in_precision(run, precision):
+    """The run with another precision to predict in."""
+    return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
 
 
 def describe_blend(weights, intercept):
@@ -5996,15 +5342,9 @@ def describe_blend(weights, intercept):
     return listing(terms) + (f", intercept {listing(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
 
 
-def with_precisions(bundle, precisions):
-    """The bundle with other precisions for some runs, {name: precision}."""
-    return bundle._replace(
-        runs=[run._replace(precision=precisions.get(run.name, run.precision)) for run in bundle.runs]
-    )
-
-
 def open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
+    _prepare_process()
     with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
@@ -6049,48 +5389,6 @@ def each_run(bundle, work):
     return results
 
 
-def int8_forward(linear):
-    """`forward` of a linear layer with weights of 8 bits, a scale for each output, and inputs rounded to 8 bits by the
-    range of a batch. A layer that narrows follows the activation function, whose outliers are in a few tokens: there
-    each token has a range of its own.
-
-    torch.ao's quantize_dynamic, deprecated, rounds inputs to 7 bits, which CPUs without VNNI need. On 160 texts of
-    CLEAR its predictions moved 2.6 times as far; the ranges by token halved the distance once more.
-    """
-    weight, narrows = linear.weight.detach(), linear.in_features > linear.out_features
-    scales = (weight.abs().amax(1).double() / 127).clamp(min=1e-12)
-    zeros = torch.zeros_like(scales, dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(rounded, None if narrows else linear.bias)
-
-    def forward(states):
-        if not narrows:
-            return torch.ops.quantized.linear_dynamic(states, packed, reduce_range=False)
-        largest = states.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # (B, T, 1)
-        out = torch.ops.quantized.linear_dynamic(states / largest, packed, reduce_range=False) * largest
-        return out if linear.bias is None else out + linear.bias
-
-    return forward
-
-
-@contextlib.contextmanager
-def in_precision(model, tokens, cfg, precision):
-    """The settings to `predict` with in a precision. For int8 the linear layers of the backbone compute with copies of
-    the weights that are in the model now, a quarter of their size, and as before afterwards."""
-    linears = [layer for layer in model.backbone.modules() if type(layer) is nn.Linear] if precision == "int8" else []
-    if linears:
-        takes_packed_rows(model, tokens, torch.float32)  # rounded by batch, padded and packed rows would differ
-    try:
-        for layer in linears:
-            layer.forward = int8_forward(layer)
-        yield dataclasses.replace(cfg, precision="fp32" if precision == "int8" else precision)
-    finally:
-        for layer in linears:
-            vars(layer).pop("forward", None)
-
-
 def check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
@@ -6111,15 +5409,20 @@ def golden_predictions(run, tokenizer, model, precisions):
     for fold in run.weights:
         load_fold(model, run, fold)
         for precision, predictions in got.items():
-            with in_precision(model, tokens, run.cfg, precision) as cfg:
-                predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+            cfg = dataclasses.replace(run.cfg, precision=precision)
+            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
 
 def golden_gaps(run, predictions, golden):
-    """Distance (n,) of predictions (n, K) from what they must be, in units of 1, of the standard deviation of the
-    targets, or of the prediction, whichever is largest."""
-    scale = np.maximum(max(1, run.record["oof"].get("target_sd", 1)), np.abs(golden))
+    """Distance (n,) of predictions (n, K) from what they must be, in standard deviations of the target, or in units
+    of 1 for probabilities.
+
+    Arithmetic rounds a prediction in proportion to its size. Where a target lies further than its spread allows, 1000
+    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `GOLDEN_SHARE`.
+    """
+    spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
+    scale = np.maximum(spread, GOLDEN_SHARE * np.abs(golden))
     return (abs(predictions - np.array(golden)) / scale).max(1)
 
 
@@ -6139,7 +5442,7 @@ def check_gaps(run, predictions, precision):
 def check_run(run, tokenizer, model):
     """`check_golden` for one run."""
     check_probes(run, tokenizer)
-    precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
+    precisions = {precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
     got = golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
         gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
@@ -6150,82 +5453,6 @@ def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
     each_run(bundle, check_run)
-
-
-def rms_gap(run, predictions, others):
-    """Root mean square distance of predictions, in standard deviations of the target; of probabilities, as it is."""
-    return float(np.sqrt(np.square(predictions - others).mean()) / run.record["oof"].get("target_sd", 1))
-
-
-def probe(model, tokens, cfg, precision):
-    """(seconds, predictions) of a few texts in a precision: the faster of two times, after a first row."""
-    with in_precision(model, tokens, cfg, precision) as cfg:
-        predict(model, tokens, cfg, [0])
-        seconds = []
-        for _ in range(2):
-            began = time.perf_counter()
-            predictions = predict(model, tokens, cfg)
-            seconds.append(time.perf_counter() - began)
-    return min(seconds), predictions
-
-
-def probe_precisions(run, tokenizer, model, frame, batch_tokens):
-    """Precisions in which this CPU predicts some texts of a frame clearly faster than in a more exact one, the fastest
-    first and float32 last, and as float32 does within AGREEMENT. Seconds and distances are printed."""
-    rows = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, PROBE_ROWS).astype(int))]
-    tokens, cfg = tokenize_frame(rows, tokenizer, run.cfg), dataclasses.replace(run.cfg, batch_tokens=batch_tokens)
-    load_fold(model, run, next(iter(run.weights)))
-    best, exact = probe(model, tokens, cfg, "fp32")
-    found, told = ["fp32"], [f"fp32 {best:.2f} s"]
-    for precision, why in cpu_precisions().items():
-        if why:
-            told.append(f"no {precision}: {why}")
-            continue
-        try:
-            seconds, predictions = probe(model, tokens, cfg, precision)
-        except (KitError, RuntimeError, AttributeError, TypeError) as error:  # this backbone, or this torch, cannot
-            told.append(f"{precision} fails ({textwrap.shorten(str(error), 100)})")
-            continue
-        gap = rms_gap(run, predictions, exact)
-        told.append(f"{precision} {seconds:.2f} s, {gap:.2g} off")
-        if seconds < CLEARLY * best and gap <= AGREEMENT:
-            best, found = seconds, [precision, *found]
-    print(f"{run.name}, {len(tokens)} texts by one fold: {'; '.join(told)} ({AGREEMENT:g} allowed)")
-    return found
-
-
-def agreed(run, tokenizer, model, precisions):
-    """The first precision whose golden rows agree with training in every fold; of float32 that is proved already."""
-    folds = np.array([row["fold"] for row in run.golden["rows"]])
-    golden = np.array([row["prediction"] for row in run.golden["rows"]])
-    for precision in precisions[:-1]:
-        (got,) = golden_predictions(run, tokenizer, model, [precision]).values()
-        gaps = {fold: rms_gap(run, got[folds == fold], golden[folds == fold]) for fold in run.weights}
-        off = [f"fold {fold} {gap:.2g}" for fold, gap in gaps.items() if not gap <= AGREEMENT]
-        if not off:
-            print(f"{run.name}: predicted in {precision}, golden rows at most {max(gaps.values()):.2g} off training")
-            return precision
-        print(f"{run.name}: not in {precision}, golden rows are off training: {listing(off)} ({AGREEMENT:g} allowed)")
-    print(f"{run.name}: predicted in fp32")
-    return "fp32"
-
-
-def choose_precision(bundle, frame, batch_tokens):
-    """The bundle with the precision that each run is predicted in. Only on a CPU, only where the setting is auto, and
-    only for as many rows as pay for the probe: the fastest that agrees with float32 and with training."""
-    if bundle.precision != "auto" or pick_device().type != "cpu":
-        return bundle
-    if len(frame) * sum(len(run.weights) for run in bundle.runs) < PROBE_PAYS:
-        print("predicted in fp32: too few rows for a search of what is faster to pay")
-        return bundle
-    found = {}  # architecture -> precisions
-
-    def choose(run, tokenizer, model):
-        if (key := architecture(run)) not in found:
-            found[key] = probe_precisions(run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens)
-        return run.name, agreed(run, tokenizer, model, found[key])
-
-    return with_precisions(bundle, dict(each_run(bundle, choose)))
 
 
 def predict_runs(bundle, frame, batch_tokens):
@@ -6242,8 +5469,7 @@ def predict_runs(bundle, frame, batch_tokens):
         total = 0
         for fold in progress(list(run.weights), f"predict {run.name}"):
             load_fold(model, run, fold)
-            with in_precision(model, texts[key], cfg, run.precision) as used:
-                total = total + predict(model, texts[key], used)
+            total = total + predict(model, texts[key], cfg)
         return run.name, total / len(run.weights)
 
     means = each_run(bundle, predict_run)
@@ -6256,8 +5482,9 @@ def predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
     job = read_job(path)
     bundle = open_bundle(Path(job["bundle"]))
-    bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
-    bundle = with_precisions(bundle, job["runs"])
+    precisions = job["precisions"]
+    runs = [in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions]
+    bundle = bundle._replace(runs=runs)
     np.save(Path(path).with_suffix(".npy"), predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
@@ -6265,18 +5492,17 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """`predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
-    that one GPU, or the CPU, needs no other. A few rows take the same way as many, but for `choose_precision`.
+    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
     """
     began = time.perf_counter()
-    bundle = choose_precision(bundle, frame, batch_tokens)
     count = min(processes or max(1, len(equal_gpus())), len(frame))
     if count > 1 and (cells := notebook_parts(*(run.cfg for run in bundle.runs))):
         print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
-        runs = {run.name: run.precision for run in bundle.runs}
-        job = dict(bundle=str(bundle.folder), runs=runs, batch_tokens=batch_tokens)
+        precisions = {run.name: run.cfg.precision for run in bundle.runs}
+        job = dict(bundle=str(bundle.folder), precisions=precisions, batch_tokens=batch_tokens)
         columns = {name for run in bundle.runs for name in input_columns(run.cfg)}
         for number in range(1, count):
             cells = {name: list(frame[name].iloc[number::count]) for name in columns}
@@ -6293,7 +5519,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({precision_name(run.precision) for run in bundle.runs})
+    used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})
     print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
     print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
     return predictions
@@ -6371,930 +5597,15 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 21. Comparison of runs
-#
-# Runs of one configuration differ in `seed` alone, or hold different folds of one seed. Configurations are compared by
-# their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
-# Shapes: S seeds, R resamples, A configurations.
-
-INCIDENTAL = (FREE - {"backbone", "pseudo_dir"}) | {"seed", "checkpoint", "batch_tokens"}
-NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")  # what comparing asks of the settings
-KINDS = ("last", "best")  # checkpoints
-LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equal configurations different
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig(Settings):
-    """The settings of compare.ipynb."""
-
-    runs_dir: str = option("runs", "folder whose finished runs are compared, those of its sub-folders included")
-    baseline: str = option("", "configuration to compare with; empty means the one that is closest to the defaults")
-    output_dir: str = option("comparison", "folder of the tables and figures")
-
-
-class ComparisonError(KitError):
-    """Runs whose scores do not stand for the same thing."""
-
-    title = "the runs cannot be compared:"
-
-
-class Arm(NamedTuple):
-    """A configuration and what its runs predicted for the rows of a study."""
-
-    name: str
-    seeds: list
-    records: list  # of all its runs
-    predictions: dict  # last and best -> (S, N, K)
-
-
-class Study(NamedTuple):
-    """Configurations that can be compared, the baseline first: the same rows, folds, targets and evaluations."""
-
-    metric: str
-    folds: np.ndarray  # (N,)
-    groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
-    test_to_train: float  # rows of a fold by those that its models were trained on
-    target: np.ndarray  # (N, K), or (N,) class numbers
-    arms: list
-
-
-def read_records(folder):
-    """Records of the finished runs in `folder` and below, each with its run folder as `folder`. Runs that did not
-    finish are named and left out; ComparisonError where none did."""
-    runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
-    finished = [run for run in runs if is_complete(run)]
-    if unfinished := [run.name for run in runs if run not in finished]:
-        print(f"left out, since they did not finish: {listing(unfinished)}")
-    if not finished:
-        raise ComparisonError(f"runs_dir {str(folder)!r} has no finished run, which is a folder with record.json")
-    return [read_record(run) | {"folder": run} for run in finished]
-
-
-def effective(record):
-    """What makes the configuration of a run: its settings, with what was left open as it was resolved."""
-    settings = as_recorded(Config().to_dict()) | record["settings"] | record["resolved"]
-    settings["precision"] = record["precision"]
-    return {name: value for name, value in settings.items() if name not in INCIDENTAL}
-
-
-def pair(name, value):
-    """A setting as text such as `llrd=0.95`; numbers are written in one way, whoever wrote them."""
-    with contextlib.suppress(TypeError, ValueError):
-        value = f"{float(value):.12g}" if not isinstance(value, bool) else value
-    return f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-def pairs(settings, names):
-    return " ".join(pair(name, settings.get(name)) for name in names)
-
-
-def choose_baseline(configurations, varied, baseline):
-    """The one of some configurations, lists of records, that has the settings of `baseline`, such as `head=cls llrd=1`;
-    of several the one with most of its `varied` settings at their defaults. ConfigError where that is not one."""
-    wanted = {pair(*part.partition("=")[::2]) for part in baseline.split()}
-    default, changes, known = as_recorded(Config().to_dict()), {}, {}
-    for i, runs in enumerate(configurations):
-        settings = effective(runs[0])
-        own = [pair(*item) for item in settings.items()]
-        known |= dict.fromkeys(own)
-        if wanted <= set(own) or baseline == pairs(settings, varied):
-            changes[i] = sum(runs[0]["settings"].get(key, default.get(key)) != default.get(key) for key in varied)
-    chosen = [i for i, count in changes.items() if count == min(changes.values())]
-    if len(chosen) != 1:
-        lacking = [f"{part}{nearest(part, known)}" for part in sorted(wanted - set(known))]
-        found = "several configurations fit" if chosen else f"no configuration has {listing(lacking or [baseline])}"
-        names = [pairs(effective(configurations[i][0]), varied) for i in chosen or range(len(configurations))]
-        raise ConfigError(f"baseline {baseline!r}: {found}; set it to what is one of: {'; '.join(names)}")
-    return configurations[chosen[0]]
-
-
-def group_records(records, baseline):
-    """{name of a configuration: its records}, the baseline first. The name of the baseline has all settings that vary,
-    that of another those in which it differs from the baseline."""
-    grouped = {}
-    for record in records:
-        grouped.setdefault(json.dumps(effective(record), sort_keys=True), []).append(record)
-    if len(grouped) == 1:
-        raise ComparisonError(f"all {len(records)} runs have one configuration: there is nothing to compare it with")
-    configurations = list(grouped.values())
-    settings = [effective(runs[0]) for runs in configurations]
-    names = dict.fromkeys(name for own in settings for name in own)
-    varied = [name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)]
-    first = choose_baseline(configurations, varied, baseline)
-    base = effective(first[0])
-    named = {pairs(base, varied): first}
-    for runs, own in zip(configurations, settings, strict=True):
-        if runs is not first:
-            named[pairs(own, [name for name in varied if own.get(name) != base.get(name)])] = runs
-    return named
-
-
-def compared_config(record):
-    """The settings of a run that comparing needs. ConfigError where its metric is not registered."""
-    return Config.from_dict({name: record["settings"][name] for name in NEEDED} | {"metric": record["oof"]["metric"]})
-
-
-def evaluations(records):
-    """{fold: how often it was evaluated} of the runs of one seed: of so many scores `best` is the best."""
-    cfg = compared_config(records[0])
-    folds = [fold for record in records for fold in record["folds"]]
-    steps = {fold["fold"]: fold["steps"] - fold.get("pseudo_steps", 0) for fold in folds}
-    return {fold: len(evaluation_steps(n // cfg.epochs, cfg)) for fold, n in steps.items()}
-
-
-@contextlib.contextmanager
-def named_errors(path):
-    """A file that is missing or broken is a ComparisonError that names it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise ComparisonError(f"{path}: {type(error).__name__}: {error}") from None
-
-
-def read_oof(records):
-    """(N, ...) table of what the runs of one seed, with different folds, predicted, by id. Labels stay text."""
-    text, frames = {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {}), []
-    for record in records:
-        with named_errors(path := record["folder"] / "oof.csv"):
-            frames.append(pd.read_csv(path, dtype=text, keep_default_na=False).set_index("id"))
-    return pd.concat(frames)
-
-
-def setting_problems(record, first, other="the baseline"):
-    """How a run differs from the first, one of `other`, in what makes scores comparable."""
-    facts = [{"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"]} for r in (record, first)]
-    ours, theirs = facts
-    return [
-        f"{record['folder']} has {key} {ours[key]}, {other} {theirs[key]}" for key in ours if ours[key] != theirs[key]
-    ]
-
-
-def row_problems(name, oof, reference, other="the baseline"):
-    """How the rows, folds, groups and targets of a seed differ from those of `other`, the reference."""
-    if repeated := sorted(oof["fold"][oof.index.duplicated()].unique()):
-        return [f"{name} has fold {listing(repeated)} more than once; move or delete a run"]
-    if len(apart := oof.index.symmetric_difference(reference.index)):
-        ours, theirs = (f"{len(o)} rows, folds {listing(sorted(o['fold'].unique()))}" for o in (oof, reference))
-        return [f"{name} has {ours}, {other} {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
-    problems, oof = [], oof.loc[reference.index]
-    for column in [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]:
-        got, expected = (o.get(column, pd.Series("none", reference.index)) for o in (oof, reference))
-        if (differ := got != expected).any():
-            row = differ.idxmax()
-            example = f"{got[row]} against {expected[row]} at id {row!r}"
-            problems.append(f"{name} has another {column} than {other} in {differ.sum()} rows, such as {example}")
-    return problems
-
-
-def group_problems(name, record, oof):
-    """Before 0.5.0 an oof.csv had no groups, without which rows would count as independent."""
-    if "group" in record["settings"]["fold_kind"] and "group" not in oof:
-        return [f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew"]
-    return []
-
-
-def seed_problems(name, records, oof, first, reference):
-    """How the runs of a seed differ from those of the first seed of the baseline."""
-    problems = row_problems(name, oof, reference) + group_problems(name, records[0], oof)
-    ours, theirs = evaluations(records), evaluations(first)
-    if unequal := [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]:
-        counts = f"{ours[unequal[0]]} times in fold {unequal[0]}, the baseline {theirs[unequal[0]]} times"
-        problems.append(f"{name} was evaluated {counts}: of more evaluations the best is better by chance")
-    return problems
-
-
-def mixture(records):
-    """What differs between the machines and versions of the runs, in words: scores and seconds may carry it."""
-    facts = [{key: record[key] for key in ("device", "threads")} | record["versions"] for record in records]
-    values = {key: sorted({str(fact.get(key)) for fact in facts}) for key in facts[0]}
-    return [f"the runs differ in {key}: {listing(some)}" for key, some in values.items() if len(some) > 1]
-
-
-def encode_oof(oof, cfg, classes):
-    """Of an out-of-fold table: targets (N, K) or class numbers (N,), folds (N,), and groups (N,) as numbers."""
-    targets = oof.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
-    groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
-    if groups.max() == 0:
-        raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")
-    return encode_targets(targets, cfg, classes), oof["fold"].to_numpy(), groups
-
-
-def align_runs(records, baseline=""):
-    """The `Study` of records from `read_records`; `baseline` is text such as `head=cls`, see `choose_baseline`.
-
-    Raises ConfigError where that is none or several, and ComparisonError where runs differ from the baseline in
-    metric, outputs, rows, folds, groups, targets or number of evaluations, or share a seed and a fold.
-    """
-    configurations = group_records(records, baseline)
-    seeds = {}  # (configuration, seed) -> records
-    for name, runs in configurations.items():
-        for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
-            seeds.setdefault((name, record["settings"]["seed"]), []).append(record)
-    first = next(iter(seeds.values()))
-    problems = [problem for record in records for problem in setting_problems(record, first[0])]
-    if problems:
-        raise ComparisonError(problems)
-    oofs = {key: read_oof(runs) for key, runs in seeds.items()}
-    reference = next(iter(oofs.values()))
-    for (name, seed), oof in oofs.items():
-        runs = seeds[name, seed]
-        title = f"{name}, seed {seed} ({listing(record['folder'] for record in runs)})"
-        problems += seed_problems(title, runs, oof, first, reference)
-    if problems:
-        raise ComparisonError(problems)
-
-    cfg, outputs, arms = compared_config(first[0]), first[0]["outputs"], []
-    for name, runs in configurations.items():
-        frames = {seed: oofs[arm, seed].loc[reference.index] for arm, seed in oofs if arm == name}
-        predictions = {
-            kind: np.stack([f[[suffixed(f"prediction_{kind}", o, outputs) for o in outputs]] for f in frames.values()])
-            for kind in KINDS
-        }
-        arms.append(Arm(name, list(frames), runs, predictions))
-    target, folds, groups = encode_oof(reference, cfg, first[0]["classes"])
-    sizes = reference["fold"].value_counts()
-    test_to_train = float((sizes / (first[0]["rows"] - sizes)).mean())
-    study = Study(cfg.metric, folds, groups, test_to_train, target, arms)
-    check_scores(study)
-    n_seeds = listing(sorted({len(arm.seeds) for arm in arms}))
-    print(f"{len(arms)} configurations, {len(target)} rows, {len(sizes)} folds, {n_seeds} seeds")
-    print("\n".join([f"baseline: {arms[0].name}", *mixture(records)]))
-    return study
-
-
-def seed_scores(study, arm, kind):
-    """(S,) scores over all rows and (S, F) scores of each fold."""
-    score, folds = METRICS[study.metric], np.unique(study.folds)
-    every = np.array([score(study.target, p) for p in arm.predictions[kind]])
-    parts = [[score(study.target[study.folds == f], p[study.folds == f]) for f in folds] for p in arm.predictions[kind]]
-    return every, np.array(parts)
-
-
-def check_scores(study):
-    """Raise ComparisonError where a seed has no score, as a correlation has none with constant predictions."""
-    for arm, kind in itertools.product(study.arms, KINDS):
-        scores, _ = seed_scores(study, arm, kind)
-        if len(bad := np.flatnonzero(~np.isfinite(scores))):
-            seeds = listing(arm.seeds[i] for i in bad)
-            raise ComparisonError(f"{arm.name}, seed {seeds}: the {kind} predictions have no {study.metric}")
-
-
-def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
-    """(R, P) scores of P predictions (P, N, K) over rows drawn with replacement, whole groups at once: the same rows
-    for each prediction."""
-    score, n_groups = METRICS[metric_name], groups.max() + 1
-    values = None
-    if score.per_row:
-        values = np.stack([score.per_row(target, p) for p in predictions], axis=1).astype(np.float64)  # (N, P, M)
-    scores = np.empty((n_resamples, len(predictions)))
-    every = range(n_resamples) if score.per_row else progress(range(n_resamples), f"resamples of {metric_name}")
-    for i in every:
-        times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[groups]  # (N,)
-        if score.per_row:
-            scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
-        else:
-            rows = np.repeat(np.arange(len(times)), times)
-            scores[i] = [score(target[rows], p[rows]) for p in predictions]
-    defined = np.isfinite(scores).all(1)
-    if defined.mean() < 0.9:
-        raise ComparisonError(
-            f"{metric_name} has no value on {(~defined).sum()} of {n_resamples} resamples of {len(groups)} rows"
-        )
-    return scores[defined]
-
-
-def corrected_t(differences, test_to_train):
-    """p of the corrected resampled t-test (Nadeau & Bengio 2003; Bouckaert & Frank 2004) of differences (F, S).
-
-    Models of different folds share training rows, so the variance is enlarged by `test_to_train`.
-    """
-    n = differences.size
-    variance = differences.var(ddof=1) * (1 / n + test_to_train)
-    return 2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1) if variance > 0 else math.nan
-
-
-def holm(p_values):
-    """p-values adjusted for their number (Holm 1979); NaN is no test."""
-    adjusted, largest = np.full(len(p_values), math.nan), 0.0
-    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
-    for rank, i in enumerate(order):
-        adjusted[i] = largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-    return adjusted
-
-
-class Difference(NamedTuple):
-    """A configuration against the baseline, by `two_way_bootstrap`."""
-
-    difference: float
-    low: float  # 95 % interval
-    high: float
-    p: float
-    detectable: float  # true difference that is found in about four of five such studies
-
-
-def widened(n):
-    """Draws of n with replacement vary too little: by how much to stretch their deviations."""
-    return math.sqrt(n / (n - 1)) if n > 1 else 0.0
-
-
-def two_way_bootstrap(study, kind, n_resamples, seed):
-    """The `Difference` of each configuration but the baseline: of the mean over seeds of the score over all rows.
-
-    Rows, or groups, and the seeds of each side are drawn with replacement at once (two-way bootstrap), their deviations
-    `widened`. Where a variance rests on few seeds or groups, t takes the place of the normal distribution behind
-    interval and p, with the degrees of freedom of Welch and Satterthwaite. A side with one seed has no variance of
-    seeds: its interval is over rows alone, and p is NaN. The detectable difference allows for the number of
-    configurations as Bonferroni does, and so for a little more than Holm.
-    """
-    rng, sides = np.random.default_rng(seed), []
-    cuts = np.cumsum([len(arm.seeds) for arm in study.arms])[:-1]
-    every = np.concatenate([arm.predictions[kind] for arm in study.arms])  # (P, N, K)
-    point = np.array([METRICS[study.metric](study.target, p) for p in every])
-    rows = resampled_scores(study.metric, study.target, every, study.groups, n_resamples, rng)  # (R, P)
-    n_groups = study.groups.max() + 1
-    for scores, boot in zip(np.split(point, cuts), np.split(rows, cuts, axis=1), strict=True):
-        n, by_rows = len(scores), boot.mean(1)
-        by_seeds = np.take_along_axis(boot, rng.integers(n, size=boot.shape), 1).mean(1) - by_rows
-        by_rows = widened(n_groups) * (by_rows - scores.mean())
-        sides.append((scores.mean(), by_rows, widened(n) * by_seeds, scores.var(ddof=1) / n if n > 1 else 0.0, n - 1))
-    (base, rows0, seeds0, variance0, freedom0), differences = sides[0], []
-    for mean, by_rows, by_seeds, variance, freedom in sides[1:]:
-        value, spread = mean - base, by_rows - rows0 + by_seeds - seeds0
-        error, one_seed = spread.std(), min(freedom, freedom0) == 0
-        parts = [((by_rows - rows0).var(), n_groups - 1), (variance, freedom), (variance0, freedom0)]
-        uncertain = sum(part**2 / degrees for part, degrees in parts if part)
-        t, normal = scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm(), scipy.stats.norm()
-        low, high = value + t.ppf(0.975) / normal.ppf(0.975) * np.quantile(spread, [0.025, 0.975])
-        p = math.nan if one_seed else 2 * t.sf(abs(value) / error) if error else 1.0
-        level = LEVEL / len(sides[1:])
-        differences.append(Difference(value, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error))
-    return differences
-
-
-def seed_curves(arm, seed, metric_name):
-    """Evaluations of a seed that all its folds have: shares of the training done (E,) and scores (F, E)."""
-    logs = []
-    for record in arm.records:
-        if record["settings"]["seed"] == seed:
-            with named_errors(path := record["folder"] / "log.jsonl"):
-                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
-    log = pd.concat(logs)
-    log["number"] = log.groupby("fold").cumcount()
-    log["share"] = log["step"] / log.groupby("fold")["step"].transform("max")
-    scores, shares = (
-        log.pivot(index="fold", columns="number", values=v).dropna(axis=1) for v in (metric_name, "share")
-    )
-    return shares.mean().to_numpy(), scores.to_numpy()
-
-
-def optimism(study, arm):
-    """How much better `best` looks for being chosen on the rows it is scored on: the mean over seeds and folds of its
-    distance to the score at the evaluation that the other folds of the seed would choose. NaN with one fold."""
-    distances = []
-    for seed in arm.seeds:
-        _, scores = seed_curves(arm, seed, study.metric)
-        if METRICS[study.metric].better == "higher":
-            scores = -scores
-        for fold in range(len(scores) if len(scores) > 1 else 0):
-            others = np.delete(scores, fold, 0).mean(0).argmin()
-            distances.append(scores[fold, others] - scores[fold].min())
-    return float(np.mean(distances)) if distances else math.nan
-
-
-def describe_arm(study, arm, kind):
-    """What the comparison says of a configuration by itself."""
-    scores, _ = seed_scores(study, arm, kind)
-    return {
-        "configuration": arm.name,
-        "checkpoint": kind,
-        "seeds": len(scores),
-        "folds": len(np.unique(study.folds)),
-        "rows": len(study.folds),
-        study.metric: scores.mean(),
-        "sd over seeds": scores.std(ddof=1) if len(scores) > 1 else math.nan,
-        "optimism": optimism(study, arm) if kind == "best" else math.nan,
-        "seconds": sum(record["seconds"]["total"] for record in arm.records) / len(scores),
-        "rows/s": np.mean([record["rows_per_second"] for record in arm.records]),
-        "peak GB": max(record["peak_memory_bytes"] for record in arm.records) / 2**30,
-    }
-
-
-def fold_evidence(study, arm, kind):
-    """p of `corrected_t` over folds x seeds, the seeds paired in their order, and the share of all folds and pairs of
-    seeds in which a configuration beats the baseline."""
-    folds, base = (seed_scores(study, side, kind)[1] for side in (arm, study.arms[0]))  # (S, F)
-    n, every = min(len(folds), len(base)), folds[:, None] - base[None]  # (S, S of the baseline, F)
-    won = every < 0 if METRICS[study.metric].better == "lower" else every > 0
-    cells = (folds[:n] - base[:n]).T
-    p = corrected_t(cells, study.test_to_train) if min(cells.shape) > 1 else math.nan
-    return {"p of t": p, "cells won": won.mean()}
-
-
-def verdict(row, better):
-    """What a row of the comparison says, in words."""
-    if math.isnan(row["difference"]):
-        return "baseline"
-    if math.isnan(row["p"]):
-        return "not distinguishable (one seed names no winner)"
-    if row["p of Holm"] < LEVEL:
-        return "better" if (row["difference"] < 0) == (better == "lower") else "worse"
-    return f"not distinguishable (smallest detectable difference {row['detectable']:.4g})"
-
-
-def compare_runs(study, n_resamples=2000, seed=0):
-    """Table of a `Study`: for the last and the best checkpoint a row for each configuration, the baseline first.
-
-    Columns: the metric, mean over seeds of the score over all rows, and its standard deviation over seeds; difference
-    to the baseline, its 95 % interval low and high, p and smallest detectable difference, see `two_way_bootstrap`;
-    p of Holm, adjusted for the number of configurations, on which the verdict stands; p of t, the second opinion of
-    `corrected_t`; cells won, of folds x pairs of seeds; how much of `best` is `optimism`; seconds of a seed, training
-    rows/s, peak GB.
-    """
-    kinds = []
-    for kind in KINDS:
-        table = pd.DataFrame([describe_arm(study, arm, kind) for arm in study.arms])
-        differences = pd.DataFrame(two_way_bootstrap(study, kind, n_resamples, seed))
-        evidence = pd.DataFrame([fold_evidence(study, arm, kind) for arm in study.arms[1:]])
-        against = pd.concat([differences, evidence], axis=1).set_index(table.index[1:])
-        table = table.join(against.assign(**{"p of Holm": holm(against["p"].to_numpy())}))
-        table["verdict"] = [verdict(row, METRICS[study.metric].better) for _, row in table.iterrows()]
-        kinds.append(table)
-    return pd.concat(kinds, ignore_index=True)
-
-
-def run_scores(study):
-    """Table with a row for each configuration and seed: its scores over all rows and of each fold, and what it took."""
-    rows, names = [], np.unique(study.folds)
-    for arm in study.arms:
-        scores = {kind: seed_scores(study, arm, kind) for kind in KINDS}
-        for i, seed in enumerate(arm.seeds):
-            runs = [record for record in arm.records if record["settings"]["seed"] == seed]
-            row = {
-                "configuration": arm.name,
-                "seed": seed,
-                "rows": len(study.folds),
-                "epochs": runs[0]["settings"]["epochs"],
-            }
-            row |= {f"{study.metric} {kind}": scores[kind][0][i] for kind in KINDS}
-            row |= {f"{kind} fold {f}": scores[kind][1][i, k] for kind in KINDS for k, f in enumerate(names)}
-            row["lr"] = runs[0]["resolved"]["lr"]
-            row["seconds"] = sum(record["seconds"]["total"] for record in runs)
-            row["device"] = listing({f"{r['device']}, {r['threads']} threads, {r['precision']}": 0 for r in runs})
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-# Colours that colour-blind readers tell apart (Okabe & Ito)
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
-LABEL = 26  # characters of a line of a configuration's name
-VERDICT_COLORS = {"better": BLUE, "worse": RED, "not distinguishable": GREY}
-
-
-def label_right(axis, limits, heights, texts):
-    """Texts at heights to the right of the axes, whose limits are set too."""
-    right = axis.twinx()
-    for side in (axis, right):
-        side.set_ylim(limits)
-    right.set_yticks(heights, texts, fontsize="small")
-    right.tick_params(length=0)
-
-
-def plot_differences(study, table, folder):
-    """Difference of each configuration to the baseline with its 95 % interval, as differences.png: filled and above
-    for the last checkpoint, hollow and below for the best."""
-    rows = table[table["difference"].notna()]
-    last = rows[rows["checkpoint"] == "last"].sort_values(
-        "difference", ascending=METRICS[study.metric].better != "lower"
-    )
-    names = list(last["configuration"])
-    figure = new_figure(10, 1.8 + 0.6 * len(names))
-    axis = figure.subplots()
-    for _, row in rows.iterrows():
-        is_last, word = row["checkpoint"] == "last", row["verdict"].partition(" (")[0]
-        color, height = VERDICT_COLORS[word], names.index(row["configuration"]) + (0.14 if is_last else -0.14)
-        axis.plot([row["low"], row["high"]], [height] * 2, color=color, linewidth=2 if is_last else 1)
-        face = color if is_last else "white"
-        axis.plot(row["difference"], height, marker="o" if is_last else "D", color=color, markerfacecolor=face)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL) for name in names])
-    words = last["verdict"].str.partition(" (")[0]
-    texts = [f"{difference:+.4g} {word}" for difference, word in zip(last["difference"], words, strict=True)]
-    label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
-    side = "left" if METRICS[study.metric].better == "lower" else "right"
-    title = f"difference in out-of-fold {study.metric} ({side} is better), 95 % interval, to {study.arms[0].name}"
-    axis.set_xlabel(textwrap.fill(title, 70))
-    for marker, label, face in (("o", "last checkpoint", "black"), ("D", "best checkpoint", "white")):
-        axis.plot([], [], marker=marker, color="black", markerfacecolor=face, linestyle="none", label=label)
-    figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
-    save_figure(figure, folder / "differences.png")
-
-
-def panels(study, ylabel, title):
-    """A figure with a panel for each configuration but the baseline, and [(arm, its axis)]."""
-    arms = study.arms[1:]
-    columns = min(4, len(arms))
-    height = math.ceil(len(arms) / columns)
-    lines = [textwrap.wrap(arm.name, LABEL) for arm in arms]
-    figure = new_figure(1 + 2.4 * columns, 1 + (2.2 + 0.15 * max(map(len, lines))) * height)
-    axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, words in zip(axes.flat, lines, strict=False):
-        axis.set_title("\n".join(words), fontsize="small")
-        axis.tick_params(labelbottom=True)
-    for axis in axes.flat[len(arms) :]:
-        axis.remove()
-    figure.supylabel(ylabel, fontsize="medium")
-    figure.suptitle(textwrap.fill(title, 8 + 30 * columns), fontsize="medium")
-    return figure, list(zip(arms, axes.flat, strict=False))
-
-
-def plot_folds(study, folder):
-    """Score of each fold from the baseline to a configuration, as folds.png: solid and blue where it is better."""
-    figure, parts = panels(
-        study, f"{study.metric} of each fold", f"last checkpoint, mean over seeds; baseline: {study.arms[0].name}"
-    )
-    base = seed_scores(study, study.arms[0], "last")[1].mean(0)
-    for arm, axis in parts:
-        scores = seed_scores(study, arm, "last")[1].mean(0)
-        better = scores < base if METRICS[study.metric].better == "lower" else scores > base
-        for pair, won in zip(np.stack([base, scores], axis=1), better, strict=True):
-            color, style = (BLUE, "-") if won else (RED, "--")
-            axis.plot([0, 1], pair, color=color, linestyle=style, marker="o", markersize=3)
-        axis.set_xticks([0, 1], ["baseline", "this"])
-        axis.set_xlim(-0.3, 1.3)
-        axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
-    save_figure(figure, folder / "folds.png")
-
-
-def plot_learning(study, folder):
-    """Validation score over the training, mean over folds and seeds with the range over seeds, as learning.png."""
-    figure, parts = panels(
-        study, f"validation {study.metric}", f"mean over folds, band: range over seeds; dashed: {study.arms[0].name}"
-    )
-    for arm, axis in parts:
-        for side, color, style in ((study.arms[0], GREY, "--"), (arm, BLUE, "-")):
-            curves = [seed_curves(side, seed, study.metric) for seed in side.seeds]
-            share, scores = curves[0][0], np.stack([scores.mean(0) for _, scores in curves])
-            axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
-            axis.fill_between(share, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-        axis.set_xlabel("share of the training", fontsize="small")
-    save_figure(figure, folder / "learning.png")
-
-
-def spread_apart(heights, distance):
-    """Heights moved as little upwards as it takes for neighbours to be `distance` apart."""
-    moved, previous = np.empty(len(heights)), -math.inf
-    for i in np.argsort(heights, kind="stable"):
-        moved[i] = previous = max(heights[i], previous + distance)
-    return moved
-
-
-def plot_cost(study, table, folder):
-    """Score of the last checkpoint against the seconds of one seed, as cost.png; the square is the baseline."""
-    rows = table[table["checkpoint"] == "last"]
-    seconds, mean, spread = rows["seconds"], rows[study.metric], rows["sd over seeds"].fillna(0)
-    figure = new_figure(10, max(4, 1 + 0.35 * len(rows)))
-    axis = figure.subplots()
-    axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)
-    axis.plot(seconds.iloc[0], mean.iloc[0], marker="s", markersize=8, color="black", zorder=3)
-    bottom, top = axis.get_ylim()
-    step = 1.2 * (top - bottom) / max(12, len(rows))
-    heights = spread_apart(mean.to_numpy(), step)
-    label_right(axis, (bottom, max(top, heights.max() + step)), heights, rows["configuration"])
-    line, at = dict(arrowstyle="-", color=GREY, linewidth=0.5), axis.get_yaxis_transform()
-    for x, y, height in zip(seconds, mean, heights, strict=True):
-        axis.annotate("", (x, y), (1, height), textcoords=at, arrowprops=line)
-    axis.set(xlabel="seconds of one seed, all folds", ylabel=f"out-of-fold {study.metric}, mean and sd over seeds")
-    save_figure(figure, folder / "cost.png")
-
-
-# ---------------------------------------------------------------------------------------
-# 22. Blending
-#
-# Weights of finished runs, fitted on what they predicted out of fold. A member is a run; seeds of one configuration are
-# members of their own. One weight a member, for all its outputs. Shapes: M members, R resamples.
-
-BLENDS = {}  # name of a way to fit -> function(predictions (M, N, K), target, metric name) -> (weights (M,), intercept)
-CLASS_BLENDS = ("mean", "best", "hill")  # those whose weights are shares: probabilities stay probabilities
-HILL_ROUNDS = 50  # weights are multiples of 1/50 at the finest
-RIDGE_ALPHAS = np.geomspace(1e-2, 1e5, 15)  # of targets with variance 1
-
-
-def best_of(metric_name, scores):
-    """Position of the best score, the first of equal ones. ComparisonError where none is a number."""
-    scores = np.array(scores) if METRICS[metric_name].better == "lower" else -np.array(scores)
-    if np.isnan(scores).all():
-        raise ComparisonError(f"none of {len(scores)} predictions has a {metric_name}")
-    return int(np.nanargmin(scores))
-
-
-@register(BLENDS, "mean")
-def equal_weights(predictions, target, metric_name):
-    """Every member alike."""
-    return np.full(len(predictions), 1 / len(predictions)), 0.0
-
-
-@register(BLENDS, "best")
-def best_member(predictions, target, metric_name):
-    """The member with the best score, alone."""
-    chosen = best_of(metric_name, [METRICS[metric_name](target, p) for p in predictions])
-    return np.eye(len(predictions))[chosen], 0.0
-
-
-def centred(predictions, target):
-    """Cells (N * K, M) of the members and (N * K,) of the target, less the mean of each output, in standard deviations
-    of the target: what a regression without intercept takes."""
-    rows, goal = predictions - predictions.mean(1, keepdims=True), target - target.mean(0)
-    return rows.reshape(len(rows), -1).T / goal.std(), goal.ravel() / goal.std()
-
-
-def with_intercept(weights, predictions, target):
-    """The weights, and the intercept (K,) that gives the blend the mean of the target."""
-    return weights, target.mean(0) - np.tensordot(weights, predictions.mean(1), 1)
-
-
-@register(BLENDS, "nnls")
-def least_squares(predictions, target, metric_name):
-    """Least squares with weights of 0 or more and an intercept. The weights need not add up to 1: members that
-    exaggerate are shrunk to the mean."""
-    return with_intercept(scipy.optimize.nnls(*centred(predictions, target))[0], predictions, target)
-
-
-@register(BLENDS, "hill")
-def hill_climbing(predictions, target, metric_name):
-    """Greedy selection with replacement, on the metric itself: each round adds the member that makes the mean of those
-    chosen best, and the best round counts. Caruana et al. 2004, "Ensemble selection from libraries of models"."""
-    score, counts, total = METRICS[metric_name], np.zeros(len(predictions)), np.zeros_like(predictions[0])
-    weights, best = None, math.nan
-    for size in range(1, HILL_ROUNDS + 1):
-        scores = [score(target, (total + p) / size) for p in predictions]
-        chosen = best_of(metric_name, scores)
-        counts[chosen] += 1
-        total += predictions[chosen]
-        if improves(metric_name, scores[chosen], best):
-            weights, best = counts / size, scores[chosen]
-    return weights, 0.0
-
-
-@register(BLENDS, "ridge")
-def ridge(predictions, target, metric_name):
-    """Ridge regression with an intercept, drawn to equal weights and not to 0: of what the mean of the members leaves
-    over. Weights may be negative; leave-one-out errors choose the penalty."""
-    x, y = centred(predictions, target)
-    rest = sklearn.linear_model.RidgeCV(RIDGE_ALPHAS, fit_intercept=False).fit(x, y - x.mean(1))
-    return with_intercept(1 / len(predictions) + rest.coef_, predictions, target)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlendConfig(Settings):
-    """The settings of blend.ipynb."""
-
-    runs_dir: str = option("runs", "folder whose finished runs are blended, those of its sub-folders included")
-    runs: str = option("", "names of the runs to blend, with commas; empty means all")
-    method: str = option(
-        "auto", "auto mean best nnls hill ridge; auto: the best by its nested score", ("auto", *BLENDS)
-    )
-    output_dir: str = option("blend", "folder of blend.json and the figure")
-
-
-class Members(NamedTuple):
-    """Runs that can be blended: the same rows, folds and targets, and what each predicted out of fold."""
-
-    task: str
-    metric: str
-    records: dict  # name of a run -> its record
-    folds: np.ndarray  # (N,)
-    groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
-    target: np.ndarray  # (N, K), or (N,) class numbers
-    predictions: np.ndarray  # (M, N, K), of the weights that each run kept
-
-
-class Blended(NamedTuple):
-    """Weights of members and what they are worth, by `fit_blend`."""
-
-    method: str
-    weights: np.ndarray  # (M,)
-    intercept: np.ndarray  # (K,)
-    predictions: np.ndarray  # (N, K), nested: each fold blended, and cut for qwk, by what was fitted on the others
-    nested: float  # score of these predictions
-    optimistic: float  # score of the weights on the rows that they were fitted on
-    cuts: dict  # of `threshold_scores` where the metric is qwk in regression, else empty
-
-
-def choose_records(records, runs):
-    """{name: record} of the runs named in the setting `runs`, or of all."""
-    named = {}
-    for record in records:
-        named.setdefault(record["folder"].name, []).append(record)
-    wanted = [name.strip() for name in runs.split(",")] if runs else list(named)
-    if problems := [
-        f"runs: no finished run is called {name!r}{nearest(name, named)}" for name in set(wanted) - {*named}
-    ]:
-        raise ConfigError(sorted(problems))
-    same = [listing(record["folder"] for record in named[name]) for name in wanted if len(named[name]) > 1]
-    if same:
-        raise ComparisonError([f"one name, and a bundle needs two: {folders}; rename one" for folders in same])
-    return {name: named[name][0] for name in dict.fromkeys(wanted)}
-
-
-def kept_predictions(record, oof):
-    """What the weights that a run kept predicted out of fold, (N, K)."""
-    return oof[[suffixed("prediction", name, record["outputs"]) for name in record["outputs"]]].to_numpy(np.float64)
-
-
-def align_members(records, runs=""):
-    """The `Members` among records from `read_records` that the setting `runs` names.
-
-    Raises ConfigError for names that are none, and ComparisonError where runs differ from the first in metric, outputs,
-    rows, folds, groups or targets, or an oof.csv does not give the score that its record tells.
-    """
-    chosen = choose_records(records, runs)
-    first, *others = chosen
-    if not others:
-        raise ComparisonError(f"run {first} is alone: there is nothing to blend it with")
-    if problems := [p for name in others for p in setting_problems(chosen[name], chosen[first], first)]:
-        raise ComparisonError(problems)
-    oofs = {name: read_oof([record]) for name, record in chosen.items()}
-    for name, oof in oofs.items():
-        problems += row_problems(name, oof, oofs[first], first) + group_problems(name, chosen[name], oof)
-    if problems:
-        raise ComparisonError(problems)
-    cfg = compared_config(chosen[first])
-    target, folds, groups = encode_oof(oofs[first], cfg, chosen[first]["classes"])
-    if len(np.unique(folds)) < 2:
-        raise ComparisonError("the runs have one fold: weights are scored on a fold that they were not fitted on")
-    aligned = [kept_predictions(record, oofs[name].loc[oofs[first].index]) for name, record in chosen.items()]
-    for record, predictions in zip(chosen.values(), aligned, strict=True):
-        told, got = record["oof"][record["settings"]["checkpoint"]], METRICS[cfg.metric](target, predictions)
-        if not abs(got - told) <= 1e-5 * max(1, abs(told)):  # NaN too
-            problems.append(f"{record['folder']}: oof.csv has a {cfg.metric} of {got:.6g}, record.json of {told:.6g}")
-    if problems:
-        raise ComparisonError(problems)
-    print(f"{len(chosen)} members, {len(folds)} rows, {len(np.unique(folds))} folds, scored by {cfg.metric}")
-    if flattered := [name for name, record in chosen.items() if record["settings"]["checkpoint"] == "best"]:
-        print(f"flattered, since they kept the checkpoint that is best on these rows: {listing(flattered)}")
-    return Members(cfg.task, cfg.metric, chosen, folds, groups, target, np.stack(aligned))
-
-
-def blended_rows(weights, intercept, predictions):
-    """(M, N, K) predictions as one, (N, K)."""
-    return np.tensordot(weights, predictions, 1) + intercept
-
-
-def fit_blend(members, method):
-    """The `Blended` of members by a method of BLENDS."""
-    metric_name, target, predictions = members.metric, members.target, members.predictions
-    fit, nested = BLENDS[method], np.empty_like(predictions[0])
-    for fold in progress(np.unique(members.folds), f"blend by {method}"):
-        own = members.folds == fold
-        nested[own] = blended_rows(*fit(predictions[:, ~own], target[~own], metric_name), predictions[:, own])
-    weights, intercept = fit(predictions, target, metric_name)
-    optimistic = METRICS[metric_name](target, blended := blended_rows(weights, intercept, predictions))
-    cuts = {}
-    if (members.task, metric_name) == ("regression", "qwk"):
-        whole = np.rint(target)
-        cuts = threshold_scores(whole, blended, members.folds)
-        nested, optimistic = nested_levels(whole, nested, members.folds), cuts["fitted"]
-    intercept = np.broadcast_to(intercept, predictions.shape[2:])
-    return Blended(method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic, cuts)
-
-
-def fit_blends(members, method="auto"):
-    """The `Blended` by every method that the task allows, the chosen one first: that of `method`, or for `auto` the one
-    with the best nested score, of equal ones the one that stands first in BLENDS. ConfigError for a method that would
-    not leave probabilities as such."""
-    methods = list(BLENDS) if members.task == "regression" else CLASS_BLENDS
-    if method not in ("auto", *methods):
-        raise ConfigError(f"method {method} is for regression; for task {members.task} there are {listing(methods)}")
-    blends = [fit_blend(members, name) for name in methods]
-    best = best_of(members.metric, [blended.nested for blended in blends])
-    chosen = blends[best if method == "auto" else methods.index(method)]
-    return [chosen, *(blended for blended in blends if blended is not chosen)]
-
-
-def compare_blends(members, blends, n_resamples=2000, seed=0):
-    """Table of the methods: nested and optimistic score, members with a weight, and the difference of the nested score
-    to that of the best member alone, with its 95 % interval `low` to `high` by a bootstrap over rows or groups."""
-    table = pd.DataFrame([{"method": b.method, "nested": b.nested, "optimistic": b.optimistic} for b in blends])
-    table["members"] = [np.count_nonzero(b.weights) for b in blends]
-    nested, rng = np.stack([b.predictions for b in blends]), np.random.default_rng(seed)
-    scores = resampled_scores(members.metric, members.target, nested, members.groups, n_resamples, rng)  # (R, methods)
-    single = [b.method for b in blends].index("best")
-    table["difference"] = table["nested"] - table["nested"][single]
-    spread = scores - scores[:, [single]] - table["difference"].to_numpy()
-    spread = widened(members.groups.max() + 1) * spread
-    for name, share in (("low", 0.025), ("high", 0.975)):
-        table[name] = table["difference"] + np.quantile(spread, share, axis=0)
-    return table.set_index("method")
-
-
-def member_scores(members, blends):
-    """Table of the members, the best first: the score of each, the checkpoint it kept, its weight by each method."""
-    score = METRICS[members.metric]
-    table = pd.DataFrame({"member": list(members.records)})
-    table[members.metric] = [score(members.target, predictions) for predictions in members.predictions]
-    table["checkpoint"] = [record["settings"]["checkpoint"] for record in members.records.values()]
-    for blended in blends:
-        table[blended.method] = blended.weights
-    return table.sort_values(members.metric, ascending=score.better == "lower", kind="stable").set_index("member")
-
-
-def residuals(members):
-    """Target less prediction of every member, (M, N * K); of a multiclass task with targets of 0 and 1."""
-    target = members.target
-    target = np.eye(members.predictions.shape[2])[target] if target.ndim == 1 else target
-    return (target - members.predictions).reshape(len(members.predictions), -1)
-
-
-def plot_blend(members, blended, folder):
-    """Correlation of the errors of members, the best first, and their weights, as blend.png. Members whose errors are
-    alike add little to each other."""
-    scores = member_scores(members, [blended])
-    order = [list(members.records).index(name) for name in scores.index]
-    shared, n = np.corrcoef(residuals(members)[order]), len(order)
-    figure = new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
-    left, right = figure.subplots(1, 2, width_ratios=(n + 2, 6))
-    image = left.imshow(shared, vmin=min(0, shared.min()), vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=left, shrink=0.8)
-    names = [f"{name}  {score:.4g}" for name, score in scores[members.metric].items()]
-    left.set_yticks(range(n), [textwrap.fill(name, 2 * LABEL) for name in names], fontsize="small")
-    left.set_xticks(range(n), range(1, n + 1))
-    for (i, j), value in np.ndenumerate(shared):
-        left.text(
-            j,
-            i,
-            f"{value:.2f}".removeprefix("0"),
-            ha="center",
-            va="center",
-            fontsize="x-small",
-            color="white" if value > 0.6 else "black",
-        )
-    left.set_title(f"correlation of errors; members by {members.metric}", fontsize="medium")
-    weights = scores[blended.method]
-    right.barh(range(n), weights, color=[BLUE if weight > 0 else RED for weight in weights])
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set_ylim(n - 0.5, -0.5)
-    right.set_yticks([])
-    for i, weight in enumerate(weights):
-        right.text(max(weight, 0), i, f" {weight:.3g}", va="center", fontsize="small")
-    right.margins(x=0.25)
-    right.set_title(f"weights by {blended.method}", fontsize="medium")
-    save_figure(figure, folder / "blend.png")
-
-
-def write_blend(members, blended, folder):
-    """Write blend.json, which tools/bundle.py packs and infer.ipynb blends by: members whose weight is not 0, with the
-    SHA-256 of their record.json. Returns what was written."""
-    told = member_scores(members, [blended])
-    kept = {
-        name: {
-            "weight": float(told[blended.method][name]),
-            "record_sha256": file_sha256(record["folder"] / "record.json"),
-            members.metric: float(told[members.metric][name]),
-            "checkpoint": record["settings"]["checkpoint"],
-        }
-        for name, record in members.records.items()
-        if told[blended.method][name]
-    }
-    if not kept:
-        raise ComparisonError(f"{blended.method} gives no member a weight: none knows more than the mean of the target")
-    content = {
-        "method": blended.method,
-        "metric": members.metric,
-        "nested": blended.nested,
-        "optimistic": blended.optimistic,
-        "rows": len(members.folds),
-        "members": kept,
-        "intercept": blended.intercept.tolist(),
-        "cuts": {name: blended.cuts[name] for name in ("thresholds", "levels") if name in blended.cuts},
-        "versions": versions(),
-    }
-    write_json(folder / BLEND, content)
-    weights = {name: member["weight"] for name, member in kept.items()}
-    print(f"wrote {folder / BLEND}: {blended.method}, {describe_blend(weights, content['intercept'])}")
-    paths = shlex.join(str(path) for path in (*(members.records[n]["folder"] for n in kept), "--blend", folder / BLEND))
-    print(f"pack it: python tools/bundle.py {paths} -o DIR --id OWNER/SLUG --title TITLE")
-    return content
-
-
-# ---------------------------------------------------------------------------------------
-# 23. Command line
+# 20. Command line
 
 
 def train_by_config(path):
     """What train.ipynb does, with the settings of a JSON file."""
     cfg = Config.from_dict(read_json(user_path("--config", path)))
-    join_processes()
     frame, test, sample = read_competition(cfg)
     run = train(make_folds(frame, cfg), cfg, test)
-    if rank() == 0:
-        predict_test(run, test, sample)
-
-
-def complain(text):
-    """Show an error. What all processes of a machine meet is shown by the first of them: torch.distributed.run ends the
-    others while they wait here."""
-    time.sleep(3 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
-    print(text, file=sys.stderr)
+    predict_test(run, test, sample)
 
 
 def main(arguments):
@@ -7306,22 +5617,11 @@ def main(arguments):
     command = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="what train.ipynb does")
     command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
     asked = parser.parse_args(arguments)
-    silent = int(os.environ.get("RANK", 0)) > 0
-    with contextlib.ExitStack() as stack:
-        if silent:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            warnings.simplefilter("ignore")
-        try:
-            train_by_config(asked.config)
-        except KitError as error:
-            complain(f"{type(error).__name__}: {error}")
-            return 1
-        except RuntimeError as error:
-            lost = isinstance(error, torch.distributed.DistBackendError) or re.search("peer|[Pp]ipe", str(error))
-            if world_size() == 1 or not lost:
-                raise
-            complain(f"process {rank()} cannot go on: another process of the run has ended")
-            return 1
+    try:
+        train_by_config(asked.config)
+    except KitError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

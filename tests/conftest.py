@@ -22,6 +22,7 @@ import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
+ku._prepare_process()  # tests build models and steps outside of a run too
 
 
 @pytest.fixture(autouse=True)

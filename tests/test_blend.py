@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import blending
+import comparison
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,10 +32,10 @@ def simulated(n_rows=200, spreads=(0.5, 0.6, 0.9), n_outputs=1, seed=0):
 
 
 def make_members(target, predictions, metric="rmse", task="regression", folds=None):
-    """`Members` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
+    """`BlendInputs` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
     n, records = len(target), {f"run{i}": {"settings": {"checkpoint": "last"}} for i in range(len(predictions))}
     folds = np.arange(n) % 5 if folds is None else folds
-    return ku.Members(task, metric, records, folds, np.arange(n), target, predictions)
+    return blending.BlendInputs(task, metric, records, folds, np.arange(n), target, predictions)
 
 
 def rmse_of(weights, intercept, predictions, target):
@@ -49,7 +51,7 @@ def test_nnls_finds_the_least_squares_of_all_weights_that_are_not_negative(n_out
     target, predictions = simulated(n_outputs=n_outputs)
     misled = np.random.default_rng(1).normal(size=target.shape) - target  # only a negative weight could use it
     predictions = np.concatenate([predictions, misled[None]])
-    weights, intercept = ku.BLENDS["nnls"](predictions, target, "rmse")
+    weights, intercept = blending.BLENDS["nnls"](predictions, target, "rmse")
     assert (weights >= 0).all() and weights[3] == 0 and np.shape(intercept) == (n_outputs,)
 
     def loss(free):
@@ -63,19 +65,19 @@ def test_nnls_finds_the_least_squares_of_all_weights_that_are_not_negative(n_out
 def test_hill_climbing_adds_the_member_that_makes_the_mean_best_and_keeps_the_best_round():
     target, predictions = simulated(n_rows=60)
     chosen, rounds = [], []
-    for _ in range(ku.HILL_ROUNDS):
+    for _ in range(blending._HILL_ROUNDS):
         trials = [predictions[[*chosen, i]].mean(0) for i in range(3)]
         errors = [np.abs(trial - target).mean() for trial in trials]
         chosen.append(int(np.argmin(errors)))
         rounds.append(min(errors))
     kept = chosen[: int(np.argmin(rounds)) + 1]
-    weights, intercept = ku.BLENDS["hill"](predictions, target, "mae")
+    weights, intercept = blending.BLENDS["hill"](predictions, target, "mae")
     assert weights == pytest.approx(np.bincount(kept, minlength=3) / len(kept)) and intercept == 0
 
 
 def test_hill_climbing_takes_the_highest_of_a_metric_that_is_better_higher():
     target, predictions = simulated()
-    weights, _ = ku.BLENDS["hill"](np.stack([predictions[2], -target, predictions[0]]), target, "pearson")
+    weights, _ = blending.BLENDS["hill"](np.stack([predictions[2], -target, predictions[0]]), target, "pearson")
     assert weights[1] == 0 and weights[2] > weights[0] and weights.sum() == pytest.approx(1)
 
 
@@ -90,25 +92,25 @@ def test_ridge_is_that_of_the_normal_equations_with_the_penalty_of_the_least_lea
 
     every = np.arange(40)
     left_out = [
-        sum((rest[i] - x[i] @ solved(every[every != i], alpha)) ** 2 for i in every) for alpha in ku.RIDGE_ALPHAS
+        sum((rest[i] - x[i] @ solved(every[every != i], alpha)) ** 2 for i in every) for alpha in blending._RIDGE_ALPHAS
     ]
-    expected = 1 / 3 + solved(every, ku.RIDGE_ALPHAS[int(np.argmin(left_out))])
-    weights, intercept = ku.BLENDS["ridge"](predictions, target, "rmse")
+    expected = 1 / 3 + solved(every, blending._RIDGE_ALPHAS[int(np.argmin(left_out))])
+    weights, intercept = blending.BLENDS["ridge"](predictions, target, "rmse")
     assert weights == pytest.approx(expected, abs=1e-9)
     assert np.einsum("m,mnk->nk", weights, predictions).mean() + intercept == pytest.approx(target.mean())
 
 
 def test_best_is_the_single_member_with_the_best_score_and_mean_counts_all_alike():
     target, predictions = simulated()
-    assert ku.BLENDS["best"](predictions[::-1], target, "rmse")[0].tolist() == [0, 0, 1]
-    assert ku.BLENDS["mean"](predictions, target, "rmse")[0] == pytest.approx([1 / 3] * 3)
+    assert blending.BLENDS["best"](predictions[::-1], target, "rmse")[0].tolist() == [0, 0, 1]
+    assert blending.BLENDS["mean"](predictions, target, "rmse")[0] == pytest.approx([1 / 3] * 3)
 
 
-@pytest.mark.parametrize("method", ku.BLENDS)
+@pytest.mark.parametrize("method", blending.BLENDS)
 def test_weights_do_not_depend_on_the_units_of_the_target(method):
     target, predictions = simulated()
-    weights, intercept = ku.BLENDS[method](predictions, target, "rmse")
-    moved, shift = ku.BLENDS[method](1000 * predictions, 1000 * target, "rmse")
+    weights, intercept = blending.BLENDS[method](predictions, target, "rmse")
+    moved, shift = blending.BLENDS[method](1000 * predictions, 1000 * target, "rmse")
     assert moved == pytest.approx(weights) and shift == pytest.approx(1000 * intercept)
 
 
@@ -116,36 +118,36 @@ def test_weights_do_not_depend_on_the_units_of_the_target(method):
 # The scores
 
 
-@pytest.mark.parametrize("method", ku.BLENDS)
+@pytest.mark.parametrize("method", blending.BLENDS)
 def test_a_fold_is_blended_with_weights_that_do_not_know_its_targets(method):
     target, predictions = simulated()
     members = make_members(target, predictions)
-    nested = ku.fit_blend(members, method).predictions
+    nested = blending._fit_blend(members, method).predictions
     for fold in (0, 3):
         own = members.folds == fold
         moved = np.where(own[:, None], target[::-1] * 5, target)
-        assert np.array_equal(ku.fit_blend(members._replace(target=moved), method).predictions[own], nested[own])
-        weights, intercept = ku.BLENDS[method](predictions[:, ~own], target[~own], "rmse")
+        assert np.array_equal(blending._fit_blend(members._replace(target=moved), method).predictions[own], nested[own])
+        weights, intercept = blending.BLENDS[method](predictions[:, ~own], target[~own], "rmse")
         assert nested[own] == pytest.approx(np.einsum("m,mnk->nk", weights, predictions[:, own]) + intercept)
 
 
 @pytest.mark.parametrize("method", ["nnls", "hill", "ridge"])
-def test_with_many_members_and_few_rows_the_nested_score_does_not_flatter_and_the_optimistic_does(method):
+def test_with_many_members_and_few_rows_the_nested_score_does_not_flatter_and_the_in_sample_score_does(method):
     gaps = []
     for seed in range(12):
         target, predictions = simulated(n_rows=2060, spreads=[1.0] * 20, seed=seed)
-        blended = ku.fit_blend(make_members(target[:60], predictions[:, :60]), method)
+        blended = blending._fit_blend(make_members(target[:60], predictions[:, :60]), method)
         fresh = rmse_of(blended.weights, blended.intercept, predictions[:, 60:], target[60:])
-        gaps.append((blended.optimistic - fresh, blended.nested - fresh))
-    optimistic, nested = np.mean(gaps, axis=0)
-    assert optimistic < -0.02 and nested > -0.01
+        gaps.append((blended.in_sample - fresh, blended.nested - fresh))
+    in_sample, nested = np.mean(gaps, axis=0)
+    assert in_sample < -0.02 and nested > -0.01
 
 
 def test_blending_what_errs_apart_is_told_from_the_best_member_and_what_errs_alike_is_not():
     for spreads, differs in (((0.5, 0.5, 0.5), True), ((0.05, 0.4, 0.4), False)):
         target, predictions = simulated(n_rows=600, spreads=spreads)
         members = make_members(target, predictions)
-        table = ku.compare_blends(members, ku.fit_blends(members))
+        table = blending.compare_blends(members, blending.fit_blends(members))
         low, high = table.loc["mean", ["low", "high"]]
         assert (high < 0) == differs and low < table.loc["mean", "difference"] < high
         assert table.loc["best", ["difference", "low", "high"]].tolist() == [0, 0, 0]
@@ -154,25 +156,25 @@ def test_blending_what_errs_apart_is_told_from_the_best_member_and_what_errs_ali
 
 def test_auto_takes_the_best_nested_score_and_a_method_by_name_comes_first():
     target, predictions = simulated()
-    blends = ku.fit_blends(make_members(target, predictions))
+    blends = blending.fit_blends(make_members(target, predictions))
     assert blends[0].nested == min(blended.nested for blended in blends)
-    assert sorted(blended.method for blended in blends) == sorted(ku.BLENDS)
-    assert ku.fit_blends(make_members(target, predictions), "best")[0].method == "best"
+    assert sorted(blended.method for blended in blends) == sorted(blending.BLENDS)
+    assert blending.fit_blends(make_members(target, predictions), "best")[0].method == "best"
 
 
 def test_probabilities_are_blended_by_shares_alone():
     rng = np.random.default_rng(0)
     target, raw = rng.integers(3, size=90), rng.dirichlet(np.ones(3), size=(2, 90))
     members = make_members(target, raw, "logloss", "multiclass")
-    for blended in ku.fit_blends(members):
-        assert blended.method in ku.CLASS_BLENDS and blended.predictions.sum(1) == pytest.approx(1)
+    for blended in blending.fit_blends(members):
+        assert blended.method in blending._CLASS_BLENDS and blended.predictions.sum(1) == pytest.approx(1)
     with pytest.raises(ku.ConfigError, match=r"method nnls is for regression; for task multiclass .* mean, best, hill"):
-        ku.fit_blends(members, "nnls")
+        blending.fit_blends(members, "nnls")
 
 
 def test_the_errors_of_a_multiclass_task_are_those_of_zeros_and_ones():
     members = make_members(np.array([1, 0]), np.array([[[0.2, 0.8], [0.6, 0.4]]]), "logloss", "multiclass")
-    assert ku.residuals(members) == pytest.approx(np.array([[-0.2, 0.2, 0.4, -0.4]]))
+    assert blending._residuals(members) == pytest.approx(np.array([[-0.2, 0.2, 0.4, -0.4]]))
 
 
 # ---------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def copies(runs, tmp_path):
 
 
 def members_of(folder, runs=""):
-    return ku.align_members(ku.read_records(folder), runs)
+    return blending.align_members(comparison.read_records(folder), runs)
 
 
 def test_members_are_runs_with_what_they_predicted_out_of_fold_in_the_order_of_rows(runs):
@@ -201,7 +203,7 @@ def test_members_are_runs_with_what_they_predicted_out_of_fold_in_the_order_of_r
 def test_names_that_are_none_and_a_run_alone_are_refused(runs):
     with pytest.raises(ku.ConfigError, match=r"runs: no finished run is called 'tow' \(did you mean two\?\)"):
         members_of(runs, "one,tow")
-    with pytest.raises(ku.ComparisonError, match="run two is alone"):
+    with pytest.raises(comparison.ComparisonError, match="run two is alone"):
         members_of(runs, "two")
 
 
@@ -209,7 +211,7 @@ def test_two_runs_of_one_name_are_refused_if_they_are_asked_for(copies):
     shutil.copytree(copies / "one", copies / "more" / "one")
     shutil.copytree(copies / "two", copies / "three")
     assert list(members_of(copies, "two,three").records) == ["two", "three"]
-    with pytest.raises(ku.ComparisonError, match=r"one name, and a bundle needs two: .*one, .*one; rename one"):
+    with pytest.raises(comparison.ComparisonError, match=r"one name, and a bundle needs two: .*one, .*one; rename one"):
         members_of(copies)
 
 
@@ -226,7 +228,7 @@ def test_two_runs_of_one_name_are_refused_if_they_are_asked_for(copies):
 def test_a_run_of_other_rows_folds_targets_or_scores_is_refused_by_name(change, message, copies):
     path = copies / "two" / "oof.csv"
     change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
-    with pytest.raises(ku.ComparisonError, match=message) as caught:
+    with pytest.raises(comparison.ComparisonError, match=message) as caught:
         members_of(copies)
     assert "two" in str(caught.value)
 
@@ -236,7 +238,9 @@ def test_a_run_that_kept_groups_together_and_does_not_say_which_is_refused(copie
     record = json.loads(path.read_text())
     record["settings"]["fold_kind"] = "group"
     path.write_text(json.dumps(record))
-    with pytest.raises(ku.ComparisonError, match=r"two kept groups in one fold, and its oof\.csv does not say which"):
+    with pytest.raises(
+        comparison.ComparisonError, match=r"two kept groups in one fold, and its oof\.csv does not say which"
+    ):
         members_of(copies)
 
 
@@ -247,7 +251,7 @@ def test_members_that_kept_their_best_checkpoint_are_named_as_flattered(copies, 
     path.write_text(json.dumps(record))
     members = members_of(copies)
     assert "flattered, since they kept the checkpoint that is best on these rows: two\n" in capsys.readouterr().out
-    assert ku.member_scores(members, []).loc["two", "checkpoint"] == "best"
+    assert blending.member_scores(members, []).loc["two", "checkpoint"] == "best"
 
 
 def test_of_other_metrics_nothing_is_blended(copies):
@@ -255,7 +259,7 @@ def test_of_other_metrics_nothing_is_blended(copies):
     record = json.loads(path.read_text())
     record["oof"]["metric"] = "mae"
     path.write_text(json.dumps(record))
-    with pytest.raises(ku.ComparisonError, match="two has metric mae, one rmse"):
+    with pytest.raises(comparison.ComparisonError, match="two has metric mae, one rmse"):
         members_of(copies)
 
 
@@ -266,7 +270,7 @@ def test_of_other_metrics_nothing_is_blended(copies):
 def blend_of(runs, folder, method="nnls", **replaced):
     members = members_of(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    return ku.write_blend(members, ku.fit_blends(members, method)[0]._replace(**replaced), folder)
+    return blending.write_blend(members, blending.fit_blends(members, method)[0]._replace(**replaced), folder)
 
 
 def bundle_tool(*arguments):
@@ -344,7 +348,7 @@ def test_members_without_weight_stay_out_of_the_file_and_none_at_all_is_an_error
     assert list(content["members"]) == ["two"]
     printed = capsys.readouterr().out
     assert f"tools/bundle.py {runs / 'two'} --blend {tmp_path / 'blend.json'} " in printed
-    with pytest.raises(ku.ComparisonError, match="nnls gives no member a weight"):
+    with pytest.raises(comparison.ComparisonError, match="nnls gives no member a weight"):
         blend_of(runs, tmp_path, weights=np.array([0.0, 0.0]))
 
 
@@ -357,14 +361,14 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     for seed in (0, 1):
         trained(ku.Config.from_dict(base | dict(seed=seed, run_name=f"seed{seed}")))
     members = members_of(tmp_path / "runs")
-    blended = ku.fit_blends(members, "mean")[0]
-    cuts = ku.write_blend(members, blended, tmp_path)["cuts"]
+    blended = blending.fit_blends(members, "mean")[0]
+    cuts = blending.write_blend(members, blended, tmp_path)["cuts"]
     target, rows = members.target[:, 0].astype(int), members.predictions.mean(0)[:, 0]
     assert cuts["thresholds"][0] == pytest.approx(ku.fit_thresholds(target, rows, (1, 4)))
     labels = ku.cut_at(cuts["thresholds"][0], rows, 1)
     kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
     nested = ku.threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
-    assert blended.optimistic == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
+    assert blended.in_sample == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
     assert done.returncode == 0, done.stderr
@@ -375,21 +379,23 @@ def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is()
     target, predictions = simulated(n_rows=300)
     grades = np.clip(np.rint(1.5 + target), 0, 4)
     members = make_members(grades, 1.5 + 0.3 * predictions, "qwk")  # shrunk: rounding gives few levels
-    for blended in ku.fit_blends(members):
+    for blended in blending.fit_blends(members):
         labels = np.empty(300)
         for fold in range(5):
             own = members.folds == fold
-            weights, intercept = ku.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
-            raw = ku.blended_rows(weights, intercept, members.predictions)[:, 0]
+            weights, intercept = blending.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
+            raw = blending._blend_rows(weights, intercept, members.predictions)[:, 0]
             inner = np.empty(300)
             for other in range(5):
                 rows = members.folds == other
-                weights, intercept = ku.BLENDS[blended.method](members.predictions[:, ~rows], grades[~rows], "qwk")
-                inner[rows] = ku.blended_rows(weights, intercept, members.predictions[:, rows])[:, 0]
+                weights, intercept = blending.BLENDS[blended.method](
+                    members.predictions[:, ~rows], grades[~rows], "qwk"
+                )
+                inner[rows] = blending._blend_rows(weights, intercept, members.predictions[:, rows])[:, 0]
             labels[own] = ku.cut_at(ku.fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
         assert blended.nested == pytest.approx(ku.kappa(grades[:, 0], labels))
         assert blended.nested > ku.METRICS["qwk"](
-            grades, ku.blended_rows(blended.weights, blended.intercept, members.predictions)
+            grades, blending._blend_rows(blended.weights, blended.intercept, members.predictions)
         )
 
 
@@ -403,5 +409,5 @@ def test_the_notebook_shows_scores_weights_and_errors_and_leaves_the_file_for_th
     content = json.loads((tmp_path / "blend" / "blend.json").read_text())
     assert content["method"] == "hill" and sum(m["weight"] for m in content["members"].values()) == pytest.approx(1)
     shown = "".join(o["data"].get("text/html", "") for c in executed.cells for o in c.get("outputs", []) if "data" in o)
-    for word in ("nested", "optimistic", *itertools.chain(ku.BLENDS, ("one", "two"))):
+    for word in ("nested", "in_sample", *itertools.chain(blending.BLENDS, ("one", "two"))):
         assert word in shown

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import comparison
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,12 +25,14 @@ def make_study(target, predictions, metric="rmse", folds=None, groups=None):
     """A study of 5 folds of predictions (S, N, K) by name; the best are the mean of two seeds."""
     n = len(target)
     record = {"seconds": {"total": 1.0}, "rows_per_second": 1.0, "peak_memory_bytes": 2**30}
-    arms = [
-        ku.Arm(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
+    configurations = [
+        comparison.Configuration(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
         for name, p in predictions.items()
     ]
     folds = np.arange(n) % 5 if folds is None else folds
-    return ku.Study(metric, folds, np.arange(n) if groups is None else groups, 0.25, target, arms)
+    return comparison.Comparison(
+        metric, folds, np.arange(n) if groups is None else groups, 0.25, target, configurations
+    )
 
 
 def simulated(rng, n_rows=600, n_seeds=3, worse=0.0, seed_noise=0.0, n_groups=0):
@@ -62,8 +65,10 @@ def found(n, n_resamples, **settings):
     rng, found = np.random.default_rng(0), []
     for _ in range(n):
         study = simulated(rng, **settings)
-        (difference,) = ku.two_way_bootstrap(study, "last", n_resamples, 0)
-        found.append((difference.p < 0.05, ku.fold_evidence(study, study.arms[1], "last")["p of t"] < 0.05))
+        (difference,) = comparison._two_way_bootstrap(study, "last", n_resamples, 0)
+        found.append(
+            (difference.p < 0.05, comparison._fold_evidence(study, study.configurations[1], "last")["p of t"] < 0.05)
+        )
     return np.mean(found, axis=0)
 
 
@@ -107,7 +112,7 @@ def test_with_one_seed_the_interval_is_scipys_percentile_interval_over_rows(metr
     a, b = (target + rng.normal(scale=s, size=(150, 1)) for s in (0.8, 0.9))
     score = ku.METRICS[metric]
     study = make_study(target, {"a": a[None], "b": b[None]}, metric)
-    (ours,) = ku.two_way_bootstrap(study, "last", 3000, 0)
+    (ours,) = comparison._two_way_bootstrap(study, "last", 3000, 0)
     theirs = scipy.stats.bootstrap(
         (np.arange(150),),
         lambda rows: score(target[rows], b[rows]) - score(target[rows], a[rows]),
@@ -123,7 +128,7 @@ def test_with_one_seed_the_interval_is_scipys_percentile_interval_over_rows(metr
 def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_seeds():
     seeds = {"a": [0.50, 0.53, 0.51, 0.55], "b": [0.58, 0.54, 0.61]}  # rmse of a seed, equal in every row
     predictions = {name: np.tile(np.array(scores)[:, None, None], (1, 50, 1)) for name, scores in seeds.items()}
-    (ours,) = ku.two_way_bootstrap(make_study(np.zeros((50, 1)), predictions), "last", 20000, 0)
+    (ours,) = comparison._two_way_bootstrap(make_study(np.zeros((50, 1)), predictions), "last", 20000, 0)
     theirs = scipy.stats.ttest_ind(seeds["b"], seeds["a"], equal_var=False)
     interval = theirs.confidence_interval()
     assert ours.difference == pytest.approx(np.mean(seeds["b"]) - np.mean(seeds["a"]))
@@ -133,7 +138,7 @@ def test_without_row_noise_the_interval_and_p_are_those_of_welchs_t_test_over_se
 
 def test_a_true_difference_of_the_detectable_size_is_found_in_about_four_of_five_comparisons():
     rng = np.random.default_rng(0)
-    equal = [ku.two_way_bootstrap(simulated(rng, n_rows=200), "last", 200, 0)[0] for _ in range(100)]
+    equal = [comparison._two_way_bootstrap(simulated(rng, n_rows=200), "last", 200, 0)[0] for _ in range(100)]
     effect = np.median([d.detectable for d in equal])
     found = [d.difference + effect > d.difference - d.low for d in equal]  # the interval moved by it excludes 0
     assert 0.75 < np.mean(found) < 0.97
@@ -141,8 +146,10 @@ def test_a_true_difference_of_the_detectable_size_is_found_in_about_four_of_five
 
 def test_among_ten_configurations_a_difference_must_be_larger_to_be_found():
     study = simulated(np.random.default_rng(0))
-    many = study._replace(arms=[study.arms[0], *(study.arms[1]._replace(name=str(i)) for i in range(10))])
-    one, ten = (ku.two_way_bootstrap(s, "last", 2000, 0)[0].detectable for s in (study, many))
+    base, other = study.configurations
+    others = [other._replace(name=str(i)) for i in range(10)]
+    many = study._replace(configurations=[base, *others])
+    one, ten = (comparison._two_way_bootstrap(s, "last", 2000, 0)[0].detectable for s in (study, many))
     assert 1.25 < ten / one < 1.6  # by z (2.807 + 0.842) / (1.960 + 0.842), more with few seeds
 
 
@@ -156,7 +163,7 @@ def test_the_fast_scores_of_resamples_are_the_metrics_of_the_drawn_rows(name, me
     rng = np.random.default_rng(0)
     target, predictions = rng.normal(size=(30, n_outputs)), rng.uniform(size=(2, 30, n_outputs))
     target = target if "regression" in metric.tasks else (target > 0).astype(float)
-    fast = ku.resampled_scores(name, target, predictions, np.arange(30), 5, np.random.default_rng(7))
+    fast = comparison.resampled_scores(name, target, predictions, np.arange(30), 5, np.random.default_rng(7))
     rng = np.random.default_rng(7)
     for scores in fast:
         rows = drawn_rows(30, rng)
@@ -167,7 +174,7 @@ def test_class_numbers_are_resampled_with_their_probabilities():
     rng = np.random.default_rng(0)
     target, predictions = rng.integers(3, size=40), rng.dirichlet(np.ones(3), size=(2, 40))
     for name in ("accuracy", "logloss"):
-        scores = ku.resampled_scores(name, target, predictions, np.arange(40), 4, np.random.default_rng(7))
+        scores = comparison.resampled_scores(name, target, predictions, np.arange(40), 4, np.random.default_rng(7))
         rng = np.random.default_rng(7)
         for row in scores:
             rows = drawn_rows(40, rng)
@@ -183,21 +190,21 @@ def test_class_numbers_are_resampled_with_their_probabilities():
 def test_rows_of_a_group_are_drawn_together():
     groups = np.repeat([0, 1], [80, 20])
     target, prediction = np.zeros((100, 1)), groups[:, None].astype(float)
-    scores = ku.resampled_scores("mae", target, prediction[None], groups, 50, np.random.default_rng(0))
+    scores = comparison.resampled_scores("mae", target, prediction[None], groups, 50, np.random.default_rng(0))
     assert set(scores[:, 0]) == {0.0, 0.2, 1.0}
 
 
 def test_a_metric_without_a_value_on_many_resamples_is_an_error():
     target, prediction = np.array([[1.0]] + [[0.0]] * 19), np.linspace(0, 1, 20)[None, :, None]
-    with pytest.raises(ku.ComparisonError, match=r"auc has no value on \d+ of 50 resamples of 20 rows"):
-        ku.resampled_scores("auc", target, prediction, np.arange(20), 50, np.random.default_rng(0))
+    with pytest.raises(comparison.ComparisonError, match=r"auc has no value on \d+ of 50 resamples of 20 rows"):
+        comparison.resampled_scores("auc", target, prediction, np.arange(20), 50, np.random.default_rng(0))
 
 
 def test_the_corrected_t_is_the_plain_one_with_the_variance_enlarged_by_test_to_train_rows():
     differences = np.random.default_rng(0).normal(0.1, 0.1, size=(2, 3))  # 2 folds of 5 were trained
     plain = scipy.stats.ttest_1samp(differences.ravel(), 0).statistic
     t = plain * math.sqrt((1 / 6) / (1 / 6 + 1 / 4))
-    assert ku.corrected_t(differences, 1 / 4) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5), rel=1e-12)
+    assert comparison.corrected_t(differences, 1 / 4) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5), rel=1e-12)
 
 
 def test_folds_that_were_not_trained_count_as_training_rows_of_the_t_test(tmp_path):
@@ -207,14 +214,14 @@ def test_folds_that_were_not_trained_count_as_training_rows_of_the_t_test(tmp_pa
     frames = [[pd.read_csv(tmp_path / f"{head}-{seed}" / "oof.csv") for seed in range(3)] for head in ("max", "cls")]
     errors = [[(f["target"] - f["prediction_last"]).pow(2).groupby(f["fold"]).mean() for f in arm] for arm in frames]
     differences = np.sqrt(errors[0]) - np.sqrt(errors[1])  # (S, F)
-    evidence = ku.fold_evidence(study, study.arms[1], "last")
-    assert evidence["p of t"] == pytest.approx(ku.corrected_t(differences.T, 10 / 40))
+    evidence = comparison._fold_evidence(study, study.configurations[1], "last")
+    assert evidence["p of t"] == pytest.approx(comparison.corrected_t(differences.T, 10 / 40))
     pairs = [a < b for a, b in itertools.product(np.sqrt(errors[0]), np.sqrt(errors[1]))]
     assert evidence["cells won"] == pytest.approx(np.mean(pairs))
 
 
 def test_holms_p_values_are_those_of_the_step_down_by_hand():
-    adjusted = ku.holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
+    adjusted = comparison._holm(np.array([0.04, 0.01, math.nan, 0.03, 0.5]))
     np.testing.assert_allclose(adjusted, [0.09, 0.04, math.nan, 0.09, 0.5])
 
 
@@ -269,11 +276,11 @@ def grid(folder, errors, seeds=(0, 1, 2)):
 
 
 def align(folder, baseline=""):
-    return ku.align_runs(ku.read_records(folder), baseline)
+    return comparison.align_runs(comparison.read_records(folder), baseline)
 
 
 def compare(folder, baseline="", n_resamples=300):
-    table = ku.compare_runs(align(folder, baseline), n_resamples)
+    table = comparison.compare_runs(align(folder, baseline), n_resamples)
     return table.set_index(["checkpoint", "configuration"])
 
 
@@ -295,7 +302,7 @@ def test_the_table_has_a_verdict_for_each_configuration_and_checkpoint_the_basel
         scores = table.loc[kind]["rmse"]
         assert table.loc[kind]["difference"]["head=gem"] == pytest.approx(scores["head=gem"] - scores["head=cls"])
         assert table.loc[kind]["low"]["head=gem"] < table.loc[kind]["difference"]["head=gem"]
-    frame = ku.run_scores(align(tmp_path, "head=cls")).set_index(["configuration", "seed"])
+    frame = comparison.run_scores(align(tmp_path, "head=cls")).set_index(["configuration", "seed"])
     assert list(frame["rmse last"]["head=gem"]) == pytest.approx(rmse)
     half = [math.sqrt(((f["target"] - f["prediction_best"]) ** 2)[f["fold"] == 1].mean()) for f in frames]
     assert list(frame["best fold 1"]["head=gem"]) == pytest.approx(half)
@@ -333,9 +340,9 @@ def test_more_configurations_need_more_evidence(tmp_path):
 @pytest.mark.parametrize("difference, better, word", [(-1, "lower", "better"), (1, "lower", "worse")])
 def test_the_verdict_stands_on_the_adjusted_p(difference, better, word):
     row = {"difference": difference, "detectable": 0.5, "p": 0.01}
-    assert ku.verdict(row | {"p of Holm": 0.049}, better) == word
+    assert comparison._verdict(row | {"p of Holm": 0.049}, better) == word
     text = "not distinguishable (smallest detectable difference 0.5)"
-    assert ku.verdict(row | {"p of Holm": 0.051}, better) == text
+    assert comparison._verdict(row | {"p of Holm": 0.051}, better) == text
 
 
 def test_identical_predictions_are_not_distinguishable(tmp_path):
@@ -373,14 +380,14 @@ def test_optimism_is_what_the_choice_of_the_other_folds_would_have_lost(tmp_path
     for head in ("cls", "max"):
         write_run(tmp_path / head, settings=dict(head=head), scores=scores)
     study = align(tmp_path, "head=cls")
-    assert ku.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
     higher = study._replace(metric="pearson")
-    for record in study.arms[0].records:
+    for record in study.configurations[0].records:
         record["oof"]["metric"] = "pearson"
         log = record["folder"] / "log.jsonl"
         log.write_text(log.read_text().replace("rmse", "pearson"))
     # fold 0 would choose the 3rd, fold 1 the 1st
-    assert ku.optimism(higher, study.arms[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
+    assert comparison._optimism(higher, study.configurations[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
 
 
 def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
@@ -390,13 +397,13 @@ def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
         train, _, _ = ku.read_competition(ku.Config(data_dir=cfg.data_dir))
         author = pd.Series([f"author {i // 4}" for i in range(40)])
         ku.train(ku.make_folds(train.assign(author=author), cfg), cfg)
-    records = ku.read_records(tmp_path / "runs")
+    records = comparison.read_records(tmp_path / "runs")
     oof = pd.read_csv(records[0]["folder"] / "oof.csv", dtype={"id": str})
     assert list(oof["group"]) == list(author)
-    study = ku.align_runs(records, "head=cls")
+    study = comparison.align_runs(records, "head=cls")
     assert len(set(zip(study.groups, author, strict=True))) == len(set(study.groups)) == 10
-    score = ku.seed_scores(study, study.arms[1], "last")[0][0]
-    assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.arms[1].name == "head=mean"
+    score = comparison._seed_scores(study, study.configurations[1], "last")[0][0]
+    assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.configurations[1].name == "head=mean"
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel", "regression"])
@@ -416,9 +423,11 @@ def test_the_scores_are_those_of_the_record_in_every_task(task, competition, tin
         train, _, _ = ku.read_competition(cfg)
         ku.train(ku.make_folds(train, cfg), cfg)
     study = align(tmp_path / "runs", "head=mean")
-    for arm in study.arms:
+    for arm in study.configurations:
         for kind in ("last", "best"):
-            assert ku.seed_scores(study, arm, kind)[0][0] == pytest.approx(arm.records[0]["oof"][kind], abs=1e-6)
+            assert comparison._seed_scores(study, arm, kind)[0][0] == pytest.approx(
+                arm.records[0]["oof"][kind], abs=1e-6
+            )
 
 
 # ---------------------------------------------------------------------------------------
@@ -463,7 +472,7 @@ def other_run(tmp_path, **changes):
 )
 def test_runs_that_do_not_stand_for_the_same_are_refused_by_name(tmp_path, changes, expected):
     other_run(tmp_path, **changes)
-    with pytest.raises(ku.ComparisonError, match=expected):
+    with pytest.raises(comparison.ComparisonError, match=expected):
         align(tmp_path, "head=cls")
 
 
@@ -471,7 +480,7 @@ def test_more_epochs_can_be_compared_where_the_number_of_evaluations_is_the_same
     for seed in range(2):
         write_run(tmp_path / f"three{seed}", seed, settings=dict(epochs=3))
         write_run(tmp_path / f"one{seed}", seed, settings=dict(epochs=1, evals_per_epoch=3))
-    assert align(tmp_path).arms[1].name == "epochs=1 evals_per_epoch=3"
+    assert align(tmp_path).configurations[1].name == "epochs=1 evals_per_epoch=3"
 
 
 def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
@@ -486,7 +495,7 @@ def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
     names = str(error.value).partition("one of: ")[2].split("; ")
     assert len(names) == 5
     for name in names:
-        assert align(tmp_path, name).arms[0].name == name
+        assert align(tmp_path, name).configurations[0].name == name
 
 
 def test_a_setting_that_an_older_record_lacks_still_makes_another_configuration(tmp_path):
@@ -495,7 +504,7 @@ def test_a_setting_that_an_older_record_lacks_still_makes_another_configuration(
         record = json.loads(path.read_text())
         record["settings"] |= {} if value is None else {"new": value}
         path.write_text(json.dumps(record))
-    assert [arm.name for arm in align(tmp_path, "head=cls").arms] == [
+    assert [c.name for c in align(tmp_path, "head=cls").configurations] == [
         "head=cls new=None",
         "head=max new=1",
         "head=max new=2",
@@ -510,8 +519,8 @@ def test_uneven_folds_with_eval_steps_are_compared_evaluation_by_evaluation(tmp_
         path = run / "record.json"
         path.write_text(path.read_text().replace('"steps": 6', f'"steps": {6 + 3 * fold}'))
     study = align(tmp_path, "head=cls")
-    assert ku.optimism(study, study.arms[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
-    share, scores = ku.seed_curves(study.arms[1], 1, "rmse")
+    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    share, scores = comparison._seed_curves(study.configurations[1], 1, "rmse")
     np.testing.assert_allclose(share, np.mean([[1 / 3, 2 / 3, 1], [1 / 5, 2 / 5, 3 / 5]], axis=0))
     np.testing.assert_allclose(scores, [[0.5, 0.2, 0.6], [0.7, 0.6, 0.4]])
 
@@ -519,7 +528,7 @@ def test_uneven_folds_with_eval_steps_are_compared_evaluation_by_evaluation(tmp_
 def test_one_group_alone_is_refused(tmp_path):
     for head in ("cls", "max"):
         write_run(tmp_path / head, settings=dict(head=head, fold_kind="group", group_column="g"), group="g")
-    with pytest.raises(ku.ComparisonError, match="all 20 rows are in one group"):
+    with pytest.raises(comparison.ComparisonError, match="all 20 rows are in one group"):
         align(tmp_path, "head=cls")
 
 
@@ -529,7 +538,7 @@ def test_predictions_without_a_score_are_refused_by_configuration_and_seed(tmp_p
         path.write_text(path.read_text().replace('"rmse", "better"', '"pearson", "better"'))
     oof = pd.read_csv(tmp_path / "max-1" / "oof.csv", dtype={"id": str})
     oof.assign(prediction_best=0.5).to_csv(tmp_path / "max-1" / "oof.csv", index=False)
-    with pytest.raises(ku.ComparisonError, match="head=max, seed 1: the best predictions have no pearson"):
+    with pytest.raises(comparison.ComparisonError, match="head=max, seed 1: the best predictions have no pearson"):
         align(tmp_path, "head=cls")
 
 
@@ -540,14 +549,14 @@ def test_a_broken_file_of_a_run_is_named(tmp_path, name, broken):
     path.unlink()
     if broken:
         path.write_text('{"fold": 0, "st')
-    with pytest.raises(ku.ComparisonError, match=rf"other/{name}: \w+Error"):
+    with pytest.raises(comparison.ComparisonError, match=rf"other/{name}: \w+Error"):
         compare(tmp_path, "head=cls")
 
 
 def test_another_metric_is_refused(tmp_path):
     path = other_run(tmp_path) / "record.json"
     path.write_text(path.read_text().replace('"rmse", "better"', '"mae", "better"'))
-    with pytest.raises(ku.ComparisonError, match="other has metric mae, the baseline rmse"):
+    with pytest.raises(comparison.ComparisonError, match="other has metric mae, the baseline rmse"):
         align(tmp_path, "head=cls")
 
 
@@ -562,18 +571,20 @@ def test_a_metric_that_is_not_registered_is_refused(tmp_path):
 def test_a_fold_that_was_trained_twice_is_refused(tmp_path):
     grid(tmp_path, {"cls": 0.1, "max": 0.1})
     write_run(tmp_path / "again", 2, (1,), settings=dict(head="max", run_folds="1"))
-    with pytest.raises(ku.ComparisonError, match=r"head=max, seed 2 \(.*again, .*max-2\) has fold 1 more than once"):
+    with pytest.raises(
+        comparison.ComparisonError, match=r"head=max, seed 2 \(.*again, .*max-2\) has fold 1 more than once"
+    ):
         align(tmp_path, "head=cls")
 
 
 def test_one_configuration_alone_is_refused(tmp_path):
-    with pytest.raises(ku.ComparisonError, match="all 3 runs have one configuration"):
+    with pytest.raises(comparison.ComparisonError, match="all 3 runs have one configuration"):
         align(grid(tmp_path, {"cls": 0.1}))
 
 
 def test_a_folder_without_finished_runs_is_refused(tmp_path):
-    with pytest.raises(ku.ComparisonError, match="has no finished run"):
-        ku.read_records(tmp_path / "no such folder")
+    with pytest.raises(comparison.ComparisonError, match="has no finished run"):
+        comparison.read_records(tmp_path / "no such folder")
 
 
 @pytest.mark.parametrize(
@@ -599,16 +610,16 @@ def test_the_baseline_is_the_configuration_that_leaves_most_at_the_defaults(tmp_
         write_run(tmp_path / str(i), settings=dict(head="cls") | settings, resolved=resolved)
     study = align(tmp_path)
     names = ["backbone_dropout=0 reinit_layers=0 llrd=1", "llrd=0.95", "reinit_layers=1", "backbone_dropout=0.1"]
-    assert [arm.name for arm in study.arms] == names
+    assert [c.name for c in study.configurations] == names
     other = align(tmp_path, "llrd=0.95")
-    assert [arm.name for arm in other.arms[:2]] == ["backbone_dropout=0 reinit_layers=0 llrd=0.95", "llrd=1"]
+    assert [c.name for c in other.configurations[:2]] == ["backbone_dropout=0 reinit_layers=0 llrd=0.95", "llrd=1"]
 
 
 def test_a_setting_left_open_and_the_same_said_are_one_configuration(tmp_path):
     write_run(tmp_path / "a", 0, settings=dict(head="cls"))
     write_run(tmp_path / "b", 1, settings=dict(head="cls", lr=1e-4, backbone_dropout=0.0))
     write_run(tmp_path / "c", 0, settings=dict(head="max"))
-    assert [arm.seeds for arm in align(tmp_path, "head=cls").arms] == [[0, 1], [0]]
+    assert [c.seeds for c in align(tmp_path, "head=cls").configurations] == [[0, 1], [0]]
 
 
 def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):
@@ -656,11 +667,11 @@ def test_no_label_of_the_figures_covers_another_or_leaves_the_figure(tmp_path, d
                 resolved = {"backbone_dropout": dropout}
                 write_run(tmp_path / f"{head}{i}{seed}", seed, (0, 1), error, settings, resolved)
     study = align(tmp_path, "head=cls llrd=0.98")
-    table = ku.compare_runs(study, 50)
-    ku.plot_differences(study, table, tmp_path)
-    ku.plot_cost(study, table, tmp_path)
-    ku.plot_folds(study, tmp_path)
-    ku.plot_learning(study, tmp_path)
+    table = comparison.compare_runs(study, 50)
+    comparison.plot_differences(study, table, tmp_path)
+    comparison.plot_cost(study, table, tmp_path)
+    comparison.plot_folds(study, tmp_path)
+    comparison.plot_learning(study, tmp_path)
     assert len(drawn) == 4
     for name, figure in drawn.items():
         boxes = texts(figure)
@@ -675,17 +686,17 @@ def test_no_label_of_the_figures_covers_another_or_leaves_the_figure(tmp_path, d
 
 def test_better_and_worse_differ_in_more_than_colour(tmp_path, drawn):
     study = align(grid(tmp_path, {"cls": 0.3, "max": 0.05, "gem": 0.9}), "head=cls")
-    ku.plot_folds(study, tmp_path)
-    ku.plot_differences(study, ku.compare_runs(study, 100), tmp_path)
+    comparison.plot_folds(study, tmp_path)
+    comparison.plot_differences(study, comparison.compare_runs(study, 100), tmp_path)
     for axis in drawn["folds.png"].axes:
         for line in axis.lines:
             base, score = line.get_ydata()
             assert line.get_linestyle() == ("-" if score < base else "--")
-            assert line.get_color() == (ku.BLUE if score < base else ku.RED)
+            assert line.get_color() == (comparison.BLUE if score < base else comparison.RED)
     left, right = drawn["differences.png"].axes
     assert [label.get_text().split()[-1] for label in right.get_yticklabels()] == ["worse", "better"]
     assert "(left is better)" in left.get_xlabel()
-    ku.plot_differences(study._replace(metric="pearson"), ku.compare_runs(study, 100), tmp_path)
+    comparison.plot_differences(study._replace(metric="pearson"), comparison.compare_runs(study, 100), tmp_path)
     assert "(right is better)" in drawn["differences.png"].axes[0].get_xlabel()
 
 

@@ -5,7 +5,6 @@ import io
 
 import pytest
 import torch
-import transformers
 from transformers import DebertaV2Config, DebertaV2Model
 
 import kernel_utils as ku
@@ -303,92 +302,3 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(layout):
     b = states(ours, inputs, pack)
     b.sum().backward()
     torch.testing.assert_close(a.clone(), b, rtol=1e-5, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------
-# disentangled-flash: its kernels need a GPU, what they are called with does not
-
-
-def kernel_in_words(q, k, v, pos_key, pos_query, delta_to_local, starts, *, max_seqlen, score_scale, **_):
-    """What the package's packed Triton kernel computes, read off its source, one text after the other."""
-    assert delta_to_local.dtype == starts.dtype == torch.int32 and len(delta_to_local) == 2 * max_seqlen - 1
-    out = torch.full((q.shape[1], q.shape[0] * q.shape[2]), float("nan"), dtype=q.dtype)
-    for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        i = torch.arange(b - a)
-        slot = delta_to_local[i[:, None] - i[None, :] + max_seqlen - 1].long()
-        scores = q[:, a:b] @ k[:, a:b].mT
-        if pos_key is not None:
-            scores = scores + (q[:, a:b] @ pos_key.mT).gather(2, slot.expand_as(scores))
-        if pos_query is not None:
-            scores = scores + (k[:, a:b] @ pos_query.mT).gather(2, slot.T.expand_as(scores)).mT
-        out[a:b] = ((scores * score_scale).softmax(-1) @ v[:, a:b]).transpose(0, 1).flatten(1)
-    return out
-
-
-@pytest.mark.parametrize("case", ["v3", "v2-separate", "c2p", "p2c", "neither", "no-buckets"])
-def test_disentangled_flash_is_called_with_what_its_kernel_reads(case, monkeypatch):
-    kernels = pytest.importorskip("disentangled_flash.training._kernels", reason="pip install disentangled-flash")
-    from disentangled_flash import tuning
-
-    monkeypatch.setattr(kernels, "training_attention_packed", kernel_in_words)
-    monkeypatch.setattr(tuning.DeviceResources, "current", lambda device: tuning.DeviceResources(100_000, 80))
-    choose = tuning.heuristic_config
-    monkeypatch.setattr(tuning, "heuristic_config", lambda **told: choose(**told | {"dtype": "bfloat16"}))
-    _, ours = models(**CASES[case])
-    ours = ours.double()  # float32 would go the other way
-    pack, _, packed = batch((40, 17, 1, 33), CASES[case].get("type_vocab_size"))
-    layout = ours.encoder.layout
-    layout.pack = pack
-    rows, _, nothing = layout.get_rel_pos(packed["input_ids"])
-    layout.flash = True
-    monkeypatch.setattr(ku, "can_flash", lambda device: True)
-    with torch.inference_mode():  # as an evaluation before; training must be able to use what it left
-        layout.get_rel_pos(packed["input_ids"])
-    _, _, plan = layout.get_rel_pos(packed["input_ids"])
-    assert not plan.active_slots.is_inference()
-    mask, attention = ours.encoder.get_attention_mask(packed["input_ids"]), ours.encoder.layer[0].attention.self
-    hidden, table = torch.randn(1, len(pack.places), 48, dtype=torch.double), ours.encoder.get_rel_embedding()
-    expected, got = (
-        attention(hidden, mask, relative_pos=(rows, pack, p), rel_embeddings=table)[0] for p in (nothing, plan)
-    )
-    assert nothing is None
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
-
-
-def test_another_version_of_disentangled_flash_or_another_backbone_is_an_error_that_says_what_is_wanted(monkeypatch):
-    _, ours = models()
-    monkeypatch.setattr(ku.importlib.metadata, "version", lambda name: "9.0")
-    with pytest.raises(ku.ConfigError, match=r"needs disentangled-flash==1\.1\.1, got 9\.0: pip install"):
-        ku.flash_plans(16, 64)
-    with pytest.raises(ku.ConfigError, match="heads of 32, 64 or 128 units, not 12"):
-        ku.faster_deberta(ours, flash=True)
-    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    with pytest.raises(ku.ConfigError, match="disentangled_flash is for DeBERTa-v2 and v3, not for BertModel"):
-        ku.use_packed_attention(transformers.BertModel(config), "disentangled_flash")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("case", ["v3-256-buckets", "v2-separate", "c2p"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_disentangled_flash_gives_the_states_and_gradients_of_hugging_face(case, dtype):
-    pytest.importorskip("disentangled_flash")
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("needs sm_80")
-    theirs, _ = models(**CASES[case], hidden_size=64, num_attention_heads=2, initializer_range=0.05)
-    ours = copy.deepcopy(theirs)
-    ku.faster_deberta(ours, flash=True)
-    pack, padded, packed = batch((40, 17, 1, 33), CASES[case].get("type_vocab_size"))
-    exact = states(theirs, padded)
-    slopes = gradients(theirs, exact)
-    ours = ours.cuda()
-    pack = pack._replace(starts=pack.starts.cuda(), places=pack.places.cuda(), mask=pack.mask.cuda())
-    with torch.autocast("cuda", dtype):
-        got = states(ours, {name: tensor.cuda() for name, tensor in packed.items()}, pack)
-    torch.testing.assert_close(got.float().cpu(), exact, atol=0.1, rtol=0.1)
-    value = got[1:].float()
-    torch.manual_seed(7)
-    (value * torch.randn(value.shape).cuda()).sum().backward()
-    ours = {name: p.grad.cpu() for name, p in ours.named_parameters() if p.grad is not None}
-    both = [torch.cat([part[name].flatten() for name in slopes]) for part in (slopes, ours)]
-    assert torch.cosine_similarity(*both, dim=0) > 0.99

@@ -13,12 +13,10 @@ from torch.utils._pytree import tree_map
 import kernel_utils as ku
 
 CPU = torch.device("cpu")
-# those that take packed rows on transformers 5; ModernBERT not yet on 5.0
+# those that take packed rows; ModernBERT not yet on transformers 5.0
 PACKED = ["bert", "roberta", "deberta-v2", "distilbert", "albert", "electra", "modernbert", "gpt2", "llama"]
 if not getattr(ku.transformers.ModernBertModel, "_supports_attention_backend", False):
     PACKED.remove("modernbert")
-OLD = int(ku.transformers.__version__.split(".")[0]) < 5
-packs_bert = pytest.mark.skipif(OLD, reason="transformers 4 gives BERT padded rows")
 
 
 def packed(*kinds):
@@ -107,7 +105,7 @@ def test_budgets_hold_every_batch_and_are_few():
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, build):
     model, tokens = build(kind, head=head)
     if not ku.takes_packed_rows(model, tokens, torch.float32):
-        assert kind not in PACKED or OLD
+        assert kind not in PACKED
         pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
     static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
@@ -121,7 +119,6 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, b
         assert F.cosine_similarity(*both, dim=0) > 0.9999
 
 
-@packs_bert
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_text_does_not_move_with_its_neighbours(kind, build):
     model, tokens = build(kind)
@@ -139,7 +136,6 @@ def everywhere(query, key, value, pack, dropout, scale, reach, causal):
     return ku.attend_each(query, key, value, pack, dropout, scale, math.inf, causal)
 
 
-@packs_bert
 @pytest.mark.parametrize(
     ("kind", "fault", "told"),
     [
@@ -187,7 +183,6 @@ class Backwards(torch.autograd.Function):
         return -slope
 
 
-@packs_bert
 def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
     model, tokens = build("bert")
     wrong = lambda *arguments: Backwards.apply(ku.attend_each(*arguments))  # noqa: E731
@@ -197,7 +192,6 @@ def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, m
     assert "gradients have a cosine of" in ku.packing_problem(model, tokens, torch.float32, gradients=True)
 
 
-@packs_bert
 def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build, monkeypatch):
     def kernel(device, dtype, dropout):
         return absent_kernel if dropout else ku.attend_each
@@ -210,14 +204,12 @@ def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build,
     assert torch.equal(before, torch.get_rng_state())
 
 
-@packs_bert
 def test_a_head_alone_can_be_trained_on_packed_rows(build):
     model, tokens = build("bert", freeze_layers=4, freeze_embeddings=True)
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert ku.takes_packed_rows(model, tokens, torch.float32, gradients=True)
 
 
-@packs_bert
 def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_rows(build, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -243,19 +235,17 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
     assert "a text moves by" in ku.packing_problem(model, tokens, torch.float32)
 
 
-@packs_bert
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_that_is_set_gets_padded_rows_and_predicts_the_same(attention, build, capsys):
     model, tokens = build("bert")
     expected = ku.predict(model, tokens, ku.Config())
-    assert "BertModel in float32: packed rows, attention text by text" in capsys.readouterr().out
+    assert "BertModel in float32: packed rows" in capsys.readouterr().out
     model, tokens = build("bert", attention=attention)
     assert model.backbone.config._attn_implementation == attention
     np.testing.assert_allclose(ku.predict(model, tokens, ku.Config()), expected, atol=1e-6)
     assert "packed" not in capsys.readouterr().out
 
 
-@packs_bert
 @pytest.mark.parametrize("kind", packed("bert", "modernbert"))
 def test_checkpointed_gradients_of_packed_rows_are_the_same(kind, build):
     model, tokens = build(kind)
@@ -266,7 +256,6 @@ def test_checkpointed_gradients_of_packed_rows_are_the_same(kind, build):
         torch.testing.assert_close(got[name], slope, atol=1e-6, rtol=1e-5)
 
 
-@packs_bert
 def test_dropout_of_the_attention_is_kept(build):
     model, tokens = build("bert", backbone_dropout=0.0)
     inputs = tokens.packed(np.arange(6), CPU)
@@ -304,7 +293,6 @@ def test_static_shapes_and_a_resident_model_train_as_if_they_were_not(tiny, monk
     assert results[0]["prediction"].std() > 0
 
 
-@packs_bert
 def test_a_resident_model_begins_a_fold_with_fresh_weights_and_moments(tiny, monkeypatch):
     static(monkeypatch)
     engine, fresh = (engine_of(tiny(epochs=3)) for _ in range(2))
@@ -360,7 +348,6 @@ def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale).transpose(1, 2)
 
 
-@packs_bert
 @pytest.mark.parametrize("kind", packed("bert", "roberta", "modernbert", "deberta-v2"))
 @pytest.mark.parametrize(
     "settings",
@@ -450,7 +437,6 @@ REPLAYED = [
 ]
 
 
-@packs_bert
 @pytest.mark.parametrize("settings", REPLAYED)
 def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings, tiny, monkeypatch):
     """Without a GPU: the order of calls, the places of inputs, the budgets. The memory that graphs freeze needs one."""
@@ -477,7 +463,6 @@ def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings
     assert moved > 0.1 and (weights(replayed) - weights(plain)).norm() < 0.01 * moved
 
 
-@packs_bert
 @pytest.mark.parametrize("where", ["accumulate", "update"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_cannot_be_captured_is_made_without_graphs_aloud(where, precision, tiny, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 import bundle
 import numpy as np
 import pandas as pd
+import pretraining
 import pytest
 import tokenizers
 import torch
@@ -33,14 +34,16 @@ def settings(competition, maskable, tmp_path):
 
     def config(**given):
         base = dict(data_dir=competition, backbone=maskable("bert"), output_dir=tmp_path / "runs", run_name="p")
-        return ku.PretrainConfig.from_dict(base | dict(max_length=16, epochs=2, batch_size=16, held_out=0.2) | given)
+        return pretraining.PretrainConfig.from_dict(
+            base | dict(max_length=16, epochs=2, batch_size=16, held_out=0.2) | given
+        )
 
     return config
 
 
 def corpus_of(texts, tokenizer=None, **given):
-    cfg = ku.PretrainConfig.from_dict(given)
-    return ku.make_corpus(list(texts), tokenizer or make_pieces(), 27, cfg), cfg
+    cfg = pretraining.PretrainConfig.from_dict(given)
+    return pretraining._make_corpus(list(texts), tokenizer or make_pieces(), 27, cfg), cfg
 
 
 def window(corpus, row):
@@ -61,30 +64,30 @@ def test_texts_of_train_and_test_come_once_without_empty_ones_and_without_a_look
         tmp_path / "train.csv", index=False
     )
     pd.DataFrame({"excerpt": ["the dog", "a hat", "  "], "id": "7"}).to_csv(tmp_path / "test.csv", index=False)
-    texts, counts = ku.read_texts(ku.PretrainConfig(data_dir=str(tmp_path)))
+    texts, counts = pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path)))
     assert texts == ["a cat", "the dog", "a hat"]
     assert counts == {"train.csv": 4, "test.csv": 3, "empty": 2, "repeated": 2}
 
 
 def test_a_competition_without_a_test_file_and_a_second_text_column_are_read(tmp_path):
     pd.DataFrame({"left": ["a", "b"], "right": ["c", "a"]}).to_csv(tmp_path / "train.csv", index=False)
-    cfg = ku.PretrainConfig(data_dir=str(tmp_path), text_column="left", pair_column="right")
-    assert ku.read_texts(cfg)[0] == ["a", "b", "c"]
+    cfg = pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="left", pair_column="right")
+    assert pretraining._read_texts(cfg)[0] == ["a", "b", "c"]
 
 
 def test_a_column_of_numbers_and_a_column_that_is_missing_are_named_with_the_file(tmp_path):
     pd.DataFrame({"text": ["0.5", "7"]}).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(ku.DataError, match=r"train\.csv, column text: expected texts, not numbers, got row 1"):
-        ku.read_texts(ku.PretrainConfig(data_dir=str(tmp_path), text_column="text"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="text"))
     with pytest.raises(ku.DataError, match=r"train\.csv: no column 'texd' \(did you mean text\?\)"):
-        ku.read_texts(ku.PretrainConfig(data_dir=str(tmp_path), text_column="texd"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="texd"))
 
 
 def test_max_rows_draws_the_same_texts_whatever_the_order_of_the_rows(tmp_path):
     drawn = []
     for texts in (make_texts(30), make_texts(30)[::-1]):
         pd.DataFrame({"excerpt": texts}).to_csv(tmp_path / "train.csv", index=False)
-        drawn.append(ku.read_texts(ku.PretrainConfig(data_dir=str(tmp_path), max_rows=7, seed=3))[0])
+        drawn.append(pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), max_rows=7, seed=3))[0])
     assert len(drawn[0]) == 7 and sorted(drawn[0]) == sorted(drawn[1])
 
 
@@ -111,7 +114,7 @@ def drawn(corpus, cfg, epochs=1):
     """(row, positions, new ids) of every window in so many epochs."""
     for epoch in range(epochs):
         for row in range(len(corpus.tokens)):
-            yield row, *ku.mask_window(corpus, row, epoch, cfg)
+            yield row, *pretraining._mask_window(corpus, row, epoch, cfg)
 
 
 def test_all_tokens_of_a_word_are_masked_together_and_words_are_counted_not_tokens():
@@ -154,8 +157,8 @@ def test_of_the_masked_tokens_80_percent_become_the_mask_10_percent_random_and_1
 
 def test_masks_are_drawn_anew_each_epoch_and_again_the_same_for_the_same_seed_epoch_and_row():
     corpus, cfg = corpus_of([" ".join(WORDS)] * 2)
-    one, again, epoch, row = (ku.mask_window(corpus, r, e, cfg) for r, e in ((0, 1), (0, 1), (0, 2), (1, 1)))
-    other = ku.mask_window(corpus, 0, 1, ku.PretrainConfig(seed=1))
+    one, again, epoch, row = (pretraining._mask_window(corpus, r, e, cfg) for r, e in ((0, 1), (0, 1), (0, 2), (1, 1)))
+    other = pretraining._mask_window(corpus, 0, 1, pretraining.PretrainConfig(seed=1))
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
     assert all(not np.array_equal(one[0], x[0]) for x in (epoch, row, other))
 
@@ -177,18 +180,18 @@ def test_a_tokenizer_that_knows_no_words_is_said_and_masks_single_tokens(capsys)
 
 
 def masked_model(folder, **given):
-    cfg = ku.PretrainConfig.from_dict(dict(backbone=folder) | given)
+    cfg = pretraining.PretrainConfig.from_dict(dict(backbone=folder) | given)
     torch.manual_seed(0)
-    return *ku.load_masked_model(folder, cfg.training()), cfg
+    return *pretraining._load_masked_model(folder, cfg.training()), cfg
 
 
 @pytest.mark.parametrize("kind", WITH)
 def test_the_loss_is_that_of_the_whole_model_at_the_masked_places_whatever_else_is_in_the_batch(kind, maskable):
     model, new, cfg = masked_model(maskable(kind))
     corpus, _ = corpus_of(make_texts(5), max_length=32)
-    masks = [ku.mask_window(corpus, row, 1, cfg) for row in range(5)]
+    masks = [pretraining._mask_window(corpus, row, 1, cfg) for row in range(5)]
     with torch.no_grad():
-        loss = model.eval()(*ku.masked_batch(corpus, np.arange(5), masks, CPU)).item()
+        loss = model.eval()(*pretraining._masked_batch(corpus, np.arange(5), masks, CPU)).item()
     plain, expected = model.language_model, 0.0
     model.backbone._forward_hooks.clear()
     for row, (positions, ids) in enumerate(masks):
@@ -206,15 +209,15 @@ def test_the_loss_is_that_of_the_whole_model_at_the_masked_places_whatever_else_
 @pytest.mark.parametrize("kind", WITH)
 def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_spare(kind, maskable, settings, capsys):
     seen = {}
-    original = ku.save_pretrained
+    original = pretraining._save_pretrained
 
     def keeping(model, *rest):
         seen.update({name: weight.clone() for name, weight in model.backbone.state_dict().items()})
         original(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ku, "save_pretrained", keeping)
-        run = ku.pretrain(settings(backbone=maskable(kind), epochs=1, max_rows=12, lr=1e-3))
+        patch.setattr(pretraining, "_save_pretrained", keeping)
+        run = pretraining.pretrain(settings(backbone=maskable(kind), epochs=1, max_rows=12, lr=1e-3))
     assert "tied to the word embeddings" in capsys.readouterr().out
     assert ku.find_backbone(str(run)) == run
     model, info = transformers.AutoModel.from_pretrained(run, output_loading_info=True)
@@ -235,7 +238,7 @@ def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_sp
 @pytest.mark.parametrize("kind", WITHOUT)
 def test_an_architecture_without_a_head_for_masked_words_is_refused_with_what_to_do(kind, maskable, settings):
     with pytest.raises(ku.KitError, match=r"no head that predicts masked words.*train on it as it is") as error:
-        ku.pretrain(settings(backbone=maskable(kind)))
+        pretraining.pretrain(settings(backbone=maskable(kind)))
     assert str(maskable(kind)) in str(error.value) and not Path(settings().output_dir).exists()
 
 
@@ -251,7 +254,10 @@ def test_a_head_that_the_checkpoint_has_is_used_and_learns_at_the_rate_of_the_ba
     for name, weight in language_model.state_dict().items():
         assert torch.equal(weight, model.language_model.state_dict()[name])
     corpus, _ = corpus_of(make_texts(5))
-    rates = {group["depth"]: group["lr"] for group in ku.Pretraining(corpus, model, new, cfg).optimizer.param_groups}
+    rates = {
+        group["depth"]: group["lr"]
+        for group in pretraining._Pretraining(corpus, model, new, cfg).optimizer.param_groups
+    }
     assert rates == {"backbone": 2e-5, "head": 2e-5}
 
 
@@ -269,7 +275,7 @@ def test_a_head_in_the_names_of_old_checkpoints_is_used(tmp_path, maskable):
 def test_a_new_head_learns_at_its_own_rate_and_biases_and_norms_do_not_decay(maskable):
     model, new, cfg = masked_model(maskable("bert"), lr=2e-5, head_lr=0.5, weight_decay=0.1)
     corpus, _ = corpus_of(make_texts(5))
-    groups = ku.Pretraining(corpus, model, new, cfg).optimizer.param_groups
+    groups = pretraining._Pretraining(corpus, model, new, cfg).optimizer.param_groups
     found = {(group["depth"], p.ndim > 1): group["weight_decay"] for group in groups for p in group["params"]}
     assert found == {("backbone", True): 0.1, ("backbone", False): 0, ("head", True): 0.1, ("head", False): 0}
     assert {group["depth"]: group["lr"] for group in groups} == {"backbone": 2e-5, "head": 0.5}
@@ -290,12 +296,12 @@ def test_a_tokenizer_without_a_mask_token_is_an_error(settings, tmp_path, maskab
     folder = Path(shutil.copytree(maskable("bert"), tmp_path / "plain"))
     make_pieces(mask=False).save_pretrained(folder)
     with pytest.raises(ku.KitError, match="no mask token"):
-        ku.pretrain(settings(backbone=folder))
+        pretraining.pretrain(settings(backbone=folder))
 
 
 def test_a_window_longer_than_the_positions_of_the_backbone_is_an_error(settings):
     with pytest.raises(ku.ConfigError, match="max_length must be at most 160"):
-        ku.pretrain(settings(max_length=161))
+        pretraining.pretrain(settings(max_length=161))
 
 
 # ---------------------------------------------------------------------------------------
@@ -303,10 +309,10 @@ def test_a_window_longer_than_the_positions_of_the_backbone_is_an_error(settings
 
 
 def training_of(cfg, texts=40, **given):
-    corpus = ku.make_corpus(make_texts(texts), make_pieces(), 27, cfg)
+    corpus = pretraining._make_corpus(make_texts(texts), make_pieces(), 27, cfg)
     torch.manual_seed(0)
-    model, new = ku.load_masked_model(Path(cfg.backbone), cfg.training())
-    return ku.Pretraining(corpus, model, new, cfg)
+    model, new = pretraining._load_masked_model(Path(cfg.backbone), cfg.training())
+    return pretraining._Pretraining(corpus, model, new, cfg)
 
 
 def test_texts_are_held_out_whole_and_never_trained_on(settings):
@@ -347,7 +353,7 @@ def test_the_loss_falls_on_texts_that_can_be_learnt(settings, tmp_path):
     pd.DataFrame({"excerpt": [f"{a} {b}" for a in texts for b in texts[:4]]}).to_csv(
         tmp_path / "train.csv", index=False
     )
-    run = ku.pretrain(settings(data_dir=tmp_path, max_length=32, epochs=30, lr=2e-3, head_lr=5e-3))
+    run = pretraining.pretrain(settings(data_dir=tmp_path, max_length=32, epochs=30, lr=2e-3, head_lr=5e-3))
     losses = told(run)["held_out"]
     assert losses["before"] > 2.9 and losses["after"] < 0.8 * losses["before"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -355,7 +361,7 @@ def test_the_loss_falls_on_texts_that_can_be_learnt(settings, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_what_helps(settings):
     with pytest.raises(ku.NumericError, match=r"pre-training, step \d+: the loss is nan: lower lr"):
-        ku.pretrain(settings(lr=1e30, head_lr=1e30, warmup=0))
+        pretraining.pretrain(settings(lr=1e30, head_lr=1e30, warmup=0))
 
 
 # ---------------------------------------------------------------------------------------
@@ -375,8 +381,10 @@ class Killed(BaseException):
 
 def at_step(monkeypatch, number, act):
     """Call `act` before the step of this number, counted from now on."""
-    step, count = ku.Pretraining.step, iter(range(1, 10**6))
-    monkeypatch.setattr(ku.Pretraining, "step", lambda *given: act() if next(count) == number else step(*given))
+    step, count = pretraining._Pretraining.step, iter(range(1, 10**6))
+    monkeypatch.setattr(
+        pretraining._Pretraining, "step", lambda *given: act() if next(count) == number else step(*given)
+    )
 
 
 def kill():
@@ -396,15 +404,15 @@ def content(run):
     [(1, {}), (2, {}), (6, {}), (10, {}), (7, dict(precision="fp16")), (7, dict(precision="bf16", micro_batch_size=3))],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, monkeypatch):
-    expected = content(ku.pretrain(settings(run_name="whole", **given)))
+    expected = content(pretraining.pretrain(settings(run_name="whole", **given)))
     cfg = settings(run_name="killed", **often, **given)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, step, kill)
-        ku.pretrain(cfg)
+        pretraining.pretrain(cfg)
     assert not ku.is_backbone(Path(cfg.output_dir) / "killed")
-    steps, count = [], ku.Pretraining.step
-    monkeypatch.setattr(ku.Pretraining, "step", lambda *given: steps.append(1) or count(*given))
-    run = ku.pretrain(cfg)
+    steps, count = [], pretraining._Pretraining.step
+    monkeypatch.setattr(pretraining._Pretraining, "step", lambda *given: steps.append(1) or count(*given))
+    run = pretraining.pretrain(cfg)
     assert content(run) == expected and len(steps) == expected["steps"] - (step - 1)
     assert len(told(run)["sessions"]) == 2 and {p.name for p in run.iterdir()} == {
         *(p.name for p in (run.parent / "whole").iterdir())
@@ -414,16 +422,34 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, mo
 PROCESS = """
 import sys, time, math, torch
 import kernel_utils as ku
+import pretraining
 torch.set_num_threads(1)
 ku.SAVE_SHARE = math.inf
-step = ku.Pretraining.step
-ku.Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
-ku.pretrain(ku.PretrainConfig.from_dict(__import__("json").loads(sys.argv[1])))
+step = pretraining._Pretraining.step
+pretraining._Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
+pretraining.pretrain(pretraining.PretrainConfig.from_dict(__import__("json").loads(sys.argv[1])))
 """
 
 
+@pytest.mark.parametrize(
+    "name, counts",
+    [("kernel_utils.py", True), ("pretraining.py", True), ("comparison.py", False), ("blending.py", False)],
+)
+def test_a_change_of_the_core_or_of_pretraining_alone_keeps_a_run_from_going_on(name, counts, tmp_path, monkeypatch):
+    corpus, _ = corpus_of(make_texts(5))
+    modules = Path(shutil.copytree(ROOT / "kernel_utils", tmp_path / "modules"))
+    monkeypatch.setattr(ku, "__file__", str(modules / "kernel_utils.py"))
+    monkeypatch.setattr(pretraining, "__file__", str(modules / "pretraining.py"))
+    config = modules / "config.json"
+    config.write_text("{}")
+    before = pretraining._fingerprint(make_texts(5), corpus, config, {})
+    with open(modules / name, "a") as file:
+        file.write("# another\n")
+    assert (pretraining._fingerprint(make_texts(5), corpus, config, {}) != before) == counts
+
+
 def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settings, often):
-    expected = content(ku.pretrain(settings(run_name="whole")))
+    expected = content(pretraining.pretrain(settings(run_name="whole")))
     cfg = settings(run_name="killed", **often)
     command = [sys.executable, "-c", PROCESS, json.dumps(cfg.to_dict())]
     process = subprocess.Popen(command, cwd=ROOT / "kernel_utils", stdout=subprocess.DEVNULL)
@@ -433,58 +459,58 @@ def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settin
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert told(run)["status"] == "running" and content(ku.pretrain(cfg)) == expected
+    assert told(run)["status"] == "running" and content(pretraining.pretrain(cfg)) == expected
 
 
 def test_a_run_that_runs_out_of_time_is_saved_says_so_and_goes_on_to_the_same_bytes(settings, monkeypatch):
-    expected = content(ku.pretrain(settings(run_name="whole")))
+    expected = content(pretraining.pretrain(settings(run_name="whole")))
     cfg = settings(run_name="slow")
     with monkeypatch.context() as patch:
         asked = iter(range(100))
         patch.setattr(ku.Watch, "stop", lambda *_: "max_minutes 1" if next(asked) == 3 else "")
         with pytest.raises(ku.Stopped, match=r"max_minutes 1: step 3 of 10\n.*goes on from there"):
-            ku.pretrain(cfg)
+            pretraining.pretrain(cfg)
     record = told(Path(cfg.output_dir) / "slow")
     assert record["status"] == "stopped" and record["steps"] == 3
-    assert content(ku.pretrain(cfg)) == expected
+    assert content(pretraining.pretrain(cfg)) == expected
 
 
 def test_max_minutes_that_are_too_few_stop_before_the_first_step(settings):
     with pytest.raises(ku.Stopped, match=r"max_minutes 0\.01.*step 0 of"):
-        ku.pretrain(settings(max_minutes=0.01))
+        pretraining.pretrain(settings(max_minutes=0.01))
 
 
 def test_a_complete_run_is_not_trained_again(settings, monkeypatch, capsys):
     cfg = settings(epochs=1)
-    before = content(ku.pretrain(cfg))
-    monkeypatch.setattr(ku.Pretraining, "step", kill)
-    assert content(ku.pretrain(cfg)) == before and "is complete, nothing is trained" in capsys.readouterr().out
+    before = content(pretraining.pretrain(cfg))
+    monkeypatch.setattr(pretraining._Pretraining, "step", kill)
+    assert content(pretraining.pretrain(cfg)) == before and "is complete, nothing is trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [dict(mask_share=0.3), dict(whole_words=False), dict(seed=1), dict(max_rows=20)])
 def test_a_name_taken_by_a_run_with_other_settings_is_refused_and_the_run_is_not_touched(change, settings):
-    before = content(ku.pretrain(settings(epochs=1)))
+    before = content(pretraining.pretrain(settings(epochs=1)))
     with pytest.raises(ku.ConfigError, match=f"{next(iter(change))} was"):
-        ku.pretrain(settings(epochs=1, **change))
+        pretraining.pretrain(settings(epochs=1, **change))
     assert content(Path(settings().output_dir) / "p") == before
 
 
 def test_other_texts_under_the_same_name_are_refused(settings, competition):
-    ku.pretrain(settings(epochs=1))
+    pretraining.pretrain(settings(epochs=1))
     frame = pd.read_csv(competition / "train.csv", dtype=str)
     frame.assign(excerpt=frame["excerpt"] + " cat").to_csv(competition / "train.csv", index=False)
     with pytest.raises(ku.ConfigError, match="the texts: not as when the run began"):
-        ku.pretrain(settings(epochs=1))
+        pretraining.pretrain(settings(epochs=1))
 
 
 def test_a_killed_run_is_copied_from_an_attached_folder_and_goes_on(settings, often, monkeypatch, tmp_path):
-    expected = content(ku.pretrain(settings(run_name="whole")))
+    expected = content(pretraining.pretrain(settings(run_name="whole")))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 4, kill)
-        ku.pretrain(settings(run_name="killed", **often))
+        pretraining.pretrain(settings(run_name="killed", **often))
     attached = tmp_path / "attached"
     shutil.move(tmp_path / "runs" / "killed", attached / "killed")
-    run = ku.pretrain(settings(run_name="again", resume_from=attached, **often))
+    run = pretraining.pretrain(settings(run_name="again", resume_from=attached, **often))
     assert content(run) == expected
 
 
@@ -494,7 +520,7 @@ def test_a_killed_run_is_copied_from_an_attached_folder_and_goes_on(settings, of
 
 @pytest.fixture
 def pretrained(settings):
-    return ku.pretrain(settings(epochs=1))
+    return pretraining.pretrain(settings(epochs=1))
 
 
 def test_pretrain_json_tells_where_the_weights_come_from_and_what_was_done(pretrained, maskable):
@@ -533,7 +559,7 @@ def test_a_run_on_a_plain_backbone_records_no_pretraining(maskable):
 
 
 def test_a_second_pretraining_records_the_first(pretrained, settings):
-    again = ku.pretrain(settings(epochs=1, backbone=pretrained, run_name="again"))
+    again = pretraining.pretrain(settings(epochs=1, backbone=pretrained, run_name="again"))
     assert told(again)["pretrained"]["weights"] == told(pretrained)["weights"]
     assert ku.pretraining_of(again)["pretrained"]["pretrained"]["steps"] == told(pretrained)["steps"]
 
@@ -555,6 +581,6 @@ def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monke
         return model, info
 
     monkeypatch.setattr(ku, "load_weights", uninitialised)
-    model, new = ku.load_masked_model(maskable("longformer"), ku.PretrainConfig().training())
+    model, new = pretraining._load_masked_model(maskable("longformer"), pretraining.PretrainConfig().training())
     head = {key: weight for key, weight in model.language_model.named_parameters() if key.startswith("lm_head")}
     assert new and (head["lm_head.bias"] == 0).all() and head["lm_head.dense.weight"].any()

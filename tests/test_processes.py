@@ -1,13 +1,10 @@
-"""Several processes: folds side by side, and runs whose steps the processes of torch.distributed.run share."""
+"""Folds side by side in several processes, and the command line."""
 
 import contextlib
 import json
-import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,9 +15,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-import torch
 from conftest import train_frame
-from test_resume import NOISY, Killed, at_step, content, kill, start
+from test_resume import NOISY, content, kill, start
 
 import kernel_utils as ku
 
@@ -230,243 +226,11 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
 
 
 # ---------------------------------------------------------------------------------------
-# One run in several processes
-
-FORKS = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """A process that has imported this module, and of which copies start at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(ku.__file__).parent}{os.pathsep}{Path(__file__).parent}")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        FORKS.set_forkserver_preload(["test_processes"])
-        multiprocessing.forkserver.ensure_running()
-
-
-def member(number, count, port, out, settings, prepare):
-    """A process of a run, begun as torch.distributed.run does, in a folder of its own; it prints to a file."""
-    folder = Path(f"{out}-folder")
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    where = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in where.items()}
-    torch.set_num_threads(1)
-    with open(out, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            prepare(number)
-            ku.write_json("run.json", settings[number])
-            code = ku.main(["train", "--config", "run.json"])
-        except Killed:
-            code = 9
-    os._exit(code)
-
-
-def as_it_is(number):
-    pass
-
-
-def share(tmp_path, cfg, prepare=as_it_is, count=2, **others):
-    """Train in `count` processes; their exit codes and what they printed. `others`: settings of all but the first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = [cfg.to_dict()] + [cfg.to_dict() | others] * (count - 1)
-    outs = [tmp_path / f"member{number}" for number in range(count)]
-    processes = [FORKS.Process(target=member, args=(i, count, port, outs[i], settings, prepare)) for i in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert not process.is_alive()
-    return [process.exitcode for process in processes], [out.read_text() for out in outs]
-
-
-def predictions(run):
-    return pd.read_csv(run / "oof.csv")[["prediction_best", "prediction_last"]].to_numpy()
-
-
-QUIET = dict(epochs=2, evals_per_epoch=2, lr=1e-3, head_lr=1e-2)
-SHARED = {  # 20 rows to train on: of two batches one is of a single row, which is too few for two processes
-    "an odd batch, one of a single row, several micro-batches, a loss with an outer part": (
-        2,
-        dict(batch_size=19, micro_batch_size=3, loss="rmse", clip_norm=0.5),
-    ),
-    "padded rows, frozen layers, more processes than rows of a batch": (
-        3,
-        dict(batch_size=2, attention="eager", freeze_layers=1, epochs=1),
-    ),
-    "the best weights": (2, dict(checkpoint="best", lr=0.02)),
-}
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_a_shared_run_equals_the_run_of_one_process(case, tiny, tmp_path):
-    count, settings = SHARED[case]
-    cfg = tiny(run_name="shared", **QUIET | settings)
-    codes, outs = share(tmp_path, cfg, count=count)
-    assert codes == [0] * count, outs
-    alone = start(ku.dataclasses.replace(cfg, run_name="alone"))
-    np.testing.assert_allclose(predictions(run_of(cfg)), predictions(alone), rtol=0, atol=1e-5)
-    logs = [pd.read_json(run / "log.jsonl", lines=True) for run in (run_of(cfg), alone)]
-    np.testing.assert_allclose(logs[0]["loss"].astype(float), logs[1]["loss"].astype(float), atol=1e-5)
-    np.testing.assert_allclose(logs[0]["grad_norm"].astype(float), logs[1]["grad_norm"].astype(float), rtol=1e-3)
-    assert [out.count("fold 0: rmse") for out in outs] == [1] + [0] * (count - 1)  # one prints, and one writes
-    assert "2 processes share every step" in outs[0] or count == 3
-    record = ku.read_record(run_of(cfg))
-    assert (record["sessions"][0]["world_size"], ku.read_record(alone)["world_size"]) == (count, 1)
-    assert len(pd.read_csv(run_of(cfg) / "submission.csv")) == 10
-
-
-def often(number):
-    ku.SAVE_SHARE = math.inf
-
-
-def killed(number):
-    """All processes end abruptly before the eighth step, in the second fold."""
-    often(number)
-    at_step(Patch, 8, kill)
-
-
-def stopped(number):
-    """The second process alone is told to stop."""
-    often(number)
-    if number:
-        at_step(Patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-
-class Patch:
-    """As monkeypatch, for a process that ends anyway."""
-
-    setattr = staticmethod(setattr)
-
-
-def test_a_shared_run_that_was_killed_or_stopped_goes_on_to_the_same_bytes(tiny, tmp_path):
-    cfg = tiny(run_name="whole", checkpoint_minutes=1e-9, **NOISY | dict(epochs=2))
-    assert share(tmp_path, cfg)[0] == [0, 0]
-    expected = content(run_of(cfg))
-    for prepare, codes in ((killed, [9, 9]), (stopped, [1, 0])):
-        again = ku.dataclasses.replace(cfg, run_name=prepare.__name__)
-        ended, outs = share(tmp_path, again, prepare)
-        assert ended == codes, outs
-        steps = saved_steps(run_of(again), 1)
-        assert max(steps) == (1 if prepare is killed else 2)
-        if prepare is stopped:
-            assert "another process has to stop: fold 1 is at step 2 of 6, 1 folds are finished" in outs[0]
-        ended, outs = share(tmp_path, again, often)
-        assert ended == [0, 0] and f"fold 1 goes on after step {max(steps)} of 6" in outs[0], outs
-        assert content(run_of(again)) == expected
-
-
-def test_a_shared_run_can_go_on_in_one_process_which_is_told(tiny, tmp_path, capsys):
-    cfg = tiny(run_name="r", checkpoint_minutes=1e-9, **QUIET)
-    assert share(tmp_path, cfg, killed)[0] == [9, 9]
-    run = start(cfg)
-    assert "world_size 2, now 1" in capsys.readouterr().out
-    assert [session["world_size"] for session in ku.read_record(run)["sessions"]] == [2, 1]
-    alone = start(ku.dataclasses.replace(cfg, run_name="alone"))
-    np.testing.assert_allclose(predictions(run), predictions(alone), rtol=0, atol=1e-5)
-
-
-def strays(number):
-    """The weights of one process change by themselves."""
-    step = ku.Engine.optimizer_step
-
-    def straying(engine, *rest):
-        told = step(engine, *rest)
-        if number:
-            with torch.no_grad():
-                next(engine.model.parameters())[0, 0] += 1e-6
-        return told
-
-    ku.Engine.optimizer_step = straying
-
-
-def unlucky(number):
-    """A row does not fit into the memory of one process."""
-
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    if number:
-        ku.Engine.accumulate = full
-
-
-def test_processes_that_come_apart_are_an_error(tiny, tmp_path):
-    codes, outs = share(tmp_path, tiny(run_name="r", **QUIET), strays)
-    assert codes == [1, 1]
-    for out in outs:
-        assert "the 2 processes of the run have come to other weights (fold 0, step 2): their machines differ" in out
-        assert "Traceback" not in out
-
-
-def test_an_error_of_one_process_is_told_and_ends_the_others(tiny, tmp_path):
-    codes, outs = share(tmp_path, tiny(run_name="r", **QUIET), unlucky)
-    assert codes == [1, 1] and not any("Traceback" in out for out in outs), outs
-    assert "process 0 cannot go on: another process of the run has ended" in outs[0]
-    assert "does not fit into the memory" in outs[1]
-
-
-def test_machines_without_a_common_disk_or_with_other_data_are_refused(tiny, competition, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    train_frame(seed=5).to_csv(other / "train.csv", index=False)
-    cfg = tiny(run_name="r", **QUIET)
-    refused = {
-        "differ in data, backbone, versions or devices": (cfg, dict(data_dir=str(other))),
-        "do not all see runs/r/record.json: output_dir must be": (ku.dataclasses.replace(cfg, output_dir="runs"), {}),
-    }
-    for told, (settings, others) in refused.items():
-        codes, outs = share(tmp_path, settings, **others)
-        assert codes == [1, 1] and all(told in out for out in outs), outs
-    assert not list(tmp_path.rglob("record.json"))  # nothing was trained, nothing is left
-
-
-def test_weights_without_a_gradient_in_a_process_get_that_of_the_others_and_those_without_any_none(tiny, tmp_path):
-    """As a head that leaves some weights out for some rows. Independent sums, by one process."""
-    codes, outs = share(tmp_path, tiny(run_name="r", **QUIET), gradients)
-    assert codes == [9, 9] and all("[None, 0.0, 2.0, 3.0] 7.0" in out for out in outs), outs
-
-
-def gradients(number):
-    """Print the gradients that an engine has after it has added them up, then end."""
-
-    def adding(engine, *rest):
-        weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
-        engine.model = torch.nn.ParameterList(weights)
-        engine.mean += 3 + number
-        given = [{1: 0.0, 2: 2.0}, {1: 0.0, 3: 3.0}][number]
-        for i, value in given.items():
-            weights[i].grad = torch.full((2,), value)
-        engine.add_up()
-        print([None if w.grad is None else w.grad.mean().item() for w in weights], engine.mean.item(), file=sys.stderr)
-        raise Killed
-
-    ku.Engine.optimizer_step = adding
-
-
-# ---------------------------------------------------------------------------------------
 # The command
 
 
-def test_the_command_shares_a_run_between_the_processes_of_torch_distributed_run(tiny, tmp_path):
-    cfg = tiny(run_name="shared", **QUIET)
-    given = cfg.to_dict()
-    ku.write_json(
-        tmp_path / "run.json", {name: given[name] for name in given if given[name] != vars(ku.Config())[name]}
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, ku.__file__, "train", "--config", tmp_path / "run.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fold 1: rmse") == 1 and "Warning" not in done.stderr
-    alone = start(ku.dataclasses.replace(cfg, run_name="alone"))
-    np.testing.assert_allclose(predictions(run_of(cfg)), predictions(alone), rtol=0, atol=1e-5)
-
-
 def test_the_command_does_what_the_notebook_does(tiny, tmp_path, capsys):
-    cfg = tiny(run_name="r", **QUIET)
+    cfg = tiny(run_name="r", epochs=2, evals_per_epoch=2, lr=1e-3, head_lr=1e-2)
     ku.write_json(tmp_path / "run.json", cfg.to_dict())
     assert ku.main(["train", "--config", str(tmp_path / "run.json")]) == 0
     written = pd.read_csv(run_of(cfg) / "submission.csv", dtype={"id": str})

@@ -188,12 +188,6 @@ def test_the_embeddings_must_learn_where_they_are_attacked(tiny):
         engine_of(tiny(fgm=1.0, adversarial_start=0, freeze_embeddings=True)).begin(0, **QUIET)
 
 
-def test_only_the_one_process_of_a_run_attacks(tiny, monkeypatch):
-    monkeypatch.setattr(ku, "world_size", lambda: 2)
-    with pytest.raises(ku.ConfigError, match="fold_processes"):
-        engine_of(tiny(awp=1.0, adversarial_start=0))
-
-
 # ---------------------------------------------------------------------------------------
 # Averages
 

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or short of memory, and what becomes of them. tools/stress.py has the real kills."""
 
 import json
+import linecache
 import math
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -231,6 +233,15 @@ def test_a_run_does_not_go_on_with_something_else_and_says_what(change, tiny, of
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def run_cell(source):
+    """The namespace of a notebook cell that has run: its source is where IPython leaves it, in linecache."""
+    name = f"/tmp/ipykernel_1/{zlib.crc32(source.encode())}.py"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    scope = {"ku": ku, "torch": torch, "__name__": "__main__"}
+    exec(compile(source, name, "exec"), scope)
+    return scope
+
+
 def test_a_run_does_not_go_on_with_other_code_of_the_module_or_of_a_head_in_the_notebook(
     tiny, often, tmp_path, monkeypatch
 ):
@@ -240,9 +251,7 @@ def test_a_run_does_not_go_on_with_other_code_of_the_module_or_of_a_head_in_the_
             "    def forward(self, states, mask):",
             f"        return states[-1][:, 0] ** {power}",
         )
-        scope = {"ku": ku, "__name__": "notebook"}
-        exec("\n".join(lines), scope)
-        return scope["Own"]
+        return run_cell("\n".join(lines))["Own"]
 
     cfg = tiny(run_name="r", head="mean", **often)
     monkeypatch.setitem(ku.HEADS, "mean", head(1))
@@ -250,10 +259,10 @@ def test_a_run_does_not_go_on_with_other_code_of_the_module_or_of_a_head_in_the_
         at_step(patch, 2, kill)
         start(cfg)
     monkeypatch.setitem(ku.HEADS, "mean", head(2))
-    with pytest.raises(ku.ConfigError, match=r"the code .* not as when the run began"):
+    with pytest.raises(ku.ConfigError, match=r"the code of head mean: not as when the run began"):
         start(cfg)
     monkeypatch.setitem(ku.HEADS, "mean", head(1))
-    with monkeypatch.context() as patch, pytest.raises(ku.ConfigError, match=r"the code .* not as when the run began"):
+    with monkeypatch.context() as patch, pytest.raises(ku.ConfigError, match=r"kernel_utils.py\): not as when the run"):
         patch.setattr(ku, "__file__", str(other_code(cfg, tmp_path)))
         start(cfg)
     start(cfg)
@@ -263,22 +272,44 @@ PARTS = {  # a line of the head -> the same line, changed
     "a class attribute": "    power = {}",
     "a default": "    def raised(self, x, power={}):\n        return x",
     "a static method": "    @staticmethod\n    def raised(x):\n        return x * {}",
-    "a helper of the notebook": "    helper = lambda self, x: helping(x)",
+    "a property": "    @property\n    def raised(self):\n        return {}",
+    "a base": "class Own(Own):\n    pass",
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_complete_run_is_not_taken_for_that_of_a_head_of_which_anything_is_changed(part, tiny, monkeypatch):
     def head(value):
-        scope = {"ku": ku, "__name__": "notebook"}
-        exec(f"def helping(x):\n    return x * {value}\nclass Own(ku.MeanHead):\n{PARTS[part].format(value)}\n", scope)
-        return scope["Own"]
+        source = f"class Own(ku.MeanHead):\n    def own(self):\n        return {{}}\n{PARTS[part]}\n"
+        return run_cell(source.format(value if part == "a base" else 0, value))["Own"]
 
     folders = []
     for value in (1, 1, 2):
         monkeypatch.setitem(ku.HEADS, "mean", head(value))
         folders.append(start(tiny(head="mean", run_folds="0")).name)
     assert folders == [folders[0], folders[0], f"{folders[0]}-2"]
+
+
+def test_functions_of_a_notebook_are_told_apart_by_their_source(monkeypatch):
+    def prints(share):
+        source = f"@ku.metric('gap', 'lower', ('regression',))\ndef gap(target, prediction):\n    return {share}\n"
+        monkeypatch.setitem(ku.METRICS, "gap", run_cell(source)["gap"])
+        return ku.source_prints(ku.Config(metric="gap", loss="mse"))
+
+    monkeypatch.setitem(ku.METRICS, "gap", ku.METRICS["rmse"])
+    del ku.METRICS["gap"]
+    first, again, other = prints(0.5), prints(0.5), prints(0.25)
+    assert first.keys() == {"the code of metric gap"} and first == again != other
+
+
+def test_a_part_without_source_is_recorded_by_its_name_and_the_run_says_so(tiny, monkeypatch, capsys):
+    scope = {"ku": ku, "__name__": "__main__"}
+    exec("class Own(ku.MeanHead):\n    def own(self):\n        return 1", scope)
+    monkeypatch.setitem(ku.HEADS, "mean", scope["Own"])
+    run = start(tiny(head="mean", run_folds="0"))
+    assert ku.read_record(run)["fingerprint"]["the code of head mean"] == "no source: __main__.Own"
+    told = "the code of head mean has no source here: a run that goes on cannot tell whether it has changed"
+    assert told in capsys.readouterr().out
 
 
 def test_a_mistake_met_by_a_run_that_goes_on_leaves_it_as_it_is(tiny, often, whole, monkeypatch):

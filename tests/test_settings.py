@@ -11,8 +11,11 @@ import tokenize
 import types
 from pathlib import Path
 
+import blending
+import comparison
 import nbformat
 import numpy as np
+import pretraining
 import pytest
 
 import kernel_utils as ku
@@ -67,7 +70,7 @@ def test_misspelt_names_and_bad_values_come_in_one_error():
 
 def test_the_error_of_a_misspelt_name_lists_every_setting():
     listed = set(re.findall(r"\w+", problems_of(heda="conv1d").split("the settings are:")[1]))
-    assert listed == {field.name for field in dataclasses.fields(ku.Config)}
+    assert listed == {field.name for field in dataclasses.fields(ku.Config)} | {"recipe"}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,9 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     assert shown.startswith("ConfigError") and "one" in shown and "two" in shown and "File" not in shown
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
+@pytest.mark.parametrize(
+    "config", [ku.Config, ku.InferConfig, pretraining.PretrainConfig, comparison.CompareConfig, blending.BlendConfig]
+)
 def test_a_built_config_cannot_be_changed(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().data_dir = "elsewhere"
@@ -234,7 +239,7 @@ def test_defaults_are_those_of_the_design(name):
 
 def test_settings_of_pretraining_with_a_name_of_config_have_its_type_and_bounds():
     theirs = {field.name: field for field in dataclasses.fields(ku.Config)}
-    for field in dataclasses.fields(ku.PretrainConfig):
+    for field in dataclasses.fields(pretraining.PretrainConfig):
         if field.name in theirs and field.name != "lr":  # whose 0 means by the backbone's width in Config alone
             other = theirs[field.name]
             assert field.type is other.type
@@ -242,9 +247,9 @@ def test_settings_of_pretraining_with_a_name_of_config_have_its_type_and_bounds(
                 other.metadata[k] for k in ("low", "high", "choices")
             ]
     with pytest.raises(ku.ConfigError, match="resume_from does nothing while resume is False"):
-        ku.PretrainConfig(resume=False, resume_from="x")
+        pretraining.PretrainConfig(resume=False, resume_from="x")
     with pytest.raises(ku.ConfigError, match="run_name must be letters"):
-        ku.PretrainConfig(run_name="../x")
+        pretraining.PretrainConfig(run_name="../x")
 
 
 def test_settings_survive_a_record_in_json():
@@ -322,9 +327,19 @@ def test_a_settings_cell_run_again_after_papermills_wins():
 @pytest.mark.parametrize(
     "scratch", ["epochs = 99", "head = 'cls'\nepochs: int = 99", "heda = 1", "# notes\nepochs = 9"]
 )
-def test_scratch_cells_never_count_before_or_after_the_settings(scratch):
+def test_scratch_cells_before_the_settings_never_count(scratch):
     settings = "# Settings\nepochs = 7\nhead = 'conv1d'"
-    assert from_cells(scratch, settings, scratch) == ku.Config(epochs=7, head="conv1d")
+    assert from_cells(scratch, settings) == ku.Config(epochs=7, head="conv1d")
+
+
+def test_a_later_cell_that_binds_a_setting_again_changes_it_and_adds_none():
+    settings = "# Settings\nepochs = 7\nhead = 'conv1d'"
+    assert from_cells(settings, "epochs = 99; heda = 1; seed = 5") == ku.Config(epochs=99, head="conv1d")
+
+
+def test_cells_are_read_and_do_not_run_again():
+    namespace = {"In": ["", "# Settings\nruns.append(1)\nepochs = len(runs)"], "runs": [1], "epochs": 1}
+    assert ku.Config.from_notebook(namespace) == ku.Config(epochs=1) and namespace["runs"] == [1]
 
 
 def test_a_scratch_cell_titled_parameters_of_something_never_counts():
@@ -378,16 +393,26 @@ def test_a_recipe_is_only_a_name_for_settings_that_a_run_keeps_whatever_becomes_
     kept = ku.Config.from_dict({"recipe": "made", "ema": 0.0}).to_dict()
     monkeypatch.setitem(ku.RECIPES, "made", {"epochs": 9, "ema": 0.5})
     cfg = ku.Config.from_dict(kept)
-    assert (cfg.recipe, cfg.epochs, cfg.ema, cfg.head) == ("", 5, 0.0, "gem")
+    assert (cfg.epochs, cfg.ema, cfg.head) == (5, 0.0, "gem")
+    assert "recipe" not in kept and ku.Config.from_dict(kept | {"recipe": ""}) == cfg  # as version 0.7.0 wrote it
 
 
-def test_a_recipe_is_refused_where_it_would_do_nothing_and_so_is_one_that_there_is_not(recipe):
-    with pytest.raises(ku.ConfigError, match=r"recipe is for notebooks .* give \*\*RECIPES\['made'\] here"):
-        ku.Config(recipe="made")
-    with pytest.raises(ku.ConfigError, match=r"recipe must be one of quick, strong, max.*did you mean strong"):
-        ku.Config.from_dict({"recipe": "strng"})
-    with pytest.raises(ku.ConfigError, match="recipe must be text, got"):
-        ku.Config.from_dict({"recipe": ["strong"]})
+def test_a_recipe_is_no_setting_of_a_config():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'recipe'"):
+        ku.Config(recipe="quick")
+    with pytest.raises(ku.ConfigError, match="there is no setting 'recipe'"):
+        ku.InferConfig.from_dict({"recipe": "quick"})
+
+
+@pytest.mark.parametrize("given", ["strng", ["strong"], 3, None])
+def test_a_recipe_that_there_is_not_is_refused_with_the_other_problems(given):
+    message = problems_of(recipe=given, epochs=2.5)
+    assert f"recipe must be one of quick, strong, max; got {given!r}" in message and "epochs must be" in message
+    assert ("(did you mean strong?)" in message) == (given == "strng" or given == ["strong"])
+
+
+def test_a_misspelt_recipe_gets_the_nearest_setting():
+    assert "there is no setting 'recpie' (did you mean recipe?)" in problems_of(recpie="quick")
 
 
 def test_scratch_cells_do_not_set_what_the_settings_cell_leaves_out():
@@ -443,9 +468,9 @@ def test_an_exported_script_reads_the_settings_from_its_file(tmp_path, monkeypat
     assert exported_config(tmp_path, monkeypatch, change) == ku.Config(epochs=7)
 
 
-def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(tmp_path, monkeypatch):
+def test_in_an_exported_script_papermills_cell_counts_and_other_cells_add_no_setting(tmp_path, monkeypatch):
     def change(notebook):
-        add_after_settings(notebook, '# Parameters\nhead = "conv1d"\n', "epochs = 99\nseed = 99")
+        add_after_settings(notebook, '# Parameters\nhead = "conv1d"\n', "warmup = 0.5\nema = 0.9")
 
     assert exported_config(tmp_path, monkeypatch, change) == ku.Config(head="conv1d")
 
@@ -455,9 +480,9 @@ def test_in_an_exported_script_papermills_cell_counts_and_scratch_cells_do_not(t
     [
         ("train.ipynb", ku.Config),
         ("infer.ipynb", ku.InferConfig),
-        ("pretrain.ipynb", ku.PretrainConfig),
-        ("compare.ipynb", ku.CompareConfig),
-        ("blend.ipynb", ku.BlendConfig),
+        ("pretrain.ipynb", pretraining.PretrainConfig),
+        ("compare.ipynb", comparison.CompareConfig),
+        ("blend.ipynb", blending.BlendConfig),
     ],
 )
 def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(notebook, config):
@@ -468,6 +493,10 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     helps = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
     fields = {field.name: field for field in dataclasses.fields(config)}
+    if config is ku.Config:  # an argument of from_notebook that is no field
+        (recipe,) = (line for line in lines if line.target.id == "recipe")
+        lines.remove(recipe)
+        assert recipe.value.value == "" and all(name in helps[recipe.lineno] for name in ku.RECIPES)
     for line in lines:
         field = fields[line.target.id]
         value = ast.literal_eval(line.value)
@@ -482,8 +511,8 @@ def test_the_tagged_cell_equals_the_config_in_name_type_default_and_help(noteboo
         ("train.ipynb", EXPOSED),
         ("pretrain.ipynb", EXPOSED_TO_PRETRAIN),
         ("infer.ipynb", [field.name for field in dataclasses.fields(ku.InferConfig)]),
-        ("compare.ipynb", [field.name for field in dataclasses.fields(ku.CompareConfig)]),
-        ("blend.ipynb", [field.name for field in dataclasses.fields(ku.BlendConfig)]),
+        ("compare.ipynb", [field.name for field in dataclasses.fields(comparison.CompareConfig)]),
+        ("blend.ipynb", [field.name for field in dataclasses.fields(blending.BlendConfig)]),
     ],
 )
 def test_the_tagged_cell_lists_each_setting_once(notebook, names):
@@ -502,7 +531,9 @@ def test_the_twelve_heads_of_the_design_are_there():
     assert set(names) <= set(ku.HEADS)
 
 
-@pytest.mark.parametrize("config", [ku.Config, ku.InferConfig, ku.PretrainConfig, ku.CompareConfig, ku.BlendConfig])
+@pytest.mark.parametrize(
+    "config", [ku.Config, ku.InferConfig, pretraining.PretrainConfig, comparison.CompareConfig, blending.BlendConfig]
+)
 def test_every_setting_has_a_help_of_one_line(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
@@ -510,13 +541,14 @@ def test_every_setting_has_a_help_of_one_line(config):
 
 def test_a_scratch_cell_with_a_longer_title_is_not_the_settings_cell():
     cells = ["", "# Settings\nepochs = 7", "# Settings of the plot\nseed = 3", "# Parameters of the plot\nlr = 1.0"]
-    cfg = ku.Config.from_notebook({"In": cells, "seed": 3, "lr": 1.0})
+    cfg = ku.Config.from_notebook({"In": cells, "epochs": 7, "seed": 3, "lr": 1.0})
     assert (cfg.epochs, cfg.seed, cfg.lr) == (7, 0, 0.0)
 
 
 def test_names_that_the_settings_cell_only_mentions_are_not_settings():
     cells = ["", "# Settings\nlr: float\nconv_kernels = [k for k in (3, 2)]\nseed, epochs = 4, 2"]
-    cfg = ku.Config.from_notebook({"In": cells, "lr": 0.5, "k": 1})
+    bound = {"conv_kernels": [3, 2], "seed": 4, "epochs": 2}
+    cfg = ku.Config.from_notebook({"In": cells, "lr": 0.5, "k": 1} | bound)
     assert (cfg.lr, cfg.conv_kernels, cfg.seed, cfg.epochs) == (0.0, (3, 2), 4, 2)
 
 

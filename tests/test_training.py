@@ -233,18 +233,41 @@ def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tole
         assert row["prediction"] == pytest.approx(
             oof.set_index("id")["prediction"][[row["id"]]], abs=ku.TOLERANCES[name]
         )
-        row["prediction"][0] += 2e-4 * max(1, record["oof"]["target_sd"], abs(row["prediction"][0]))
+        row["prediction"][0] += 2e-4 * record["oof"]["target_sd"]
     (folder / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ku.BundleError, match="in float32 the prediction is"):
         ku.check_golden(ku.open_bundle(folder))
 
 
-def test_the_tolerance_grows_with_the_spread_of_the_targets(runs):
+def with_scores(loaded, **scores):
+    return loaded._replace(record=loaded.record | {"oof": scores})
+
+
+def test_golden_rows_are_compared_in_standard_deviations_of_the_targets(runs):
     loaded = ku.load_run(runs / "one")
-    wide = loaded._replace(record=loaded.record | {"oof": loaded.record["oof"] | {"target_sd": 500.0}})
-    assert loaded.record["oof"]["target_sd"] < 1
-    assert ku.golden_gaps(loaded, np.array([[3.0], [0.5]]), [[2.0], [0.0]]) == pytest.approx([0.5, 0.5])
-    assert ku.golden_gaps(wide, np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 0.5])
+    wide, probabilities, constant = (with_scores(loaded, **s) for s in ({"target_sd": 500.0}, {}, {"target_sd": 0.0}))
+    assert ku.golden_gaps(wide, np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 1])
+    assert ku.golden_gaps(probabilities, np.array([[0.5, 0.5]]), [[0.6, 0.4]]) == pytest.approx([0.1])
+    assert ku.golden_gaps(constant, np.array([[0.0], [0.1]]), [[0.0], [0.0]]) == pytest.approx([0, 0.1])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("mean", [0.0, 0.01, 0.9])
+def test_a_prediction_that_is_off_by_a_small_spread_is_refused_in_every_precision(mean, precision, runs):
+    narrow = with_scores(ku.load_run(runs / "one"), target_sd=0.01)
+    rows = [{"id": "a", "fold": 0, "prediction": [mean]}, {"id": "b", "fold": 1, "prediction": [mean]}]
+    narrow = narrow._replace(golden=narrow.golden | {"rows": rows})
+    near = 0.5 * 0.01 * ku.TOLERANCES[precision]
+    assert ku.check_gaps(narrow, np.array([[mean], [mean + near]]), precision) == pytest.approx(near / 0.01)
+    with pytest.raises(ku.BundleError, match=f"fold 1, id b: in {precision} the prediction is 1 off"):
+        ku.check_gaps(narrow, np.array([[mean], [mean + 0.01]]), precision)
+
+
+def test_a_prediction_far_from_zero_may_be_rounded_to_float32_however_small_the_spread(runs):
+    narrow = with_scores(ku.load_run(runs / "one"), target_sd=0.01)
+    rounded = float(np.nextafter(np.float32(1000), np.float32(2000)))
+    assert 0 < ku.golden_gaps(narrow, np.array([[rounded]]), [[1000.0]])[0] < ku.TOLERANCES["float32"]
+    assert ku.golden_gaps(narrow, np.array([[1000.01]]), [[1000.0]])[0] > ku.TOLERANCES["float32"]
 
 
 @pytest.mark.gpu

@@ -483,7 +483,7 @@ class HfTrainer(Other):
         lab, cfg = self.lab, self.lab.cfg
         tuning = dict(optim="adamw_torch_fused", logging_nan_inf_filter=False)
         names = inspect.signature(transformers.TrainingArguments).parameters
-        grouping = "train_sampling_strategy" in names  # transformers 4 calls it group_by_length
+        grouping = "train_sampling_strategy" in names  # transformers 5.0 calls it group_by_length
         tuning |= {"train_sampling_strategy": "group_by_length"} if grouping else {"group_by_length": True}
         return transformers.TrainingArguments(
             output_dir=folder,
@@ -1066,6 +1066,7 @@ def main(arguments=None):
         sys.exit("the Trainer needs the package accelerate: pip install accelerate==1.15.0")
     if asked.threads:
         torch.set_num_threads(asked.threads)
+    ku._prepare_process()  # the same for both sides
     try:
         if asked.alone:
             print(json.dumps(measure_alone(asked, Path(asked.size), asked.loads, asked.alone)))

@@ -33,15 +33,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernel_utils"), str(ROOT / "tools")]
 import kaggle_metadata
 import kaggle_push
+import pretraining
 from report import report
 
 import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
+SIBLINGS = [MODULE.parent / name for name in ("pretraining.py", "comparison.py", "blending.py")]
 PLAIN = (".json", ".txt", ".model", ".jinja", ".codes")  # what a tokenizer's files may be: no code, no pickle
 BACKBONE = (
     "config.json",
-    ku.PRETRAIN_RECORD,
+    pretraining.PRETRAIN_RECORD,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -52,7 +54,7 @@ BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.inde
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
     transformers triton wandb yaml""".split()
-OPTIONAL = {"bitsandbytes": "adamw8bit", "disentangled_flash": "disentangled_flash"}  # import -> setting that needs it
+OPTIONAL = {"bitsandbytes": "adamw8bit"}  # import -> setting that needs it
 IMAGE_TAGS = ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
 
 
@@ -514,6 +516,8 @@ def validate(asked, dataset, kernels):
     """
     problems = option_problems(asked, dataset)
     records, runs, sources = {}, {}, [("kernel_utils.py", MODULE)]
+    if asked.starter:
+        sources += [(path.name, path) for path in SIBLINGS]
     can_write = not problems
     folders = [Path(run).resolve() for run in asked.runs]
     problems += [f"{folder}: given twice" for folder in dict.fromkeys(folders) if folders.count(folder) > 1]
@@ -601,7 +605,7 @@ OPTIONS = (  # flag, keywords of argparse
     ("--license", dict(default="other", help="one of Kaggle's licence names (default: other)")),
     ("--half", dict(action="store_true", help="store weights as fp16: half the size, predictions move a little")),
     ("--blend", dict(metavar="FILE", help="blend.json of these runs: infer.ipynb blends by it instead of the mean")),
-    ("--starter", dict(action="store_true", help="pack the module, and a backbone if given, for training kernels")),
+    ("--starter", dict(action="store_true", help="pack the modules, and a backbone if given, for training kernels")),
     ("--backbone", dict(metavar="DIR", help="with --starter: folder of a backbone, or a name that train.ipynb takes")),
     ("--wheels", dict(action="store_true", help="add wheels of what the module imports and Kaggle's image lacks")),
     ("--kernels", dict(metavar="DIR", help="also make folders that `kaggle kernels push` takes: infer and train")),

@@ -23,6 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import comparison
 import numpy as np
 import pandas as pd
 import torch
@@ -157,7 +158,7 @@ def hint(table, feature):
     scores = sign * rows.filter(like="score fold").to_numpy()  # (L + 1, F)
     behind, last = scores - scores[best], len(rows) - 1
     share = 1 / (scores.shape[1] - 1)  # rows of a fold by those that it is predicted from
-    less = [b.mean() > 0 and ku.corrected_t(b, share) < 0.05 for b in behind]
+    less = [b.mean() > 0 and comparison.corrected_t(b, share) < 0.05 for b in behind]
     top = max(layer for layer in range(len(rows)) if not less[layer])
     text = f"{feature}: best at layer {best} ({rows['metric'][0]} {rows['score'][best]:.4f})"
     if best < last:
@@ -172,8 +173,8 @@ def plot_layers(table, path, title):
     figure = ku.new_figure(8, 5)
     axis = figure.subplots()
     (constant,) = table["score"][table["feature"] == "constant"]
-    axis.axhline(constant, color=ku.GREY, linestyle="--", linewidth=1, label="mean of the training rows")
-    for feature, color, marker, aside in (("cls", ku.RED, "s", -0.04), ("mean", ku.BLUE, "o", 0.04)):
+    axis.axhline(constant, color=comparison.GREY, linestyle="--", linewidth=1, label="mean of the training rows")
+    for feature, color, marker, aside in (("cls", comparison.RED, "s", -0.04), ("mean", comparison.BLUE, "o", 0.04)):
         rows, sign, best = layers_of(table, feature)
         layers, style = np.arange(len(rows)), dict(color=color, marker=marker, markersize=5, capsize=3)
         axis.errorbar(layers + aside, rows["score"], rows["sd over folds"], label=FEATURES[feature], **style)

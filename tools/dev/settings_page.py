@@ -22,7 +22,8 @@ INTRO = """# Settings
 
 The first cell of `train.ipynb` holds the settings that people change. Every other one works in the
 same way: add a line to that cell, or give `-p NAME VALUE` to papermill. A misspelt name or a bad
-value stops the run with one message that lists every problem.
+value stops the run with one message that lists every problem. `recipe` is no setting of its own: it
+names [settings to start from](recipes-regularisers.md).
 """
 
 

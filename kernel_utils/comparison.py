@@ -1,0 +1,878 @@
+"""Comparison of finished runs, for compare.ipynb: which differences between them are real.
+
+A configuration is what runs share that differ in `seed` alone, or hold different folds of one
+seed. Configurations are compared by their out-of-fold predictions for the same rows. Equal seeds
+are no pairing: such runs share no more than others do.
+
+    import comparison
+    runs = comparison.align_runs(comparison.read_records("runs"), baseline="head=cls")
+    table = comparison.compare_runs(runs)
+
+Shapes: N rows, K outputs, S seeds, F folds, R resamples, P predictions of all rows, M values that
+a metric takes of each row, E evaluations.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+import kernel_utils as ku
+
+__all__ = [
+    "BLUE",
+    "CHECKPOINTS",
+    "GREY",
+    "LABEL_WIDTH",
+    "RED",
+    "CompareConfig",
+    "Comparison",
+    "ComparisonError",
+    "Configuration",
+    "align_runs",
+    "compare_runs",
+    "compared_config",
+    "corrected_t",
+    "encode_oof",
+    "group_problems",
+    "plot_cost",
+    "plot_differences",
+    "plot_folds",
+    "plot_learning",
+    "read_oof",
+    "read_records",
+    "resampled_scores",
+    "row_problems",
+    "run_scores",
+    "setting_problems",
+    "small_sample_factor",
+]
+
+_INCIDENTAL = (ku.FREE - {"backbone", "pseudo_dir"}) | {"seed", "checkpoint", "batch_tokens"}
+# what comparing asks of the settings
+_NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")
+CHECKPOINTS = ("last", "best")
+_LEVEL = 0.05  # chance that any comparison with a baseline calls two equal configurations different
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(ku.Settings):
+    """The settings of compare.ipynb."""
+
+    runs_dir: str = ku.option(
+        "runs",
+        "folder whose finished runs are compared, those of its sub-folders included",
+    )
+    baseline: str = ku.option(
+        "",
+        "configuration to compare with; empty means the one that is closest to the defaults",
+    )
+    output_dir: str = ku.option("comparison", "folder of the tables and figures")
+
+
+class ComparisonError(ku.KitError):
+    """Runs whose scores do not stand for the same thing."""
+
+    title = "the runs cannot be compared:"
+
+
+class Configuration(NamedTuple):
+    """A configuration and what its runs predicted for the rows of a comparison."""
+
+    name: str
+    seeds: list
+    records: list  # of all its runs
+    predictions: dict  # last and best -> (S, N, K)
+
+
+class Comparison(NamedTuple):
+    """Configurations, the baseline first, of the same rows, folds, targets and evaluations."""
+
+    metric: str
+    folds: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
+    test_to_train: float  # rows of a fold by those that its models were trained on
+    target: np.ndarray  # (N, K), or (N,) class numbers
+    configurations: list
+
+
+def read_records(folder):
+    """Records of the finished runs in `folder` and below, each with its run folder as `folder`.
+
+    Runs that did not finish are named and left out; ComparisonError where none did.
+    """
+    runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
+    finished = [run for run in runs if ku.is_complete(run)]
+    unfinished = [run.name for run in runs if run not in finished]
+    if unfinished:
+        print(f"left out, since they did not finish: {ku.listing(unfinished)}")
+    if not finished:
+        where = f"runs_dir {str(folder)!r}"
+        raise ComparisonError(f"{where} has no finished run, which is a folder with record.json")
+    return [ku.read_record(run) | {"folder": run} for run in finished]
+
+
+# ---------------------------------------------------------------------------------------
+# Configurations and the baseline
+
+
+def _default_settings():
+    return ku.as_recorded(ku.Config().to_dict())
+
+
+def _effective_settings(record):
+    """The settings that make a configuration, with what was left open as it was resolved."""
+    settings = _default_settings() | record["settings"] | record["resolved"]
+    settings["precision"] = record["precision"]
+    return {name: value for name, value in settings.items() if name not in _INCIDENTAL}
+
+
+def _setting_text(name, value):
+    """A setting as text such as `llrd=0.95`; numbers are written in one way."""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    elif not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            value = f"{float(value):.12g}"
+    return f"{name}={value}"
+
+
+def _settings_text(settings, names):
+    return " ".join(_setting_text(name, settings.get(name)) for name in names)
+
+
+def _choose_baseline(configurations, varied, baseline):
+    """The one of some configurations, lists of records, that `baseline` such as `head=cls` names.
+
+    Of several the one with most of its `varied` settings at their defaults; ConfigError where
+    that is not one.
+    """
+    default = _default_settings()
+    wanted = set()
+    for part in baseline.split():
+        name, _, value = part.partition("=")
+        wanted.add(_setting_text(name, value))
+    n_changed = {}  # position of a configuration that fits -> its settings that are no defaults
+    known = {}  # keys: every setting of every configuration, in order
+    for i, runs in enumerate(configurations):
+        settings = _effective_settings(runs[0])
+        texts = [_setting_text(name, value) for name, value in settings.items()]
+        known |= dict.fromkeys(texts)
+        if wanted <= set(texts) or baseline == _settings_text(settings, varied):
+            given = default | runs[0]["settings"]
+            n_changed[i] = sum(given.get(name) != default.get(name) for name in varied)
+    chosen = [i for i, count in n_changed.items() if count == min(n_changed.values())]
+    if len(chosen) == 1:
+        return configurations[chosen[0]]
+    if chosen:
+        problem = "several configurations fit"
+    else:
+        unknown = sorted(wanted - set(known))
+        lacking = [f"{part}{ku.nearest(part, known)}" for part in unknown]
+        problem = f"no configuration has {ku.listing(lacking or [baseline])}"
+        chosen = range(len(configurations))
+    names = [_settings_text(_effective_settings(configurations[i][0]), varied) for i in chosen]
+    remedy = f"set it to what is one of: {'; '.join(names)}"
+    raise ku.ConfigError(f"baseline {baseline!r}: {problem}; {remedy}")
+
+
+def _group_records(records, baseline):
+    """{name of a configuration: its records}, the baseline first.
+
+    The name of the baseline has all settings that vary, that of another those in which it
+    differs from the baseline.
+    """
+    by_settings = {}
+    for record in records:
+        key = json.dumps(_effective_settings(record), sort_keys=True)
+        by_settings.setdefault(key, []).append(record)
+    if len(by_settings) == 1:
+        problem = f"all {len(records)} runs have one configuration"
+        raise ComparisonError(f"{problem}: there is nothing to compare it with")
+    configurations = list(by_settings.values())
+    settings = [_effective_settings(runs[0]) for runs in configurations]
+
+    def differing(names, reference, others):
+        return [n for n in names if any(o.get(n) != reference.get(n) for o in others)]
+
+    names = dict.fromkeys(name for own in settings for name in own)
+    varied = differing(names, settings[0], settings)
+    baseline_runs = _choose_baseline(configurations, varied, baseline)
+    base = _effective_settings(baseline_runs[0])
+    named = {_settings_text(base, varied): baseline_runs}
+    for runs, own in zip(configurations, settings, strict=True):
+        if runs is not baseline_runs:
+            named[_settings_text(own, differing(varied, base, [own]))] = runs
+    return named
+
+
+# ---------------------------------------------------------------------------------------
+# Aligned runs
+
+
+def compared_config(record):
+    """The settings of a run that comparing needs. ConfigError where its metric is unknown."""
+    settings = {name: record["settings"][name] for name in _NEEDED}
+    return ku.Config.from_dict(settings | {"metric": record["oof"]["metric"]})
+
+
+def _count_evaluations(records):
+    """{fold: how often it was evaluated} of the runs of one seed: `best` is the best of so many."""
+    cfg = compared_config(records[0])
+    counts = {}
+    for fold in itertools.chain.from_iterable(record["folds"] for record in records):
+        steps = fold["steps"] - fold.get("pseudo_steps", 0)
+        counts[fold["fold"]] = len(ku.evaluation_steps(steps // cfg.epochs, cfg))
+    return counts
+
+
+@contextlib.contextmanager
+def _name_errors(path):
+    """A file that is missing or broken is a ComparisonError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ComparisonError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def read_oof(records):
+    """(N, ...) table by id of what the runs of one seed, with different folds, predicted."""
+    text_columns = {"id": str, "group": str}
+    if records[0]["classes"]:
+        text_columns["target"] = str  # labels such as 01 stay as they are
+    frames = []
+    for record in records:
+        path = record["folder"] / "oof.csv"
+        with _name_errors(path):
+            frame = pd.read_csv(path, dtype=text_columns, keep_default_na=False)
+            frames.append(frame.set_index("id"))
+    return pd.concat(frames)
+
+
+def setting_problems(record, first, other="the baseline"):
+    """How a run differs from the first, one of `other`, in what makes scores comparable."""
+    facts = {
+        "metric": (record["oof"]["metric"], first["oof"]["metric"]),
+        "outputs": (record["outputs"], first["outputs"]),
+        "classes": (record["classes"], first["classes"]),
+    }
+    problems = []
+    for name, (ours, theirs) in facts.items():
+        if ours != theirs:
+            problems.append(f"{record['folder']} has {name} {ours}, {other} {theirs}")
+    return problems
+
+
+def row_problems(name, oof, reference, other="the baseline"):
+    """How rows, folds, groups and targets of a seed differ from those of `other`, the reference."""
+    repeated = sorted(oof["fold"][oof.index.duplicated()].unique())
+    if repeated:
+        return [f"{name} has fold {ku.listing(repeated)} more than once; move or delete a run"]
+    apart = oof.index.symmetric_difference(reference.index)
+    if len(apart):
+        ours, theirs = _size_text(oof), _size_text(reference)
+        example = f"{len(apart)} rows such as id {apart[0]!r} are in one only"
+        return [f"{name} has {ours}, {other} {theirs}; {example}"]
+    oof, problems = oof.loc[reference.index], []
+    none = pd.Series("none", reference.index)
+    columns = dict.fromkeys([*reference, *oof])
+    for column in columns:
+        if column.startswith("prediction"):
+            continue
+        got, expected = oof.get(column, none), reference.get(column, none)
+        differs = got != expected
+        if differs.any():
+            row = differs.idxmax()
+            problem = f"{name} has another {column} than {other} in {differs.sum()} rows"
+            example = f"{got[row]} against {expected[row]} at id {row!r}"
+            problems.append(f"{problem}, such as {example}")
+    return problems
+
+
+def _size_text(oof):
+    return f"{len(oof)} rows, folds {ku.listing(sorted(oof['fold'].unique()))}"
+
+
+def group_problems(name, record, oof):
+    """Before 0.5.0 an oof.csv had no groups, without which rows would count as independent."""
+    if "group" in record["settings"]["fold_kind"] and "group" not in oof:
+        problem = f"{name} kept groups in one fold, and its oof.csv does not say which"
+        return [f"{problem}: train it anew"]
+    return []
+
+
+def _seed_problems(name, records, oof, first, reference):
+    """How the runs of a seed differ from those of the first seed of the baseline."""
+    problems = row_problems(name, oof, reference) + group_problems(name, records[0], oof)
+    ours, theirs = _count_evaluations(records), _count_evaluations(first)
+    unequal = [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]
+    if unequal:
+        fold = unequal[0]
+        counts = f"{ours[fold]} times in fold {fold}, the baseline {theirs[fold]} times"
+        reason = "of more evaluations the best is better by chance"
+        problems.append(f"{name} was evaluated {counts}: {reason}")
+    return problems
+
+
+def _differing_machines(records):
+    """In words, how machines and versions of the runs differ: scores and seconds may carry it."""
+    facts = []
+    for record in records:
+        place = {"device": record["device"], "threads": record["threads"]}
+        facts.append(place | record["versions"])
+    lines = []
+    for name in facts[0]:
+        values = sorted({str(fact.get(name)) for fact in facts})
+        if len(values) > 1:
+            lines.append(f"the runs differ in {name}: {ku.listing(values)}")
+    return lines
+
+
+def encode_oof(oof, cfg, classes):
+    """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
+    names = {ku.suffixed("target", name, cfg.targets): name for name in cfg.targets}
+    target = ku.encode_targets(oof.rename(columns=names), cfg, classes)
+    groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
+    if groups.max() == 0:
+        raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")
+    return target, oof["fold"].to_numpy(), groups
+
+
+def align_runs(records, baseline=""):
+    """The `Comparison` of records from `read_records`; `baseline` is text such as `head=cls`.
+
+    Raises ConfigError where that names none or several, and ComparisonError where runs differ
+    from the baseline in metric, outputs, rows, folds, groups, targets or number of evaluations,
+    or share a seed and a fold.
+    """
+    grouped = _group_records(records, baseline)
+    seeds = {}  # (configuration, seed) -> records
+    for name, runs in grouped.items():
+        for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
+            seeds.setdefault((name, record["settings"]["seed"]), []).append(record)
+    first = next(iter(seeds.values()))
+    problems = [problem for record in records for problem in setting_problems(record, first[0])]
+    if problems:
+        raise ComparisonError(problems)
+    oofs = {key: read_oof(runs) for key, runs in seeds.items()}
+    reference = next(iter(oofs.values()))
+    for (name, seed), runs in seeds.items():
+        title = f"{name}, seed {seed} ({ku.listing(record['folder'] for record in runs)})"
+        problems += _seed_problems(title, runs, oofs[name, seed], first, reference)
+    if problems:
+        raise ComparisonError(problems)
+
+    configurations = []
+    for name, runs in grouped.items():
+        own = {seed: oof.loc[reference.index] for (n, seed), oof in oofs.items() if n == name}
+        predictions = {c: _stack_predictions(own, c, first[0]["outputs"]) for c in CHECKPOINTS}
+        configurations.append(Configuration(name, list(own), runs, predictions))
+    cfg = compared_config(first[0])
+    target, folds, groups = encode_oof(reference, cfg, first[0]["classes"])
+    fold_sizes = reference["fold"].value_counts()
+    test_to_train = float((fold_sizes / (first[0]["rows"] - fold_sizes)).mean())
+    comparison = Comparison(cfg.metric, folds, groups, test_to_train, target, configurations)
+    _check_scores(comparison)
+    n_seeds = ku.listing(sorted({len(c.seeds) for c in configurations}))
+    sizes = f"{len(target)} rows, {len(fold_sizes)} folds, {n_seeds} seeds"
+    print(f"{len(configurations)} configurations, {sizes}")
+    print(f"baseline: {configurations[0].name}")
+    for line in _differing_machines(records):
+        print(line)
+    return comparison
+
+
+def _stack_predictions(oofs, checkpoint, outputs):
+    """(S, N, K) predictions of the `last` or `best` checkpoint in tables {seed: table}."""
+    columns = [ku.suffixed(f"prediction_{checkpoint}", name, outputs) for name in outputs]
+    return np.stack([oof[columns] for oof in oofs.values()])
+
+
+# ---------------------------------------------------------------------------------------
+# Statistics
+
+
+def _lower_is_better(comparison):
+    return ku.METRICS[comparison.metric].better == "lower"
+
+
+def _seed_scores(comparison, configuration, checkpoint):
+    """(S,) scores over all rows and (S, F) scores of each fold."""
+    score, target = ku.METRICS[comparison.metric], comparison.target
+    folds = [comparison.folds == fold for fold in np.unique(comparison.folds)]
+    overall, by_fold = [], []
+    for predictions in configuration.predictions[checkpoint]:
+        overall.append(score(target, predictions))
+        by_fold.append([score(target[rows], predictions[rows]) for rows in folds])
+    return np.array(overall), np.array(by_fold)
+
+
+def _check_scores(comparison):
+    """ComparisonError where a seed has no score, as constant predictions have no correlation."""
+    for configuration, checkpoint in itertools.product(comparison.configurations, CHECKPOINTS):
+        scores, _ = _seed_scores(comparison, configuration, checkpoint)
+        undefined = np.flatnonzero(~np.isfinite(scores))
+        if len(undefined):
+            seeds = ku.listing(configuration.seeds[i] for i in undefined)
+            problem = f"the {checkpoint} predictions have no {comparison.metric}"
+            raise ComparisonError(f"{configuration.name}, seed {seeds}: {problem}")
+
+
+def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
+    """(R, P) scores of P predictions (P, N, K) over rows drawn with replacement.
+
+    Whole groups are drawn at once, and the same rows for each prediction.
+    """
+    score, n_groups = ku.METRICS[metric_name], groups.max() + 1
+    scores, resamples = np.empty((n_resamples, len(predictions))), range(n_resamples)
+    if score.per_row:
+        values = np.stack([score.per_row(target, p) for p in predictions], axis=1)  # (N, P, M)
+        values = values.astype(np.float64)
+    else:
+        resamples = ku.progress(resamples, f"resamples of {metric_name}")
+    for i in resamples:
+        drawn = rng.integers(n_groups, size=n_groups)
+        times = np.bincount(drawn, minlength=n_groups)[groups]  # (N,) how often a row is drawn
+        if score.per_row:
+            scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
+        else:
+            rows = np.repeat(np.arange(len(times)), times)
+            scores[i] = [score(target[rows], p[rows]) for p in predictions]
+    defined = np.isfinite(scores).all(1)
+    if defined.mean() < 0.9:
+        share = f"{(~defined).sum()} of {n_resamples} resamples of {len(groups)} rows"
+        raise ComparisonError(f"{metric_name} has no value on {share}")
+    return scores[defined]
+
+
+def corrected_t(differences, test_to_train):
+    """p of the corrected resampled t-test of differences (F, S).
+
+    Models of different folds share training rows, so the variance is enlarged by `test_to_train`
+    (Nadeau & Bengio 2003; Bouckaert & Frank 2004).
+    """
+    n = differences.size
+    variance = differences.var(ddof=1) * (1 / n + test_to_train)
+    if not variance > 0:
+        return math.nan
+    return 2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1)
+
+
+def _holm(p_values):
+    """p-values adjusted for their number (Holm 1979); NaN is no test."""
+    adjusted = np.full(len(p_values), math.nan)
+    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+class _Difference(NamedTuple):
+    """A configuration against the baseline, by `_two_way_bootstrap`."""
+
+    difference: float
+    low: float  # 95 % interval
+    high: float
+    p: float
+    detectable: float  # true difference that is found in about four of five such comparisons
+
+
+class _Side(NamedTuple):
+    """One configuration of a difference: its score, the mean over seeds, and what moves it."""
+
+    score: float
+    row_draws: np.ndarray  # (R,) deviations of the score over other rows
+    seed_draws: np.ndarray  # (R,) deviations over other seeds of the same rows
+    seed_variance: float  # of the score, over seeds; 0 with one seed
+    dof: int  # degrees of freedom of `seed_variance`
+
+
+def small_sample_factor(n):
+    """By how much to stretch deviations of draws of n with replacement, which vary too little."""
+    return math.sqrt(n / (n - 1)) if n > 1 else 0.0
+
+
+def _draw_side(scores, resamples, n_groups, rng):
+    """The `_Side` of S seeds, of their scores (S,) over all rows and (R, S) over drawn rows."""
+    n_seeds = len(scores)
+    row_means = resamples.mean(1)
+    drawn_seeds = rng.integers(n_seeds, size=resamples.shape)
+    seed_draws = np.take_along_axis(resamples, drawn_seeds, 1).mean(1) - row_means
+    row_draws = row_means - scores.mean()
+    return _Side(
+        score=scores.mean(),
+        row_draws=small_sample_factor(n_groups) * row_draws,
+        seed_draws=small_sample_factor(n_seeds) * seed_draws,
+        seed_variance=scores.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0,
+        dof=n_seeds - 1,
+    )
+
+
+def _error_distribution(error, variances):
+    """The distribution of a difference in units of its standard error, for [(variance, dof)].
+
+    Student's t with the degrees of freedom of Welch and Satterthwaite; the normal distribution
+    where no part of the variance is estimated.
+    """
+    uncertainty = sum(variance**2 / dof for variance, dof in variances if variance)
+    return scipy.stats.t(error**4 / uncertainty) if uncertainty else scipy.stats.norm()
+
+
+def _t_interval(difference, spread, t):
+    """95 % interval by the quantiles of deviations (R,), as much wider as t is than the normal."""
+    stretch = t.ppf(0.975) / scipy.stats.norm().ppf(0.975)
+    return difference + stretch * np.quantile(spread, [0.025, 0.975])
+
+
+def _compare_sides(side, base, n_groups, level):
+    """The `_Difference` of a side to the baseline at a level of significance."""
+    difference = side.score - base.score
+    row_spread = side.row_draws - base.row_draws
+    spread = row_spread + side.seed_draws - base.seed_draws
+    error = spread.std()
+    variances = [
+        (row_spread.var(), n_groups - 1),
+        (side.seed_variance, side.dof),
+        (base.seed_variance, base.dof),
+    ]
+    t = _error_distribution(error, variances)
+    p = 2 * t.sf(abs(difference) / error) if error else 1.0
+    if side.dof == 0 or base.dof == 0:  # the variance of one seed is unknown
+        p = math.nan
+    low, high = _t_interval(difference, spread, t)
+    return _Difference(difference, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error)
+
+
+def _two_way_bootstrap(comparison, checkpoint, n_resamples, seed):
+    """The `_Difference` of each configuration but the baseline, in the score over all rows.
+
+    Rows, or groups, and the seeds of each side are drawn with replacement at once, their
+    deviations stretched by `small_sample_factor`. Where a variance rests on few seeds or groups,
+    t takes the place of the normal distribution. A side with one seed has no variance of seeds:
+    its interval is over rows alone, and p is NaN. The detectable difference allows for the number
+    of configurations as Bonferroni does, and so for a little more than Holm.
+    """
+    rng, score = np.random.default_rng(seed), ku.METRICS[comparison.metric]
+    target, groups = comparison.target, comparison.groups
+    predictions = [c.predictions[checkpoint] for c in comparison.configurations]
+    cuts = np.cumsum([len(p) for p in predictions])[:-1]
+    predictions = np.concatenate(predictions)  # (P, N, K)
+    scores = np.array([score(target, p) for p in predictions])  # (P,)
+    resamples = resampled_scores(
+        comparison.metric,
+        target,
+        predictions,
+        groups,
+        n_resamples,
+        rng,
+    )  # (R, P)
+    n_groups = groups.max() + 1
+    sides = []
+    for own, drawn in zip(np.split(scores, cuts), np.split(resamples, cuts, axis=1), strict=True):
+        sides.append(_draw_side(own, drawn, n_groups, rng))
+    base, *others = sides
+    return [_compare_sides(side, base, n_groups, _LEVEL / len(others)) for side in others]
+
+
+def _seed_curves(configuration, seed, metric_name):
+    """Shares of the training done (E,) and scores (F, E) at evaluations that all folds have."""
+    logs = []
+    for record in configuration.records:
+        if record["settings"]["seed"] == seed:
+            path = record["folder"] / "log.jsonl"
+            with _name_errors(path):
+                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
+    log = pd.concat(logs)
+    by_fold = log.groupby("fold")
+    log["number"] = by_fold.cumcount()
+    log["share"] = log["step"] / by_fold["step"].transform("max")
+
+    def by_number(column):  # (F, E)
+        return log.pivot(index="fold", columns="number", values=column).dropna(axis=1)
+
+    return by_number("share").mean().to_numpy(), by_number(metric_name).to_numpy()
+
+
+def _optimism(comparison, configuration):
+    """How much better `best` looks for being chosen on the rows it is scored on.
+
+    The mean over seeds and folds of its distance to the score at the evaluation that the other
+    folds of the seed would choose. NaN with one fold.
+    """
+    distances = []
+    for seed in configuration.seeds:
+        _, scores = _seed_curves(configuration, seed, comparison.metric)
+        losses = scores if _lower_is_better(comparison) else -scores
+        if len(losses) == 1:
+            continue
+        for fold in range(len(losses)):
+            chosen_by_others = np.delete(losses, fold, 0).mean(0).argmin()
+            distances.append(losses[fold, chosen_by_others] - losses[fold].min())
+    return float(np.mean(distances)) if distances else math.nan
+
+
+# ---------------------------------------------------------------------------------------
+# Tables
+
+
+def _describe_configuration(comparison, configuration, checkpoint):
+    """What the table says of a configuration by itself."""
+    scores, _ = _seed_scores(comparison, configuration, checkpoint)
+    records = configuration.records
+    is_best = checkpoint == "best"
+    return {
+        "configuration": configuration.name,
+        "checkpoint": checkpoint,
+        "seeds": len(scores),
+        "folds": len(np.unique(comparison.folds)),
+        "rows": len(comparison.folds),
+        comparison.metric: scores.mean(),
+        "sd over seeds": scores.std(ddof=1) if len(scores) > 1 else math.nan,
+        "optimism": _optimism(comparison, configuration) if is_best else math.nan,
+        "seconds": sum(record["seconds"]["total"] for record in records) / len(scores),
+        "rows/s": np.mean([record["rows_per_second"] for record in records]),
+        "peak GB": max(record["peak_memory_bytes"] for record in records) / 2**30,
+    }
+
+
+def _fold_evidence(comparison, configuration, checkpoint):
+    """What the folds say against the baseline.
+
+    p of `corrected_t` over folds x seeds, the seeds paired in their order, and the share of all
+    folds and pairs of seeds in which the configuration wins.
+    """
+    _, folds = _seed_scores(comparison, configuration, checkpoint)  # (S, F)
+    _, base = _seed_scores(comparison, comparison.configurations[0], checkpoint)
+    every_pair = folds[:, None] - base[None]  # (S, S of the baseline, F)
+    won = every_pair < 0 if _lower_is_better(comparison) else every_pair > 0
+    n = min(len(folds), len(base))
+    paired = (folds[:n] - base[:n]).T  # (F, n)
+    has_spread = min(paired.shape) > 1
+    p = corrected_t(paired, comparison.test_to_train) if has_spread else math.nan
+    return {"p of t": p, "cells won": won.mean()}
+
+
+def _verdict(row, better):
+    """What a row of the comparison says, in words."""
+    if math.isnan(row["difference"]):
+        return "baseline"
+    if math.isnan(row["p"]):
+        return "not distinguishable (one seed names no winner)"
+    if row["p of Holm"] < _LEVEL:
+        is_lower = row["difference"] < 0
+        return "better" if is_lower == (better == "lower") else "worse"
+    return f"not distinguishable (smallest detectable difference {row['detectable']:.4g})"
+
+
+def compare_runs(comparison, n_resamples=2000, seed=0):
+    """Table with a row for each checkpoint and configuration, the baseline first.
+
+    Columns: the metric, mean over seeds of the score over all rows, and its standard deviation
+    over seeds; difference to the baseline, its 95 % interval low and high, p and smallest
+    detectable difference, by a bootstrap over rows and seeds; p of Holm, adjusted for the number
+    of configurations, on which the verdict stands; p of t, the second opinion of `corrected_t`;
+    cells won, of folds x pairs of seeds; optimism, how much of `best` is owed to the choice;
+    seconds of a seed, training rows/s, peak GB.
+    """
+    better, tables = ku.METRICS[comparison.metric].better, []
+    configurations = comparison.configurations
+    for checkpoint in CHECKPOINTS:
+        own = [_describe_configuration(comparison, c, checkpoint) for c in configurations]
+        table = pd.DataFrame(own)
+        differences = _two_way_bootstrap(comparison, checkpoint, n_resamples, seed)
+        evidence = [_fold_evidence(comparison, c, checkpoint) for c in configurations[1:]]
+        against = pd.concat([pd.DataFrame(differences), pd.DataFrame(evidence)], axis=1)
+        against["p of Holm"] = _holm(against["p"].to_numpy())
+        table = table.join(against.set_index(table.index[1:]))
+        table["verdict"] = [_verdict(row, better) for _, row in table.iterrows()]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def run_scores(comparison):
+    """Table with a row for each configuration and seed: its scores, of each fold too, and cost."""
+    rows, metric = [], comparison.metric
+    folds = np.unique(comparison.folds)
+    for configuration in comparison.configurations:
+        scores = {c: _seed_scores(comparison, configuration, c) for c in CHECKPOINTS}
+        for i, seed in enumerate(configuration.seeds):
+            runs = [r for r in configuration.records if r["settings"]["seed"] == seed]
+            row = {"configuration": configuration.name, "seed": seed}
+            row |= {"rows": len(comparison.folds), "epochs": runs[0]["settings"]["epochs"]}
+            for checkpoint, (overall, _) in scores.items():
+                row[f"{metric} {checkpoint}"] = overall[i]
+            for checkpoint, (_, by_fold) in scores.items():
+                for fold, score in zip(folds, by_fold[i], strict=True):
+                    row[f"{checkpoint} fold {fold}"] = score
+            row["lr"] = runs[0]["resolved"]["lr"]
+            row["seconds"] = sum(record["seconds"]["total"] for record in runs)
+            row["device"] = ku.listing(dict.fromkeys(map(_device_text, runs)))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _device_text(record):
+    return f"{record['device']}, {record['threads']} threads, {record['precision']}"
+
+
+# ---------------------------------------------------------------------------------------
+# Figures
+
+# Colours that colour-blind readers tell apart (Okabe & Ito)
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
+LABEL_WIDTH = 26  # characters of a line of a configuration's name
+_VERDICT_COLORS = {"better": BLUE, "worse": RED, "not distinguishable": GREY}
+
+
+def _verdict_word(verdict):
+    return verdict.partition(" (")[0]
+
+
+def _label_right(axis, limits, heights, texts):
+    """Texts at heights to the right of the axes, whose limits are set too."""
+    right = axis.twinx()
+    for side in (axis, right):
+        side.set_ylim(limits)
+    right.set_yticks(heights, texts, fontsize="small")
+    right.tick_params(length=0)
+
+
+def plot_differences(comparison, table, folder):
+    """Difference of each configuration to the baseline with its interval, as differences.png.
+
+    Filled and above for the last checkpoint, hollow and below for the best.
+    """
+    lower_is_better = _lower_is_better(comparison)
+    rows = table[table["difference"].notna()]
+    last = rows[rows["checkpoint"] == "last"]
+    last = last.sort_values("difference", ascending=not lower_is_better)
+    names = list(last["configuration"])
+    figure = ku.new_figure(10, 1.8 + 0.6 * len(names))
+    axis = figure.subplots()
+    for _, row in rows.iterrows():
+        color = _VERDICT_COLORS[_verdict_word(row["verdict"])]
+        height = names.index(row["configuration"])
+        if row["checkpoint"] == "last":
+            offset, width, marker, face = 0.14, 2, "o", color
+        else:
+            offset, width, marker, face = -0.14, 1, "D", "white"
+        ends = [row["low"], row["high"]]
+        axis.plot(ends, [height + offset] * 2, color=color, linewidth=width)
+        style = dict(marker=marker, color=color, markerfacecolor=face)
+        axis.plot(row["difference"], height + offset, **style)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL_WIDTH) for name in names])
+    texts = [
+        f"{difference:+.4g} {_verdict_word(verdict)}"
+        for difference, verdict in zip(last["difference"], last["verdict"], strict=True)
+    ]
+    _label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
+    side = "left" if lower_is_better else "right"
+    title = f"difference in out-of-fold {comparison.metric} ({side} is better), 95 % interval"
+    title += f", to {comparison.configurations[0].name}"
+    axis.set_xlabel(textwrap.fill(title, 70))
+    style = dict(color="black", linestyle="none")
+    axis.plot([], [], marker="o", markerfacecolor="black", label="last checkpoint", **style)
+    axis.plot([], [], marker="D", markerfacecolor="white", label="best checkpoint", **style)
+    figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
+    ku.save_figure(figure, folder / "differences.png")
+
+
+def _make_panels(comparison, ylabel, title):
+    """A figure with a panel for each configuration but the baseline; [(configuration, axis)]."""
+    others = comparison.configurations[1:]
+    n_columns = min(4, len(others))
+    n_rows = math.ceil(len(others) / n_columns)
+    titles = [textwrap.wrap(configuration.name, LABEL_WIDTH) for configuration in others]
+    row_height = 2.2 + 0.15 * max(map(len, titles))
+    figure = ku.new_figure(1 + 2.4 * n_columns, 1 + row_height * n_rows)
+    axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+    for axis, lines in zip(axes.flat, titles, strict=False):
+        axis.set_title("\n".join(lines), fontsize="small")
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(others) :]:
+        axis.remove()
+    figure.supylabel(ylabel, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 8 + 30 * n_columns), fontsize="medium")
+    return figure, list(zip(others, axes.flat, strict=False))
+
+
+def plot_folds(comparison, folder):
+    """Score of each fold from the baseline to a configuration, as folds.png; blue is better."""
+    baseline = comparison.configurations[0]
+    title = f"last checkpoint, mean over seeds; baseline: {baseline.name}"
+    figure, panels = _make_panels(comparison, f"{comparison.metric} of each fold", title)
+    base = _seed_scores(comparison, baseline, "last")[1].mean(0)
+    for configuration, axis in panels:
+        scores = _seed_scores(comparison, configuration, "last")[1].mean(0)
+        better = scores < base if _lower_is_better(comparison) else scores > base
+        for ends, is_better in zip(np.stack([base, scores], axis=1), better, strict=True):
+            color, style = (BLUE, "-") if is_better else (RED, "--")
+            axis.plot([0, 1], ends, color=color, linestyle=style, marker="o", markersize=3)
+        axis.set_xticks([0, 1], ["baseline", "this"])
+        axis.set_xlim(-0.3, 1.3)
+        axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
+    ku.save_figure(figure, folder / "folds.png")
+
+
+def plot_learning(comparison, folder):
+    """Validation score over the training, mean over folds and seeds, as learning.png.
+
+    The band is the range over seeds.
+    """
+    baseline = comparison.configurations[0]
+    title = f"mean over folds, band: range over seeds; dashed: {baseline.name}"
+    figure, panels = _make_panels(comparison, f"validation {comparison.metric}", title)
+    for configuration, axis in panels:
+        for side, color, style in ((baseline, GREY, "--"), (configuration, BLUE, "-")):
+            curves = [_seed_curves(side, seed, comparison.metric) for seed in side.seeds]
+            share = curves[0][0]
+            scores = np.stack([scores.mean(0) for _, scores in curves])  # (S, E)
+            axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
+            low, high = scores.min(0), scores.max(0)
+            axis.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.set_xlabel("share of the training", fontsize="small")
+    ku.save_figure(figure, folder / "learning.png")
+
+
+def _spread_apart(heights, distance):
+    """Heights moved as little upwards as it takes for neighbours to be `distance` apart."""
+    moved, previous = np.empty(len(heights)), -math.inf
+    for i in np.argsort(heights, kind="stable"):
+        previous = max(heights[i], previous + distance)
+        moved[i] = previous
+    return moved
+
+
+def plot_cost(comparison, table, folder):
+    """Score of the last checkpoint by the seconds of a seed, as cost.png; square: baseline."""
+    metric = comparison.metric
+    rows = table[table["checkpoint"] == "last"]
+    seconds, mean, spread = rows["seconds"], rows[metric], rows["sd over seeds"].fillna(0)
+    figure = ku.new_figure(10, max(4, 1 + 0.35 * len(rows)))
+    axis = figure.subplots()
+    axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)
+    square = dict(marker="s", markersize=8, color="black", zorder=3)
+    axis.plot(seconds.iloc[0], mean.iloc[0], **square)
+    bottom, top = axis.get_ylim()
+    step = 1.2 * (top - bottom) / max(12, len(rows))
+    heights = _spread_apart(mean.to_numpy(), step)
+    limits = (bottom, max(top, heights.max() + step))
+    _label_right(axis, limits, heights, rows["configuration"])
+    line = dict(arrowstyle="-", color=GREY, linewidth=0.5)
+    right_edge = axis.get_yaxis_transform()
+    for x, y, height in zip(seconds, mean, heights, strict=True):
+        axis.annotate("", (x, y), (1, height), textcoords=right_edge, arrowprops=line)
+    axis.set_xlabel("seconds of one seed, all folds")
+    axis.set_ylabel(f"out-of-fold {metric}, mean and sd over seeds")
+    ku.save_figure(figure, folder / "cost.png")
