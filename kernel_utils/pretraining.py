@@ -83,11 +83,11 @@ class PretrainConfig(ku.Settings):
     )
     head_lr: float = ku.option(1e-3, "peak learning rate of a head that is new", low=0)
     weight_decay: float = ku.option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    warmup: float = ku.option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    warmup_ratio: float = ku.option(0.1, "share of the steps in which the rates rise", low=0, high=1)
     precision: str = ku.option(
         "auto",
         "auto, fp32, bf16 or fp16; auto means fp32 on a CPU",
-        ku.PRECISIONS,
+        ku._PRECISIONS,
     )
     seed: int = ku.option(0, "seed of everything", low=0, high=2**32 - 1)
     output_dir: str = ku.option("runs", "folder of the run folders")
@@ -112,7 +112,7 @@ class PretrainConfig(ku.Settings):
     )
 
     def conflicts(self):
-        return ku.run_conflicts(self)
+        return ku._run_conflicts(self)
 
     def training(self):
         """A `Config` with these settings, for what pre-training shares with training."""
@@ -130,16 +130,16 @@ def _read_texts(cfg):
     `max_rows` of them are drawn by seed. Of the files nothing but the text columns is used;
     raises DataError as `read_competition` does.
     """
-    data_dir = ku.find_data(cfg.data_dir, "train.csv")
+    data_dir = ku._find_data_dir(cfg.data_dir, "train.csv")
     texts, counts, problems = [], {}, []
     for path in (data_dir / "train.csv", data_dir / "test.csv"):
-        if not ku.is_there(path):
+        if not ku._file_exists(path):
             continue
-        frame = ku.read_table(path, ku.text_columns(cfg))
-        for column in ku.text_columns(cfg):
-            numeric = np.isfinite(ku.to_numbers(frame[column]))
+        frame = ku._read_table(path, ku._text_columns(cfg))
+        for column in ku._text_columns(cfg):
+            numeric = np.isfinite(ku._to_numbers(frame[column]))
             if numeric.mean() > 0.5:
-                problems += ku.bad_rows(path, frame, column, column, numeric, "texts, not numbers")
+                problems += ku._bad_rows(path, frame, column, column, numeric, "texts, not numbers")
             texts += list(frame[column].str.strip())
         counts[path.name] = len(texts) - sum(counts.values())
     if problems:
@@ -149,7 +149,7 @@ def _read_texts(cfg):
     counts["empty"] = len(texts) - len(filled)
     counts["repeated"] = len(filled) - len(unique)
     if cfg.max_rows:
-        drawn = np.flatnonzero(ku.id_order(unique, cfg.seed) < cfg.max_rows)
+        drawn = np.flatnonzero(ku._id_order(unique, cfg.seed) < cfg.max_rows)
         unique = [unique[i] for i in drawn]
     return unique, counts
 
@@ -191,7 +191,7 @@ def _make_corpus(texts, tokenizer, n_embeddings, cfg):
     tokenizer's special tokens, so that no part of it is lost. A window without a token that may
     be masked is left out.
     """
-    before, after = (ids for ids, _ in ku.template(tokenizer, pair=False)[0])
+    before, after = (ids for ids, _ in ku._special_segments(tokenizer, pair=False)[0])
     special = tokenizer.all_special_ids
     room = cfg.max_length - len(before) - len(after)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
@@ -247,11 +247,11 @@ def _masked_batch(corpus, rows, masks, device):
     inputs = corpus.tokens.batch(rows, device)
     width = corpus.tokens.lengths[rows].max()
     places = np.concatenate([i * width + positions for i, (positions, _) in enumerate(masks)])
-    places = ku.send(places, device)
+    places = ku._to_device(places, device)
     new_ids = np.concatenate([new for _, new in masks]).astype(np.int64)
     flat = inputs["input_ids"].view(-1)
     true_ids = flat[places]
-    flat[places] = ku.send(new_ids, device)
+    flat[places] = ku._to_device(new_ids, device)
     return inputs, places, true_ids
 
 
@@ -290,7 +290,7 @@ def _load_masked_model(folder, cfg):
     architecture ties them. Raises KitError for an architecture without one, and for weights of
     the backbone that are missing.
     """
-    config, _ = ku.load_config(folder, cfg)
+    config, _ = ku._load_config(folder, cfg)
     has_head = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not has_head or getattr(config, "is_encoder_decoder", False):
         name = type(config).__name__.removesuffix("Config")
@@ -298,7 +298,7 @@ def _load_masked_model(folder, cfg):
         others = "Decoders (GPT-2, Llama), encoder-decoders (T5, BART) and XLNet"
         remedy = "train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
         raise ku.KitError(f"{problem}. {others} are not pre-trained here: {remedy}")
-    model, info = ku.load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
+    model, info = ku._load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
     missing = info["missing_keys"]
     for key, weight in model.named_parameters():
         # transformers 5.0 leaves the bias of Longformer's head as memory was
@@ -306,7 +306,7 @@ def _load_masked_model(folder, cfg):
             weight.data.zero_()
     of_backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     model = _MaskedModel(model)
-    ku.check_weights(folder, model.language_model, of_backbone, info)
+    ku._check_weights(folder, model.language_model, of_backbone, info)
     if missing:
         _print_new_head(model, sorted(missing))
     return model, bool(missing)
@@ -350,16 +350,16 @@ class _Pretraining:
     def __init__(self, corpus, model, new_head, cfg):
         self.corpus, self.cfg = corpus, cfg
         self.training_cfg = cfg.training()
-        self.device = ku.pick_device()
-        self.dtype = ku.pick_dtype(cfg.precision, self.device)
+        self.device = ku._pick_device()
+        self.dtype = ku._pick_dtype(cfg.precision, self.device)
         self.split()
         self.model = model.to(self.device).train()
         head_lr = cfg.head_lr if new_head else cfg.lr
         grouped_by = dataclasses.replace(self.training_cfg, head_lr=head_lr)
         groups = ku.parameter_groups(model, grouped_by)
-        print(ku.group_table(groups))
-        self.rates = ku.rate_table(groups, self.total, self.training_cfg)
-        self.optimizer = ku.make_optimizer(groups, self.training_cfg)
+        print(ku._group_table(groups))
+        self.rates = ku._learning_rates(groups, self.total, self.training_cfg)
+        self.optimizer = ku._make_optimizer(groups, self.training_cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = _PretrainState()
         self.pending = []  # losses since the last `flush`, still on the device
@@ -368,7 +368,7 @@ class _Pretraining:
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "state": self.state,
-            "random": ku.RandomStates(),
+            "random": ku._RandomStates(),
         }
 
     def split(self):
@@ -385,12 +385,12 @@ class _Pretraining:
     def batches(self):
         """Rows of the optimiser steps that are left."""
         lengths = self.corpus.tokens.lengths[self.train_rows]
-        batches = ku.epoch_batches(lengths, 0, self.training_cfg, bucket_batches=4)
+        batches = ku._epoch_batches(lengths, 0, self.training_cfg, length_bucket=4)
         for batch in itertools.islice(batches, self.state.step, None):
             yield self.train_rows[batch]
 
     def loss(self, rows, masks):
-        with ku.autocast(self.device, self.dtype):
+        with ku._autocast(self.device, self.dtype):
             return self.model(*_masked_batch(self.corpus, rows, masks, self.device))
 
     def step(self, rows):
@@ -409,7 +409,7 @@ class _Pretraining:
             self.scaler.scale(loss).backward()
             mean += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.training_cfg.clip_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.training_cfg.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -440,7 +440,7 @@ class _Pretraining:
         """
         total = count = 0
         self.model.eval()
-        for batch in ku.plan_prediction(self.corpus.tokens.lengths[self.rows], 8192):
+        for batch in ku._plan_prediction_batches(self.corpus.tokens.lengths[self.rows], 8192):
             rows = self.rows[batch]
             masks = [_mask_window(self.corpus, row, 0, self.cfg) for row in rows]
             total += self.loss(rows, masks).item()
@@ -459,7 +459,7 @@ def _run_pretraining(training, checkpoints, watch):
         print(f"goes on after step {state.step} of {training.total}")
     began = time.perf_counter() - state.seconds
     # a guess, until the first is measured
-    watch.save_seconds = 12 * ku.n_parameters(training.model) / 3e8
+    watch.save_seconds = 12 * ku._num_parameters(training.model) / 3e8
 
     def save():
         mark = time.perf_counter()
@@ -470,7 +470,7 @@ def _run_pretraining(training, checkpoints, watch):
     if not state.held_out:
         print(f"before the first step: {training.evaluate()}")
     stopped, mark = "", time.perf_counter()
-    bar = ku.progress(training.batches(), "pre-training", training.total, state.step)
+    bar = ku._progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
         stopped = watch.stop(len(training.rows))
         if stopped:
@@ -482,7 +482,7 @@ def _run_pretraining(training, checkpoints, watch):
         evaluated = state.step % training.per_epoch == 0
         due = watch.due(evaluated)
         n_pending = len(training.pending)
-        if evaluated or due or n_pending == ku.LOG_STEPS or not watch.step_seconds:
+        if evaluated or due or n_pending == ku._LOG_STEPS or not watch.step_seconds:
             training.flush()
             watch.step_seconds = (time.perf_counter() - mark) / n_pending
             mark = time.perf_counter()
@@ -504,7 +504,7 @@ def _run_pretraining(training, checkpoints, watch):
 
 def _plot_pretraining(run, state):
     """Loss of each step, its running mean and each held-out loss, as curves.png."""
-    figure = ku.new_figure(8, 4)
+    figure = ku._new_figure(8, 4)
     axis, steps = figure.subplots(), range(1, len(state.losses) + 1)
     smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
     axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
@@ -516,21 +516,21 @@ def _plot_pretraining(run, state):
     axis.legend(fontsize="small")
     losses = f"held-out loss {held_out[0]:.3f} before, {held_out[-1]:.3f} after"
     figure.suptitle(f"{run.name}: {losses}", fontsize="medium")
-    ku.save_figure(figure, run / "curves.png")
+    ku._save_figure(figure, run / "curves.png")
 
 
 def _save_pretrained(model, tokenizer, run):
     """The backbone alone, without its head, as transformers lays it out; the weights last."""
-    with ku.writing(run):
+    with ku._wrap_write_errors(run):
         tokenizer.save_pretrained(run)
     config = model.backbone.config
     config.architectures = [type(model.backbone).__name__]
-    ku.write_atomic(run / "config.json", config.to_json_file)
+    ku._write_atomic(run / "config.json", config.to_json_file)
 
     def save_weights(path):
         save_model(model.backbone, path, metadata={"format": "pt"})
 
-    ku.write_atomic(run / "model.safetensors", save_weights)
+    ku._write_atomic(run / "model.safetensors", save_weights)
 
 
 def _describe_pretraining(training):
@@ -553,23 +553,23 @@ def _describe_pretraining(training):
 def _train_in(run, training, tokenizer, record, watch):
     """Pre-train in a run folder that is not complete; Stopped where the watch ended it early."""
     path = run / PRETRAIN_RECORD
-    ku.write_json(path, record)
+    ku._write_json(path, record)
     try:
         with watch:
-            stopped = _run_pretraining(training, ku.Checkpoints(run, 0), watch)
+            stopped = _run_pretraining(training, ku._Checkpoints(run, 0), watch)
     except torch.OutOfMemoryError as error:
         reason = str(error).strip().splitlines()[0]
         remedy = "lower micro_batch_size or max_length"
-        raise ku.KitError(f"out of memory on {ku.device_name()}: {remedy} ({reason})") from None
+        raise ku.KitError(f"out of memory on {ku._device_name()}: {remedy} ({reason})") from None
     record = record | _describe_pretraining(training)
     if stopped:
         why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
-        ku.write_json(path, record | {"status": "stopped", "stopped": why})
+        ku._write_json(path, record | {"status": "stopped", "stopped": why})
         place = "from there" if watch.every else "from the beginning (checkpoint_minutes is 0)"
         raise ku.Stopped([why, f"the same command goes on {place}"])
     _plot_pretraining(run, training.state)
     _save_pretrained(training.model, tokenizer, run)
-    ku.write_json(path, record | {"status": "complete"})
+    ku._write_json(path, record | {"status": "complete"})
     cost = f"{record['steps']} steps in {record['seconds']:.0f} s"
     print(f"{run}: {cost}; set backbone to this folder")
 
@@ -578,16 +578,16 @@ def _pretrain_in(run, training, tokenizer, record, watch):
     """What `pretrain` does in a run folder that is its own."""
     path, is_complete = run / PRETRAIN_RECORD, False
     if path.is_file():
-        old = ku.read_json(path)
+        old = ku._read_json(path)
         is_complete = old["status"] == "complete"
         record = record | {"sessions": old["sessions"] + record["sessions"]}
     if is_complete:
         print(f"{run} is complete, nothing is trained")
     else:
         _train_in(run, training, tokenizer, record, watch)
-    checkpoints = ku.Checkpoints(run, 0)
+    checkpoints = ku._Checkpoints(run, 0)
     checkpoints.prune(0)
-    with ku.writing(run):
+    with ku._wrap_write_errors(run):
         with contextlib.suppress(OSError):
             checkpoints.folder.rmdir()
         (run / ".lock").unlink(missing_ok=True)
@@ -599,10 +599,10 @@ def _fingerprint(texts, corpus, config_path, weights):
     The code is the core and this file: a change in another sibling changes nothing.
     """
     return {
-        "the texts": ku.digest(texts),
-        "the token ids": ku.digest(corpus.tokens.ids, corpus.tokens.lengths),
-        "the backbone": ku.digest(config_path, list(weights.values())),
-        "the code (kernel_utils.py, pretraining.py)": ku.digest(Path(ku.__file__), Path(__file__)),
+        "the texts": ku._digest(texts),
+        "the token ids": ku._digest(corpus.tokens.ids, corpus.tokens.lengths),
+        "the backbone": ku._digest(config_path, list(weights.values())),
+        "the code (kernel_utils.py, pretraining.py)": ku._digest(Path(ku.__file__), Path(__file__)),
     }
 
 
@@ -616,40 +616,40 @@ def pretrain(cfg):
     that cannot be pre-trained so.
     """
     ku._prepare_process()
-    watch, folder = ku.Watch(cfg), ku.find_backbone(cfg.backbone)
+    watch, folder = ku.TimeBudget(cfg), ku._find_backbone(cfg.backbone)
     config_path = folder / "config.json"
-    ku.check_config(config_path, ku.HARMLESS)
-    tokenizer = ku.load_tokenizer(folder)
+    ku._check_no_foreign_code(config_path, ku._HARMLESS_KEYS)
+    tokenizer = ku._load_tokenizer(folder)
     texts, counts = _read_texts(cfg)
-    ku.seed_everything(cfg.seed)
+    ku._seed_everything(cfg.seed)
     print(f"backbone {cfg.backbone} from {folder}")
     model, new_head = _load_masked_model(folder, cfg.training())
     n_embeddings = model.backbone.get_input_embeddings().num_embeddings
     if tokenizer.mask_token_id is None or tokenizer.mask_token_id >= n_embeddings:
         problem = "the tokenizer has no mask token that the backbone knows"
         raise ku.KitError(f"{folder}: {problem}, so no words can be masked")
-    ku.check_length(model.backbone, cfg)
+    ku._check_max_length(model.backbone, cfg)
     corpus = _make_corpus(texts, tokenizer, n_embeddings, cfg)
     n_used = len(np.unique(corpus.texts))
     if n_used < 2:
         expected = "expected two texts or more that the tokenizer knows"
         raise ku.DataError(f"train.csv and test.csv: {expected}, got {counts}")
-    ku.check_ids(corpus.tokens, [], model.backbone.config, folder)
-    ku.check_vocabulary(corpus.tokens, tokenizer)
+    ku._check_token_ids(corpus.tokens, [], model.backbone.config, folder)
+    ku._check_vocabulary(corpus.tokens, tokenizer)
     counts["used"] = n_used
     numbers = ", ".join(f"{name} {number}" for name, number in counts.items())
     length = f"{corpus.tokens.lengths.mean():.0f} tokens on average"
     print(f"texts: {numbers}, in {len(corpus.tokens)} windows of {length}")
     training = _Pretraining(corpus, model, new_head, cfg)
-    machine = ku.describe_machine(cfg)
-    weights = {path.name: ku.file_sha256(path) for path in ku.weight_files(folder)}
+    machine = ku._describe_environment(cfg)
+    weights = {path.name: ku._file_sha256(path) for path in ku._weight_files(folder)}
     record = {
         "status": "running",
         "settings": cfg.to_dict(),
         "resolved": {},
         "backbone": str(folder),
         "weights": weights,
-        **ku.pretraining_of(folder),
+        **ku._pretraining_of(folder),
         "texts": counts,
         "windows": len(corpus.tokens),
         **machine,
@@ -657,8 +657,8 @@ def pretrain(cfg):
         "head": "new" if new_head else "of the checkpoint",
         "fingerprint": _fingerprint(texts, corpus, config_path, weights),
     }
-    usual_name = f"{ku.short_name(cfg.backbone)}-pretrained-seed{cfg.seed}"
-    run = ku.find_run_folder(cfg, record, usual_name, PRETRAIN_RECORD)
-    with ku.locked(run):
+    usual_name = f"{ku._short_name(cfg.backbone)}-pretrained-seed{cfg.seed}"
+    run = ku._find_run_folder(cfg, record, usual_name, PRETRAIN_RECORD)
+    with ku._locked(run):
         _pretrain_in(run, training, tokenizer, record, watch)
     return run

@@ -55,14 +55,14 @@ def models(**change):
         for p in theirs.parameters():  # biases and norms too
             p.add_(torch.randn_like(p) * 0.1)
     ours = copy.deepcopy(theirs)
-    ku.faster_deberta(ours)
+    ku._replace_deberta_attention(ours)
     return theirs, ours
 
 
 def make_pack(lengths):
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    return ku.Pack(starts, max(lengths), None, mask.flatten().nonzero().squeeze(1), mask)
+    return ku._Pack(starts, max(lengths), None, mask.flatten().nonzero().squeeze(1), mask)
 
 
 def batch(lengths, typed):
@@ -188,12 +188,12 @@ def test_names_tensors_and_sharing_stay(tmp_path):
     before = theirs.state_dict()
     plain = copy.deepcopy(theirs)
     tensors = {name: p for name, p in plain.named_parameters()}
-    ku.faster_deberta(plain)
+    ku._replace_deberta_attention(plain)
     assert list(plain.state_dict()) == list(before)
     assert all(p is tensors[name] for name, p in plain.named_parameters())
     assert plain.config.to_dict() == theirs.config.to_dict()
     assert plain.training == theirs.training
-    assert all(isinstance(layer.attention.self, ku.DisentangledAttention) for layer in plain.encoder.layer)
+    assert all(isinstance(layer.attention.self, ku._DisentangledAttention) for layer in plain.encoder.layer)
     plain.train()
     assert all(m.training for m in plain.modules())
 
@@ -205,7 +205,7 @@ def test_saved_and_loaded(tmp_path):
     again = DebertaV2Model.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(states(again, padded), states(theirs, padded))
     fresh = DebertaV2Model(theirs.config).eval()
-    ku.faster_deberta(fresh)
+    ku._replace_deberta_attention(fresh)
     fresh.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(states(fresh, padded), states(ours, padded))
 

@@ -1,4 +1,4 @@
-"""README and docs/: links lead somewhere, commands can be given, the page of settings is current."""
+"""README and docs/: links resolve, commands are well-formed, the page of settings is current."""
 
 import ast
 import dataclasses

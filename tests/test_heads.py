@@ -12,7 +12,7 @@ WIDTH, N_STATES, LENGTHS = 12, 5, [7, 1, 4, 9]
 
 def make_head(name, cls_last=False, **settings):
     torch.manual_seed(0)
-    return ku.HEADS[name](ku.Shape(WIDTH, N_STATES, cls_last), ku.Config(head=name, **settings)).eval()
+    return ku.HEADS[name](ku.EncoderInfo(WIDTH, N_STATES, cls_last), ku.Config(head=name, **settings)).eval()
 
 
 def make_states(seed=0):
@@ -68,7 +68,7 @@ def test_a_saved_head_loads_to_the_same_features(name, tmp_path):
     head, (states, mask) = make_head(name), make_states()
     ku.save_model(head, str(tmp_path / "head.safetensors"))
     torch.manual_seed(1)
-    other = ku.HEADS[name](ku.Shape(WIDTH, N_STATES), ku.Config(head=name)).eval()
+    other = ku.HEADS[name](ku.EncoderInfo(WIDTH, N_STATES), ku.Config(head=name)).eval()
     ku.load_model(other, str(tmp_path / "head.safetensors"))
     assert torch.equal(head(states, mask), other(states, mask))
 
@@ -152,7 +152,7 @@ def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, dire
 
 def test_conv1d_gives_its_last_channels_for_each_output():
     cfg = ku.Config(head="conv1d", conv_channels=(6, 2))
-    assert ku.HEADS["conv1d"](ku.Shape(WIDTH, N_STATES, n_outputs=5), cfg).size == 10
+    assert ku.HEADS["conv1d"](ku.EncoderInfo(WIDTH, N_STATES, n_outputs=5), cfg).size == 10
 
 
 def test_concat_of_more_layers_than_there_are_is_refused():

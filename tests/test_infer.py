@@ -53,7 +53,7 @@ def simple_way(run, frame):
     """Mean over folds of the predictions of fresh models, one text at a time in float32."""
     total = []
     for path in run.weights.values():
-        tokenizer, model = ku.open_run(run)
+        tokenizer, model = ku._open_run(run)
         model.load_state_dict(load_file(path))
         rows = [
             tokenizer(text, truncation=True, max_length=run.cfg.max_length, return_tensors="pt")
@@ -78,7 +78,7 @@ def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_o
 def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(change, bundle_of, counted):
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
-    expected = [ku.predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
+    expected = [ku._predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
     calls = counted("tokenize")
     got = ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], other], opened={}), FRAME)
     assert len(calls) == 2
@@ -122,10 +122,10 @@ def test_of_runs_of_two_architectures_in_any_order_one_model_is_in_memory(bundle
 
 def test_a_fold_is_loaded_into_the_memory_of_the_one_before(bundle_of):
     run = bundle_of("two").runs[0]
-    _, model = ku.open_run(run)
+    _, model = ku._open_run(run)
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     for fold, path in run.weights.items():
-        ku.load_fold(model, run, fold)
+        ku._load_fold(model, run, fold)
         assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
         expected = load_file(path)
         assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
@@ -156,7 +156,7 @@ def gpu(monkeypatch):
     """Function: whether it has bf16 -> a stand-in for a GPU."""
 
     def make(bf16):
-        monkeypatch.setattr(ku, "pick_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(ku, "_pick_device", lambda: torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -166,7 +166,7 @@ def gpu(monkeypatch):
 
 def test_auto_is_float32_on_a_cpu_and_as_trained_on_a_gpu(half, gpu):
     assert [run.cfg.precision for run in ku.load_bundle(half).runs] == ["fp32"]
-    assert [run.cfg.precision for run in ku.open_bundle(half).runs] == ["bf16"]
+    assert [run.cfg.precision for run in ku._open_bundle(half).runs] == ["bf16"]
     gpu(bf16=True)
     assert [run.cfg.precision for run in ku.load_bundle(half).runs] == ["bf16"]
 
@@ -205,12 +205,12 @@ def test_a_process_predicts_in_the_precision_of_its_parent(bundle_of, monkeypatc
     bundle = bundle_of("three", precision="bf16")
 
     def start(number, kind, job, folder):
-        ku.write_json(tmp_path / "1.json", job | {"device": ku.device_name(), "cells": FRAME.to_dict("list")})
+        ku._write_json(tmp_path / "1.json", job | {"device": ku._device_name(), "cells": FRAME.to_dict("list")})
         raise InterruptedError  # the rest is not needed
 
-    monkeypatch.setattr(ku, "start_process", start)
+    monkeypatch.setattr(ku, "_start_process", start)
     with pytest.raises(InterruptedError):
         ku.predict_bundle(bundle, FRAME, processes=2)
-    ku.predict_job(tmp_path / "1.json")
-    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku.predict_runs(bundle, FRAME, 0))
-    assert (np.load(tmp_path / "1.npy") != ku.predict_runs(bundle_of("three"), FRAME, 0)).any()
+    ku._predict_job(tmp_path / "1.json")
+    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku._predict_runs(bundle, FRAME, 0))
+    assert (np.load(tmp_path / "1.npy") != ku._predict_runs(bundle_of("three"), FRAME, 0)).any()

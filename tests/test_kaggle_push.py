@@ -226,7 +226,7 @@ def test_what_kaggle_would_refuse_or_lose_and_what_was_damaged_is_refused_before
     monkeypatch.setattr(kaggle_push, "client", None)
     (bundle / "kernel_utils.py").write_text("pass")
     files = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents(bundle).items()}
-    (bundle / "manifest.json").write_bytes(ku.canonical(ku.sealed({"format": "kernel_utils bundle 1", "files": files})))
+    (bundle / "manifest.json").write_bytes(ku._dump_manifest(ku._with_checksum({"format": "kernel_utils bundle 1", "files": files})))
     kaggle_push.check(bundle)
     manifest = (bundle / "manifest.json").read_text()
     for broken in (manifest.replace("bundle 1", "bundle 2"), manifest[:-9], "[]"):

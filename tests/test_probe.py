@@ -244,7 +244,7 @@ def test_the_command_writes_table_and_picture_and_says_what_they_show(
     assert list(table["feature"]) == ["constant", *["cls", "mean"] * (LAYERS + 1)]
     assert table["layer"].isna()[0] and list(table["layer"][1::2]) == list(range(LAYERS + 1))
     assert set(table["rows"]) == {40} and set(table["folds"]) == {4} and set(table["metric"]) == {"rmse"}
-    assert table["backbone"][0] == ku.short_name(str(backbone_folder("bert"))) and str(tmp_path) not in str(table)
+    assert table["backbone"][0] == ku._short_name(str(backbone_folder("bert"))) and str(tmp_path) not in str(table)
     assert {"device", "score", "sd over folds", "r2", "alpha fold 3", "score fold 3"} <= set(table)
     assert table["score"][1] == pytest.approx(table["score"][0])  # the first token's embedding says nothing
     targets = pd.read_csv(competition / "train.csv", dtype={"id": str})

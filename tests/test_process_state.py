@@ -56,7 +56,7 @@ def test_checking_a_table_leaves_the_limit_of_csv_as_it_was(text, tmp_path):
     (tmp_path / "train.csv").write_text(text)
     limit = csv.field_size_limit()
     try:
-        ku.check_csv(tmp_path / "train.csv")
+        ku._check_csv(tmp_path / "train.csv")
     except ku.DataError:
         assert text.count('"') == 1
     assert csv.field_size_limit() == limit
@@ -71,9 +71,9 @@ def test_peak_memory_is_getrusages_where_the_kernel_does_not_tell_it(status, mon
 
     monkeypatch.setattr(ku.Path, "read_text", read_text)
     unit = 1 if sys.platform == "darwin" else 1024
-    assert ku.peak_memory() == unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert ku._peak_memory() == unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_peak_memory_is_the_high_water_mark_where_there_is_one(monkeypatch):
     monkeypatch.setattr(ku.Path, "read_text", lambda path: "VmPeak:\t 900 kB\nVmHWM:\t  700 kB\nVmRSS:\t 500 kB\n")
-    assert ku.peak_memory() == 700 * 1024
+    assert ku._peak_memory() == 700 * 1024

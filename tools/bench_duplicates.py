@@ -58,22 +58,22 @@ def main():
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     try:
-        train, test = (list(ku.read_table(folder / name, ["excerpt"])["excerpt"]) for name in ("train.csv", "test.csv"))
+        train, test = (list(ku._read_table(folder / name, ["excerpt"])["excerpt"]) for name in ("train.csv", "test.csv"))
     except ku.KitError as error:
         sys.exit(str(error))
-    ours, theirs = ku.normalised(test), ku.normalised(train)
+    ours, theirs = ku._normalize_texts(test), ku._normalize_texts(train)
     pairs = near_duplicates(ours, theirs, LOWEST).T
     found = sorted((share(ours[a], theirs[b]) for a, b in pairs), reverse=True)
     print(f"{len(test)} x {len(train)} pairs of a test and a training text; shares from {LOWEST} on:")
-    print(" ", ku.listing(f"{value:.2f}" for value in found))
+    print(" ", ku._comma_join(f"{value:.2f}" for value in found))
     random.seed(0)
     for name, edit in edits(train).items():
         copied = random.sample(train, min(300, len(train)))
-        shares = [share(*ku.normalised([text, edit(text)])) for text in copied]
+        shares = [share(*ku._normalize_texts([text, edit(text)])) for text in copied]
         caught = sum(value >= THRESHOLD for value in shares) / len(shares)
         print(f"{name}: {caught:.1%} found at {THRESHOLD}, smallest share {min(shares):.2f}")
     pool = [sentence for text in train + test for sentence in sentences(text)]
-    ours, theirs = (ku.normalised(" ".join(random.choices(pool, k=9)) for _ in range(10000)) for _ in range(2))
+    ours, theirs = (ku._normalize_texts(" ".join(random.choices(pool, k=9)) for _ in range(10000)) for _ in range(2))
     began = time.perf_counter()
     near_duplicates(ours, theirs, THRESHOLD)
     print(f"10,000 x 10,000 texts of 9 of the sentences each: {time.perf_counter() - began:.1f} s")

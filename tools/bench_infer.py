@@ -51,7 +51,7 @@ def plain_loop(texts, tokenizer, model, length, batch_size):
 
 
 def ours(texts, tokenizer, model, cfg):
-    tokens = ku.tokenize(texts, tokenizer, cfg)
+    tokens = ku._tokenize(texts, tokenizer, cfg)
     return ku.predict(model, tokens, cfg)
 
 
@@ -79,14 +79,14 @@ def measure(name, texts, length, tokenizer, model, cfg, asked):
         "texts": name,
         "padded to": length,
         "rows": len(texts),
-        "tokens a row": round(ku.tokenize(texts, tokenizer, cfg).lengths.mean(), 1),
+        "tokens a row": round(ku._tokenize(texts, tokenizer, cfg).lengths.mean(), 1),
         "plain rows/s": round(len(texts) / np.median(plain), 1),
         "rows/s": round(len(texts) / np.median(own), 1),
         "ratio": round(np.median(plain / own), 2),
         "smallest": round((plain / own).min(), 2),
         "largest": round((plain / own).max(), 2),
         "rounds": asked.rounds,
-        "device": f"{ku.device_name()}, {torch.get_num_threads()} threads, float32",
+        "device": f"{ku._device_name()}, {torch.get_num_threads()} threads, float32",
     }
 
 
@@ -99,14 +99,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of a batch of the plain loop")
     asked = parser.parse_args()
-    run = ku.load_run(asked.run)
+    run = ku._load_run(asked.run)
     cfg = run.cfg
     if (cfg.head, cfg.task, cfg.truncation, cfg.prefix, cfg.pair_column) != ("mean", "regression", "head", "", ""):
         sys.exit("the plain loop is for regression on single texts without prefix, cut at the end, and the head mean")
-    tokenizer, model = ku.open_run(run)
-    ku.load_fold(model, run, next(iter(run.weights)))
+    tokenizer, model = ku._open_run(run)
+    ku._load_fold(model, run, next(iter(run.weights)))
     model.eval()
-    test, _ = ku.read_test(run.cfg, Path(asked.data))
+    test, _ = ku._read_test(run.cfg, Path(asked.data))
     texts = list(test[run.cfg.text_column][: asked.rows or None])
     mixed = mixed_lengths(texts, len(texts), tokenizer)
     cfg = dataclasses.replace(run.cfg, precision="fp32")

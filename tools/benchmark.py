@@ -154,16 +154,16 @@ def find_or_make(size, temporary, data):
     """Folder of a backbone, and where its weights are from. Rows of `data` are tokenized as MiniLM does it, unless the
     backbone has a tokenizer of its own."""
     if size not in SIZES:
-        return ku.find_backbone(size), "its own"
+        return ku._find_backbone(size), "its own"
     if size == "minilm":
         with contextlib.suppress(ku.KitError):
-            return ku.find_backbone(ku.Config().backbone), "its own"
+            return ku._find_backbone(ku.Config().backbone), "its own"
     folder = Path(temporary) / size
     torch.manual_seed(0)
-    with ku.quiet_transformers():
+    with ku._quiet_transformers():
         transformers.AutoModel.from_config(size_config(size)).save_pretrained(folder)
     real = data and size != "tiny"
-    tokenizer = ku.load_tokenizer(ku.find_backbone(ku.Config().backbone)) if real else plain_tokenizer()
+    tokenizer = ku._load_tokenizer(ku._find_backbone(ku.Config().backbone)) if real else plain_tokenizer()
     tokenizer.save_pretrained(folder)
     return folder, "random"
 
@@ -243,27 +243,27 @@ class Lab:
     """Rows of a load, settings, and the model that the contenders other than the kit share."""
 
     def __init__(self, asked, folder, load):
-        self.asked, self.load, self.length, self.device = asked, load, LENGTHS[load], ku.pick_device()
+        self.asked, self.load, self.length, self.device = asked, load, LENGTHS[load], ku._pick_device()
         cfg = ku.Config(
             backbone=str(folder),
             max_length=self.length,
             epochs=1,
             batch_size=asked.batch_size,
             schedule="constant",
-            warmup=0.0,
+            warmup_ratio=0.0,
             backbone_dropout=asked.dropout,
             precision=asked.precision,
         )
         config = transformers.AutoConfig.from_pretrained(folder)
         cfg = cfg.resolved(config)
         self.cfg = dataclasses.replace(cfg, head_lr=cfg.lr)  # one rate for all, as the Trainer has it
-        self.dtype = ku.pick_dtype(cfg.precision, self.device)
+        self.dtype = ku._pick_dtype(cfg.precision, self.device)
         self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
-        tokenizer = ku.load_tokenizer(folder)
+        tokenizer = ku._load_tokenizer(folder)
         texts = None
         if asked.data:
             frame, _, _ = ku.read_competition(dataclasses.replace(cfg, data_dir=asked.data))
-            texts = ku.tokenize(frame[cfg.text_column], tokenizer, cfg)
+            texts = ku._tokenize(frame[cfg.text_column], tokenizer, cfg)
         rng = np.random.default_rng(asked.seed)
         n = asked.batch_size * sum(map(in_groups, self.blocks()))
         # one more batch stays out of the training, as each fold needs rows to validate
@@ -271,7 +271,7 @@ class Lab:
         targets = rng.standard_normal((len(self.tokens), 1)).astype(np.float32)
         folds = (np.arange(len(self.tokens)) < n).astype(int)
         self.left = rng.permutation(n)
-        self.data = ku.Data(self.tokens, targets, folds, folder, tokenizer, 1, np.arange(len(self.tokens)))
+        self.data = ku._TrainingData(self.tokens, targets, folds, folder, tokenizer, 1, np.arange(len(self.tokens)))
         self.model = self.load_model()
         self.initial = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
         self.work = Work(self.model.backbone)
@@ -294,8 +294,8 @@ class Lab:
 
     def load_model(self):
         config = transformers.AutoConfig.from_pretrained(self.data.folder)
-        ku.set_dropout(config, self.asked.dropout)
-        with ku.quiet_transformers():
+        ku._set_dropout(config, self.asked.dropout)
+        with ku._quiet_transformers():
             load = transformers.AutoModel.from_pretrained
             backbone = load(self.data.folder, config=config, dtype=torch.float32, local_files_only=True)
         if isinstance(getattr(backbone, "pooler", None), nn.Module):
@@ -320,13 +320,13 @@ class Lab:
     @torch.inference_mode()
     def predict(self, rows, batch_size, pad, precision=None):
         """Predictions (B,) of the model that is no kit's: longest first, or in order and padded to the maximum."""
-        dtype = ku.pick_dtype(precision or self.precision, self.device)
+        dtype = ku._pick_dtype(precision or self.precision, self.device)
         self.model.eval()
         order = np.arange(len(rows)) if pad else np.argsort(-self.tokens.lengths[rows], kind="stable")
         parts = []
         for start in range(0, len(rows), batch_size):
             inputs = self.padded(rows[order[start : start + batch_size]], self.length if pad else None)
-            with ku.autocast(self.device, dtype):
+            with ku._autocast(self.device, dtype):
                 parts.append(self.model(**inputs)["logits"])
         ordered = np.empty(len(rows))
         ordered[order] = torch.cat(parts).cpu().numpy()
@@ -346,7 +346,7 @@ class Kit:
 
     def __init__(self, lab, **settings):
         self.lab, self.cfg, self.step = lab, dataclasses.replace(lab.cfg, **settings), 0
-        self.engine = ku.Engine(lab.data, self.cfg)
+        self.engine = ku.OptimizerStep(lab.data, self.cfg)
         self.engine.begin(0, lambda text: None)
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
@@ -356,7 +356,7 @@ class Kit:
         lengths = self.lab.tokens.lengths
         while True:
             cfg = dataclasses.replace(self.cfg, seed=int(rng.integers(2**32)))
-            mine = [rows[batch] for batch in ku.epoch_batches(lengths[rows], 0, cfg, engine.bucket_batches)]
+            mine = [rows[batch] for batch in ku._epoch_batches(lengths[rows], 0, cfg, engine.length_bucket)]
             if not engine.static or max(lengths[batch].sum() for batch in mine) <= max(engine.budgets):
                 return mine
 
@@ -418,11 +418,11 @@ class PaddedLoop(Other):
             if number == len(warm):
                 window.open()
             inputs = lab.padded(rows, lab.length) | {"labels": targets[rows].to(lab.device)}
-            with ku.autocast(lab.device, lab.dtype):
+            with ku._autocast(lab.device, lab.dtype):
                 loss = model(**inputs)["loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -491,7 +491,7 @@ class HfTrainer(Other):
             per_device_train_batch_size=cfg.batch_size,
             learning_rate=cfg.lr,
             weight_decay=cfg.weight_decay,
-            max_grad_norm=cfg.clip_norm,
+            max_grad_norm=cfg.max_grad_norm,
             lr_scheduler_type="constant",
             bf16=lab.dtype == torch.bfloat16,
             fp16=lab.dtype == torch.float16,
@@ -508,7 +508,7 @@ class HfTrainer(Other):
 
     def run(self, warm, batches, window):
         lab, order = self.lab, [*warm, *batches]
-        with tempfile.TemporaryDirectory() as folder, ku.quiet_transformers():
+        with tempfile.TemporaryDirectory() as folder, ku._quiet_transformers():
             trainer = OrderedTrainer(
                 Regressor(lab.model.backbone, lab.model.output),  # which accelerate may wrap
                 self.arguments(folder, len(order)),
@@ -715,7 +715,7 @@ def own_memory(peak=False):
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     status = Path("/proc/self/status")
     if not status.is_file():
-        return ku.peak_memory()
+        return ku._peak_memory()
     values = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return 1024 * int(values["VmHWM" if peak else "VmRSS"].split()[0])
 
@@ -819,7 +819,7 @@ def time_split(asked, folder):
             checkpoint_minutes=0,
         )
         train, _, _ = ku.read_competition(cfg)
-        record = ku.read_record(ku.train(ku.make_folds(train, cfg), cfg))
+        record = ku._read_record(ku.train(ku.make_folds(train, cfg), cfg))
     rows = record["oof"]["rows"]
     return {"seconds": record["seconds"], "validation_rows": rows, "rows": asked.split_rows or len(train)}
 
@@ -885,7 +885,7 @@ def plot(report, path):
     """Real tokens a second of every contender, with the kit's factor over it."""
     columns = max(len(model["loads"]) for model in report["models"])
     kinds = ("training", "prediction")
-    figure = ku.new_figure(6 * columns, 2.6 * len(kinds) * len(report["models"]))
+    figure = ku._new_figure(6 * columns, 2.6 * len(kinds) * len(report["models"]))
     axes = figure.subplots(len(kinds) * len(report["models"]), columns, squeeze=False)
     for (row, (model, kind)), column in itertools.product(
         enumerate(itertools.product(report["models"], kinds)), range(columns)
@@ -900,7 +900,7 @@ def plot(report, path):
     figure.suptitle(
         f"{device['name']}, {dtype}, threads: {device['threads']}" if device["type"] == "cpu" else device["name"]
     )
-    ku.save_figure(figure, path)
+    ku._save_figure(figure, path)
 
 
 def draw(axis, load, kind, size):
@@ -1013,19 +1013,19 @@ def parse(arguments):
 def versions():
     import accelerate
 
-    return ku.versions() | {"accelerate": accelerate.__version__}
+    return ku._versions() | {"accelerate": accelerate.__version__}
 
 
 def benchmark(asked, command, save):
     """All figures. They are saved after each load, so that an end in between leaves what there is."""
     names, loads = listed(asked.contenders, CONTENDERS, "--contenders"), listed(asked.loads, LENGTHS, "--loads")
-    device, dtype = ku.pick_device(), ku.pick_dtype(asked.precision, ku.pick_device())
+    device, dtype = ku._pick_device(), ku._pick_dtype(asked.precision, ku._pick_device())
     report = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
-        "device": {"type": device.type, "name": ku.device_name(), "threads": torch.get_num_threads()},
-        "precision": ku.precision_name(asked.precision),
+        "device": {"type": device.type, "name": ku._device_name(), "threads": torch.get_num_threads()},
+        "precision": ku._precision_name(asked.precision),
         "settings": dataclasses.asdict(asked) | {"data": Path(asked.data).name},  # no path of a machine
         "load_average": {"before": os.getloadavg()},
         "matmul": {"size": asked.matmul, "flops": matmul_flops(asked.matmul, dtype, device)},

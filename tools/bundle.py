@@ -49,7 +49,7 @@ BACKBONE = (
     "added_tokens.json",
     "vocab.json",
 )
-BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
+BACKBONE += ("bpe.codes", *ku._VOCABULARY_FILES, "*.safetensors", "*.safetensors.index.json")
 # Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
@@ -89,7 +89,7 @@ def json_problems(path):
         return [f"{path}: not a JSON file ({error})"]
     if not isinstance(content, dict):
         return [f"{path}: expected a JSON object, got {type(content).__name__}"]
-    keys = ku.foreign_code(content) if path.name in ("config.json", "tokenizer_config.json") else []
+    keys = ku._foreign_code_keys(content) if path.name in ("config.json", "tokenizer_config.json") else []
     return [f"{path}: {key} could make transformers run code from elsewhere; delete it" for key in keys]
 
 
@@ -104,13 +104,13 @@ def weight_problems(path, half=False):
                     bad.append(name)
     except (SafetensorError, OSError) as error:
         return [f"{path}: not a sound safetensors file ({error})"]
-    return [f"{path}: values that are not finite{' in fp16' * half} in {ku.listing(bad[:3])}"] if bad else []
+    return [f"{path}: values that are not finite{' in fp16' * half} in {ku._comma_join(bad[:3])}"] if bad else []
 
 
 def vocabulary_problems(folder):
     """Without its vocabulary, transformers loads another tokenizer in silence."""
-    there = any(next(folder.glob(name), None) for name in ku.VOCABULARIES)
-    return [] if there else [f"{folder}: no vocabulary; expected one of {ku.listing(ku.VOCABULARIES)}"]
+    there = any(next(folder.glob(name), None) for name in ku._VOCABULARY_FILES)
+    return [] if there else [f"{folder}: no vocabulary; expected one of {ku._comma_join(ku._VOCABULARY_FILES)}"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def vocabulary_problems(folder):
 
 def setting_problems(folder, settings):
     """Problems of the settings of a run: parts that a notebook cell defined, or what `Config` refuses."""
-    own = [f"{field} {settings[field]!r}" for field, table in ku.PARTS.items() if settings[field] not in table]
+    own = [f"{field} {settings[field]!r}" for field, table in ku._PARTS.items() if settings[field] not in table]
     if own:
         return [f"{folder}: {part} was defined in a notebook cell; put it into {MODULE} and pack again" for part in own]
     try:
@@ -134,20 +134,20 @@ def run_problems(folder, half):
     path = folder / "record.json"
     if problems := plain_files(folder, [path.name]) or json_problems(path):
         return None, problems
-    record = ku.read_record(folder)
+    record = ku._read_record(folder)
     if record.get("status") != "complete" or not record.get("folds"):
         return None, [f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"]
     try:
         problems = setting_problems(folder, record["settings"] | record["resolved"])
         folds = [f"fold{int(fold['fold'])}" for fold in record["folds"]]
-        ku.summary("", record), record["outputs"], record["classes"], record["versions"], record["precision"]
+        ku._summary("", record), record["outputs"], record["classes"], record["versions"], record["precision"]
     except (KeyError, TypeError, ValueError) as error:
         return None, [f"{path}: malformed ({type(error).__name__}: {error})"]
     configs, weights = ([f"{fold}/{name}" for fold in folds] for name in ("config.json", "model.safetensors"))
     tokenizer = [f"tokenizer/{file.name}" for file in sorted(folder.glob("tokenizer/*")) if not file.is_dir()]
     needed = ["golden.json", "tokenizer/tokenizer_config.json", *configs, *weights]
     bad = plain_files(folder, dict.fromkeys([*needed, *tokenizer])) + vocabulary_problems(folder / "tokenizer")
-    bad += [f"{folder}/{name}: expected {ku.listing(PLAIN)}" for name in tokenizer if Path(name).suffix not in PLAIN]
+    bad += [f"{folder}/{name}: expected {ku._comma_join(PLAIN)}" for name in tokenizer if Path(name).suffix not in PLAIN]
     if bad:
         return record, problems + bad
     for name in ["golden.json", *configs, *tokenizer]:
@@ -178,7 +178,7 @@ def blend_problems(path, folders):
     if problems := plain_files(path.parent, [path.name]):
         return problems
     try:
-        ku.read_blend(path, {folder.name: folder / "record.json" for folder in folders})
+        ku._read_blend(path, {folder.name: folder / "record.json" for folder in folders})
     except ku.KitError as error:
         return error.problems
     return []
@@ -193,8 +193,8 @@ def half_weights(path, target):
 def warn_of_fp16(run, tokenizer, model):
     """A T4 takes precision auto for float16, which the machines of training and packing may never have tried."""
     try:
-        (predictions,) = ku.golden_predictions(run, tokenizer, model, ["fp16"]).values()
-        ku.check_gaps(run, predictions, "float16")
+        (predictions,) = ku._golden_predictions(run, tokenizer, model, ["fp16"]).values()
+        ku._check_gaps(run, predictions, "float16")
     except ku.KitError as error:
         print(f"warning: a T4 will refuse {run.name}, train it with precision fp32: {error}")
 
@@ -206,10 +206,10 @@ def prove(run, half, staging):
     become the golden ones.
     """
     try:
-        tokenizer, model = ku.open_run(run)
-        ku.check_probes(run, tokenizer)
-        (full,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        ku.check_gaps(run, full, "float32")
+        tokenizer, model = ku._open_run(run)
+        ku._check_probes(run, tokenizer)
+        (full,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        ku._check_gaps(run, full, "float32")
         if run.cfg.precision != "fp32":
             warn_of_fp16(run, tokenizer, model)
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
@@ -219,9 +219,9 @@ def prove(run, half, staging):
         originals, run = run.weights, run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights})
         for fold, path in run.weights.items():
             half_weights(originals[fold], path)
-        (rounded,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        told["golden_moved_by_half"] = gap = float(ku.golden_gaps(run, rounded, full).max())
-        if not gap <= (allowed := ku.TOLERANCES["float16"]):
+        (rounded,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        told["golden_moved_by_half"] = gap = float(ku._golden_gaps(run, rounded, full).max())
+        if not gap <= (allowed := ku._GOLDEN_TOLERANCES["float16"]):
             raise Refused(f"{run.name}: fp16 weights move a golden prediction by {gap:.2g}, {allowed:g} is allowed")
         print(f"{run.name}: fp16 weights move the golden predictions by {gap:.1e} at most")
         rows = zip(run.golden["rows"], rounded.tolist(), strict=True)
@@ -270,7 +270,7 @@ def backbone_sources(folder):
         shards = set(json.loads(index.read_text())["weight_map"].values()) - set(weights)
         problems += [f"{folder / shard}: missing, though {index.name} names it" for shard in sorted(shards)]
     try:
-        ku.load_tokenizer(folder)
+        ku._load_tokenizer(folder)
     except (ku.KitError, OSError) as error:
         problems.append(str(error))
     return [(name, folder / name) for name in names], problems
@@ -292,7 +292,7 @@ def lacking(records, module=MODULE):
     there = importlib.metadata.packages_distributions()
     found = {there[name][0] for name in names if name in there}
     if unknown := sorted(name for name in names if name not in there):
-        raise Refused(f"{module}: imports {ku.listing(unknown)}, which is not installed here")
+        raise Refused(f"{module}: imports {ku._comma_join(unknown)}, which is not installed here")
     return sorted(f"{name}=={importlib.metadata.version(name)}" for name in found)
 
 
@@ -309,7 +309,7 @@ def download_wheels(requirements, folder):
     ]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True)
     if done.returncode:
-        raise Refused(f"no wheels of {ku.listing(requirements)}: {done.stderr.strip().splitlines()[-1]}")
+        raise Refused(f"no wheels of {ku._comma_join(requirements)}: {done.stderr.strip().splitlines()[-1]}")
     return [(path.name, path) for path in sorted(folder.glob("*.whl"))]
 
 
@@ -326,9 +326,9 @@ subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), 
 def manifest_of(runs, dataset, wheels):
     """The content of manifest.json, but the files."""
     content = {
-        "format": ku.FORMAT,
+        "format": ku._BUNDLE_FORMAT,
         "version": ku.__version__,
-        "versions": ku.versions(),
+        "versions": ku._versions(),
         "dataset": dataset,
         "runs": runs,
     }
@@ -340,9 +340,9 @@ def write_folder(folder, sources, manifest):
     files = {}
     for name, source in sources:
         shutil.copyfile(source, folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": ku.file_sha256(folder / name)}
-    (folder / ku.METADATA).write_bytes(ku.canonical(manifest["dataset"]))
-    (folder / ku.MANIFEST).write_bytes(ku.canonical(ku.sealed(manifest | {"files": files})))
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": ku._file_sha256(folder / name)}
+    (folder / ku._DATASET_METADATA).write_bytes(ku._dump_manifest(manifest["dataset"]))
+    (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(ku._with_checksum(manifest | {"files": files})))
 
 
 def put_in_place(built, target):
@@ -362,7 +362,7 @@ def target_problems(target, kernel_id=None):
     """[] where a folder may be made: nothing is there, or what this tool made before and nobody added to."""
     names = {path.name for path in target.iterdir()} if target.is_dir() else {""} if target.exists() else set()
     try:
-        made = {ku.MANIFEST, ku.METADATA, *ku.read_manifest(target)["files"]} if ku.MANIFEST in names else set()
+        made = {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]} if ku._MANIFEST in names else set()
     except ku.BundleError:
         made = set()
     if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
@@ -376,18 +376,18 @@ def target_problems(target, kernel_id=None):
 def check(folder):
     """Verify a bundle as infer.ipynb will, and its metadata; KitError with every problem. False if its predictions
     could not be checked, since it has another module than this clone: running that one is for its owner to decide."""
-    manifest, problems = ku.read_manifest(folder), kaggle_metadata.folder_problems(folder)
-    metadata = folder / ku.METADATA
-    if metadata.is_file() and metadata.read_bytes() != ku.canonical(manifest["dataset"]):
+    manifest, problems = ku._read_bundle_manifest(folder), kaggle_metadata.folder_problems(folder)
+    metadata = folder / ku._DATASET_METADATA
+    if metadata.is_file() and metadata.read_bytes() != ku._dump_manifest(manifest["dataset"]):
         problems.append(f"{metadata}: not as it was packed; pack again to change it")
-    problems += ku.integrity_problems(folder, manifest["files"])
+    problems += ku._integrity_problems(folder, manifest["files"])
     if problems:
         raise ku.BundleError([f"{folder}", *problems])
-    if ku.file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
+    if ku._file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
         print(f"predictions not checked: {MODULE} is not the module of the bundle, version {manifest['version']}")
         return False
     if manifest["runs"]:
-        ku.check_golden(ku.open_bundle(folder))
+        ku.check_golden(ku._open_bundle(folder))
     return True
 
 
@@ -437,7 +437,7 @@ def write_kernel(folder, name, notebook, dataset, competition, internet=False, m
     }
     folder.mkdir(parents=True)
     nbformat.write(notebook, folder / f"{name}.ipynb")
-    (folder / "kernel-metadata.json").write_bytes(ku.canonical(metadata))
+    (folder / "kernel-metadata.json").write_bytes(ku._dump_manifest(metadata))
 
 
 def train_backbone(asked, dataset, run, record):
@@ -449,8 +449,8 @@ def train_backbone(asked, dataset, run, record):
         return dataset["id"].split("/")[1], [], []
     backbone, sources = ku.Config.from_dict(record["settings"]).backbone, asked.model_source
     if len(asked.runs) > 1 or len(sources) > 1:
-        name = ku.short_name(backbone)
-        sources = [source for source in sources if name in map(ku.short_name, source.split("/"))]
+        name = ku._short_name(backbone)
+        sources = [source for source in sources if name in map(ku._short_name, source.split("/"))]
     if len(sources) == 1:
         return sources[0].split("/")[1], sources, []
     if asked.model_source:
@@ -525,22 +525,22 @@ def validate(asked, dataset, kernels):
         record, bad = run_problems(folder, asked.half)
         problems += bad
         records |= {folder: record} if record else {}
-        runs |= {} if bad else {folder: ku.load_run(folder)}
+        runs |= {} if bad else {folder: ku._load_run(folder)}
     problems += alike_problems(records) if records else []
     if asked.blend:
         problems += (bad := blend_problems(path := Path(asked.blend).resolve(), records))
-        sources += [] if bad else [(ku.BLEND, path)]
+        sources += [] if bad else [(ku._BLEND_FILE, path)]
     wheels = []
     try:
         if asked.backbone:
-            backbone, bad = backbone_sources(ku.find_backbone(asked.backbone))
+            backbone, bad = backbone_sources(ku._find_backbone(asked.backbone))
             sources, problems = sources + backbone, problems + bad
         if (wheels := lacking(records.values())) and not asked.wheels:
-            problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku.listing(wheels)}; add --wheels")
+            problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku._comma_join(wheels)}; add --wheels")
     except ku.KitError as error:
         problems += error.problems
     everything = sources + [source for folder, run in runs.items() for source in run_sources(folder, run)]
-    names = [name for name, _ in everything] + [ku.MANIFEST]
+    names = [name for name, _ in everything] + [ku._MANIFEST]
     problems += [f"{name}: two files would have this name" for name in sorted(set(names)) if names.count(name) > 1]
     problems += kaggle_metadata.file_problems({name: source.stat().st_size for name, source in everything})
     if asked.kernels and can_write and len(runs) == len(asked.runs):
@@ -647,7 +647,7 @@ def main():
         target, *kernels = pack(asked)
         # training again takes hours of a weekly quota: only a starter's kernel is pushed without being named
         used = [folder for folder in kernels if asked.starter or folder.name == "infer"]
-        print(f"made {ku.listing([target, *kernels])}; to upload and submit:")
+        print(f"made {ku._comma_join([target, *kernels])}; to upload and submit:")
         print("", *kaggle_push.commands([target, *used]), sep="\n  ")
         if used and asked.runs:
             submit = f"{asked.competition} -k {asked.id}-infer -f submission.csv -v VERSION -m NOTE"

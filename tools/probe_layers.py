@@ -40,32 +40,32 @@ ALPHAS = 10.0 ** np.arange(-1, 6.5, 0.5)
 
 def load(cfg):
     """(model in evaluation mode with the backbone's own weights, tokens, training rows with their fold)."""
-    folder = ku.find_backbone(cfg.backbone)
-    ku.check_config(folder / "config.json", ku.HARMLESS)
-    frame = ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)
-    tokenizer = ku.load_tokenizer(folder)
-    new = ku.add_prefix_tokens(tokenizer, frame, cfg)
-    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
-    ku.check_vocabulary(tokens, tokenizer)
-    ku.check_ids(tokens, tokenizer.convert_tokens_to_ids(new), ku.load_config(folder, cfg)[0], folder)
-    ku.seed_everything(cfg.seed)  # embeddings of new tokens
-    backbone = ku.load_backbone(folder, cfg, len(tokenizer))
-    ku.check_length(backbone, cfg)
-    model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1), ku.cls_is_last(tokenizer))  # its output is not read
-    return model.to(ku.pick_device()).eval(), tokens, frame
+    folder = ku._find_backbone(cfg.backbone)
+    ku._check_no_foreign_code(folder / "config.json", ku._HARMLESS_KEYS)
+    frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
+    tokenizer = ku._load_tokenizer(folder)
+    new = ku._add_prefix_tokens(tokenizer, frame, cfg)
+    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
+    ku._check_vocabulary(tokens, tokenizer)
+    ku._check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), ku._load_config(folder, cfg)[0], folder)
+    ku._seed_everything(cfg.seed)  # embeddings of new tokens
+    backbone = ku._load_backbone(folder, cfg, len(tokenizer))
+    ku._check_max_length(backbone, cfg)
+    model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1), ku._cls_is_last(tokenizer))  # its output is not read
+    return model.to(ku._pick_device()).eval(), tokens, frame
 
 
 @torch.inference_mode()
 def pool_layers(model, tokens, cfg):
     """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
     device = next(model.parameters()).device
-    dtype = ku.pick_dtype(cfg.precision, device)
-    packed = ku.takes_packed_rows(model, tokens, dtype)
+    dtype = ku._pick_dtype(cfg.precision, device)
+    packed = ku._takes_packed_rows(model, tokens, dtype)
     if not packed:
-        ku.check_padding(model, tokens, dtype)
+        ku._check_padding(model, tokens, dtype)
     pooled = np.empty((model.shape.n_states, len(FEATURES), len(tokens), model.shape.width), np.float32)
-    for rows in ku.progress(ku.plan_prediction(tokens.lengths, cfg.batch_tokens or 4096), "read the texts"):
-        with ku.autocast(device, dtype):
+    for rows in ku._progress(ku._plan_prediction_batches(tokens.lengths, cfg.batch_tokens or 4096), "read the texts"):
+        with ku._autocast(device, dtype):
             states, mask = model.encode(**(tokens.packed if packed else tokens.batch)(rows, device))
         pairs = [(ku.cls_token(state, mask, model.shape), ku.masked_mean(state, mask)) for state in states]
         pooled[:, :, rows] = torch.stack([torch.stack(pair) for pair in pairs]).cpu().numpy()
@@ -74,11 +74,11 @@ def pool_layers(model, tokens, cfg):
 
 def make_targets(frame, cfg):
     """Targets (N, K) of a regression, else 0/1 indicators; of two classes that of the second."""
-    classes = ku.class_labels(frame, cfg)
-    targets = ku.encode_targets(frame, cfg, classes)
+    classes = ku._class_labels(frame, cfg)
+    targets = ku._encode_targets(frame, cfg, classes)
     targets = np.eye(len(classes))[targets] if cfg.task == "multiclass" else targets
     if not np.ptp(targets, axis=0).any():
-        raise ku.DataError(f"train.csv: {ku.listing(cfg.targets)} is the same in every row; there is nothing to probe")
+        raise ku.DataError(f"train.csv: {ku._comma_join(cfg.targets)} is the same in every row; there is nothing to probe")
     return targets
 
 
@@ -133,7 +133,7 @@ def probe_layers(pooled, targets, folds, metric):
     """Table of a row for each layer and feature, after one for `constant`, which has no layer."""
     constant = score_row(targets, predict_constant(targets, folds), folds, metric)
     rows = [{"layer": None, "feature": "constant"} | constant]
-    for layer, features in enumerate(ku.progress(pooled, "probe the layers")):
+    for layer, features in enumerate(ku._progress(pooled, "probe the layers")):
         for feature, x in zip(FEATURES, features, strict=True):
             predictions, alphas = predict_folds(x, targets, folds)
             row = {"layer": layer, "feature": feature} | score_row(targets, predictions, folds, metric)
@@ -170,7 +170,7 @@ def hint(table, feature):
 
 def plot_layers(table, path, title):
     """The score of every layer with the spread over folds; a ring marks the best layer of a feature."""
-    figure = ku.new_figure(8, 5)
+    figure = ku._new_figure(8, 5)
     axis = figure.subplots()
     (constant,) = table["score"][table["feature"] == "constant"]
     axis.axhline(constant, color=comparison.GREY, linestyle="--", linewidth=1, label="mean of the training rows")
@@ -185,7 +185,7 @@ def plot_layers(table, path, title):
     told = dict(title="bars: sd over folds; ring: best layer", title_fontsize="small", fontsize="small")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, **told)
     figure.suptitle(title, fontsize="medium")
-    ku.save_figure(figure, path)
+    ku._save_figure(figure, path)
 
 
 def main():
@@ -201,10 +201,10 @@ def main():
         targets, folds = make_targets(frame, cfg), frame["fold"].to_numpy()
         pooled = pool_layers(model, tokens, cfg)
         table = probe_layers(pooled, targets, folds, "rmse" if cfg.task == "regression" else "r2")
-        name, n_folds = ku.short_name(cfg.backbone), len(set(folds))
-        table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku.device_name())
-        ku.write_atomic(asked.output / "probe.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
-        title = f"What each layer of {name} knows of {ku.listing(map(repr, cfg.targets))}"
+        name, n_folds = ku._short_name(cfg.backbone), len(set(folds))
+        table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku._device_name())
+        ku._write_atomic(asked.output / "probe.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+        title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.targets))}"
         title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
         plot_layers(table, asked.output / "probe.png", title)
     except (ku.KitError, OSError) as error:

@@ -59,7 +59,7 @@ def alike_problems(runs):
             ("outputs", run.record["outputs"], first.record["outputs"]),
             ("classes", run.record["classes"], first.record["classes"]),
             ("id_column", run.cfg.id_column, first.cfg.id_column),
-            ("text columns", ku.input_columns(run.cfg), ku.input_columns(first.cfg)),
+            ("text columns", ku._input_columns(run.cfg), ku._input_columns(first.cfg)),
         ):
             if ours != theirs:
                 problems.append(f"{run.name}: {what} must be as in {first.name}, {theirs!r}; got {ours!r}")
@@ -69,11 +69,11 @@ def alike_problems(runs):
 def read_rows(run, data_dir):
     """train.csv as the run read it; DataError where its ids or texts are not those that the run has recorded."""
     cfg = dataclasses.replace(run.cfg, data_dir=data_dir or run.cfg.data_dir)
-    folder = ku.find_data(cfg.data_dir, "train.csv")
-    frame = ku.read_train(cfg, folder)
-    for name in dict.fromkeys([cfg.id_column, *ku.input_columns(cfg)]):
+    folder = ku._find_data_dir(cfg.data_dir, "train.csv")
+    frame = ku._read_train(cfg, folder)
+    for name in dict.fromkeys([cfg.id_column, *ku._input_columns(cfg)]):
         what = f"column {name} of train.csv"
-        if ku.digest(list(frame[name])) != run.record["fingerprint"].get(what):
+        if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
             raise ku.DataError(f"{folder}: {what} is not the one that {run.name} was trained on; set --data-dir")
     return frame
 
@@ -84,13 +84,13 @@ def validated(folder, run, ids):
     From the sealed folder of every fold, which has the weights too; oof.csv must say the same. `ids` are those of the
     rows that the run read.
     """
-    oof = ku.read_table(folder / "oof.csv", ["id", "fold"])
+    oof = ku._read_table(folder / "oof.csv", ["id", "fold"])
     folds, problems = {}, []
     for fold, path in run.weights.items():
-        if damage := ku.folder_problems(path.parent):
+        if damage := ku._folder_problems(path.parent):
             problems += [f"{path.parent}: {problem}" for problem in damage]
             continue
-        state = ku.read_state(path.parent)
+        state = ku._read_state(path.parent)
         folds[fold] = frozenset(ids[state["rows"]])
         if state["fold"] != fold:
             problems.append(f"{path.parent}: the model of fold {state['fold']}, not of fold {fold}")
@@ -104,9 +104,9 @@ def validated(folder, run, ids):
 def read_runs(folders, data_dir):
     """(runs, training rows with their fold, {fold: ids}), once all runs are complete and agree; else one KitError. The
     rows of folds that were not trained have fold -1."""
-    runs = [ku.load_run(folder) for folder in folders]
+    runs = [ku._load_run(folder) for folder in folders]
     if partial := [run.name for run in runs if run.record["status"] != "complete"]:
-        raise ku.ConfigError(f"expected complete runs: {ku.listing(partial)} was stopped")
+        raise ku.ConfigError(f"expected complete runs: {ku._comma_join(partial)} was stopped")
     if problems := alike_problems(runs):
         raise ku.ConfigError(problems)
     frames = [read_rows(run, data_dir) for run in runs]
@@ -114,7 +114,7 @@ def read_runs(folders, data_dir):
     found = [validated(*of) for of in zip(folders, runs, [frame[ids].to_numpy() for frame in frames], strict=True)]
     for run, folds in zip(runs, found, strict=True):
         if other := [fold for fold in {**found[0], **folds} if folds.get(fold) != found[0].get(fold)]:
-            what = f"fold{'s' * (len(other) > 1)} {ku.listing(other)}"
+            what = f"fold{'s' * (len(other) > 1)} {ku._comma_join(other)}"
             raise ku.DataError(f"{run.name}: {what} must have the rows that {runs[0].name} has there")
     fold_of = {name: fold for fold, names in found[0].items() for name in names}
     return runs, frames[0].assign(fold=[fold_of.get(name, -1) for name in frames[0][ids]]), found[0]
@@ -128,16 +128,16 @@ def read_texts(paths, cfg):
     """The texts of all files, one table of id and input columns; ids are made where a file has none."""
     tables, problems = [], []
     for path in paths:
-        table = ku.read_table(path, ku.input_columns(cfg))
+        table = ku._read_table(path, ku._input_columns(cfg))
         if cfg.id_column not in table:
             table[cfg.id_column] = [f"{path.stem}-{number}" for number in range(1, len(table) + 1)]
-        for column in ku.text_columns(cfg):
+        for column in ku._text_columns(cfg):
             empty = table[column].str.strip().eq("").to_numpy()
-            problems += ku.bad_rows(path, table, cfg.id_column, column, empty, "a text")
-        tables.append(table[list(dict.fromkeys([cfg.id_column, *ku.input_columns(cfg)]))])
+            problems += ku._bad_rows(path, table, cfg.id_column, column, empty, "a text")
+        tables.append(table[list(dict.fromkeys([cfg.id_column, *ku._input_columns(cfg)]))])
     table = pd.concat(tables, ignore_index=True)
     repeated = table[cfg.id_column].duplicated().to_numpy()
-    problems += ku.bad_rows(ku.listing(paths), table, cfg.id_column, cfg.id_column, repeated, "each id once")
+    problems += ku._bad_rows(ku._comma_join(paths), table, cfg.id_column, cfg.id_column, repeated, "each id once")
     if problems:
         raise ku.DataError(problems)
     return table
@@ -149,27 +149,27 @@ def predict_folds(runs, texts):
     ku.check_golden(bundle)
 
     def predict_run(run, tokenizer, model):
-        if (key := ku.reading_of(run)) not in tokens:
-            tokens[key] = ku.tokenize_frame(texts, tokenizer, run.cfg)
+        if (key := ku._tokenization_key(run)) not in tokens:
+            tokens[key] = ku._tokenize_frame(texts, tokenizer, run.cfg)
         predictions = []
-        for fold in ku.progress(sorted(run.weights), f"label by {run.name}"):
-            ku.load_fold(model, run, fold)
+        for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
+            ku._load_fold(model, run, fold)
             predictions.append(ku.predict(model, tokens[key], run.cfg))
         return np.stack(predictions)
 
-    return np.stack(ku.each_run(bundle, predict_run))
+    return np.stack(ku._each_run(bundle, predict_run))
 
 
 def label(folders, paths, data_dir, threshold):
-    """(pseudo.csv, rows.csv, content of pseudo.json): tables and a dictionary, as `ku.read_pseudo` wants them."""
+    """(pseudo.csv, rows.csv, content of pseudo.json): tables and a dictionary, as `ku._read_pseudo` wants them."""
     runs, frame, folds = read_runs(folders, data_dir)
     cfg, outputs = runs[0].cfg, runs[0].record["outputs"]
     for run in runs:
-        if run.cfg.checkpoint == "best":
+        if run.cfg.keep == "best":
             print(f"{run.name} kept the best evaluations, chosen on the rows of their folds: a small leak")
     texts = read_texts(paths, cfg)
-    seen = ku.seen_rows(texts, frame, cfg)
-    near = near_duplicates(ku.row_texts(texts, cfg), ku.row_texts(frame, cfg), threshold)
+    seen = ku._seen_rows(texts, frame, cfg)
+    near = near_duplicates(ku._row_texts(texts, cfg), ku._row_texts(frame, cfg), threshold)
     predictions = predict_folds(runs, texts)
     sets, table = {}, texts
     for place, fold in enumerate(sorted(folds)):
@@ -178,14 +178,14 @@ def label(folders, paths, data_dir, threshold):
         if not used.any():
             raise ku.DataError(f"fold {fold}: every text is a training row, or nearly one; nothing is left to label")
         cells = [[f"{value:.9g}" if good else "" for value in row] for row, good in zip(labels, used, strict=True)]
-        table = pd.concat([table, pd.DataFrame(cells, columns=ku.label_columns(fold, outputs))], axis=1)
-        manifests = [ku.read_sealed(run.weights[fold].with_name(ku.MANIFEST))["files"] for run in runs]
+        table = pd.concat([table, pd.DataFrame(cells, columns=ku._label_columns(fold, outputs))], axis=1)
+        manifests = [ku._load_manifest(run.weights[fold].with_name(ku._MANIFEST))["files"] for run in runs]
         sets[str(fold)] = {
             "models": [
                 {"run": run.name, "fold": fold, "weights": files["model.safetensors"]["sha256"]}
                 for run, files in zip(runs, manifests, strict=True)
             ],
-            "labels": ku.digest(cells),
+            "labels": ku._digest(cells),
             "rows": int(used.sum()),
             "near_duplicates": int(twins.sum()),
             "mean": labels[used].mean(0).tolist(),
@@ -193,24 +193,24 @@ def label(folders, paths, data_dir, threshold):
             "sd_between_runs": float(predictions[:, place, used].std(0).mean()) if len(runs) > 1 else None,
         }
     rows = frame[frame["fold"] >= 0]
-    rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": ku.row_digests(rows, cfg).values()})
+    rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": ku._row_digests(rows, cfg).values()})
     told = {
-        "format": ku.PSEUDO,
+        "format": ku._PSEUDO_FORMAT,
         "task": cfg.task,
         "outputs": outputs,
         "classes": runs[0].record["classes"],
         "columns": list(texts.columns),
-        "texts": [{"file": path.name, "sha256": ku.file_sha256(path)} for path in paths],
+        "texts": [{"file": path.name, "sha256": ku._file_sha256(path)} for path in paths],
         "rows": len(texts),
         "training_rows": int(seen.sum()),
         "threshold": threshold,
         "runs": [
-            {"name": run.name, "record": ku.file_sha256(folder / "record.json")}
+            {"name": run.name, "record": ku._file_sha256(folder / "record.json")}
             for folder, run in zip(folders, runs, strict=True)
         ],
-        "folds": ku.digest(rows.astype(str).to_numpy().tolist()),
+        "folds": ku._digest(rows.astype(str).to_numpy().tolist()),
         "sets": sets,
-        "versions": ku.versions(),
+        "versions": ku._versions(),
     }
     return table, rows, told
 
@@ -244,7 +244,7 @@ def parse():
 def write(folder, table, rows, told):
     table.to_csv(folder / "pseudo.csv", index=False)
     rows.to_csv(folder / "rows.csv", index=False)
-    ku.write_json(folder / "pseudo.json", told)
+    ku._write_json(folder / "pseudo.json", told)
 
 
 def main():
@@ -253,7 +253,7 @@ def main():
         if asked.output.exists():
             raise ku.ConfigError(f"{asked.output} is there already: delete it, or choose another folder with -o")
         made = label(asked.runs, asked.texts, asked.data_dir, asked.threshold)
-        ku.save_folder(asked.output, functools.partial(write, table=made[0], rows=made[1], told=made[2]))
+        ku._save_folder(asked.output, functools.partial(write, table=made[0], rows=made[1], told=made[2]))
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
     print(describe(made[2]))

@@ -75,7 +75,7 @@ import kernel_utils as ku
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # or a bar starts a thread
 tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked where one is killed
-ku.SAVE_SHARE = math.inf
+ku._MAX_SAVE_FRACTION = math.inf
 
 GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
 COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
@@ -102,7 +102,7 @@ SETTINGS = dict(
     head_dropout=0.1,
     dropout_samples=2,
     lr=0.01,
-    checkpoint="best",
+    keep="best",
 )
 
 
@@ -375,11 +375,11 @@ def train_kit(task, folder, save=True):
         checkpoint_minutes=1e-9 if save else 0,
         **SETTINGS,
     )
-    ku.train(ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg), cfg)
+    ku.train(ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg), cfg)
 
 
 def kit_result(folder):
-    record = ku.read_record(folder)
+    record = ku._read_record(folder)
     names = ["oof.csv", "golden.json", "log.jsonl", *(f"fold{fold}/model.safetensors" for fold in range(FOLDS))]
     result = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names}
     result |= {f"{name} of the record": record.get(name) for name in ("status", "folds", "oof")}
@@ -387,12 +387,12 @@ def kit_result(folder):
 
 
 def is_good(folder):
-    return folder.is_dir() and not ku.folder_problems(folder)
+    return folder.is_dir() and not ku._folder_problems(folder)
 
 
 def kit_progress(folder):
     good = [fold for fold in range(FOLDS) if is_good(folder / f"fold{fold}")]
-    finished = [fold for fold in good if not ku.read_state(folder / f"fold{fold}")["stopped"]]
+    finished = [fold for fold in good if not ku._read_state(folder / f"fold{fold}")["stopped"]]
     steps = [0]
     for path in folder.glob("checkpoints/fold*-step*"):
         fold, step = map(int, re.findall(r"\d+", path.name))
@@ -501,7 +501,7 @@ def prepare(subject, task, folder):
     if subject.result(saving) != reference:
         raise ku.KitError(f"{subject.name}: a run with checkpoints differs from one without")
     if missing := [name for name in subject.saved if not (stopped / name).is_dir()]:
-        raise ku.KitError(f"{subject.name}: a run stopped at step {subject.stop} lacks {ku.listing(missing)}")
+        raise ku.KitError(f"{subject.name}: a run stopped at step {subject.stop} lacks {ku._comma_join(missing)}")
     return Lab(subject, task, folder, reference, ends[2].seconds, ends[1].seconds, writes.value, stopped)
 
 
@@ -650,7 +650,7 @@ def stop(case):
     if at_once or done.end == DONE:
         case.counts.clear()
         return
-    case.counts["detected"] += done.end == STOPPED and ku.read_record(case.folder)["status"] == "stopped"
+    case.counts["detected"] += done.end == STOPPED and ku._read_record(case.folder)["status"] == "stopped"
     case.go_on()
 
 
@@ -693,7 +693,7 @@ def kill_papermill(case):
     for one in alive:
         one.kill()
     case.notes.append(f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed")
-    made, complete = first.stat().st_mtime_ns, ku.is_complete(case.folder)
+    made, complete = first.stat().st_mtime_ns, ku._is_complete(case.folder)
     case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
     case.counts["resumed"] += not alive and not complete and first.stat().st_mtime_ns == made
     case.counts["equal"] += kit_result(case.folder) == reference
@@ -795,7 +795,7 @@ def stress(asked, folder, failed):
     sides += [(trainer_subject(task), trainer_groups)] if asked.trainer else []
     attempt(functools.partial(make_task, task))
     if asked.quick:
-        ku.plot_curves = ku.plot_oof = lambda run: None
+        ku._plot_curves = ku._plot_oof = lambda run: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)

@@ -50,7 +50,7 @@ FINISHED, TO_RUN, INTERRUPTED, ELSEWHERE = "finished", "to run", "interrupted, t
 TRAINED = "trained by another sweep by now"
 OTHER, FOREIGN, STOPPED = "is complete with other settings", "is not a run: it has no record.json", "stopped"
 PLACE = ("output_dir", "run_name")
-KEEPING = ku.FREE - {"data_dir", "backbone", "pseudo_dir", "run_folds"}  # say where a run lies and how it is kept
+KEEPING = ku._FREE - {"data_dir", "backbone", "pseudo_dir", "run_folds"}  # say where a run lies and how it is kept
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
 ROWS += "n_folds fold_kind group_column fold_seed".split()  # settings that say which rows are in which fold
 DEFAULTS = ku.Config().to_dict()
@@ -133,7 +133,7 @@ def collect(function, items, kind):
 def name_run(cfg, names, asked, settings):
     """`head=cls+llrd=0.95+seed=0`: what varies, in the characters that run_name allows."""
     values = {name: settings[name] if name == "recipe" else getattr(cfg, name) for name in names}
-    values |= {"backbone": ku.short_name(cfg.backbone)} if "backbone" in values else {}
+    values |= {"backbone": ku._short_name(cfg.backbone)} if "backbone" in values else {}
     values |= {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, tuple)}
     names = ["fold" if name == "run_folds" and asked.folds else name for name in names]
     text = "+".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
@@ -149,13 +149,13 @@ def identity(settings):
 def read_folds(cfg):
     """Frame with the fold of every training row."""
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is for the notebook
-        return ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)[["fold"]]
+        return ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)[["fold"]]
 
 
 def measure(cfg, frame):
     """Training rows over all folds and epochs, and the number of evaluations."""
-    rows = [int((frame["fold"] != fold).sum()) for fold in ku.asked_folds(frame, cfg)]
-    evaluations = [len(ku.evaluation_steps(math.ceil(n / cfg.batch_size), cfg)) for n in rows]
+    rows = [int((frame["fold"] != fold).sum()) for fold in ku._requested_folds(frame, cfg)]
+    evaluations = [len(ku._evaluation_steps(math.ceil(n / cfg.batch_size), cfg)) for n in rows]
     return sum(rows) * cfg.epochs, sum(evaluations)
 
 
@@ -167,7 +167,7 @@ def make_cells(asked):
     distinct = list(dict.fromkeys(data))
     frames = dict(zip(distinct, collect(read_folds, distinct, ku.DataError), strict=True))
     sizes = collect(lambda pair: measure(pair[0], frames[pair[1]]), zip(configs, data, strict=True), ku.ConfigError)
-    collect(ku.find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
+    collect(ku._find_backbone, dict.fromkeys(cfg.backbone for cfg in configs), ku.ConfigError)
     cells = {}
     for cfg, names, given, size in zip(configs, varied, settings, sizes, strict=True):
         place = {"output_dir": asked.output, "run_name": name_run(cfg, names, asked, given)}
@@ -495,7 +495,7 @@ def train_cells(todo, before, output, submit):
 
 def probe(cell, threads):
     """Training rows a second in a short run of few rows, evaluations included."""
-    few = dict(max_rows=1024 if torch.cuda.is_available() else 64, n_folds=2, epochs=1, run_folds="all", tracker="")
+    few = dict(max_rows=1024 if torch.cuda.is_available() else 64, n_folds=2, epochs=1, run_folds="all", report_to="")
     if cell.identity["max_rows"]:
         few["max_rows"] = min(few["max_rows"], cell.identity["max_rows"])
     silent = io.StringIO()
@@ -505,7 +505,7 @@ def probe(cell, threads):
         contextlib.redirect_stderr(silent),
     ):
         cfg = ku.Config.from_dict(cell.told | few | {"output_dir": folder})
-        frame = ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)
+        frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
         torch.set_num_threads(threads)
         run = ku.train(frame, dataclasses.replace(cfg, run_folds=str(frame["fold"].min())))
         record = read_record(run)
@@ -569,7 +569,7 @@ def parse():
 
 
 def check_folders(folder, output):
-    if ROOT not in (folder, *folder.parents) and not ku.on_kaggle():
+    if ROOT not in (folder, *folder.parents) and not ku._on_kaggle():
         raise ku.KitError(f"start this in {ROOT} or below: train.ipynb looks for the module from there, not {folder}")
     if output.exists() and not output.is_dir():
         raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")

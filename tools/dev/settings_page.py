@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the settings in kernel_utils.py: run it after every change of a setting.
+"""Writes docs/settings.md from the settings in kernel_utils.py; run it when a setting changes.
 
 python tools/dev/settings_page.py
 """
@@ -18,7 +18,8 @@ PAGE = ROOT / "docs" / "settings.md"
 HEADER = "| setting | default | what it does | accepted values |\n|---|---|---|---|"
 INTRO = """# Settings
 
-`tools/dev/settings_page.py` writes this page from `Config` and `InferConfig`; a test keeps it current.
+`tools/dev/settings_page.py` writes this page from `Config` and `InferConfig`, and a test keeps it
+current.
 
 The first cell of `train.ipynb` holds the settings that people change. Every other one works in the
 same way: add a line to that cell, or give `-p NAME VALUE` to papermill. A misspelt name or a bad
