@@ -96,6 +96,27 @@ def test_commands_name_files_and_settings_that_exist(page, words):
         assert [flag for flag in flags if f'"{flag}"' not in source] == []
 
 
+def places():
+    """Names in the column `change` of the table "Where do I change ...?"."""
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    table = text.split("| I want | change")[1].split("\n\n")[0]
+    cells = [row.split(" | ")[1] for row in table.splitlines()[2:]]
+    return sorted({name for cell in cells for name in re.findall(r"`(\w+(?:\.\w+)?)`", cell)})
+
+
+@pytest.mark.parametrize("name", places())
+def test_what_one_changes_is_where_the_docs_say(name):
+    """`name.py` is a file, `Class.method` and the others are defined in the core or a sibling."""
+    if name.endswith(".py"):
+        assert (ROOT / "kernel_utils" / name).is_file()
+        return
+    files = sorted((ROOT / "kernel_utils").glob("*.py"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for part in name.split("."):
+        defined = rf"^ *(?:def|class) {part}\b|^[\w, ]*\b{part}\b.* = "
+        assert re.search(defined, sources, flags=re.MULTILINE), f"{part} is not defined"
+
+
 def test_the_page_of_settings_is_current():
     path = ROOT / "tools" / "dev" / "settings_page.py"
     spec = importlib.util.spec_from_file_location("settings_page", path)
