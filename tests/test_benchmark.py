@@ -65,7 +65,7 @@ def done(tmp_path_factory):
 
 def test_the_report_says_how_it_was_made_and_has_every_figure(done):
     report, _, picture = done
-    assert report["command"].startswith("python tools/benchmark.py --quick -o ")
+    assert report["command"].startswith("python tools/dev/benchmark.py --quick -o ")
     assert {"torch", "transformers", "accelerate", "kernel_utils"} <= set(report["versions"])
     assert report["device"]["type"] == "cpu" and report["precision"] == "float32" and report["settings"]["dropout"] == 0
     assert report["matmul"]["flops"] > 0 and report["copy"]["bytes_per_second"] > 0
@@ -226,7 +226,7 @@ def test_unknown_contenders_and_loads_are_refused():
 
 def test_help_and_the_options_of_another_process():
     help_text = subprocess.run(
-        [sys.executable, ROOT / "tools" / "benchmark.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "tools" / "dev" / "benchmark.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert "--contenders" in help_text and "--alone" not in help_text
     _, asked = benchmark.parse([*QUICK, "--precision", "fp32"])

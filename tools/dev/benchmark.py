@@ -1,6 +1,6 @@
 """Speed of training and prediction: the kit against a plain padded loop and the Trainer of transformers.
 
-    python tools/benchmark.py -o results/benchmark_gpu.json
+    python tools/dev/benchmark.py -o results/benchmark_gpu.json
 
 One process, the same weights, rows, optimiser batch, dtype, dropout, clipping and constant learning rate for all:
 
@@ -55,7 +55,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernel_utils"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernel_utils"))
 import kernel_utils as ku
 
 LABELS = {
@@ -1072,7 +1072,7 @@ def main(arguments=None):
             return
         words = sys.argv[1:] if arguments is None else map(str, arguments)
         words = [f"path/to/{Path(word).name}" if word == asked.data else word for word in words]
-        command = shlex.join(["python", "tools/benchmark.py", *words])
+        command = shlex.join(["python", "tools/dev/benchmark.py", *words])
         report = benchmark(asked, command, functools.partial(save, output))
     except ku.KitError as error:
         sys.exit(str(error))

@@ -1,8 +1,8 @@
 """Break training in every way a process or a disk can break, give the same call again, and compare byte for byte.
 
-    python tools/stress.py --trainer -o results/stress.csv
-    python tools/stress.py --quick --only kills,damage
-    python tools/stress.py --only boundaries --case 17
+    python tools/dev/stress.py --trainer -o results/stress.csv
+    python tools/dev/stress.py --quick --only kills,damage
+    python tools/dev/stress.py --only boundaries --case 17
 
 A tiny BERT with dropout is trained on a made competition, 2 folds of 8 steps, a checkpoint after each, once without
 interruption. What every other run leaves must equal that: oof.csv, golden.json, log.jsonl, all weights, and the scores
@@ -68,7 +68,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from transformers.trainer_utils import get_last_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
@@ -780,7 +780,7 @@ def run_group(lab, name, group, asked, failed):
             if line and group.required:
                 failed.append(case)
                 again = f"{'--quick ' if asked.quick else ''}--only {name} --seed {asked.seed} --case {number}"
-                bar.write(f"  kept in {case.folder.parent}; again: python tools/stress.py {again}")
+                bar.write(f"  kept in {case.folder.parent}; again: python tools/dev/stress.py {again}")
             else:
                 shutil.rmtree(case.folder.parent)
     counts = {column: total[column] for column in COLUMNS}

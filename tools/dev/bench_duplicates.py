@@ -1,6 +1,6 @@
 """What tools/pseudo_label.py finds as near-duplicates: among real texts, among edited copies, and how long it takes.
 
-    python tools/bench_duplicates.py path/to/clear
+    python tools/dev/bench_duplicates.py path/to/clear
 
 The folder has train.csv and test.csv with a column `excerpt`. Copies are of 300 training texts, the edits drawn at
 random with seed 0; what is put into them comes from other training texts.
