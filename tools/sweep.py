@@ -330,9 +330,7 @@ def lock_path(cell, output):
 def run_cell(cell, output, folder, drop_weights, environment=None, should_stop=lambda: False):
     """Train a cell in a process started in `folder`. Returns FINISHED, or what is in the way."""
     run = output / cell.name
-    with open(
-        lock_path(cell, output), "w"
-    ) as lock:  # deleting one that another opens would free both
+    with open(lock_path(cell, output), "w") as lock:  # stays: another sweep may have opened it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -400,10 +398,8 @@ def count_jobs(args, gpus):
     """How many runs go side by side."""
     room = len(gpus) * args.per_gpu
     if room and (args.jobs or 0) > room:
-        many = (
-            f"--jobs {args.jobs} is more than {len(gpus)} GPUs with {args.per_gpu} runs each take"
-        )
-        raise ku.KitError(f"{many}: raise --per-gpu")
+        taken = f"{len(gpus)} GPUs with {args.per_gpu} runs each take"
+        raise ku.KitError(f"--jobs {args.jobs} is more than {taken}: raise --per-gpu")
     return args.jobs or room or 1
 
 
@@ -589,13 +585,13 @@ def assignment(text):
     return name, value
 
 
-def words(text):
+def commas(text):
     return text.split(",")
 
 
 def axis(text):
     name, values = assignment(text)
-    return name, words(values)
+    return name, commas(values)
 
 
 def count(text):
@@ -615,8 +611,8 @@ def parse():
     add("grid_file", nargs="?", help="TOML file with seeds, [settings] and [[grid]]")
     add("--grid", metavar="NAME=V1,V2", type=axis, **many, help=values)
     add("--set", metavar="NAME=VALUE", type=assignment, **many, help="a setting of every run")
-    add("--seeds", type=words, help="such as 0,1,2; default: those of the file, else 0")
-    add("--folds", type=words, help="such as 0,1,2: each fold a run of its own")
+    add("--seeds", type=commas, help="such as 0,1,2; default: those of the file, else 0")
+    add("--folds", type=commas, help="such as 0,1,2: each fold a run of its own")
     add("-o", "--output", required=True, help="folder of the run folders")
     add("--jobs", type=count, help=jobs)
     add("--per-gpu", type=count, default=1, help="runs that may share a GPU; default 1")
