@@ -415,6 +415,7 @@ def test_the_work_of_a_cell_is_its_training_rows(base, monkeypatch):
 
 
 def test_slots_are_spread_over_the_gpus_and_share_the_cores_of_a_cpu(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environments = [sweep.slot_environment(slot, 4, ["0", "GPU-ab"]) for slot in range(4)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["0", "GPU-ab", "0", "GPU-ab"]
     monkeypatch.setattr(sweep, "cores", lambda: 8)
@@ -443,6 +444,7 @@ def test_more_runs_than_the_gpus_take_are_refused(monkeypatch):
 
 
 def test_runs_side_by_side_see_their_share_of_the_cores(call, stub, monkeypatch, output):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "cores", lambda: 6)
     stub.seconds = 0.3
     assert call("--grid", "head=cls,max,mean", "--jobs", "2")[0] == 0
