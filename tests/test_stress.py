@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 def python(folder, *arguments):
     """A process of its own: what runs in pytest must not fork. What it keeps is below `folder`."""
     command, environment = [sys.executable, *map(str, arguments)], os.environ | {"TMPDIR": str(folder)}
-    return subprocess.run(command, cwd=ROOT / "tools" / "dev", env=environment, capture_output=True, text=True, timeout=600)
+    tools = ROOT / "tools" / "dev"
+    return subprocess.run(command, cwd=tools, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

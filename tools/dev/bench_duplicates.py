@@ -90,9 +90,11 @@ def bench_edited_copies(train):
 
 def bench_time(texts):
     pool = [sentence for text in texts for sentence in sentences(text)]
-    ours, theirs = (
-        ku.normalised(" ".join(random.choices(pool, k=9)) for _ in range(10000)) for _ in range(2)
-    )
+
+    def make_texts():
+        return ku.normalised(" ".join(random.choices(pool, k=9)) for _ in range(10000))
+
+    ours, theirs = make_texts(), make_texts()
     began = time.perf_counter()
     near_duplicates(ours, theirs, THRESHOLD)
     seconds = time.perf_counter() - began

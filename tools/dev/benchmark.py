@@ -785,9 +785,8 @@ def draw(axis, results):
         axis.annotate(f"{median:,.0f}{factor}", (largest, place), (6, 0), **beside)
     axis.set_yticks(range(len(results)), [LABELS[name] for name in results])
     axis.invert_yaxis()
-    axis.set_xlim(
-        0, 1.5 * max(result["tokens_per_second"]["largest"] for result in results.values())
-    )
+    largest = max(result["tokens_per_second"]["largest"] for result in results.values())
+    axis.set_xlim(0, 1.5 * largest)
     axis.set_xlabel("real tokens/s")
     axis.spines[["top", "right"]].set_visible(False)
 
