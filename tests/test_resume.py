@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or short of memory, and what becomes of them. tools/dev/stress.py has the real kills."""
+"""Runs that are killed, stopped or short of memory, and what becomes of them. tools/dev/stress.py really kills."""
 
 import json
 import math
