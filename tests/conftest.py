@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pandas as pd
@@ -17,8 +18,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-
-import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # faster for models this small
@@ -214,14 +213,14 @@ def train_frame(n=40, seed=0):
 def engine_of(cfg, frame=None):
     """An engine over 24 rows in two folds, or over `frame`."""
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
-    cfg = cfg.resolved(ku.load_config(cfg.backbone, cfg)[0])
-    tokenizer = ku.load_tokenizer(cfg.backbone)
-    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
-    targets = ku.encode_targets(frame, cfg, None)
+    cfg = cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
+    tokenizer = ku._load_tokenizer(cfg.backbone)
+    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
+    targets = ku._encode_targets(frame, cfg, None)
     folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
-    data = ku.Data(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, errors)
-    return ku.Engine(data, cfg)
+    data = ku._TrainingData(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, errors)
+    return ku.OptimizerStep(data, cfg)
 
 
 def weights(engine):

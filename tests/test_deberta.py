@@ -3,12 +3,11 @@
 import copy
 import io
 
+import kernel_utils as ku
 import pytest
 import torch
 import transformers
 from transformers import DebertaV2Config, DebertaV2Model
-
-import kernel_utils as ku
 
 V3 = dict(
     hidden_size=48,
@@ -56,14 +55,14 @@ def models(**change):
         for p in theirs.parameters():  # biases and norms too
             p.add_(torch.randn_like(p) * 0.1)
     ours = copy.deepcopy(theirs)
-    ku.faster_deberta(ours)
+    ku._replace_deberta_attention(ours)
     return theirs, ours
 
 
 def make_pack(lengths):
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    return ku.Pack(starts, max(lengths), None, mask.flatten().nonzero().squeeze(1), mask)
+    return ku._Pack(starts, max(lengths), None, mask.flatten().nonzero().squeeze(1), mask)
 
 
 def batch(lengths, typed):
@@ -189,12 +188,12 @@ def test_names_tensors_and_sharing_stay(tmp_path):
     before = theirs.state_dict()
     plain = copy.deepcopy(theirs)
     tensors = {name: p for name, p in plain.named_parameters()}
-    ku.faster_deberta(plain)
+    ku._replace_deberta_attention(plain)
     assert list(plain.state_dict()) == list(before)
     assert all(p is tensors[name] for name, p in plain.named_parameters())
     assert plain.config.to_dict() == theirs.config.to_dict()
     assert plain.training == theirs.training
-    assert all(isinstance(layer.attention.self, ku.DisentangledAttention) for layer in plain.encoder.layer)
+    assert all(isinstance(layer.attention.self, ku._DisentangledAttention) for layer in plain.encoder.layer)
     plain.train()
     assert all(m.training for m in plain.modules())
 
@@ -206,7 +205,7 @@ def test_saved_and_loaded(tmp_path):
     again = DebertaV2Model.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(states(again, padded), states(theirs, padded))
     fresh = DebertaV2Model(theirs.config).eval()
-    ku.faster_deberta(fresh)
+    ku._replace_deberta_attention(fresh)
     fresh.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(states(fresh, padded), states(ours, padded))
 
@@ -361,10 +360,10 @@ def test_another_version_of_disentangled_flash_or_another_backbone_is_an_error_t
     with pytest.raises(ku.ConfigError, match=r"needs disentangled-flash==1\.1\.1, got 9\.0: pip install"):
         ku.flash_plans(16, 64)
     with pytest.raises(ku.ConfigError, match="heads of 32, 64 or 128 units, not 12"):
-        ku.faster_deberta(ours, flash=True)
+        ku._replace_deberta_attention(ours, flash=True)
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(ku.ConfigError, match="disentangled_flash is for DeBERTa-v2 and v3, not for BertModel"):
-        ku.use_packed_attention(transformers.BertModel(config), "disentangled_flash")
+        ku._install_packed_attention(transformers.BertModel(config), "disentangled_flash")
 
 
 @pytest.mark.gpu
@@ -377,7 +376,7 @@ def test_disentangled_flash_gives_the_states_and_gradients_of_hugging_face(case,
         pytest.skip("needs sm_80")
     theirs, _ = models(**CASES[case], hidden_size=64, num_attention_heads=2, initializer_range=0.05)
     ours = copy.deepcopy(theirs)
-    ku.faster_deberta(ours, flash=True)
+    ku._replace_deberta_attention(ours, flash=True)
     pack, padded, packed = batch((40, 17, 1, 33), CASES[case].get("type_vocab_size"))
     exact = states(theirs, padded)
     slopes = gradients(theirs, exact)

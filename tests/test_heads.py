@@ -1,18 +1,17 @@
 """Every entry of HEADS meets the same contract; each pooling equals its formula in NumPy."""
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import kernel_utils as ku
-
 WIDTH, N_STATES, LENGTHS = 12, 5, [7, 1, 4, 9]
 
 
-def make_head(name, cls_last=False, **settings):
+def make_head(name, cls_is_last=False, **settings):
     torch.manual_seed(0)
-    return ku.HEADS[name](ku.Shape(WIDTH, N_STATES, cls_last), ku.Config(head=name, **settings)).eval()
+    return ku.HEADS[name](ku.EncoderInfo(WIDTH, N_STATES, cls_is_last), ku.Config(head=name, **settings)).eval()
 
 
 def make_states(seed=0):
@@ -43,14 +42,14 @@ def test_padding_never_changes_the_features(name, cls_last):
 @pytest.mark.parametrize("name", ku.HEADS)
 def test_features_have_the_size_that_the_head_states(name):
     head, (states, mask) = make_head(name), make_states()
-    assert head(states, mask).shape == (len(LENGTHS), head.size)
+    assert head(states, mask).shape == (len(LENGTHS), head.out_features)
 
 
 @pytest.mark.parametrize("name", ku.HEADS)
 def test_every_parameter_of_a_head_gets_a_gradient(name):
     head, (states, mask) = make_head(name).train(), make_states()
     states = tuple(state.requires_grad_() for state in states)
-    (head(states, mask) * torch.randn(head.size)).sum().backward()
+    (head(states, mask) * torch.randn(head.out_features)).sum().backward()
     silent = [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
 
@@ -68,7 +67,7 @@ def test_a_saved_head_loads_to_the_same_features(name, tmp_path):
     head, (states, mask) = make_head(name), make_states()
     ku.save_model(head, str(tmp_path / "head.safetensors"))
     torch.manual_seed(1)
-    other = ku.HEADS[name](ku.Shape(WIDTH, N_STATES), ku.Config(head=name)).eval()
+    other = ku.HEADS[name](ku.EncoderInfo(WIDTH, N_STATES), ku.Config(head=name)).eval()
     ku.load_model(other, str(tmp_path / "head.safetensors"))
     assert torch.equal(head(states, mask), other(states, mask))
 
@@ -96,7 +95,7 @@ def test_a_fresh_head_equals_its_formula(name):
 
 
 def test_cls_takes_the_last_real_token_where_the_classification_token_is_last():
-    head, (states, mask) = make_head("cls", cls_last=True), make_states()
+    head, (states, mask) = make_head("cls", cls_is_last=True), make_states()
     expected = np.stack([row(states, i)[-1][-1] for i in range(len(LENGTHS))])
     np.testing.assert_array_equal(head(states, mask).numpy(), expected)
 
@@ -143,7 +142,7 @@ def test_conv1d_slides_its_kernels_over_the_tokens_with_zeros_around_them(kernel
 @pytest.mark.parametrize(("name", "directions"), [("lstm", 1), ("bilstm", 2), ("gru", 1)])
 def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, directions):
     head, (states, mask) = make_head(name, rnn_size=6), make_states()
-    assert head.size == 6 * directions
+    assert head.out_features == 6 * directions
     for i, n in enumerate(LENGTHS):
         outputs, _ = head.rnn(states[-1][i : i + 1, :n])  # without packing: nothing to pack
         expected = outputs[0, -1, :6] if directions == 1 else torch.cat([outputs[0, -1, :6], outputs[0, 0, 6:]])
@@ -152,7 +151,7 @@ def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, dire
 
 def test_conv1d_gives_its_last_channels_for_each_output():
     cfg = ku.Config(head="conv1d", conv_channels=(6, 2))
-    assert ku.HEADS["conv1d"](ku.Shape(WIDTH, N_STATES, n_outputs=5), cfg).size == 10
+    assert ku.HEADS["conv1d"](ku.EncoderInfo(WIDTH, N_STATES, num_outputs=5), cfg).out_features == 10
 
 
 def test_concat_of_more_layers_than_there_are_is_refused():

@@ -11,13 +11,13 @@ import struct
 import zipfile
 from pathlib import Path
 
+import kernel_utils as ku
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, trained
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import make_texts, trained
 
 NUL = "\x00"
 
@@ -477,7 +477,7 @@ def test_odd_tables_are_trained_on_and_predicted_with_ids_and_texts_as_they_stan
 
 def test_a_text_of_10_mb_is_trained_on(train, competition):
     append("train.csv", "x," + "a cat sat on the mat " * (10**7 // 21) + ",1,0\n")(competition)
-    assert ku.read_record(train({}))["oof"]["rows"] == 41
+    assert ku.RunFolder(train({})).read_record()["oof"]["rows"] == 41
 
 
 # ---------------------------------------------------------------------------------------
@@ -937,9 +937,15 @@ def packed(run, folder):
     parts = dict(record="one.record.json", config="one.config.json", tokenizer=tokenizer)
     parts |= {"weights": {fold.removeprefix("fold"): name for fold, name in weights.items()}}
     parts |= {"golden": json.loads((run / GOLDEN).read_text())}
-    files = {name: {"bytes": path.stat().st_size, "sha256": ku.file_sha256(path)} for name, path in sources.items()}
-    manifest = {"format": ku.FORMAT, "dataset": {"id": "me/one"}, "version": "", "files": files, "runs": {"one": parts}}
-    (folder / ku.MANIFEST).write_bytes(ku.canonical(ku.sealed(manifest)))
+    files = {name: {"bytes": path.stat().st_size, "sha256": ku._file_sha256(path)} for name, path in sources.items()}
+    manifest = {
+        "format": ku._BUNDLE_FORMAT,
+        "dataset": {"id": "me/one"},
+        "version": "",
+        "files": files,
+        "runs": {"one": parts},
+    }
+    (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
     return folder
 
 

@@ -5,13 +5,13 @@ import gc
 import json
 import weakref
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, train_frame, trained
 from safetensors.torch import load_file
 
-import kernel_utils as ku
+from conftest import tiny_config, train_frame, trained
 
 FRAME = train_frame(12, seed=4)
 
@@ -52,7 +52,7 @@ def simple_way(run, frame):
     """Mean over folds of the predictions of fresh models, one text at a time in float32."""
     total = []
     for path in run.weights.values():
-        tokenizer, model = ku.open_run(run)
+        tokenizer, model = ku._open_run(run)
         model.load_state_dict(load_file(path))
         rows = [
             tokenizer(text, truncation=True, max_length=run.cfg.max_length, return_tensors="pt")
@@ -77,7 +77,7 @@ def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_o
 def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(change, bundle_of, counted):
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
-    expected = [ku.predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
+    expected = [ku._predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
     calls = counted("tokenize")
     got = ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], other], opened={}), FRAME)
     assert len(calls) == 2
@@ -121,10 +121,10 @@ def test_of_runs_of_two_architectures_in_any_order_one_model_is_in_memory(bundle
 
 def test_a_fold_is_loaded_into_the_memory_of_the_one_before(bundle_of):
     run = bundle_of("two").runs[0]
-    _, model = ku.open_run(run)
+    _, model = ku._open_run(run)
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     for fold, path in run.weights.items():
-        ku.load_fold(model, run, fold)
+        ku._load_fold(model, run, fold)
         assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
         expected = load_file(path)
         assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
@@ -242,7 +242,7 @@ def test_nothing_is_probed_for(why, bundle_of, cpu, monkeypatch):
     setting = {"as trained": "", "forced": "bf16"}.get(why, "auto")
     bundle = bundle_of("two", precision=setting)
     if why == "a GPU":
-        monkeypatch.setattr(ku, "pick_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(ku, "_pick_device", lambda: torch.device("cuda"))
     rows = MANY[:19] if why == "few rows" else MANY  # by two folds: 38 of 40
     chosen = ku.choose_precision(bundle, rows, 0)
     assert not probed and chosen.runs == bundle.runs
@@ -256,9 +256,9 @@ def test_a_real_probe_times_and_compares_what_it_says(bundle_of, monkeypatch, ca
     bundle = bundle_of("three", precision="auto")
     chosen = ku.choose_precision(bundle, MANY, 0)
     out, run = capsys.readouterr().out, bundle.runs[0]
-    tokenizer, model = ku.open_run(run)
-    ku.load_fold(model, run, 0)
-    tokens = ku.tokenize_frame(MANY, tokenizer, run.cfg)
+    tokenizer, model = ku._open_run(run)
+    ku._load_fold(model, run, 0)
+    tokens = ku._tokenize_frame(MANY, tokenizer, run.cfg)
     exact, rough = (ku.predict(model, tokens, dataclasses.replace(run.cfg, precision=p)) for p in ("fp32", "bf16"))
     gap = np.sqrt(((exact - rough) ** 2).mean()) / run.record["oof"]["target_sd"]
     assert 0 < gap < ku.AGREEMENT and f"{gap:.2g} off" in out
@@ -282,7 +282,7 @@ def test_a_forced_int8_that_predicts_otherwise_is_refused_by_the_golden_rows(bun
     bundle = bundle_of("three", precision="int8")
     ku.check_golden(bundle)
     monkeypatch.setattr(ku, "int8_forward", lambda linear: lambda states: -torch.nn.Linear.forward(linear, states))
-    monkeypatch.setitem(ku.TOLERANCES, "int8", 1e-3)  # an untrained backbone moves little
+    monkeypatch.setitem(ku._GOLDEN_TOLERANCES, "int8", 1e-3)  # an untrained backbone moves little
     with pytest.raises(ku.BundleError, match=r"three, fold .* in int8 the prediction is .* off that of training"):
         ku.check_golden(bundle)
 
@@ -322,21 +322,21 @@ def test_precisions_without_their_instructions_are_not_tried(flags, expected, mo
 
 
 def test_a_process_predicts_in_the_precision_that_its_parent_chose(bundle_of, monkeypatch, tmp_path):
-    bundle = ku.with_precisions(bundle_of("three"), {"three": "bf16"})
+    bundle = ku._with_precisions(bundle_of("three"), {"three": "bf16"})
 
     def start(number, kind, job, folder):
-        ku.write_json(tmp_path / "1.json", job | {"device": ku.device_name(), "cells": FRAME.to_dict("list")})
+        ku._write_json(tmp_path / "1.json", job | {"device": ku._device_name(), "cells": FRAME.to_dict("list")})
         raise InterruptedError  # the rest is not needed
 
-    monkeypatch.setattr(ku, "start_process", start)
+    monkeypatch.setattr(ku, "_start_process", start)
     with pytest.raises(InterruptedError):
         ku.predict_bundle(bundle, FRAME, processes=2)
-    ku.predict_job(tmp_path / "1.json")
-    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku.predict_runs(bundle, FRAME, 0))
-    assert (np.load(tmp_path / "1.npy") != ku.predict_runs(bundle_of("three"), FRAME, 0)).any()
+    ku._predict_job(tmp_path / "1.json")
+    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku._predict_runs(bundle, FRAME, 0))
+    assert (np.load(tmp_path / "1.npy") != ku._predict_runs(bundle_of("three"), FRAME, 0)).any()
 
 
-needs_vnni = pytest.mark.skipif(bool(ku.unfit("int8")), reason="needs a CPU with AVX-512 VNNI")
+needs_vnni = pytest.mark.skipif(bool(ku._precision_error("int8")), reason="needs a CPU with AVX-512 VNNI")
 
 
 @needs_vnni
@@ -363,11 +363,11 @@ def test_an_int8_layer_is_the_product_of_rounded_weights_and_inputs_rounded_by_b
 @pytest.mark.parametrize("kind", ["bert", "deberta-v2", "t5", "albert", "gpt2"])
 def test_a_model_in_int8_predicts_nearly_the_same_and_afterwards_exactly(kind, backbone_folder, tiny):
     cfg = dataclasses.replace(tiny(), backbone=str(backbone_folder(kind)))
-    tokenizer = ku.load_tokenizer(backbone_folder(kind))
-    model = ku.TextModel(cfg, ku.load_backbone(backbone_folder(kind), cfg), ku.MseLoss(cfg, 1))
-    tokens = ku.tokenize_frame(FRAME, tokenizer, cfg)
+    tokenizer = ku._load_tokenizer(backbone_folder(kind))
+    model = ku.TextModel(cfg, ku._load_backbone(backbone_folder(kind), cfg), ku.MseLoss(cfg, 1))
+    tokens = ku._tokenize_frame(FRAME, tokenizer, cfg)
     before = ku.predict(model, tokens, cfg)
-    with ku.in_precision(model, tokens, cfg, "int8") as used:
+    with ku._in_precision(model, tokens, cfg, "int8") as used:
         rough = ku.predict(model, tokens, used)
     np.testing.assert_array_equal(ku.predict(model, tokens, cfg), before)
     gap = abs(rough - before).max()

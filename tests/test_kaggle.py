@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import pandas as pd
 import pytest
-from conftest import ROOT, papermill, printed, train_frame
 
-import kernel_utils as ku
+from conftest import ROOT, papermill, printed, train_frame
 
 # where Kaggle mounts a dataset and a competition, and the output of a notebook
 BUNDLES = {
@@ -238,9 +238,11 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     kaggle(again)
     done, _ = papermill(kernels / "run/train/train.ipynb", work / "again.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
-    trained = {path.name: ku.read_record(path) for path in (work / "runs").iterdir()}
+    trained = {path.name: ku.RunFolder(path).read_record() for path in (work / "runs").iterdir()}
     assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
-    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku.read_record(runs / "one")["oof"]["last"])
+    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(
+        ku.RunFolder(runs / "one").read_record()["oof"]["last"]
+    )
     shutil.move(work / "runs", tmp_path / "output")  # infer.ipynb runs in another kernel
     done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
@@ -267,7 +269,7 @@ RERUNS = {
 @pytest.mark.parametrize("case", RERUNS)
 def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp_path):
     folder = rerun_inputs(tmp_path / "data", RERUNS[case], new_column="?", another=1)
-    loaded = ku.open_bundle(runs / "one")
+    loaded = ku._open_bundle(runs / "one")
     with ku.warnings.catch_warnings():
         ku.warnings.simplefilter("ignore")
         test, sample = ku.read_test_set(loaded, str(folder))
@@ -281,7 +283,7 @@ def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp
 @pytest.mark.slow
 def test_twenty_thousand_rows_are_predicted(runs, tmp_path):
     frame = train_frame(20_000, seed=3).assign(id=[f"{i:05d}" for i in range(20_000)])
-    loaded = ku.open_bundle(runs / "one")
+    loaded = ku._open_bundle(runs / "one")
     test, sample = ku.read_test_set(loaded, str(rerun_inputs(tmp_path / "data", frame)))
     predictions = ku.predict_bundle(loaded, test)
     ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
@@ -295,7 +297,7 @@ def test_a_sample_that_the_runs_cannot_fill_is_refused_before_anything_is_predic
     sample = pd.read_csv(folder / "sample_submission.csv", dtype=str).rename(columns={"target": "a"}).assign(b=0)
     sample.to_csv(folder / "sample_submission.csv", index=False)
     with pytest.raises(ku.DataError, match="has columns a, b; the settings predict target"):
-        ku.read_test_set(ku.open_bundle(runs / "one"), str(folder))
+        ku.read_test_set(ku._open_bundle(runs / "one"), str(folder))
 
 
 def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
@@ -309,14 +311,14 @@ def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
 def test_a_process_predicts_with_the_runs_that_it_is_given(dist):
     loaded, frame = ku.load_bundle(dist("one", "two")), train_frame(5, seed=6)
     second = loaded._replace(runs=loaded.runs[1:])
-    expected = ku.predict_bundle(ku.open_bundle(dist("two")), frame)
+    expected = ku.predict_bundle(ku._open_bundle(dist("two")), frame)
     assert ku.predict_bundle(second, frame, processes=2) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
     copy = Path(shutil.copytree(dist("one"), tmp_path / "copy"))
     (copy / "one.record.json").unlink()
-    lost = ku.open_bundle(dist("one"))._replace(folder=copy)
+    lost = ku._open_bundle(dist("one"))._replace(folder=copy)
     with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
         ku.predict_bundle(lost, train_frame(4), processes=2)
     assert "predict_job" in str(error.value)
@@ -324,15 +326,15 @@ def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp
 
 def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp_path):
     job = dict(bundle=str(dist("one")), runs=["one"], device="Tesla T4", cells={"excerpt": ["a cat"]})
-    ku.write_json(tmp_path / "job.json", job | dict(batch_tokens=0))
+    ku._write_json(tmp_path / "job.json", job | dict(batch_tokens=0))
     with pytest.raises(ku.KitError, match=r"this process has .* CPU, the one that started it Tesla T4"):
-        ku.predict_job(tmp_path / "job.json")
+        ku._predict_job(tmp_path / "job.json")
     assert not (tmp_path / "job.npy").exists()
 
 
 @pytest.mark.parametrize(("visible", "given"), [(None, ["1", "3"]), ("0,1,2,3", ["1", "3"]), ("5,7,8,9", ["7", "9"])])
 def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, monkeypatch):
-    started, loaded = [], ku.open_bundle(dist("one"))
+    started, loaded = [], ku._open_bundle(dist("one"))
 
     class Process(subprocess.Popen):
         def __init__(self, command, env, **streams):
@@ -342,7 +344,7 @@ def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, 
     names = ["T4", "T4", "P100", "T4"]
     monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(ku.torch.cuda, "get_device_name", lambda i=0: names[i])
-    monkeypatch.setattr(ku, "device_name", lambda: "T4")
+    monkeypatch.setattr(ku, "_device_name", lambda: "T4")
     monkeypatch.setattr(ku.subprocess, "Popen", Process)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
@@ -356,12 +358,12 @@ def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, 
     ("field", "name"), [("head", "mean"), ("loss", "mse"), ("metric", "rmse"), ("schedule", "linear")]
 )
 def test_with_parts_of_the_notebook_one_process_predicts_and_says_so(field, name, tiny, capsys, monkeypatch):
-    part = ku.PARTS[field][name]
+    part = ku._REGISTRIES[field][name]
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
     own.__module__, own.__name__ = "__main__", "Own"
-    monkeypatch.setitem(ku.PARTS[field], "own", own)
+    monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     train, _, _ = ku.read_competition(cfg := tiny(run_folds="0", run_name="own", **{field: "own"}))
-    loaded = ku.open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
+    loaded = ku._open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
     capsys.readouterr()
     ku.predict_bundle(loaded, train_frame(4), processes=2)
     assert "1 GPU of 2: Own of the notebook" in (out := capsys.readouterr().out) and "1 process on" in out

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import kaggle_push
-import pytest
-from fake_kaggle import FakeKaggle
-
 import kernel_utils as ku
+import pytest
+
+from fake_kaggle import FakeKaggle
 
 TOOL = Path(kaggle_push.__file__)
 BUNDLE, TRAIN, INFER = "me/my-bundle", "me/my-train", "me/my-infer"
@@ -226,7 +226,9 @@ def test_what_kaggle_would_refuse_or_lose_and_what_was_damaged_is_refused_before
     monkeypatch.setattr(kaggle_push, "client", None)
     (bundle / "kernel_utils.py").write_text("pass")
     files = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents(bundle).items()}
-    (bundle / "manifest.json").write_bytes(ku.canonical(ku.sealed({"format": "kernel_utils bundle 1", "files": files})))
+    (bundle / "manifest.json").write_bytes(
+        ku._dump_manifest(ku._with_checksum({"format": "kernel_utils bundle 1", "files": files}))
+    )
     kaggle_push.check(bundle)
     manifest = (bundle / "manifest.json").read_text()
     for broken in (manifest.replace("bundle 1", "bundle 2"), manifest[:-9], "[]"):

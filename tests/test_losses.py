@@ -3,12 +3,11 @@
 import functools
 import math
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-
-import kernel_utils as ku
 
 CFG = ku.Config()
 
@@ -21,8 +20,8 @@ def loss_case(name):
     """A loss with its extras, raw outputs (6, K) and targets it takes."""
     rng = np.random.default_rng(0)
     loss = ku.LOSSES[name](ku.Config(**SETTINGS.get(name, {})), 1 if name == "coral" else 3)
-    raw = torch.from_numpy(rng.normal(size=(6, loss.width))).float()
-    extras = {what: dict(error=ERRORS, real=REAL)[what] for what in loss.takes}
+    raw = torch.from_numpy(rng.normal(size=(6, loss.num_logits))).float()
+    extras = {what: dict(target_std=ERRORS, valid_mask=REAL)[what] for what in loss.extra_inputs}
     call = functools.partial(loss, **extras)
     if name == "coral":
         return loss, call, raw, torch.tensor([[1.0], [2], [4], [4], [3], [1]])
@@ -38,7 +37,7 @@ def test_a_loss_gives_one_value_a_row_and_a_gradient_to_every_output(name):
     loss, call, raw, target = loss_case(name)
     values = call(raw.requires_grad_(), target)
     assert values.shape == (6,)
-    loss.outer(values.mean()).backward()
+    loss.reduce(values.mean()).backward()
     assert (raw.grad != 0).all()
 
 
@@ -65,8 +64,8 @@ def test_predictions_of_perfect_raw_outputs_are_the_targets(name):
 @pytest.mark.parametrize("name", ku.LOSSES)
 def test_no_constant_output_is_better_than_the_starting_one(name):
     loss, call, _, target = loss_case(name)
-    start = loss.start(target)
-    layer = loss.output(1)
+    start = loss.init_bias(target)
+    layer = loss.output_layer(1)
     with torch.no_grad():
         layer.bias.copy_(start)
 
@@ -98,7 +97,7 @@ def test_ranking_adds_the_cross_entropy_of_pairs_without_ties_and_fillers():
     target[3] = target[1]
     real = np.array([True, True, True, True, False])
     loss = ku.LOSSES["mse_rank"](ku.Config(rank_weight=0.7), 1)
-    got = loss(*map(torch.from_numpy, (raw, target)), real=torch.from_numpy(real))
+    got = loss(*map(torch.from_numpy, (raw, target)), valid_mask=torch.from_numpy(real))
     for i in range(4):
         pairs = []
         for j in range(4):
@@ -112,7 +111,7 @@ def test_a_batch_of_one_row_or_of_ties_has_no_pairs():
     loss = ku.LOSSES["mse_rank"](ku.Config(), 1)
     raw = torch.tensor([[1.0], [2.0]])
     for rows in (1, 2):
-        values = loss(raw[:rows], torch.zeros(rows, 1), real=torch.ones(rows, dtype=torch.bool))
+        values = loss(raw[:rows], torch.zeros(rows, 1), valid_mask=torch.ones(rows, dtype=torch.bool))
         assert torch.equal(values, raw[:rows, 0] ** 2)
 
 
@@ -122,13 +121,13 @@ def test_gaussian_is_the_divergence_from_the_distribution_of_the_target_but_for_
     error = rng.uniform(0.1, 1, 6)
     loss = ku.LOSSES["gaussian"](ku.Config(), 2)
     raw = torch.from_numpy(np.concatenate([mean, log_spread], 1))
-    got = loss(raw, torch.from_numpy(target), error=torch.from_numpy(error))
+    got = loss(raw, torch.from_numpy(target), target_std=torch.from_numpy(error))
     normal = torch.distributions.Normal
     told = normal(torch.from_numpy(target), torch.from_numpy(error)[:, None].expand(6, 2))
     full = torch.distributions.kl_divergence(told, normal(torch.from_numpy(mean), torch.from_numpy(log_spread).exp()))
     torch.testing.assert_close(got, (full + told.scale.log() + 0.5).mean(1))
     np.testing.assert_array_equal(loss.predict(raw), mean)
-    sure = loss(raw, torch.from_numpy(target), error=torch.zeros(6, dtype=torch.double))
+    sure = loss(raw, torch.from_numpy(target), target_std=torch.zeros(6, dtype=torch.double))
     likelihood = scipy.stats.norm.logpdf(target, mean, np.exp(log_spread)).mean(1)
     np.testing.assert_allclose(sure, -likelihood - np.log(2 * np.pi) / 2)
 
@@ -164,7 +163,7 @@ def test_coral_sums_the_cross_entropies_of_being_above_each_level():
 
 
 def test_corals_outputs_share_one_weight_vector_and_never_rise():
-    layer, x = coral().output(8), torch.randn(50, 8)
+    layer, x = coral().output_layer(8), torch.randn(50, 8)
     for _ in range(20):
         with torch.no_grad():
             layer.bias.normal_(std=5)
@@ -186,9 +185,9 @@ def test_corals_prediction_rounds_to_the_number_of_positive_logits_and_rises_wit
 def test_corals_start_is_the_shares_above_each_level():
     target = torch.tensor([2.0, 2, 3, 5, 5, 6, 6, 6])[:, None]  # none has level 4
     loss = coral()
-    layer = loss.output(3)
+    layer = loss.output_layer(3)
     with torch.no_grad():
-        layer.bias.copy_(loss.start(target))
+        layer.bias.copy_(loss.init_bias(target))
     got = layer(torch.zeros(1, 3)).sigmoid()[0]
     torch.testing.assert_close(got, torch.tensor([6 / 8, 5 / 8, 5 / 8, 3 / 8]), atol=6e-3, rtol=0)
 
@@ -196,7 +195,7 @@ def test_corals_start_is_the_shares_above_each_level():
 @pytest.mark.parametrize("target", [[2, 7], [1, 3], [2.5, 3]])
 def test_coral_refuses_targets_that_are_no_levels(target):
     with pytest.raises(ku.DataError, match="loss coral takes whole numbers from 2 to 6, as levels says; got"):
-        coral().start(torch.tensor(target).float()[:, None])
+        coral().init_bias(torch.tensor(target).float()[:, None])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_label_smoothing_spreads_a_share_of_the_target_over_all_classes():
 
 def test_bce_refuses_targets_outside_zero_and_one():
     with pytest.raises(ku.DataError, match="loss bce takes targets from 0 to 1, got -2 to 1"):
-        ku.LOSSES["bce"](CFG, 1).start(torch.tensor([[-2.0], [1.0]]))
+        ku.LOSSES["bce"](CFG, 1).init_bias(torch.tensor([[-2.0], [1.0]]))
 
 
 RNG = np.random.default_rng(1)
@@ -279,7 +278,7 @@ def test_a_perfect_prediction_is_the_best_value_of_a_metric(name):
     for target, perfect, poor in cases(name):
         best, worse = metric(target, perfect), metric(target, poor)
         assert best == pytest.approx(1.0 if metric.better == "higher" else 0.0, abs=1e-6)
-        assert ku.improves(name, best, worse) and not ku.improves(name, worse, best)
+        assert ku._improves(name, best, worse) and not ku._improves(name, worse, best)
 
 
 def rank(x):
@@ -340,5 +339,5 @@ def test_auc_leaves_out_a_class_that_has_no_row():
 
 
 def test_a_score_that_is_not_a_number_never_counts_as_the_best():
-    assert not ku.improves("rmse", math.nan, 0.5)
-    assert ku.improves("rmse", 0.5, math.nan)
+    assert not ku._improves("rmse", math.nan, 0.5)
+    assert ku._improves("rmse", 0.5, math.nan)

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+
 from conftest import ROOT, papermill, printed
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

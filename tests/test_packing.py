@@ -2,15 +2,15 @@
 
 import math
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, engine_of, make_texts, weights
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, engine_of, make_texts, weights
 
 CPU = torch.device("cpu")
 # those that take packed rows on transformers 5; ModernBERT not yet on 5.0
@@ -32,10 +32,10 @@ def build(backbone_folder):
     def make(kind, **settings):
         folder = backbone_folder(kind)
         cfg = ku.Config(max_length=40, backbone=str(folder), **({"backbone_dropout": 0.0} | settings))
-        tokenizer = ku.load_tokenizer(folder)
+        tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
-        model = ku.build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1), lambda text: None)
-        return model.eval(), ku.tokenize(make_texts(6), tokenizer, cfg)
+        model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1), lambda text: None)
+        return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
 
     return make
 
@@ -91,11 +91,11 @@ def test_a_gradient_passes_through_padding_and_back(build):
 
 def test_budgets_hold_every_batch_and_are_few():
     totals = np.random.default_rng(0).integers(1000, 3000, 500)
-    budgets = ku.token_budgets(totals)
+    budgets = ku._capture_sizes(totals)
     assert len(budgets) <= 4 and budgets == sorted(budgets) and all(budget % 64 == 0 for budget in budgets)
     chosen = np.array([next(budget for budget in budgets if budget >= total) for total in totals])
     assert totals.sum() / chosen.sum() > 0.85
-    assert ku.token_budgets([64, 64]) == [64]
+    assert ku._capture_sizes([64, 64]) == [64]
 
 
 # ---------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_budgets_hold_every_batch_and_are_few():
 @pytest.mark.parametrize("head", ["mean", "weighted", "conv1d", "lstm"])
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, build):
     model, tokens = build(kind, head=head)
-    if not ku.takes_packed_rows(model, tokens, torch.float32):
+    if not ku._takes_packed_rows(model, tokens, torch.float32):
         assert kind not in PACKED or OLD
         pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
@@ -136,23 +136,27 @@ def leaky(query, key, value, pack, dropout, scale, reach, causal):
 
 
 def everywhere(query, key, value, pack, dropout, scale, reach, causal):
-    return ku.attend_each(query, key, value, pack, dropout, scale, math.inf, causal)
+    return ku._sdpa_per_sequence(query, key, value, pack, dropout, scale, math.inf, causal)
 
 
 @packs_bert
 @pytest.mark.parametrize(
     ("kind", "fault", "told"),
     [
-        ("bert", lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: leaky), "states differ by"),
+        (
+            "bert",
+            lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: leaky),
+            "states differ by",
+        ),
         (
             "modernbert",
-            lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: everywhere),
+            lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: everywhere),
             "states differ",
         ),
         ("roberta", lambda model, patch: setattr(model, "first_position", 0), "states differ by"),
         (
             "bert",
-            lambda model, patch: patch.setattr(ku, "attention_kernel", lambda *_: absent_kernel),
+            lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: absent_kernel),
             "TypeError: no op",
         ),
     ],
@@ -171,7 +175,7 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
                     parameter.mul_(10)
     padded = model(**tokens.batch(np.arange(6), CPU))
     fault(model, monkeypatch)
-    assert not ku.takes_packed_rows(model, tokens, torch.float32)
+    assert not ku._takes_packed_rows(model, tokens, torch.float32)
     assert f"Model in float32: padded rows, {told}" in capsys.readouterr().out
     predictions = ku.predict(model, tokens, ku.Config())
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
@@ -190,23 +194,23 @@ class Backwards(torch.autograd.Function):
 @packs_bert
 def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
     model, tokens = build("bert")
-    wrong = lambda *arguments: Backwards.apply(ku.attend_each(*arguments))  # noqa: E731
-    assert ku.packing_problem(model, tokens, torch.float32, gradients=True) == ""
-    monkeypatch.setattr(ku, "attention_kernel", lambda *_: wrong)
-    assert ku.packing_problem(model, tokens, torch.float32) == ""
-    assert "gradients have a cosine of" in ku.packing_problem(model, tokens, torch.float32, gradients=True)
+    wrong = lambda *arguments: Backwards.apply(ku._sdpa_per_sequence(*arguments))  # noqa: E731
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
+    monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: wrong)
+    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert "gradients have a cosine of" in ku._packing_error(model, tokens, torch.float32, gradients=True)
 
 
 @packs_bert
 def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build, monkeypatch):
     def kernel(device, dtype, dropout):
-        return absent_kernel if dropout else ku.attend_each
+        return absent_kernel if dropout else ku._sdpa_per_sequence
 
     model, tokens = build("bert", backbone_dropout=0.1)
-    monkeypatch.setattr(ku, "attention_kernel", kernel)
+    monkeypatch.setattr(ku, "_pick_attention_kernel", kernel)
     before = torch.get_rng_state()
-    assert ku.packing_problem(model, tokens, torch.float32) == ""
-    assert "TypeError: no op" in ku.packing_problem(model, tokens, torch.float32, gradients=True)
+    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert "TypeError: no op" in ku._packing_error(model, tokens, torch.float32, gradients=True)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -214,7 +218,7 @@ def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build,
 def test_a_head_alone_can_be_trained_on_packed_rows(build):
     model, tokens = build("bert", freeze_layers=4, freeze_embeddings=True)
     assert not any(p.requires_grad for p in model.backbone.parameters())
-    assert ku.takes_packed_rows(model, tokens, torch.float32, gradients=True)
+    assert ku._takes_packed_rows(model, tokens, torch.float32, gradients=True)
 
 
 @packs_bert
@@ -224,7 +228,7 @@ def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_row
 
     model, tokens = build("bert")
     monkeypatch.setattr(torch.autograd, "grad", full)
-    assert ku.packing_problem(model, tokens, torch.float32, gradients=True) == ""
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
 
 
 def absent_kernel(*_):
@@ -240,7 +244,7 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
         return (states + (last[-1] - last[0] if pack else 0),), pack and pack.mask
 
     monkeypatch.setattr(model, "encode", encode)
-    assert "a text moves by" in ku.packing_problem(model, tokens, torch.float32)
+    assert "a text moves by" in ku._packing_error(model, tokens, torch.float32)
 
 
 @packs_bert
@@ -278,7 +282,7 @@ def test_dropout_of_the_attention_is_kept(build):
 
 def test_saved_folds_do_not_name_our_attention(tiny, build):
     model, _ = build("bert")
-    assert ku.PACKED not in model.backbone.config.to_json_string()
+    assert ku._PACKED_ATTENTION not in model.backbone.config.to_json_string()
 
 
 # ---------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def test_saved_folds_do_not_name_our_attention(tiny, build):
 
 def static(monkeypatch):
     """Static shapes and a resident model, as graphs and compiled code have them."""
-    monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
+    monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
 
 
 def test_static_shapes_and_a_resident_model_train_as_if_they_were_not(tiny, monkeypatch):
@@ -367,7 +371,7 @@ def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
     [
         dict(head="mean"),
         dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
-        dict(head="concat", loss="rmse", clip_norm=0.0, backbone_dropout=0.1),
+        dict(head="concat", loss="rmse", max_grad_norm=0.0, backbone_dropout=0.1),
         dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
         dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
         dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
@@ -381,7 +385,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
 ):
     """Two steps with other rows, other lengths, other learning rates ask for the same operators with the same numbers,
     and none of them brings a value from the device to Python."""
-    monkeypatch.setattr(ku, "attention_kernel", lambda *_: attend_dense)
+    monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: attend_dense)
     if kind == "modernbert":  # its window is wider than these texts
         settings = settings | dict(max_length=8)
     cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
@@ -444,7 +448,7 @@ def capture(graphs, function, *inputs):
 REPLAYED = [
     dict(),
     dict(micro_batch_size=2, llrd=0.8),
-    dict(loss="rmse", clip_norm=0.1),
+    dict(loss="rmse", max_grad_norm=0.1),
     dict(awp=0.1, adversarial_start=4, ema=0.9),
     dict(fgm=0.1, adversarial_start=0, swa_start=4),
 ]
@@ -456,16 +460,16 @@ def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings
     """Without a GPU: the order of calls, the places of inputs, the budgets. The memory that graphs freeze needs one."""
     watched = []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(ku.Graphs, "watched", lambda graphs, function, *x: watched.append(1) or function(*x))
-    monkeypatch.setattr(ku.Graphs, "capture", capture)
-    cfg = tiny(epochs=12, batch_size=4, lr=1e-2, warmup=0.3, **settings)
+    monkeypatch.setattr(ku._CudaGraphs, "watched", lambda graphs, function, *x: watched.append(1) or function(*x))
+    monkeypatch.setattr(ku._CudaGraphs, "capture", capture)
+    cfg = tiny(epochs=12, batch_size=4, lr=1e-2, warmup_ratio=0.3, **settings)
     engines = [engine_of(cfg) for _ in range(2)]
     for engine, captured in zip(engines, (False, True), strict=True):
         engine.begin(0, lambda text: None)
         engine.captured = captured
         engine.place()
         lengths = engine.data.tokens.lengths[1::2]
-        for step, batch in enumerate(ku.epoch_batches(lengths, 0, engine.cfg, 1)):
+        for step, batch in enumerate(ku._epoch_batches(lengths, 0, engine.cfg, 1)):
             engine.optimizer_step(step, 2 * batch + 1)
     plain, replayed = engines
     assert len(replayed.graphs.made) == len(replayed.budgets) + 1 + 2 * bool(replayed.attack) and len(watched) > len(
@@ -484,11 +488,11 @@ def test_a_step_that_cannot_be_captured_is_made_without_graphs_aloud(where, prec
     def refuse(graphs, function, *inputs):
         if (function.__name__ == "update") == (where == "update"):
             function(*inputs) if where == "accumulate" else None
-            raise ku.CaptureError("it waits")
+            raise ku._CaptureError("it waits")
         return function(*inputs)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(ku.Graphs, "watched", refuse)
+    monkeypatch.setattr(ku._CudaGraphs, "watched", refuse)
     engines = [engine_of(tiny(epochs=6, precision=precision)) for _ in range(2)]
     for engine, captured in zip(engines, (False, True), strict=True):
         engine.begin(0, lambda text: None)
@@ -530,7 +534,7 @@ def after_steps(cfg, steps):
     engine = engine_of(cfg)
     engine.begin(0, lambda text: None)
     engine.model.train()
-    batches = ku.epoch_batches(engine.data.tokens.lengths[1::2], 0, engine.cfg, 1)
+    batches = ku._epoch_batches(engine.data.tokens.lengths[1::2], 0, engine.cfg, 1)
     for step, batch in zip(range(steps), batches, strict=False):
         engine.optimizer_step(step, 2 * batch + 1)
     return engine
@@ -554,8 +558,8 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
     torch.manual_seed(0)
     rows = [torch.randn(1, 4, 40, 32, requires_grad=True) for _ in range(3)]
     starts = torch.tensor([0, 7, 8, 8, 24, 40], dtype=torch.int32)
-    pack = ku.Pack(starts, 16, None, None, None)
-    expected = ku.attend_each(*rows, pack, 0.0, 0.2, reach, causal)
+    pack = ku._Pack(starts, 16, None, None, None)
+    expected = ku._sdpa_per_sequence(*rows, pack, 0.0, 0.2, reach, causal)
     slopes = torch.autograd.grad(expected.square().sum(), rows)
     there = [row.detach().cuda().to(dtype).requires_grad_() for row in rows]
     attend = getattr(ku, f"attend_{kernel}")
@@ -571,7 +575,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert ku.takes_packed_rows(model, tokens, torch.float32), model.unpackable
+    assert ku._takes_packed_rows(model, tokens, torch.float32), model.unpackable
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
         torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)
@@ -581,7 +585,7 @@ def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("settings", REPLAYED)
 def test_steps_in_cuda_graphs_give_the_weights_of_steps_without(settings, precision, tiny):
-    cfg = tiny(precision=precision, epochs=20, warmup=0.3, lr=1e-3, **settings)
+    cfg = tiny(precision=precision, epochs=20, warmup_ratio=0.3, lr=1e-3, **settings)
     graphed, plain = (after_steps(ku.dataclasses.replace(cfg, cuda_graphs=graphs), 40) for graphs in (True, False))
     assert graphed.graphs.made and plain.graphs is None
     start = engine_of(cfg)
@@ -638,14 +642,14 @@ def test_dropout_of_the_attention_trains_packed_rows_with_the_memory_efficient_k
 
 @gpu
 def test_memory_that_runs_out_over_packed_rows_halves_the_micro_batches(tiny, monkeypatch, capsys):
-    backward = ku.Engine.backward
+    backward = ku.OptimizerStep.backward
 
     def limited(engine, inputs, rows, count):
         if len(rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return backward(engine, inputs, rows, count)
 
-    monkeypatch.setattr(ku.Engine, "backward", limited)
+    monkeypatch.setattr(ku.OptimizerStep, "backward", limited)
     engine = after_steps(tiny(epochs=20, precision="fp32"), 36)
     assert engine.micro == 4 and engine.graphs.made and "out of memory with 8 rows" in capsys.readouterr().out
 

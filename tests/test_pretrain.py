@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 
 import bundle
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, make_pieces, make_texts, tiny_config, trained
 from safetensors.torch import load_file, save_file
 
-import kernel_utils as ku
+from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, make_pieces, make_texts, tiny_config, trained
 
 CPU = torch.device("cpu")
 PAD, UNK, BOS, EOS, MASK = range(5)
@@ -216,7 +216,7 @@ def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_sp
         patch.setattr(ku, "save_pretrained", keeping)
         run = ku.pretrain(settings(backbone=maskable(kind), epochs=1, max_rows=12, lr=1e-3))
     assert "tied to the word embeddings" in capsys.readouterr().out
-    assert ku.find_backbone(str(run)) == run
+    assert ku._find_backbone(str(run)) == run
     model, info = transformers.AutoModel.from_pretrained(run, output_loading_info=True)
     assert not info["unexpected_keys"] and all("pooler" in name for name in info["missing_keys"])
     before = transformers.AutoModel.from_pretrained(maskable(kind)).state_dict()
@@ -227,9 +227,9 @@ def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_sp
             moved += not torch.equal(weight, before[name])
     assert moved > 10 and model.dtype == torch.float32
     lines = []
-    ku.load_backbone(run, ku.Config(), say=lines.append)
+    ku._load_backbone(run, ku.Config(), say=lines.append)
     assert not [line for line in lines if "not used" in line]
-    assert ku.load_tokenizer(run)("slowly a cat")["input_ids"] == make_pieces()("slowly a cat")["input_ids"]
+    assert ku._load_tokenizer(run)("slowly a cat")["input_ids"] == make_pieces()("slowly a cat")["input_ids"]
 
 
 @pytest.mark.parametrize("kind", WITHOUT)
@@ -334,7 +334,7 @@ def test_micro_batches_make_the_same_step(settings, tmp_path, maskable):
     (folder / "config.json").write_text(json.dumps(config | rates))
     weights = []
     for micro in (0, 3):
-        training = training_of(settings(backbone=folder, micro_batch_size=micro, weight_decay=0, warmup=0))
+        training = training_of(settings(backbone=folder, micro_batch_size=micro, weight_decay=0, warmup_ratio=0))
         training.optimizer = torch.optim.SGD(training.optimizer.param_groups)
         training.step(next(training.batches()))
         weights.append(training.model.state_dict())
@@ -355,7 +355,7 @@ def test_the_loss_falls_on_texts_that_can_be_learnt(settings, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_what_helps(settings):
     with pytest.raises(ku.NumericError, match=r"pre-training, step \d+: the loss is nan: lower lr"):
-        ku.pretrain(settings(lr=1e30, head_lr=1e30, warmup=0))
+        ku.pretrain(settings(lr=1e30, head_lr=1e30, warmup_ratio=0))
 
 
 # ---------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_what_helps(settings
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint after each step, whatever it costs."""
-    monkeypatch.setattr(ku, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
     return dict(checkpoint_minutes=1e-9)
 
 
@@ -401,7 +401,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, step, kill)
         ku.pretrain(cfg)
-    assert not ku.is_backbone(Path(cfg.output_dir) / "killed")
+    assert not ku._is_backbone(Path(cfg.output_dir) / "killed")
     steps, count = [], ku.Pretraining.step
     monkeypatch.setattr(ku.Pretraining, "step", lambda *given: steps.append(1) or count(*given))
     run = ku.pretrain(cfg)
@@ -415,7 +415,7 @@ PROCESS = """
 import sys, time, math, torch
 import kernel_utils as ku
 torch.set_num_threads(1)
-ku.SAVE_SHARE = math.inf
+ku._MAX_SAVE_FRACTION = math.inf
 step = ku.Pretraining.step
 ku.Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
 ku.pretrain(ku.PretrainConfig.from_dict(__import__("json").loads(sys.argv[1])))
@@ -441,7 +441,7 @@ def test_a_run_that_runs_out_of_time_is_saved_says_so_and_goes_on_to_the_same_by
     cfg = settings(run_name="slow")
     with monkeypatch.context() as patch:
         asked = iter(range(100))
-        patch.setattr(ku.Watch, "stop", lambda *_: "max_minutes 1" if next(asked) == 3 else "")
+        patch.setattr(ku.TimeBudget, "stop", lambda *_: "max_minutes 1" if next(asked) == 3 else "")
         with pytest.raises(ku.Stopped, match=r"max_minutes 1: step 3 of 10\n.*goes on from there"):
             ku.pretrain(cfg)
     record = told(Path(cfg.output_dir) / "slow")
@@ -500,7 +500,7 @@ def pretrained(settings):
 def test_pretrain_json_tells_where_the_weights_come_from_and_what_was_done(pretrained, maskable):
     record = told(pretrained)
     weights = maskable("bert") / "model.safetensors"
-    assert record["status"] == "complete" and record["weights"] == {weights.name: ku.file_sha256(weights)}
+    assert record["status"] == "complete" and record["weights"] == {weights.name: ku._file_sha256(weights)}
     assert record["backbone"] == str(maskable("bert")) and record["head"] == "new"
     assert record["texts"] == {"train.csv": 40, "test.csv": 10, "empty": 0, "repeated": 0, "used": 50}
     assert record["steps"] == record["of_steps"] == math.ceil((record["windows"] - record["held_out"]["windows"]) / 16)
@@ -514,7 +514,7 @@ def test_pretrain_json_tells_where_the_weights_come_from_and_what_was_done(pretr
 def test_a_run_and_its_bundle_carry_the_pretraining_of_their_backbone(pretrained, competition, tmp_path, monkeypatch):
     run = trained(tiny_config(competition, pretrained, tmp_path / "runs", run_name="tuned"))
     carried, source = json.loads((run / "record.json").read_text())["pretrained"], told(pretrained)
-    assert carried == {name: source[name] for name in ku.PROVENANCE if name in source}
+    assert carried == {name: source[name] for name in ku._PROVENANCE if name in source}
     assert {"weights", "settings", "held_out", "texts", "steps", "versions"} <= set(carried)
     names = ["--id", "me/my-bundle", "--title", "My bundle"]
     monkeypatch.setattr(sys, "argv", ["bundle.py", str(run), "-o", str(tmp_path / "dist"), *names])
@@ -529,13 +529,13 @@ def test_a_starter_takes_the_pretraining_along_with_the_backbone(pretrained):
 
 
 def test_a_run_on_a_plain_backbone_records_no_pretraining(maskable):
-    assert ku.pretraining_of(maskable("bert")) == {}
+    assert ku._pretraining_of(maskable("bert")) == {}
 
 
 def test_a_second_pretraining_records_the_first(pretrained, settings):
     again = ku.pretrain(settings(epochs=1, backbone=pretrained, run_name="again"))
     assert told(again)["pretrained"]["weights"] == told(pretrained)["weights"]
-    assert ku.pretraining_of(again)["pretrained"]["pretrained"]["steps"] == told(pretrained)["steps"]
+    assert ku._pretraining_of(again)["pretrained"]["pretrained"]["steps"] == told(pretrained)["steps"]
 
 
 def test_a_backbone_whose_pretraining_is_not_complete_is_refused(pretrained, competition, tmp_path):
@@ -545,7 +545,7 @@ def test_a_backbone_whose_pretraining_is_not_complete_is_refused(pretrained, com
 
 
 def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monkeypatch):
-    load = ku.load_weights
+    load = ku._load_weights
 
     def uninitialised(*arguments):
         model, info = load(*arguments)
@@ -554,7 +554,7 @@ def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monke
                 weight.data.fill_(torch.nan)
         return model, info
 
-    monkeypatch.setattr(ku, "load_weights", uninitialised)
+    monkeypatch.setattr(ku, "_load_weights", uninitialised)
     model, new = ku.load_masked_model(maskable("longformer"), ku.PretrainConfig().training())
     head = {key: weight for key, weight in model.language_model.named_parameters() if key.startswith("lm_head")}
     assert new and (head["lm_head.bias"] == 0).all() and head["lm_head.dense.weight"].any()

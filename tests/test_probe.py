@@ -3,6 +3,7 @@
 import inspect
 import sys
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import probe_layers
@@ -10,10 +11,9 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import tiny_config, train_frame
 from matplotlib.image import imread
 
-import kernel_utils as ku
+from conftest import tiny_config, train_frame
 
 LAYERS, WIDTH = 4, 32  # of the tiny backbones
 
@@ -244,7 +244,7 @@ def test_the_command_writes_table_and_picture_and_says_what_they_show(
     assert list(table["feature"]) == ["constant", *["cls", "mean"] * (LAYERS + 1)]
     assert table["layer"].isna()[0] and list(table["layer"][1::2]) == list(range(LAYERS + 1))
     assert set(table["rows"]) == {40} and set(table["folds"]) == {4} and set(table["metric"]) == {"rmse"}
-    assert table["backbone"][0] == ku.short_name(str(backbone_folder("bert"))) and str(tmp_path) not in str(table)
+    assert table["backbone"][0] == ku._short_name(str(backbone_folder("bert"))) and str(tmp_path) not in str(table)
     assert {"device", "score", "sd over folds", "r2", "alpha fold 3", "score fold 3"} <= set(table)
     assert table["score"][1] == pytest.approx(table["score"][0])  # the first token's embedding says nothing
     targets = pd.read_csv(competition / "train.csv", dtype={"id": str})

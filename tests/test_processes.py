@@ -14,15 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
+
 from conftest import train_frame
 from test_resume import NOISY, Killed, at_step, content, kill, start
-
-import kernel_utils as ku
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys)
     assert sorted(re.findall(r"^fold (\d): rmse", out, re.MULTILINE)) == ["0", "1", "2"]
     assert out.count("depth") == 1 and "%|" not in out  # the table of rates once, no bars
     assert {path.name for path in run.iterdir()} == {path.name for path in (run.parent / "whole").iterdir()}
-    assert ku.read_record(run)["peak_memory_bytes"] > 10**7
+    assert ku.RunFolder(run).read_record()["peak_memory_bytes"] > 10**7
 
 
 def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, slow):
@@ -114,7 +114,7 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, s
     with pytest.raises(ku.Stopped, match=told):
         start(cfg)
     run, before = run_of(cfg), [max(saved_steps(run_of(cfg), fold)) for fold in (0, 1)]
-    record = ku.read_record(run)
+    record = ku.RunFolder(run).read_record()
     assert record["status"] == "stopped" and [fold["last"]["step"] for fold in record["folds"]] == before
     assert len(pd.read_csv(run / "oof.csv")) == 27 and not workers_of(os.getpid())
     assert content(start(cfg)) == whole(tiny, **SETTINGS)
@@ -125,9 +125,9 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     once_saved(run_of(cfg), (0, 1), lambda: workers_of(os.getpid())[0].kill())
     with pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
         start(cfg)
-    assert not workers_of(os.getpid()) and ku.finished_fold(run_of(cfg) / "fold1") is None
+    assert not workers_of(os.getpid()) and ku._finished_fold(run_of(cfg) / "fold1") is None
     other = max(saved_steps(run_of(cfg), 1))
-    with ku.locked(run_of(cfg)):  # nobody holds it any more
+    with ku._locked(run_of(cfg)):  # nobody holds it any more
         pass
     told = rf"max_minutes 1e-06, .*: fold 0 is at step \d+ of 12, fold 1 is at step {other} of 12, 0 folds are finished"
     with pytest.raises(ku.Stopped, match=told):
@@ -136,7 +136,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
 
 
 def test_a_problem_in_a_process_arrives_as_it_is_and_its_steps_are_in_the_log(tiny):
-    cfg = tiny(run_name="r", fold_processes=2, **SETTINGS | dict(lr=1e36, head_lr=1e36, clip_norm=0))
+    cfg = tiny(run_name="r", fold_processes=2, **SETTINGS | dict(lr=1e36, head_lr=1e36, max_grad_norm=0))
     with pytest.raises(
         ku.NumericError, match=r"^the training went wrong:\n  fold \d, step \d+: .*: lower lr"
     ) as caught:
@@ -147,7 +147,7 @@ def test_a_problem_in_a_process_arrives_as_it_is_and_its_steps_are_in_the_log(ti
 
 def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until_then(tiny, whole, slow, tmp_path):
     cfg = tiny(run_name="r", **SETTINGS, **slow)
-    ku.write_json(tmp_path / "run.json", cfg.to_dict())
+    ku._write_json(tmp_path / "run.json", cfg.to_dict())
     killed = threading.Event()
     once_saved(run_of(cfg), (0, 1), killed.set)
     command = [sys.executable, ku.__file__, "train", "--config", tmp_path / "run.json"]
@@ -172,13 +172,13 @@ def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until
 
 @pytest.mark.parametrize(("field", "name"), [("head", "mean"), ("metric", "rmse")])
 def test_with_parts_of_the_notebook_one_process_trains_and_says_so(field, name, tiny, capsys, monkeypatch):
-    part = ku.PARTS[field][name]
+    part = ku._REGISTRIES[field][name]
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
     own.__module__, own.__name__ = "__main__", "Own"
-    monkeypatch.setitem(ku.PARTS[field], "own", own)
-    monkeypatch.setattr(ku, "start_process", kill)
+    monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
+    monkeypatch.setattr(ku, "_start_process", kill)
     run = start(tiny(run_name="own", fold_processes=2, **{field: "own"}))
-    assert ku.read_record(run)["status"] == "complete"
+    assert ku.RunFolder(run).read_record()["status"] == "complete"
     assert "1 process instead of 2: Own of the notebook cannot be read by others" in capsys.readouterr().out
 
 
@@ -186,17 +186,17 @@ def test_there_is_a_process_for_each_equal_gpu_unless_set_and_for_each_fold_at_m
     names = ["T4", "T4", "P100", "T4"]
     monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(ku.torch.cuda, "get_device_name", lambda i=0: names[i])
-    monkeypatch.setattr(ku, "device_name", lambda: "T4")
-    data = ku.Data(*[None] * 3, Path(tiny().backbone), *[None] * 3)
+    monkeypatch.setattr(ku, "_device_name", lambda: "T4")
+    data = ku._TrainingData(*[None] * 3, Path(tiny().backbone), *[None] * 3)
 
     def chosen(n_folds, **settings):
-        return ku.choose_processes(data, n_folds, tiny(loss="mse", metric="rmse", **settings), tmp_path)
+        return ku._choose_processes(data, n_folds, tiny(loss="mse", metric="rmse", **settings), tmp_path)
 
     assert [chosen(5), chosen(2), chosen(1), chosen(0)] == [3, 2, 1, 0]
     assert [chosen(5, fold_processes=n) for n in (1, 2, 4, 9)] == [1, 2, 4, 5]
-    parameters = ku.n_parameters(ku.load_backbone(data.folder, tiny()))
+    parameters = ku._num_parameters(ku._load_backbone(data.folder, tiny()))
     for more, count in ((-1, 1), (1, 2)):  # five folds of weights, two times two checkpoints of three as large
-        monkeypatch.setattr(ku, "room_for_output", lambda folder, more=more: 4 * parameters * (5 + 12) + more)
+        monkeypatch.setattr(ku, "_free_bytes", lambda folder, more=more: 4 * parameters * (5 + 12) + more)
         assert chosen(5) == count
         assert chosen(5, checkpoint_minutes=0) == 3
 
@@ -206,15 +206,15 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     tokenizer.model_input_names = ["input_ids", "attention_mask"] + ["token_type_ids"] * typed
     frame = train_frame(rows)
     frame = frame.assign(other=frame["excerpt"].iloc[::-1].to_numpy())
-    tokens = ku.tokenize_frame(frame, tokenizer, ku.Config(pair_column="other", max_length=32))
+    tokens = ku._tokenize_frame(frame, tokenizer, ku.Config(pair_column="other", max_length=32))
     assert (tokens.types is not None) is typed
-    data = ku.Data(
+    data = ku._TrainingData(
         tokens, np.arange(len(frame)), np.arange(len(frame)) % 2, Path("b"), tokenizer, 7, frame["id"].to_numpy()
     )
     data = data._replace(errors=np.linspace(0, 1, len(frame)))
-    ku.write_state(tmp_path, ku.describe_data(data))
+    ku._write_state(tmp_path, ku._describe_data(data))
     tokenizer.save_pretrained(tmp_path)
-    got = ku.rebuild_data(ku.read_state(tmp_path), Path("b"), ku.load_tokenizer(tmp_path))
+    got = ku._rebuild_data(ku._read_state(tmp_path), Path("b"), ku._load_tokenizer(tmp_path))
     for name in ("ids", "types", "offsets", "lengths"):
         a, b = getattr(got.tokens, name), getattr(tokens, name)
         assert a is b is None or (np.array_equal(a, b) and a.dtype == b.dtype)
@@ -226,7 +226,7 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     )
     tokenizer.add_tokens(["new"])
     with pytest.raises(ku.KitError, match="set fold_processes 1"):
-        ku.rebuild_data(ku.read_state(tmp_path), Path("b"), tokenizer)
+        ku._rebuild_data(ku._read_state(tmp_path), Path("b"), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def member(number, count, port, out, settings, prepare):
     with open(out, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             prepare(number)
-            ku.write_json("run.json", settings[number])
+            ku._write_json("run.json", settings[number])
             code = ku.main(["train", "--config", "run.json"])
         except Killed:
             code = 9
@@ -291,13 +291,13 @@ QUIET = dict(epochs=2, evals_per_epoch=2, lr=1e-3, head_lr=1e-2)
 SHARED = {  # 20 rows to train on: of two batches one is of a single row, which is too few for two processes
     "an odd batch, one of a single row, several micro-batches, a loss with an outer part": (
         2,
-        dict(batch_size=19, micro_batch_size=3, loss="rmse", clip_norm=0.5),
+        dict(batch_size=19, micro_batch_size=3, loss="rmse", max_grad_norm=0.5),
     ),
     "padded rows, frozen layers, more processes than rows of a batch": (
         3,
         dict(batch_size=2, attention="eager", freeze_layers=1, epochs=1),
     ),
-    "the best weights": (2, dict(checkpoint="best", lr=0.02)),
+    "the best weights": (2, dict(keep="best", lr=0.02)),
 }
 
 
@@ -314,13 +314,13 @@ def test_a_shared_run_equals_the_run_of_one_process(case, tiny, tmp_path):
     np.testing.assert_allclose(logs[0]["grad_norm"].astype(float), logs[1]["grad_norm"].astype(float), rtol=1e-3)
     assert [out.count("fold 0: rmse") for out in outs] == [1] + [0] * (count - 1)  # one prints, and one writes
     assert "2 processes share every step" in outs[0] or count == 3
-    record = ku.read_record(run_of(cfg))
-    assert (record["sessions"][0]["world_size"], ku.read_record(alone)["world_size"]) == (count, 1)
+    record = ku.RunFolder(run_of(cfg)).read_record()
+    assert (record["sessions"][0]["world_size"], ku.RunFolder(alone).read_record()["world_size"]) == (count, 1)
     assert len(pd.read_csv(run_of(cfg) / "submission.csv")) == 10
 
 
 def often(number):
-    ku.SAVE_SHARE = math.inf
+    ku._MAX_SAVE_FRACTION = math.inf
 
 
 def killed(number):
@@ -364,14 +364,14 @@ def test_a_shared_run_can_go_on_in_one_process_which_is_told(tiny, tmp_path, cap
     assert share(tmp_path, cfg, killed)[0] == [9, 9]
     run = start(cfg)
     assert "world_size 2, now 1" in capsys.readouterr().out
-    assert [session["world_size"] for session in ku.read_record(run)["sessions"]] == [2, 1]
+    assert [session["world_size"] for session in ku.RunFolder(run).read_record()["sessions"]] == [2, 1]
     alone = start(ku.dataclasses.replace(cfg, run_name="alone"))
     np.testing.assert_allclose(predictions(run), predictions(alone), rtol=0, atol=1e-5)
 
 
 def strays(number):
     """The weights of one process change by themselves."""
-    step = ku.Engine.optimizer_step
+    step = ku.OptimizerStep.optimizer_step
 
     def straying(engine, *rest):
         told = step(engine, *rest)
@@ -380,7 +380,7 @@ def strays(number):
                 next(engine.model.parameters())[0, 0] += 1e-6
         return told
 
-    ku.Engine.optimizer_step = straying
+    ku.OptimizerStep.optimizer_step = straying
 
 
 def unlucky(number):
@@ -390,7 +390,7 @@ def unlucky(number):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     if number:
-        ku.Engine.accumulate = full
+        ku.OptimizerStep.accumulate = full
 
 
 def test_processes_that_come_apart_are_an_error(tiny, tmp_path):
@@ -443,7 +443,7 @@ def gradients(number):
         print([None if w.grad is None else w.grad.mean().item() for w in weights], engine.mean.item(), file=sys.stderr)
         raise Killed
 
-    ku.Engine.optimizer_step = adding
+    ku.OptimizerStep.optimizer_step = adding
 
 
 # ---------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def gradients(number):
 def test_the_command_shares_a_run_between_the_processes_of_torch_distributed_run(tiny, tmp_path):
     cfg = tiny(run_name="shared", **QUIET)
     given = cfg.to_dict()
-    ku.write_json(
+    ku._write_json(
         tmp_path / "run.json", {name: given[name] for name in given if given[name] != vars(ku.Config())[name]}
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -467,7 +467,7 @@ def test_the_command_shares_a_run_between_the_processes_of_torch_distributed_run
 
 def test_the_command_does_what_the_notebook_does(tiny, tmp_path, capsys):
     cfg = tiny(run_name="r", **QUIET)
-    ku.write_json(tmp_path / "run.json", cfg.to_dict())
+    ku._write_json(tmp_path / "run.json", cfg.to_dict())
     assert ku.main(["train", "--config", str(tmp_path / "run.json")]) == 0
     written = pd.read_csv(run_of(cfg) / "submission.csv", dtype={"id": str})
     assert len(written) == 10 and content(run_of(cfg)) == content(start(ku.dataclasses.replace(cfg, run_name="other")))

@@ -5,14 +5,14 @@ import math
 import shutil
 import sys
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pseudo_label
 import pytest
 import torch
-from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
 
-import kernel_utils as ku
+from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
 
 QUIET = dict(say=lambda text: None)
 
@@ -32,8 +32,8 @@ def label(monkeypatch, *arguments):
 
 def folds_of(runs):
     """The training rows of the two runs with their folds."""
-    cfg = ku.load_run(runs / "one").cfg
-    return ku.make_folds(ku.read_train(cfg, runs.parent / "competition"), cfg)
+    cfg = ku._load_run(runs / "one").cfg
+    return ku.make_folds(ku._read_train(cfg, runs.parent / "competition"), cfg)
 
 
 def long_text(number):
@@ -80,13 +80,13 @@ def reseal(made, folder, change):
     frame, rows = (pd.read_csv(made / name, dtype=str, keep_default_na=False) for name in ("pseudo.csv", "rows.csv"))
     told = json.loads((made / "pseudo.json").read_text())
     changed = change(frame, told, rows)
-    ku.save_folder(folder, lambda place: pseudo_label.write(place, frame if changed is None else changed, rows, told))
+    ku._save_folder(folder, lambda place: pseudo_label.write(place, frame if changed is None else changed, rows, told))
     return folder
 
 
 def refusal(cfg, frame=None):
     with pytest.raises(ku.KitError) as error:
-        ku.read_pseudo(ku.make_folds(ku.read_competition(cfg)[0], cfg) if frame is None else frame, cfg, [])
+        ku._read_pseudo(ku.make_folds(ku.read_competition(cfg)[0], cfg) if frame is None else frame, cfg, [])
     return str(error.value)
 
 
@@ -100,9 +100,9 @@ def test_the_labels_of_a_fold_are_the_mean_of_the_models_that_validated_on_it(ru
     for fold in (0, 1):
         predictions = []
         for name in ("one", "two"):
-            run = ku.load_run(runs / name)
-            tokenizer, model = ku.open_run(run)
-            ku.load_fold(model.eval(), run, fold)
+            run = ku._load_run(runs / name)
+            tokenizer, model = ku._open_run(run)
+            ku._load_fold(model.eval(), run, fold)
             inputs = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in texts]
             predictions.append([model(row["input_ids"], row["attention_mask"]).item() for row in inputs])
         labels = table[f"target_fold{fold}"].to_numpy()
@@ -147,8 +147,8 @@ def test_near_duplicates_are_the_pairs_whose_sets_of_trigrams_overlap(threshold,
 
 
 def test_case_punctuation_and_forms_of_characters_make_no_other_text():
-    assert len(set(ku.normalised(["The cat, SAT.", "the\n cat  sat", "THE ﹡CAT sat!", "the ｃａｔ sat"]))) == 1
-    assert len(set(ku.normalised(["the cat sat", "the cats at", "Straße", "Strasse"]))) == 3
+    assert len(set(ku._normalize_texts(["The cat, SAT.", "the\n cat  sat", "THE ﹡CAT sat!", "the ｃａｔ sat"]))) == 1
+    assert len(set(ku._normalize_texts(["the cat sat", "the cats at", "Straße", "Strasse"]))) == 3
 
 
 # ---------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_bad_texts_and_a_folder_that_is_there_are_named(runs, made, extra, tmp_p
 
 def test_ids_are_made_where_a_file_has_none(runs, extra, tmp_path):
     pd.read_csv(extra)[["excerpt"]].to_csv(tmp_path / "plain.csv", index=False)
-    table = pseudo_label.read_texts([tmp_path / "plain.csv", extra], ku.load_run(runs / "one").cfg)
+    table = pseudo_label.read_texts([tmp_path / "plain.csv", extra], ku._load_run(runs / "one").cfg)
     assert list(table["id"][:2]) == ["plain-1", "plain-2"] and list(table.columns) == ["id", "excerpt"]
     assert len(table) == 32 and table["id"].is_unique
 
@@ -246,7 +246,7 @@ def swap_models(frame, told, rows):
 def label_a_twin(frame, told, rows):
     frame.loc[frame["id"] == "capitals", ["target_fold0", "target_fold1"]] = "0.5"
     for fold in "01":
-        told["sets"][fold]["labels"] = ku.digest(frame[[f"target_fold{fold}"]].to_numpy().tolist())
+        told["sets"][fold]["labels"] = ku._digest(frame[[f"target_fold{fold}"]].to_numpy().tolist())
 
 
 def other_folds(frame, told, rows):
@@ -255,7 +255,7 @@ def other_folds(frame, told, rows):
 
 def other_folds_with_digest(frame, told, rows):
     other_folds(frame, told, rows)
-    told["folds"] = ku.digest(rows.to_numpy().tolist())
+    told["folds"] = ku._digest(rows.to_numpy().tolist())
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ class Spy:
     """What the engine was given in each step, by fold: rows, and their targets."""
 
     def __init__(self, monkeypatch):
-        self.seen, step, begin = [], ku.Engine.optimizer_step, ku.Engine.begin
+        self.seen, step, begin = [], ku.OptimizerStep.optimizer_step, ku.OptimizerStep.begin
 
         def starting(engine, fold, say=print):
             begin(engine, fold, say)
@@ -318,8 +318,8 @@ class Spy:
             self.seen.append((self.fold, number, rows, engine.targets[rows].numpy().copy()))
             return step(engine, number, rows)
 
-        monkeypatch.setattr(ku.Engine, "begin", starting)
-        monkeypatch.setattr(ku.Engine, "optimizer_step", stepping)
+        monkeypatch.setattr(ku.OptimizerStep, "begin", starting)
+        monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", stepping)
 
     def rows(self, fold):
         return np.concatenate([rows for f, _, rows, _ in self.seen if f == fold])
@@ -332,7 +332,7 @@ def test_each_fold_trains_on_its_own_labels_and_validates_training_rows_alone(st
     spy, cfg = Spy(monkeypatch), student(epochs=2)
     run = trained(cfg)
     frame, table = ku.make_folds(ku.read_competition(cfg)[0], cfg), pd.read_csv(made / "pseudo.csv")
-    record = ku.read_record(run)
+    record = ku.RunFolder(run).read_record()
     for fold in (0, 1):
         labels = table[f"target_fold{fold}"].to_numpy()
         extra = 40 + np.flatnonzero(np.isfinite(labels))
@@ -353,9 +353,9 @@ def test_a_first_stage_has_the_pseudo_labels_alone_and_a_schedule_of_its_own(stu
     plain = Spy(monkeypatch)
     trained(student(pseudo_dir="", epochs=2))
     monkeypatch.undo()
-    spy, cfg = Spy(monkeypatch), student(epochs=2, pseudo_epochs=3, evals_per_epoch=2, warmup=0.2)
+    spy, cfg = Spy(monkeypatch), student(epochs=2, pseudo_epochs=3, evals_per_epoch=2, warmup_ratio=0.2)
     run = trained(cfg)
-    log, record = pd.read_json(run / "log.jsonl", lines=True), ku.read_record(run)
+    log, record = pd.read_json(run / "log.jsonl", lines=True), ku.RunFolder(run).read_record()
     for fold in (0, 1):
         count = record["folds"][fold]["pseudo_rows"]
         first = 3 * math.ceil(count / 8)
@@ -387,13 +387,13 @@ def test_regularisers_that_begin_later_count_the_epochs_of_the_training_rows(stu
 def begun(cfg, fold=0):
     """An engine at the start of a fold with what `train` gives it."""
     frame = ku.make_folds(ku.read_competition(cfg)[0], cfg)
-    classes = ku.class_labels(frame, cfg)
-    texts, pseudo, _ = ku.read_pseudo(frame, cfg, classes)
+    classes = ku._class_labels(frame, cfg)
+    texts, pseudo, _ = ku._read_pseudo(frame, cfg, classes)
     whole = pd.concat([frame, texts.assign(fold=-1, target=0.0)], ignore_index=True)
     engine = engine_of(cfg, whole)
     errors = engine.data.errors if engine.data.errors is None else engine.data.errors[: len(frame)]
     data = engine.data._replace(targets=engine.data.targets[: len(frame)], errors=errors, pseudo=pseudo)
-    engine = ku.Engine(data, engine.cfg)
+    engine = ku.OptimizerStep(data, engine.cfg)
     engine.begin(fold, **QUIET)
     return engine
 
@@ -430,7 +430,7 @@ def test_standard_errors_weigh_the_training_rows_and_leave_the_weight_of_pseudo_
 
 def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
     soft = np.array([[0.2, 0.5, 0.3]])
-    data = ku.Data(
+    data = ku._TrainingData(
         None, np.array([2, 0]), np.array([0, 1, -1]), None, None, 3, None, pseudo={0: soft, 1: soft * np.nan}
     )
     targets = data.training_targets(0)
@@ -445,8 +445,8 @@ def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
     logp = raw.numpy()[0] - np.log(np.exp(raw.numpy()[0]).sum())
     got = loss(raw, torch.from_numpy(targets).float())
     np.testing.assert_allclose(got, [-logp[2], -logp[0], -(soft[0] * logp).sum()], rtol=1e-5)
-    hard = loss.start(torch.tensor([2, 0, 2]))
-    torch.testing.assert_close(loss.start(torch.eye(3)[[2, 0, 2]]), hard)
+    hard = loss.init_bias(torch.tensor([2, 0, 2]))
+    torch.testing.assert_close(loss.init_bias(torch.eye(3)[[2, 0, 2]]), hard)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
@@ -462,7 +462,7 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
     assert label(monkeypatch, run, "--texts", tmp_path / "extra.csv", "-o", tmp_path / "pseudo") is None
     table = pd.read_csv(tmp_path / "pseudo" / "pseudo.csv")
     spy, cfg = Spy(monkeypatch), ku.dataclasses.replace(cfg, pseudo_dir=str(tmp_path / "pseudo"), run_name="student")
-    assert ku.read_record(ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg))["status"] == "complete"
+    assert ku._read_record(ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg))["status"] == "complete"
     columns = [f"target_fold1_{name}" for name in sorted(names)] if task == "multiclass" else ["target_fold1"]
     labels, got = table[columns].dropna().to_numpy(), spy.targets(1)
     np.testing.assert_allclose(np.stack([got[row] for row in sorted(got) if row >= 36]), labels, rtol=1e-5)
@@ -473,20 +473,20 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
 
 @pytest.mark.parametrize("settings", [dict(), dict(pseudo_epochs=2)], ids=["mixed", "two stages"])
 def test_a_killed_run_goes_on_to_the_same_bytes(settings, student, monkeypatch):
-    monkeypatch.setattr(ku, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
     settings = settings | dict(epochs=2, backbone_dropout=0.1, checkpoint_minutes=1e-9)
     whole = trained(student(run_name="whole", **settings))
-    step, count = ku.Engine.optimizer_step, iter(range(100))
+    step, count = ku.OptimizerStep.optimizer_step, iter(range(100))
 
     def killed(*arguments):
         if next(count) == 3:  # in the first stage, where there are two
             raise Killed
         return step(*arguments)
 
-    monkeypatch.setattr(ku.Engine, "optimizer_step", killed)
+    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", killed)
     with pytest.raises(Killed):
         trained(student(run_name="cut", **settings))
-    monkeypatch.setattr(ku.Engine, "optimizer_step", step)
+    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", step)
     run = trained(student(run_name="cut", **settings))
     for name in ("oof.csv", "log.jsonl", "fold0/model.safetensors", "fold1/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
@@ -505,9 +505,9 @@ def test_a_run_goes_on_only_with_the_same_labels_wherever_they_lie(student, made
 
 def test_other_processes_are_told_of_the_pseudo_labels(student, tmp_path):
     data = begun(student()).data
-    ku.write_state(tmp_path, ku.describe_data(data))
+    ku._write_state(tmp_path, ku._describe_data(data))
     data.tokenizer.save_pretrained(tmp_path)
-    got = ku.rebuild_data(ku.read_state(tmp_path), data.folder, ku.load_tokenizer(tmp_path))
+    got = ku._rebuild_data(ku._read_state(tmp_path), data.folder, ku._load_tokenizer(tmp_path))
     for fold in (0, 1):
         assert np.array_equal(got.training_rows(fold), data.training_rows(fold))
         np.testing.assert_array_equal(got.training_targets(fold), data.training_targets(fold))
@@ -521,13 +521,13 @@ def test_folds_side_by_side_train_with_their_own_labels(student):
 
 
 def test_budgets_and_stale_memory_follow_the_labels_of_the_fold(student, monkeypatch):
-    monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
+    monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
     engine = begun(student(micro_batch_size=4))
     place, lengths = engine.targets.data_ptr(), engine.data.tokens.lengths
     expected = [
         lengths[rows[start : start + 4]].sum()
         for fold in (0, 1)
-        for rows in ku.stage_batches(engine.data, fold, engine.cfg, engine.bucket_batches)
+        for rows in ku._stage_batches(engine.data, fold, engine.cfg, engine.length_bucket)
         for start in range(0, len(rows), 4)
     ]
     assert engine.micro_totals() == expected

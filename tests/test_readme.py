@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-
-import kernel_utils as ku
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
@@ -28,7 +27,7 @@ def examples():
 
 
 def test_the_head_of_the_readme_can_be_set_and_is_the_median_of_the_real_tokens(examples):
-    head = ku.HEADS[ku.Config(head="median").head](ku.Shape(3, 2), ku.Config())
+    head = ku.HEADS[ku.Config(head="median").head](ku.EncoderInfo(3, 2), ku.Config())
     state = torch.tensor([[[1.0, 5.0, 0.0], [2.0, 4.0, 7.0], [3.0, 9.0, 1.0], [99.0, 99.0, 99.0]]])
     features = head((state, state), torch.tensor([[1, 1, 1, 0]]))
     torch.testing.assert_close(features, torch.tensor([[2.0, 5.0, 1.0]]))

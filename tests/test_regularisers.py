@@ -3,14 +3,14 @@
 import copy
 import json
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import engine_of, train_frame, trained, weights
 
-import kernel_utils as ku
+from conftest import engine_of, train_frame, trained, weights
 
 ROWS = np.array([1, 3, 5, 7, 9, 11, 13, 15])  # of the other fold than 0
 QUIET = dict(say=lambda text: None)
@@ -34,7 +34,7 @@ def gradients(model, engine, rows=ROWS):
     model = copy.deepcopy(model)
     model.zero_grad()
     raw = model(**engine.data.tokens.batch(rows, engine.device))
-    engine.model.loss.outer(engine.model.loss(raw, engine.targets[rows]).mean()).backward()
+    engine.model.loss.reduce(engine.model.loss(raw, engine.targets[rows]).mean()).backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
@@ -114,7 +114,7 @@ def test_a_loss_that_is_the_root_of_a_mean_takes_it_over_the_rows_that_give_the_
 @pytest.mark.parametrize("attack", ["awp", "fgm"])
 def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, monkeypatch):
     engine, calls = begun(**{attack: 0.5}), []
-    before, backward = weights(engine), ku.Engine.backward
+    before, backward = weights(engine), ku.OptimizerStep.backward
 
     def failing(engine, inputs, rows, count):
         calls.append(not torch.equal(weights(engine), before))
@@ -122,7 +122,7 @@ def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, 
             raise KeyboardInterrupt
         return backward(engine, inputs, rows, count)
 
-    monkeypatch.setattr(ku.Engine, "backward", failing)
+    monkeypatch.setattr(ku.OptimizerStep, "backward", failing)
     with pytest.raises(KeyboardInterrupt):
         left_by_the_step(engine)
     assert calls == [False, True] and torch.equal(weights(engine), before)
@@ -131,7 +131,7 @@ def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, 
 @pytest.mark.parametrize("attack", ["awp", "fgm"])
 def test_memory_that_runs_out_in_the_second_pass_gives_the_same_gradients_in_smaller_parts(attack, begun, monkeypatch):
     expected = left_by_the_step(begun(**{attack: 0.5}))
-    engine, before, backward = begun(**{attack: 0.5}), [], ku.Engine.backward
+    engine, before, backward = begun(**{attack: 0.5}), [], ku.OptimizerStep.backward
 
     def full(engine, inputs, rows, count):
         before.append(len(rows))
@@ -139,7 +139,7 @@ def test_memory_that_runs_out_in_the_second_pass_gives_the_same_gradients_in_sma
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return backward(engine, inputs, rows, count)
 
-    monkeypatch.setattr(ku.Engine, "backward", full)
+    monkeypatch.setattr(ku.OptimizerStep, "backward", full)
     assert_same(left_by_the_step(engine), expected)
     assert before == [8, 8, 4, 4, 4, 4]
 
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_zero_or_not_finite_moves_nothing():
     model.a, model.b, model.c, model.d = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(4))
     model.a.grad, model.b.grad = torch.zeros(2, 2), torch.tensor([[1.0, torch.inf], [0, 1]])
     model.c.grad = torch.tensor([[3.0, 0], [0, 4]])  # d has none
-    attack = ku.Attack(model, ku.Config(awp=0.5, awp_eps=1.0))
+    attack = ku._AdversarialPerturbation(model, ku.Config(awp=0.5, awp_eps=1.0))
     moved = attack.perturb()
     assert torch.equal(model.a, torch.ones(2, 2)) and torch.equal(model.b, model.a) and torch.equal(model.d, model.a)
     assert np.allclose(model.c.detach(), [[1.3, 1], [1, 1.4]])
@@ -177,7 +177,7 @@ def test_adversarial_steps_begin_when_asked_and_say_what_they_did(tiny):
     steps = [line for line in lines if "loss" in line]
     assert [("adversarial_loss" in line) for line in steps] == [False] * 3 + [True] * 6
     assert all(line["adversarial_loss"] > line["loss"] for line in steps[3:])
-    (fold,) = ku.read_record(run)["folds"]
+    (fold,) = ku.RunFolder(run).read_record()["folds"]
     told = fold["regularisers"]["awp"]
     assert told["steps"] == 6 and told["loss"] == pytest.approx(np.mean([line["loss"] for line in steps[3:]]))
     assert 0 < told["perturbation"] < 0.2 and told["adversarial_loss"] > told["loss"]
@@ -245,7 +245,7 @@ def test_an_equal_average_has_nothing_of_the_weights_before_its_start_though_flo
     torch.testing.assert_close(average, torch.stack(path[4:]).mean(0), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(ema=0.9), dict(swa_start=1.0), dict(ema=0.9, checkpoint="best")])
+@pytest.mark.parametrize("settings", [dict(ema=0.9), dict(swa_start=1.0), dict(ema=0.9, keep="best")])
 def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_own(settings, tiny):
     plain, averaged = (
         trained(tiny(epochs=2, lr=1e-2, run_name=name, evals_per_epoch=2, **more))
@@ -257,7 +257,7 @@ def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_
     scores = [[line["rmse"] for line in log if "rmse" in line] for log in logs]
     last = len(scores[0]) - 1
     assert scores[0][last] != scores[1][last]
-    ku.check_golden(ku.open_bundle(averaged))
+    ku.check_golden(ku._open_bundle(averaged))
     oof = pd.read_csv(averaged / "oof.csv", dtype={"id": str}).set_index("id")["prediction"]
     for row in json.loads((averaged / "golden.json").read_text())["rows"]:  # of the weights that are saved
         assert row["prediction"] == pytest.approx([oof[row["id"]]], abs=1e-5)
@@ -365,7 +365,7 @@ def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkey
 def test_validation_and_its_score_know_no_weights_and_no_noise(tiny):
     run = trained(tiny(error_column="standard_error", error_weights=True, label_noise=1.0, run_name="noisy"))
     oof = pd.read_csv(run / "oof.csv")
-    record = ku.read_record(run)
+    record = ku.RunFolder(run).read_record()
     assert record["oof"]["last"] == pytest.approx(np.sqrt(((oof["target"] - oof["prediction_last"]) ** 2).mean()))
     assert record["folds"][0]["regularisers"]["label_noise"]["mean_size"] == pytest.approx(0.4, abs=0.15)
     assert sorted(oof["target"]) == sorted(train_frame()["target"])
@@ -402,7 +402,7 @@ def test_a_run_does_not_go_on_with_other_standard_errors(tiny, competition):
 
 
 def mixed_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, ku.MixoutLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, ku._MixoutLinear)}
 
 
 def test_mixout_mixes_pretrained_weights_by_input_and_is_the_weight_on_average(begun):
@@ -491,7 +491,7 @@ def test_every_regulariser_tells_in_record_and_print_how_it_acted(tiny, capsys):
     settings = dict(awp=0.1, adversarial_start=1, ema=0.9, rdrop=1.0, mixout=0.3, head_dropout=0.2, llrd=0.9)
     run = trained(tiny(epochs=2, run_name="all", **settings))
     out = capsys.readouterr().out
-    for fold in ku.read_record(run)["folds"]:
+    for fold in ku.RunFolder(run).read_record()["folds"]:
         told = fold["regularisers"]
         assert told.keys() == {"awp", "ema", "rdrop", "mixout"}
         assert told["awp"]["perturbation"] > 0 and told["ema"]["distance"] > 0 and told["rdrop"]["distance"] > 0

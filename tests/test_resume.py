@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, padded_mask, train_frame
 
-import kernel_utils as ku
+from conftest import ROOT, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
 
@@ -33,14 +33,14 @@ def start(cfg, test=None):
 
 def at_step(monkeypatch, number, act):
     """Call `act` before the optimiser step of this number, counted over all folds from now on."""
-    step, count = ku.Engine.optimizer_step, iter(range(1, 10**6))
+    step, count = ku.OptimizerStep.optimizer_step, iter(range(1, 10**6))
 
     def counting(*arguments):
         if next(count) == number:
             act()
         return step(*arguments)
 
-    monkeypatch.setattr(ku.Engine, "optimizer_step", counting)
+    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", counting)
 
 
 def kill():
@@ -61,7 +61,7 @@ def content(run):
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint after each step, whatever it costs."""
-    monkeypatch.setattr(ku, "SAVE_SHARE", math.inf)
+    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
     return dict(checkpoint_minutes=1e-9)
 
 
@@ -81,7 +81,7 @@ def whole():
 
 VARIANTS = {
     "dropout": NOISY,
-    "the best weights": NOISY | dict(checkpoint="best", evals_per_epoch=3, lr=0.02),
+    "the best weights": NOISY | dict(keep="best", evals_per_epoch=3, lr=0.02),
     "float16 and its scaler": NOISY | dict(precision="fp16"),
     "bfloat16, small micro-batches": NOISY | dict(precision="bf16", micro_batch_size=3),
     "multi-sample dropout, decay, frozen and new layers": NOISY
@@ -92,7 +92,7 @@ VARIANTS = {
     "adversarial weights and a running average": NOISY
     | dict(awp=0.1, adversarial_start=1, ema=0.9, micro_batch_size=3),
     "adversarial embeddings and an equal average": NOISY
-    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, checkpoint="best", evals_per_epoch=3, llrd=0.8),
+    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, keep="best", evals_per_epoch=3, llrd=0.8),
     "adversarial weights in float16": NOISY | dict(awp=0.1, adversarial_start=1, ema=0.9, precision="fp16"),
     "two passes, mixed weights": NOISY | dict(rdrop=1.0, mixout=0.5, precision="fp16"),
     "noise and weights by standard error": NOISY
@@ -109,7 +109,7 @@ PLACES += [(variant, 14) for variant in VARIANTS]
 def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whole, monkeypatch):
     settings = VARIANTS[variant]
     if variant == "static shapes":
-        monkeypatch.setattr(ku.Engine, "static", property(lambda engine: engine.packed))
+        monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
     if variant == "8-bit moments":
         pytest.importorskip("bitsandbytes")
     expected = whole(tiny, **settings)
@@ -122,8 +122,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whol
     steps = []
     with monkeypatch.context() as patch:
         at_step(patch, 0, kill)
-        counting = ku.Engine.optimizer_step
-        patch.setattr(ku.Engine, "optimizer_step", lambda *rest: steps.append(1) or counting(*rest))
+        counting = ku.OptimizerStep.optimizer_step
+        patch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: steps.append(1) or counting(*rest))
         assert content(start(cfg)) == expected
     assert len(steps) == 2 * 9 - (step - 1)  # none is repeated: the killed one had not begun
 
@@ -149,13 +149,13 @@ def test_without_checkpoints_finished_folds_are_kept_and_the_others_begin_anew(t
 
 def test_the_last_two_checkpoints_are_kept_and_none_of_a_finished_fold_or_run(tiny, often, monkeypatch):
     cfg, seen = tiny(run_name="r", epochs=3, **often), []
-    save = ku.Checkpoints.save
+    save = ku._Checkpoints.save
 
     def looking(checkpoints, step, parts):
         save(checkpoints, step, parts)
         seen.append(sorted(path.name for path in checkpoints.folder.iterdir()))
 
-    monkeypatch.setattr(ku.Checkpoints, "save", looking)
+    monkeypatch.setattr(ku._Checkpoints, "save", looking)
     run = start(cfg)
     assert seen[:3] == [["fold0-step1"], ["fold0-step1", "fold0-step2"], ["fold0-step2", "fold0-step3"]]
     assert seen[9] == ["fold1-step1"] and seen[-1] == ["fold1-step8", "fold1-step9"]
@@ -166,7 +166,7 @@ def test_a_complete_run_is_not_trained_again(tiny, whole, monkeypatch, capsys):
     cfg = tiny(run_name="r", **NOISY)
     run = start(cfg)
     (run / "curves.png").unlink()  # as after a kill while it was drawn
-    monkeypatch.setattr(ku, "train_fold", kill)
+    monkeypatch.setattr(ku, "_train_fold", kill)
     assert content(start(cfg)) == whole(tiny, **NOISY) and (run / "curves.png").is_file()
     assert "is complete, nothing is trained" in capsys.readouterr().out
 
@@ -291,9 +291,9 @@ def test_a_mistake_met_by_a_run_that_goes_on_leaves_it_as_it_is(tiny, often, who
         raise ku.KitError("the backbone cannot be read")
 
     with monkeypatch.context() as patch, pytest.raises(ku.KitError, match="the backbone cannot be read"):
-        patch.setattr(ku, "build_model", unreadable)
+        patch.setattr(ku, "_build_model", unreadable)
         start(cfg)
-    assert [path.name for path in ku.Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()] == [
+    assert [path.name for path in ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()] == [
         "fold0-step4",
         "fold0-step3",
     ]
@@ -326,9 +326,9 @@ def test_a_stray_file_does_not_spoil_what_was_saved(tiny, often, whole, monkeypa
     for folder in (run / "fold0", run / "checkpoints" / "fold1-step4"):
         (folder / ".DS_Store").write_text("")
     (run / "checkpoints" / "fold1-step4.bak").mkdir()
-    step = ku.Engine.optimizer_step
+    step = ku.OptimizerStep.optimizer_step
     with monkeypatch.context() as patch:
-        patch.setattr(ku.Engine, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
+        patch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
         assert content(start(cfg)) == whole(tiny, **NOISY)
     assert len(steps) == 5
 
@@ -345,14 +345,14 @@ def test_checkpoints_are_used_where_no_more_are_asked_for(tiny, often, whole, mo
 
 def test_the_slow_first_step_of_a_session_is_no_measure_of_the_others(tiny, monkeypatch):
     with monkeypatch.context() as patch:
-        clock, step = Clock(patch), ku.Engine.optimizer_step
+        clock, step = Clock(patch), ku.OptimizerStep.optimizer_step
         clock.step = 1.0
 
         def slow_at_first(*rest):
             clock.now += 200 if clock.now < 1 else 0
             return step(*rest)
 
-        patch.setattr(ku.Engine, "optimizer_step", slow_at_first)
+        patch.setattr(ku.OptimizerStep, "optimizer_step", slow_at_first)
         start(tiny(run_name="r", max_minutes=30, **NOISY), test=range(3000))
 
 
@@ -386,10 +386,10 @@ def test_another_machine_is_told_and_recorded(tiny, often, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 5, kill)
         start(cfg)
-    monkeypatch.setattr(ku, "device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(ku, "_device_name", lambda: "Tesla T4")
     torch.set_num_threads(2)
     try:
-        record = ku.read_record(start(cfg))
+        record = ku.RunFolder(start(cfg)).read_record()
     finally:
         torch.set_num_threads(1)
     out = capsys.readouterr().out
@@ -455,20 +455,20 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
             start(cfg)
     assert signal.getsignal(number) is handler
     run = ku.Path(cfg.output_dir) / "r"
-    record, oof = ku.read_record(run), pd.read_csv(run / "oof.csv")
+    record, oof = ku.RunFolder(run).read_record(), pd.read_csv(run / "oof.csv")
     assert record["status"] == "stopped" and [fold["fold"] for fold in record["folds"]] == [0]
     assert record["oof"]["rows"] == len(oof) == 20
     assert record["oof"]["last"] == pytest.approx(math.sqrt(((oof["target"] - oof["prediction"]) ** 2).mean()))
     assert record["folds"][0]["last"]["step"] == min(step, 9)
     with pytest.raises(ku.ConfigError, match="did not finish"):
-        ku.load_run(run)
+        ku._load_run(run)
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tiny, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup has it
     at_step(monkeypatch, 2, stop_by(signal.SIGINT))
-    assert ku.read_record(start(tiny(run_name="r")))["status"] == "complete"
+    assert ku._read_record(start(tiny(run_name="r")))["status"] == "complete"
 
 
 def test_a_second_signal_acts_at_once(tiny, monkeypatch):
@@ -486,14 +486,14 @@ class Clock:
     """A clock of which every optimiser step takes a minute, and nothing else any time."""
 
     def __init__(self, monkeypatch):
-        self.now, self.step, step = 0.0, 60.0, ku.Engine.optimizer_step
+        self.now, self.step, step = 0.0, 60.0, ku.OptimizerStep.optimizer_step
         monkeypatch.setattr(ku.time, "perf_counter", lambda: self.now)
 
         def stepping(*arguments):
             self.now += self.step
             return step(*arguments)
 
-        monkeypatch.setattr(ku.Engine, "optimizer_step", stepping)
+        monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", stepping)
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(3, 2), (8, 7), (14.5, 14), (100, 18)])
@@ -511,18 +511,20 @@ def test_a_run_stops_in_time_for_max_minutes_and_goes_on_to_the_same_bytes(minut
 
 
 def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
-    watch = ku.Watch(ku.Config(max_minutes=10), test_rows=1000)
+    watch = ku.TimeBudget(ku.Config(max_minutes=10), test_rows=1000)
     watch.step_seconds, watch.row_seconds, watch.save_seconds, watch.models = 2.0, 0.1, 5.0, 3
     watch.build_seconds = 4.0
-    needed = 1.2 * (4 + 2 + 0.1 * (100 + 3000) + 10) + ku.FINISH
+    needed = 1.2 * (4 + 2 + 0.1 * (100 + 3000) + 10) + ku._FINISH_SECONDS
     for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
         assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)
-    assert "min left" in watch.told() and ku.Watch(ku.Config()).told() == "" == ku.Watch(ku.Config()).stop(10**9)
+    assert "min left" in watch.told() and ku.TimeBudget(ku.Config()).told() == "" == ku.TimeBudget(ku.Config()).stop(
+        10**9
+    )
 
 
 def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_their_share_of_the_time():
-    watch = ku.Watch(ku.Config(checkpoint_minutes=10))
+    watch = ku.TimeBudget(ku.Config(checkpoint_minutes=10))
     for ago, cost, evaluated, due in (
         (601, 1.0, False, True),
         (599, 1.0, False, False),
@@ -533,7 +535,7 @@ def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_th
     ):
         watch.saved, watch.save_seconds = time.perf_counter() - ago, cost
         assert watch.due(evaluated) is due, (ago, cost, evaluated)
-    off = ku.Watch(ku.Config(checkpoint_minutes=0))
+    off = ku.TimeBudget(ku.Config(checkpoint_minutes=0))
     off.saved -= 10**6
     assert not off.due(True)
 
@@ -547,7 +549,7 @@ def test_a_stopped_run_predicts_with_what_is_trained_where_that_is_asked_for(ste
         at_step(patch, step, stop_by(signal.SIGTERM))
         run = start(cfg, test)
     submission = ku.predict_test(run, test, sample)
-    assert [fold["fold"] for fold in ku.read_record(run)["folds"]] == folds
+    assert [fold["fold"] for fold in ku.RunFolder(run).read_record()["folds"]] == folds
     assert len(submission) == 10 and np.isfinite(submission["target"]).all()
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
@@ -558,7 +560,7 @@ def test_a_run_that_was_stopped_can_be_finished_with_the_folds_that_it_has(tiny,
         at_step(patch, 13, stop_by(signal.SIGTERM))
         start(cfg)
     run = start(ku.dataclasses.replace(cfg, run_folds="0"))
-    assert ku.load_run(run).weights.keys() == {0} and len(pd.read_csv(run / "oof.csv")) == 20
+    assert ku._load_run(run).weights.keys() == {0} and len(pd.read_csv(run / "oof.csv")) == 20
 
 
 def test_a_stop_before_the_first_step_is_told_and_the_run_goes_on(tiny, whole):
@@ -596,7 +598,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_step_is_that_of_the_whole_b
     run = start(cfg)
     assert content(run) == expected
     assert failures == [8, 4]  # never again in this fold, the next, or after a kill
-    assert [fold["micro_batch_size"] for fold in ku.read_record(run)["folds"]] == [2, 2]
+    assert [fold["micro_batch_size"] for fold in ku.RunFolder(run).read_record()["folds"]] == [2, 2]
     told = [line for line in re.split("[\r\n]+", capsys.readouterr().out) if line.startswith("out of memory")]
     assert told == [
         "out of memory with 8 rows of 32 tokens: on with 4 at a time, same step",
@@ -637,17 +639,17 @@ def test_a_loss_that_is_not_finite_names_the_step_its_rows_and_rates_and_leaves_
     precision, tiny, often, monkeypatch
 ):
     cfg = tiny(run_name="r", precision=precision, **often, **NOISY)
-    rows, step = [], ku.Engine.optimizer_step
-    monkeypatch.setattr(ku.Engine, "optimizer_step", lambda *rest: rows.append(rest[-1]) or step(*rest))
+    rows, step = [], ku.OptimizerStep.optimizer_step
+    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: rows.append(rest[-1]) or step(*rest))
     wrong_from(monkeypatch, 5)
     with pytest.raises(ku.NumericError, match=r"fold 0, step 5: the loss is nan \(rows .*; learning rates ") as caught:
         start(cfg)
     frame = train_frame()
     assert ", ".join(frame["id"].iloc[rows[4][:5]]) in str(caught.value)
     assert ("precision fp32" in str(caught.value)) is (precision == "bf16")
-    saved = ku.Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
+    saved = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
     assert [path.name for path in saved] == ["fold0-step4", "fold0-step3"]
-    assert all(not ku.folder_problems(path) for path in saved)
+    assert all(not ku._folder_problems(path) for path in saved)
 
 
 def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
@@ -668,7 +670,7 @@ def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
 
 def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeypatch):
     wrong_from(monkeypatch, 3, until=5)
-    record = ku.read_record(start(tiny(run_name="r", precision="fp16", **NOISY)))
+    record = ku._read_record(start(tiny(run_name="r", precision="fp16", **NOISY)))
     assert [fold["skipped_steps"] for fold in record["folds"]] == [2, 0]
     log = pd.read_json(ku.Path(record["settings"]["output_dir"]) / "r" / "log.jsonl", lines=True)
     assert len(log[log["loss"].isna() & log["rmse"].isna()]) == 2
@@ -676,7 +678,7 @@ def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeyp
 
 def test_float16_that_skips_too_many_steps_in_a_row_stops_with_advice(tiny, monkeypatch):
     wrong_from(monkeypatch, 3)
-    monkeypatch.setattr(ku, "MAX_SKIPPED", 4)
+    monkeypatch.setattr(ku, "_MAX_SKIPPED_STEPS", 4)
     told = r"fold 0, step 6: no finite gradient in 4 steps \(rows .*; loss scale 4096\): .*set precision bf16, or fp32"
     with pytest.raises(ku.NumericError, match=told):
         start(tiny(run_name="r", precision="fp16", **NOISY))
@@ -705,23 +707,23 @@ def test_a_disk_that_fails_is_an_error_with_the_path_and_the_run_goes_on_later(
         at_step(patch, 4, lambda: patch.setattr(os, call, failing))
         with pytest.raises(ku.KitError, match=rf"checkpoints.*could not be written: {os.strerror(code)}"):
             start(cfg)
-    found = ku.Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
+    found = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
     assert [path.name for path in found] == ["fold0-step3", "fold0-step2"]
-    assert not any(map(ku.folder_problems, found)) and not list(found[0].parent.glob(".*"))
+    assert not any(map(ku._folder_problems, found)) and not list(found[0].parent.glob(".*"))
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
 
 def test_where_room_is_short_one_checkpoint_at_a_time_is_kept(tiny, often, monkeypatch):
-    seen, save = [], ku.save_folder
+    seen, save = [], ku._save_folder
 
     def looking(folder, write):
         if folder.parent.name == "checkpoints":
             seen.append(len(list(folder.parent.glob("fold*"))))
         save(folder, write)
 
-    monkeypatch.setattr(ku, "save_folder", looking)
-    monkeypatch.setattr(ku, "check_room", lambda *rest: None)
-    monkeypatch.setattr(ku, "room_for_output", lambda folder: 10**4)
+    monkeypatch.setattr(ku, "_save_folder", looking)
+    monkeypatch.setattr(ku, "_check_room", lambda *rest: None)
+    monkeypatch.setattr(ku, "_free_bytes", lambda folder: 10**4)
     start(tiny(run_name="r", epochs=2, run_folds="0", **often))
     assert seen == [0, 1, 1, 1, 1, 1]
 
@@ -732,12 +734,12 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tiny, o
         "import json, sys, time, torch, kernel_utils as ku\n"
         "torch.set_num_threads(1)\n"
         "cfg = ku.Config.from_dict(json.loads(sys.argv[1]))\n"
-        "ku.SAVE_SHARE, save = float('inf'), ku.Checkpoints.save\n"
+        "ku._MAX_SAVE_FRACTION, save = float('inf'), ku._Checkpoints.save\n"
         "def slow(self, step, parts):\n"
         "    save(self, step, parts)\n"
         "    print('saved', flush=True)\n"
         "    time.sleep(60)\n"
-        "ku.Checkpoints.save = slow\n"
+        "ku._Checkpoints.save = slow\n"
         "train, _, _ = ku.read_competition(cfg)\n"
         "ku.train(ku.make_folds(train, cfg), cfg)\n"
     )
@@ -762,8 +764,8 @@ def test_what_a_checkpoint_writes_is_read_as_it_was(tmp_path):
         "tensors": [shared, shared, shared.t(), torch.tensor(3), torch.zeros(0), torch.ones(2, dtype=torch.bfloat16)],
         "arrays": {"words": np.arange(5, dtype=np.uint32), "rows": np.arange(3), "floats": np.array([[0.1], [1 / 3]])},
     }
-    ku.write_state(tmp_path, state)
-    got = ku.read_state(tmp_path)
+    ku._write_state(tmp_path, state)
+    got = ku._read_state(tmp_path)
     for name in ("numbers", "tuple", "empty", "infinite"):
         assert got[name] == state[name] and repr(got[name]) == repr(state[name])
     for a, b in zip(got["tensors"], state["tensors"], strict=True):
@@ -775,7 +777,7 @@ def test_what_a_checkpoint_writes_is_read_as_it_was(tmp_path):
 
 
 def test_random_states_come_back():
-    states = ku.RandomStates()
+    states = ku._RandomStates()
     before = states.state_dict()
 
     def drawn():
@@ -807,4 +809,4 @@ def test_a_gpu_that_runs_out_of_memory_trains_with_smaller_micro_batches(tiny, c
         run = start(tiny(run_name="r", batch_size=4096, max_rows=0, attention="eager"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert ku.read_record(run)["status"] == "complete"
+    assert ku.RunFolder(run).read_record()["status"] == "complete"

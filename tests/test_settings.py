@@ -11,11 +11,10 @@ import tokenize
 import types
 from pathlib import Path
 
+import kernel_utils as ku
 import nbformat
 import numpy as np
 import pytest
-
-import kernel_utils as ku
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPOSED = """data_dir recipe backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr
@@ -30,9 +29,9 @@ DEFAULTS = dict(
     head_lr=1e-3,
     llrd=1.0,
     weight_decay=0.01,
-    warmup=0.1,
+    warmup_ratio=0.1,
     schedule="cosine",
-    clip_norm=1.0,
+    max_grad_norm=1.0,
     conv_kernels=(2, 2),
     conv_channels=(256, 1),
 )
@@ -93,7 +92,7 @@ def test_a_name_like_no_other_gets_no_suggestion():
         ("task", "classification", ["regression", "binary", "multiclass", "multilabel"]),
         ("truncation", "middle", ["head", "tail", "head_tail"]),
         ("fold_kind", "kfold", ["stratified", "plain", "group", "stratified_group"]),
-        ("checkpoint", "first", ["last", "best"]),
+        ("keep", "first", ["last", "best"]),
         ("precision", "fp64", ["auto", "fp32", "bf16", "fp16"]),
     ],
 )
@@ -123,7 +122,7 @@ def test_a_value_that_is_no_choice_is_answered_with_the_choices(name, value, cho
         ("conv_kernels", "3,4", (3, 4)),
         ("conv_kernels", [3, 4], (3, 4)),
         ("loss", "", ""),
-        ("tracker", "", ""),
+        ("report_to", "", ""),
     ],
 )
 def test_the_forms_that_papermill_and_people_write_become_the_type_of_the_setting(name, given, expected):
@@ -170,7 +169,7 @@ def test_a_run_name_that_papermill_made_a_number_is_refused_naming_its_raw_optio
         ("n_folds", [2], [1]),
         ("max_length", [8], [7]),
         ("llrd", [0.01, 1], [0, 1.01]),
-        ("warmup", [0, 1], [-0.1, 1.1]),
+        ("warmup_ratio", [0, 1], [-0.1, 1.1]),
         ("lr", [0, 1e-3], [-1e-5]),
         ("backbone_dropout", [-1, 0, 0.99], [-1.5, -0.5, 1]),
         ("label_smoothing", [0], [-0.1, 1]),
@@ -297,7 +296,7 @@ def test_papermills_cell_overrides_the_settings_cell_and_leaves_the_rest():
 
 
 def test_a_name_that_papermill_adds_to_those_of_the_cell_counts():
-    assert from_cells("# Settings\nepochs = 7", "# Parameters\nwarmup = 0.5").warmup == 0.5
+    assert from_cells("# Settings\nepochs = 7", "# Parameters\nwarmup = 0.5").warmup_ratio == 0.5
 
 
 def test_a_corrected_settings_cell_that_runs_again_wins():

@@ -11,12 +11,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import kernel_utils as ku
 import psutil
 import pytest
 import sweep
-from conftest import ROOT
 
-import kernel_utils as ku
+from conftest import ROOT
 
 # argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves
 STUB = """
@@ -153,7 +153,7 @@ def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block
     text = 'seeds = [1, 2]\n[settings]\nepochs = 7\nbatch_size = 4\n[[grid]]\nhead = ["cls"]\n[[grid]]\nllrd = [0.9]\n'
     call(write(tmp_path / "g.toml", text), "--seeds", "5", "--grid", "reinit_layers=0,1")
     assert stub == [f"{block}+reinit_layers={n}+seed=5" for block in ("head=cls", "llrd=0.9") for n in (0, 1)]
-    settings = ku.read_record(output / stub[0])["settings"]
+    settings = ku.RunFolder(output / stub[0]).read_record()["settings"]
     assert settings["epochs"] == 1 and settings["batch_size"] == 4
 
 
@@ -164,7 +164,7 @@ def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_nam
     other = tmp_path / folder.name
     other.symlink_to(folder)
     code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)
-    assert code == 0 and shown.startswith(f"backbone={ku.short_name(str(folder))}+seed=0: to run")
+    assert code == 0 and shown.startswith(f"backbone={ku._short_name(str(folder))}+seed=0: to run")
     code, shown = call("--grid", f"backbone={folder},{other}", backbone=None)
     assert code == 1 and "2 different runs would be called backbone=" in shown and stub == []
 
@@ -236,11 +236,11 @@ def test_a_setting_that_is_given_in_two_ways_is_refused(call, stub, arguments, p
 
 def test_runs_that_are_complete_with_other_settings_stop_the_grid_and_every_change_is_listed(call, stub):
     call("--grid", "head=cls,max")
-    code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup=0.2)
+    code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup_ratio=0.2)
     assert code == 1 and stub == ["head=cls+seed=0", "head=max+seed=0"]
     for name in stub:
         assert f"{name} is complete with other settings: " in shown
-    assert shown.count("epochs was 1, now 5; warmup was 0.1, now 0.2") == 2
+    assert shown.count("epochs was 1, now 5; warmup_ratio was 0.1, now 0.2") == 2
 
 
 def test_a_folder_that_is_no_run_is_never_touched(call, stub, output):
@@ -267,11 +267,11 @@ def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output
     call("--grid", "head=cls")
     path = output / "head=cls+seed=0" / "record.json"
     record = json.loads(path.read_text())
-    del record["settings"]["bucket_batches"]
+    del record["settings"]["length_bucket"]
     path.write_text(json.dumps(record))
     assert call("--grid", "head=cls")[0] == 0 and len(stub) == 1
-    code, shown = call("--grid", "head=cls", "--set", "bucket_batches=9")
-    assert code == 1 and "bucket_batches was 0, now 9" in shown
+    code, shown = call("--grid", "head=cls", "--set", "length_bucket=9")
+    assert code == 1 and "length_bucket was 0, now 9" in shown
 
 
 @pytest.mark.parametrize("left", ["running", "stopped", "empty", "temporary"])
@@ -285,7 +285,7 @@ def test_what_a_killed_run_left_is_there_for_the_run_to_go_on(call, stub, left, 
         (folder / ".record.json.tmp").write_text("{")
     assert "head=cls+seed=0: interrupted, to go on" in call("--grid", "head=cls", "--dry-run")[1]
     code, _ = call("--grid", "head=cls")
-    assert code == 0 and ku.read_record(folder)["status"] == "complete" and (folder / ".lock").exists()
+    assert code == 0 and ku.RunFolder(folder).read_record()["status"] == "complete" and (folder / ".lock").exists()
     assert sorted(path.suffix for path in (output / "notebooks").iterdir()) == [".ipynb", ".lock", ".log"]
 
 
@@ -500,14 +500,14 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
     shown = process.communicate()[0]
     assert process.returncode == 1 and "head=cls+seed=0: failed: papermill was ended by SIGKILL" in shown
     assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
-    assert ku.read_record(first)["status"] == "running"
+    assert ku.RunFolder(first).read_record()["status"] == "running"
     before = fingerprint(second)
     process = start(base(epochs=40), "--grid", "head=cls,max")
     shown = process.communicate()[0]
-    assert len(ku.read_record(first)["sessions"]) == 2  # it went on
+    assert len(ku.RunFolder(first).read_record()["sessions"]) == 2  # it went on
     assert process.returncode == 0 and "1 finished now, 1 before" in shown and fingerprint(second) == before
     runs = [folder for folder in output.iterdir() if folder.name != "notebooks"]
-    assert sorted(runs) == [first, second] and ku.read_record(first)["status"] == "complete"
+    assert sorted(runs) == [first, second] and ku.RunFolder(first).read_record()["status"] == "complete"
     executed = json.loads((output / "notebooks" / "head=cls+seed=0.ipynb").read_text())
     assert executed["metadata"]["papermill"]["exception"] is None
 
@@ -531,7 +531,10 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
             worker.resume()
     assert other.returncode == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
     psutil.wait_procs([papermill], timeout=120)
-    assert ku.read_record(run)["status"] == "complete" and inode in (None, (run / "log.jsonl").stat().st_ino)
+    assert ku.RunFolder(run).read_record()["status"] == "complete" and inode in (
+        None,
+        (run / "log.jsonl").stat().st_ino,
+    )
     before = fingerprint(run)
     process = start(base(), "--grid", "head=cls")
     assert "0 finished now, 1 before" in process.communicate()[0]
@@ -557,7 +560,7 @@ def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base
     shown = process.communicate()[0]
     assert process.returncode == 1 and "2 runs: 1 finished now, 0 before, 1 failed" in shown
     assert re.search(r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown)
-    assert ku.read_record(output / "lr=0.0001+seed=0")["status"] == "complete"
+    assert ku.RunFolder(output / "lr=0.0001+seed=0").read_record()["status"] == "complete"
 
 
 @pytest.fixture

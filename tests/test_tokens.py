@@ -3,17 +3,17 @@
 import types
 from collections import Counter
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-import kernel_utils as ku
+from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
 
 PAD, UNK, BOS, EOS = range(4)
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def tokenizer_with(single, pair="$A $B:1", typed=True):
 
 
 def test_a_text_gets_the_special_tokens_of_its_tokenizer(tokenizer):
-    rows = rows_of(ku.tokenize(["the cat sat", "a dog"], tokenizer, ku.Config()))
+    rows = rows_of(ku._tokenize(["the cat sat", "a dog"], tokenizer, ku.Config()))
     assert rows == [[BOS, 4, 6, 8, EOS], [BOS, 5, 7, EOS]]
 
 
@@ -62,13 +62,13 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer(tokenizer):
     ],
 )
 def test_the_template_is_that_of_the_tokenizer(single, expected):
-    assert rows_of(ku.tokenize(["the cat"], tokenizer_with(single), ku.Config())) == [expected]
+    assert rows_of(ku._tokenize(["the cat"], tokenizer_with(single), ku.Config())) == [expected]
 
 
 @pytest.mark.parametrize("single", ["<s> $A </s>", "$A </s>", "$A </s> <s>"])
 @pytest.mark.parametrize("max_length", [8, 9])
 def test_a_cut_text_keeps_the_whole_template(single, max_length):
-    (row,) = rows_of(ku.tokenize([ALL_WORDS], tokenizer_with(single), ku.Config(max_length=max_length)))
+    (row,) = rows_of(ku._tokenize([ALL_WORDS], tokenizer_with(single), ku.Config(max_length=max_length)))
     words = max_length - single.count("s>")
     expected = {"$A": ALL_IDS[:words], "<s>": [BOS], "</s>": [EOS]}
     assert row == [i for part in single.split() for i in expected[part]]
@@ -93,7 +93,7 @@ def test_a_cut_text_keeps_the_whole_template(single, max_length):
 def test_a_long_text_keeps_its_head_its_tail_or_a_quarter_of_head_and_the_rest_of_tail(
     tokenizer, truncation, max_length, head, tail
 ):
-    (row,) = rows_of(ku.tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
+    (row,) = rows_of(ku._tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
     kept = [FIRST + i for i in range(head)] + [FIRST + len(WORDS) - tail + i for i in range(tail)]
     assert row == [BOS, *kept, EOS]
 
@@ -102,20 +102,20 @@ def test_a_long_text_keeps_its_head_its_tail_or_a_quarter_of_head_and_the_rest_o
 @pytest.mark.parametrize("max_length", [8, 9])
 def test_a_text_that_just_fits_is_not_cut(tokenizer, truncation, max_length):
     text = " ".join(WORDS[: max_length - 2])
-    rows = rows_of(ku.tokenize([text], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
+    rows = rows_of(ku._tokenize([text], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
     assert rows == [[BOS, *ids_of(text), EOS]]
 
 
 def test_an_empty_text_keeps_its_special_tokens(tokenizer):
-    assert rows_of(ku.tokenize(["", "the cat"], tokenizer, ku.Config())) == [[BOS, EOS], [BOS, 4, 6, EOS]]
+    assert rows_of(ku._tokenize(["", "the cat"], tokenizer, ku.Config())) == [[BOS, EOS], [BOS, 4, 6, EOS]]
 
 
 def test_an_empty_text_with_only_an_end_token_is_that_token():
-    assert rows_of(ku.tokenize([""], make_tokenizer(cls_first=False), ku.Config())) == [[EOS]]
+    assert rows_of(ku._tokenize([""], make_tokenizer(cls_first=False), ku.Config())) == [[EOS]]
 
 
 def test_an_empty_text_without_special_tokens_becomes_one_end_token():
-    tokens = ku.tokenize(["", "the cat"], tokenizer_with("$A"), ku.Config())
+    tokens = ku._tokenize(["", "the cat"], tokenizer_with("$A"), ku.Config())
     assert rows_of(tokens) == [[EOS], [4, 6]] and types_of(tokens) == [[0], [0, 0]]
 
 
@@ -129,17 +129,17 @@ def test_an_empty_text_without_special_tokens_becomes_one_end_token():
     ],
 )
 def test_a_pair_gets_the_template_and_types_of_its_tokenizer(pair, expected_ids, expected_types):
-    tokens = ku.tokenize(["the cat"], tokenizer_with("$A", pair), ku.Config(), ["a"])
+    tokens = ku._tokenize(["the cat"], tokenizer_with("$A", pair), ku.Config(), ["a"])
     assert rows_of(tokens) == [expected_ids] and types_of(tokens) == [expected_types]
 
 
 def test_there_are_no_types_where_the_tokenizer_gives_none(tokenizer):
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    assert ku.tokenize(["the cat"], tokenizer, ku.Config(), ["a"]).types is None
+    assert ku._tokenize(["the cat"], tokenizer, ku.Config(), ["a"]).types is None
 
 
 def test_a_pair_may_have_empty_sides(tokenizer):
-    rows = rows_of(ku.tokenize(["", "the", ""], tokenizer, ku.Config(), ["a", "", ""]))
+    rows = rows_of(ku._tokenize(["", "the", ""], tokenizer, ku.Config(), ["a", "", ""]))
     assert rows == [[BOS, EOS, 5, EOS], [BOS, 4, EOS, EOS], [BOS, EOS, EOS]]
 
 
@@ -150,12 +150,12 @@ def test_of_a_long_pair_the_longer_text_is_cut_first(tokenizer, max_length, firs
     while left + right > max_length - 3:
         left, right = (left - 1, right) if left > right else (left, right - 1)
     cfg = ku.Config(max_length=max_length)
-    rows = rows_of(ku.tokenize([" ".join(WORDS[:first])], tokenizer, cfg, [" ".join(WORDS[:second])]))
+    rows = rows_of(ku._tokenize([" ".join(WORDS[:first])], tokenizer, cfg, [" ".join(WORDS[:second])]))
     assert rows == [[BOS, *ALL_IDS[:left], EOS, *ALL_IDS[:right], EOS]]
 
 
 def test_each_text_of_a_long_pair_is_cut_as_set(tokenizer):
-    rows = rows_of(ku.tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=11, truncation="tail"), [ALL_WORDS]))
+    rows = rows_of(ku._tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=11, truncation="tail"), [ALL_WORDS]))
     assert rows == [[BOS, *ALL_IDS[-4:], EOS, *ALL_IDS[-4:], EOS]]
 
 
@@ -166,26 +166,26 @@ def test_a_folder_without_a_vocabulary_is_an_error_that_names_it(tokenizer, tmp_
         (tmp_path / "tokenizer.json").unlink()
         assert (tmp_path / "tokenizer_config.json").is_file()
     with pytest.raises(ku.KitError) as error:
-        ku.load_tokenizer(tmp_path)
+        ku._load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value) and "tokenizer.json" in str(error.value)
 
 
 def test_a_tokenizer_saved_in_a_folder_is_loaded(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    rows = rows_of(ku.tokenize(["the cat"], ku.load_tokenizer(tmp_path), ku.Config()))
+    rows = rows_of(ku._tokenize(["the cat"], ku._load_tokenizer(tmp_path), ku.Config()))
     assert rows == [[BOS, 4, 6, EOS]]
 
 
 def test_texts_that_the_tokenizer_mostly_does_not_know_are_an_error_with_the_share(tokenizer):
-    tokens = ku.tokenize(["der hund lief schnell weg", "und der hut war rot"], tokenizer, ku.Config())
+    tokens = ku._tokenize(["der hund lief schnell weg", "und der hut war rot"], tokenizer, ku.Config())
     with pytest.raises(ku.KitError, match=r"100% of the tokens are unknown"):
-        ku.check_vocabulary(tokens, tokenizer)
+        ku._check_vocabulary(tokens, tokenizer)
 
 
 def test_texts_with_some_unknown_words_are_no_error(tokenizer):
-    tokens = ku.tokenize(["der hund sat on the mat"], tokenizer, ku.Config())
+    tokens = ku._tokenize(["der hund sat on the mat"], tokenizer, ku.Config())
     assert rows_of(tokens) == [[BOS, UNK, UNK, *ids_of("sat on the mat"), EOS]]
-    ku.check_vocabulary(tokens, tokenizer)
+    ku._check_vocabulary(tokens, tokenizer)
 
 
 def levels():
@@ -193,25 +193,25 @@ def levels():
 
 
 def test_a_prefix_is_put_before_each_text(tokenizer):
-    rows = rows_of(ku.tokenize_frame(levels(), tokenizer, ku.Config(prefix="big hat ")))
+    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config(prefix="big hat ")))
     assert rows == [[BOS, *ids_of("big hat the cat"), EOS], [BOS, *ids_of("big hat a dog"), EOS]]
 
 
 def test_braces_in_a_prefix_insert_columns(tokenizer):
-    rows = rows_of(ku.tokenize_frame(levels(), tokenizer, ku.Config(prefix="{word} hat {word} ")))
+    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config(prefix="{word} hat {word} ")))
     assert rows == [[BOS, *ids_of("red hat red the cat"), EOS], [BOS, *ids_of("blue hat blue a dog"), EOS]]
 
 
 def test_each_column_of_a_prefix_stands_in_its_place(tokenizer):
     frame = levels().assign(place=["tree", "river"])
-    rows = rows_of(ku.tokenize_frame(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
+    rows = rows_of(ku._tokenize_frame(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
     assert rows[0] == [BOS, *ids_of("red hat tree mat the cat"), EOS]
     assert rows[1] == [BOS, *ids_of("blue hat river mat a dog"), EOS]
 
 
 def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
     cfg = ku.Config(prefix="big ", pair_column="word")
-    rows = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
+    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, *ids_of("big the cat"), EOS, *ids_of("red"), EOS]
 
 
@@ -219,69 +219,69 @@ def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
 def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, truncation, kept):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat mat ", max_length=10, truncation=truncation)
-    assert rows_of(ku.tokenize_frame(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
+    assert rows_of(ku._tokenize_frame(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
 
 
 def test_two_long_texts_of_a_pair_share_what_the_prefix_leaves(tokenizer):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat ", max_length=13, pair_column="other")
-    rows = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    rows = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:4], EOS, *ALL_IDS[:4], EOS]]
 
 
 def test_a_short_first_text_is_kept_after_a_long_prefix(tokenizer):
     frame = pd.DataFrame({"excerpt": ["red cat dog"], "other": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, pair_column="other")
-    rows = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    rows = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat mat big hat mat red cat dog"), EOS, *ALL_IDS[:3], EOS]]
 
 
 def test_a_prefix_that_leaves_no_room_for_a_text_is_refused_with_its_length(tokenizer):
     cfg = ku.Config(prefix="big hat mat red cat dog ", max_length=8)
     with pytest.raises(ku.ConfigError, match=r"max_length 8.*6 tokens"):
-        ku.tokenize_frame(levels(), tokenizer, cfg)
+        ku._tokenize_frame(levels(), tokenizer, cfg)
 
 
 def test_without_a_prefix_the_texts_are_as_they_are(tokenizer):
-    rows = rows_of(ku.tokenize_frame(levels(), tokenizer, ku.Config()))
+    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config()))
     assert rows == [[BOS, *ids_of("the cat"), EOS], [BOS, *ids_of("a dog"), EOS]]
 
 
 def test_new_words_in_brackets_become_one_token_each_after_the_old_ones(tokenizer):
     cfg, n = ku.Config(prefix="{level} [LEVEL] "), len(tokenizer)
-    new = ku.add_prefix_tokens(tokenizer, levels(), cfg)
+    new = ku._add_prefix_tokens(tokenizer, levels(), cfg)
     assert sorted(new) == ["[A]", "[B]", "[LEVEL]"] and len(tokenizer) == n + 3
     added = {word: tokenizer.convert_tokens_to_ids(word) for word in new}
     assert set(added.values()) == {n, n + 1, n + 2}
-    rows = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
+    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, added["[A]"], added["[LEVEL]"], *ids_of("the cat"), EOS]
     assert rows[1] == [BOS, added["[B]"], added["[LEVEL]"], *ids_of("a dog"), EOS]
 
 
 def test_new_words_get_their_ids_in_alphabetical_order_and_are_special(tokenizer):
     words, n = [f"[{letter}]" for letter in "zyxwvutsrqponmlkjihgfedcba"], len(tokenizer)
-    ku.add_prefix_tokens(tokenizer, levels(), ku.Config(prefix=" ".join(words)))
+    ku._add_prefix_tokens(tokenizer, levels(), ku.Config(prefix=" ".join(words)))
     assert tokenizer.convert_tokens_to_ids(sorted(words)) == list(range(n, n + 26))
     assert all(tokenizer.added_tokens_decoder[i].special for i in range(n, n + 26))
 
 
 def test_words_that_the_tokenizer_has_are_not_added_again(tokenizer):
     cfg = ku.Config(prefix="{level} ")
-    ku.add_prefix_tokens(tokenizer, levels(), cfg)
+    ku._add_prefix_tokens(tokenizer, levels(), cfg)
     n = len(tokenizer)
-    assert ku.add_prefix_tokens(tokenizer, levels(), cfg) == [] and len(tokenizer) == n
+    assert ku._add_prefix_tokens(tokenizer, levels(), cfg) == [] and len(tokenizer) == n
 
 
 def test_a_prefix_without_brackets_adds_nothing(tokenizer):
     n = len(tokenizer)
-    assert ku.add_prefix_tokens(tokenizer, levels(), ku.Config(prefix="big {word} ")) == [] and len(tokenizer) == n
+    assert ku._add_prefix_tokens(tokenizer, levels(), ku.Config(prefix="big {word} ")) == [] and len(tokenizer) == n
 
 
 def test_the_same_new_words_get_the_same_ids_whatever_the_row_order():
     cfg, ids = ku.Config(prefix="{level} "), []
     for frame in (levels(), levels().iloc[::-1]):
         tokenizer = make_tokenizer()
-        ku.add_prefix_tokens(tokenizer, frame, cfg)
+        ku._add_prefix_tokens(tokenizer, frame, cfg)
         ids.append(tokenizer.convert_tokens_to_ids(["[A]", "[B]"]))
     assert ids[0] == ids[1]
 
@@ -289,30 +289,30 @@ def test_the_same_new_words_get_the_same_ids_whatever_the_row_order():
 def test_a_column_of_too_many_new_words_is_refused_with_their_number(tokenizer):
     frame = pd.DataFrame({"excerpt": "a", "key": [f"[{i}]" for i in range(1001)]})
     with pytest.raises(ku.ConfigError, match="1001 new tokens"):
-        ku.add_prefix_tokens(tokenizer, frame, ku.Config(prefix="{key} "))
+        ku._add_prefix_tokens(tokenizer, frame, ku.Config(prefix="{key} "))
 
 
 def test_new_words_outlive_saving_the_tokenizer(tokenizer, tmp_path):
     cfg = ku.Config(prefix="{level} ")
-    ku.add_prefix_tokens(tokenizer, levels(), cfg)
-    expected = rows_of(ku.tokenize_frame(levels(), tokenizer, cfg))
+    ku._add_prefix_tokens(tokenizer, levels(), cfg)
+    expected = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
     tokenizer.save_pretrained(tmp_path)
-    assert rows_of(ku.tokenize_frame(levels(), ku.load_tokenizer(tmp_path), cfg)) == expected
+    assert rows_of(ku._tokenize_frame(levels(), ku._load_tokenizer(tmp_path), cfg)) == expected
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_embeddings_grow_by_the_new_words_and_keep_the_old_rows(backbone_folder, kind):
     folder = backbone_folder(kind)
     cfg = ku.Config(prefix=" ".join(f"[{i}]" for i in range(10)) + " ", max_length=32)
-    tokenizer = ku.load_tokenizer(folder)
-    ku.add_prefix_tokens(tokenizer, levels(), cfg)
+    tokenizer = ku._load_tokenizer(folder)
+    ku._add_prefix_tokens(tokenizer, levels(), cfg)
     loss, targets = ku.LOSSES["mse"](cfg, 1), torch.zeros(2, 1)
-    model = ku.build_model(cfg, folder, loss, tokenizer, targets, lambda text: None)
-    old = ku.load_backbone(folder, cfg).get_input_embeddings().weight
+    model = ku._build_model(cfg, folder, loss, tokenizer, targets, lambda text: None)
+    old = ku._load_backbone(folder, cfg).get_input_embeddings().weight
     grown = model.backbone.get_input_embeddings().weight
     assert len(old) < len(tokenizer) == len(grown) == len(WORDS) + len(SPECIAL) + 10
     assert torch.equal(grown[: len(old)], old)
-    tokens = ku.tokenize_frame(levels(), tokenizer, cfg)
+    tokens = ku._tokenize_frame(levels(), tokenizer, cfg)
     assert tokens.ids.max() == len(grown) - 1
     assert np.isfinite(ku.predict(model, tokens, cfg)).all()
 
@@ -327,7 +327,7 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_row_and_masked():
 
 def test_a_batch_is_padded_with_the_pad_token_of_the_tokenizer(tokenizer):
     tokenizer.pad_token = "because"
-    batch = ku.tokenize(["the", "the cat"], tokenizer, ku.Config()).batch([0, 1], CPU)
+    batch = ku._tokenize(["the", "the cat"], tokenizer, ku.Config()).batch([0, 1], CPU)
     assert batch["input_ids"].tolist() == [[BOS, 4, EOS, FIRST + WORDS.index("because")], [BOS, 4, 6, EOS]]
 
 
@@ -360,7 +360,7 @@ SIZES = [(64, 16, 1), (64, 16, 4), (103, 16, 4), (103, 16, 1), (103, 16, 100), (
 
 @pytest.mark.parametrize("n, size, bucket", SIZES)
 def test_a_training_plan_has_each_row_once_in_batches_of_one_size_but_one(n, size, bucket):
-    batches = ku.plan_batches(some_lengths(n), size, np.random.default_rng(1), bucket)
+    batches = ku._plan_batches(some_lengths(n), size, np.random.default_rng(1), bucket)
     assert sorted(np.concatenate(batches).tolist()) == list(range(n))
     short = [n % size] if n % size else []
     assert sorted(map(len, batches)) == short + [size] * (n // size)
@@ -368,7 +368,7 @@ def test_a_training_plan_has_each_row_once_in_batches_of_one_size_but_one(n, siz
 
 @pytest.mark.parametrize("bucket", [1, 4])
 def test_a_training_plan_follows_its_random_generator(bucket):
-    plans = [ku.plan_batches(some_lengths(64), 8, np.random.default_rng(seed), bucket) for seed in (1, 1, 2)]
+    plans = [ku._plan_batches(some_lengths(64), 8, np.random.default_rng(seed), bucket) for seed in (1, 1, 2)]
     rows = [[batch.tolist() for batch in plan] for plan in plans]
     assert rows[0] == rows[1] != rows[2]
     assert {frozenset(batch) for batch in rows[0]} != {frozenset(batch) for batch in rows[2]}
@@ -377,14 +377,14 @@ def test_a_training_plan_follows_its_random_generator(bucket):
 def test_length_aware_batches_pad_far_less_than_random_ones():
     lengths, wasted = some_lengths(1024), {}
     for bucket in (1, 8, 64):
-        batches = ku.plan_batches(lengths, 16, np.random.default_rng(0), bucket)
+        batches = ku._plan_batches(lengths, 16, np.random.default_rng(0), bucket)
         wasted[bucket] = slots(lengths, batches) - lengths.sum()
     assert wasted[8] < 0.3 * wasted[1] and wasted[64] < 0.05 * wasted[1]
 
 
 def test_rows_of_a_batch_are_of_neighbouring_lengths_within_their_bucket():
     lengths = np.random.default_rng(0).permutation(64)
-    batches = ku.plan_batches(lengths, 8, np.random.default_rng(0), 100)
+    batches = ku._plan_batches(lengths, 8, np.random.default_rng(0), 100)
     assert sorted(sorted(lengths[batch].tolist()) for batch in batches) == np.arange(64).reshape(8, 8).tolist()
 
 
@@ -392,7 +392,7 @@ def test_batches_come_in_random_order_of_length():
     lengths = np.arange(32)
     places = set()
     for seed in range(100):
-        batches = ku.plan_batches(lengths, 8, np.random.default_rng(seed), 4)
+        batches = ku._plan_batches(lengths, 8, np.random.default_rng(seed), 4)
         places.add(next(i for i, batch in enumerate(batches) if 31 in batch))
     assert places == {0, 1, 2, 3}
 
@@ -400,7 +400,7 @@ def test_batches_come_in_random_order_of_length():
 def test_every_row_may_be_in_the_short_batch():
     seen = Counter()
     for seed in range(200):
-        batches = ku.plan_batches(np.arange(10), 4, np.random.default_rng(seed), 4)
+        batches = ku._plan_batches(np.arange(10), 4, np.random.default_rng(seed), 4)
         seen.update(next(batch for batch in batches if len(batch) == 2).tolist())
     assert set(seen) == set(range(10)) and max(seen.values()) < 80
 
@@ -408,13 +408,13 @@ def test_every_row_may_be_in_the_short_batch():
 @pytest.mark.parametrize("budget", [8, 300, 1000, 10**6])
 def test_a_prediction_plan_has_each_row_once_and_keeps_the_budget(budget):
     lengths = some_lengths(200)
-    batches = ku.plan_prediction(lengths, budget)
+    batches = ku._plan_prediction_batches(lengths, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(200))
     assert all(len(batch) == 1 or len(batch) * max(lengths[batch]) <= budget for batch in batches)
 
 
 def test_a_prediction_plan_begins_with_the_longest_texts_and_fills_its_batches():
-    batches = ku.plan_prediction([3, 10, 5, 4, 5], 10)
+    batches = ku._plan_prediction_batches([3, 10, 5, 4, 5], 10)
     assert [batch.tolist() for batch in batches] == [[1], [2, 4], [3, 0]]
 
 
@@ -489,9 +489,9 @@ def subword_tokenizer(kind):
 @pytest.mark.parametrize("kind", ["bytes", "marks", "marks, end"])
 def test_short_texts_and_pairs_get_the_ids_that_the_tokenizer_itself_gives(kind):
     tokenizer, first, second = subword_tokenizer(kind), ["the cat sat", "a dog"], ["on the mat", "ran slowly"]
-    alone = ku.tokenize(first, tokenizer, ku.Config())
+    alone = ku._tokenize(first, tokenizer, ku.Config())
     assert rows_of(alone) == [tokenizer(text)["input_ids"] for text in first]
-    both = ku.tokenize(first, tokenizer, ku.Config(), second)
+    both = ku._tokenize(first, tokenizer, ku.Config(), second)
     assert rows_of(both) == [tokenizer(a, b)["input_ids"] for a, b in zip(first, second, strict=True)]
 
 
@@ -500,7 +500,7 @@ def test_the_space_after_a_prefix_token_is_no_token(kind):
     tokenizer = subword_tokenizer(kind)
     frame = pd.DataFrame({"excerpt": ["the cat sat"]})
     cfg = ku.Config(prefix="[new] ")
-    ku.add_prefix_tokens(tokenizer, frame, cfg)
-    plain = rows_of(ku.tokenize(["the cat sat"], tokenizer, cfg))[0]
-    (row,) = rows_of(ku.tokenize_frame(frame, tokenizer, cfg))
+    ku._add_prefix_tokens(tokenizer, frame, cfg)
+    plain = rows_of(ku._tokenize(["the cat sat"], tokenizer, cfg))[0]
+    (row,) = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
     assert [i for i in row if i != tokenizer.convert_tokens_to_ids("[new]")] == plain and len(row) == len(plain) + 1

@@ -8,14 +8,14 @@ import sys
 import time
 import weakref
 
+import kernel_utils as ku
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_texts, padded_mask, train_frame
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import kernel_utils as ku
+from conftest import make_texts, padded_mask, train_frame
 
 CPU = torch.device("cpu")
 QUIET = {"say": lambda text: None}
@@ -23,16 +23,16 @@ QUIET = {"say": lambda text: None}
 
 def fold_data(cfg, frame=None, n_outputs=1):
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
-    folder = ku.find_backbone(cfg.backbone)
-    tokenizer = ku.load_tokenizer(folder)
-    targets = ku.encode_targets(frame, cfg, ku.class_labels(frame, cfg))
-    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
+    folder = ku._find_backbone(cfg.backbone)
+    tokenizer = ku._load_tokenizer(folder)
+    targets = ku._encode_targets(frame, cfg, ku._class_labels(frame, cfg))
+    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
     ids = frame["id"].to_numpy()
-    return ku.Data(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs, ids)
+    return ku._TrainingData(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs, ids)
 
 
 def resolved(cfg):
-    return cfg.resolved(ku.load_config(cfg.backbone, cfg)[0])
+    return cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
 
 
 def run(cfg):
@@ -54,7 +54,7 @@ def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     data = fold_data(cfg, frame, n_outputs=3 if task == "multiclass" else 1)
     targets = torch.from_numpy(data.targets)
     targets = targets.float() if targets.is_floating_point() else targets
-    engine = ku.Engine(data, cfg)
+    engine = ku.OptimizerStep(data, cfg)
     engine.begin(1, **QUIET)
     engine.optimizer = torch.optim.SGD(engine.model.eval().parameters(), lr=rate)
     for _ in range(steps):
@@ -75,14 +75,14 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(loss, micro,
 def test_the_step_follows_the_gradient_of_the_logged_loss(loss, tiny):
     """With plain gradient descent a small step lowers the loss by the rate times the squared gradient norm."""
     rate = 1e-5 if loss == "gaussian" else 1e-4  # a steep one
-    before, norm, _ = one_step(tiny, loss, clip_norm=0, steps=1, rate=rate)
-    after, _, _ = one_step(tiny, loss, clip_norm=0, steps=2, rate=rate)
+    before, norm, _ = one_step(tiny, loss, max_grad_norm=0, steps=1, rate=rate)
+    after, _, _ = one_step(tiny, loss, max_grad_norm=0, steps=2, rate=rate)
     assert (before - after).item() == pytest.approx(rate * norm.item() ** 2, rel=0.05)
 
 
 def test_clipping_bounds_the_gradient_norm_of_the_step(tiny):
-    _, norm, free = one_step(tiny, "mse", clip_norm=0)
-    _, reported, clipped = one_step(tiny, "mse", clip_norm=0.01)
+    _, norm, free = one_step(tiny, "mse", max_grad_norm=0)
+    _, reported, clipped = one_step(tiny, "mse", max_grad_norm=0.01)
     assert reported == norm > 0.01
     start = one_step_start(tiny)
     assert (clipped - start).norm() == pytest.approx(0.1 * 0.01, rel=1e-2)
@@ -92,7 +92,7 @@ def test_clipping_bounds_the_gradient_norm_of_the_step(tiny):
 def one_step_start(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg, train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6))
-    engine = ku.Engine(data, cfg)
+    engine = ku.OptimizerStep(data, cfg)
     engine.begin(1, **QUIET)
     return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
@@ -106,14 +106,14 @@ def one_step_start(tiny):
     ],
 )
 def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
-    cfg = resolved(tiny(schedule=schedule, warmup=0.2, llrd=0.5, lr=0.01))
+    cfg = resolved(tiny(schedule=schedule, warmup_ratio=0.2, llrd=0.5, lr=0.01))
     logged = []
     data, used = fold_data(cfg), []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: used.append([float(group["lr"]) for group in optimizer.param_groups])
     )
     try:
-        ku.train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
+        ku._train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
     finally:
         hook.remove()
     rates = [entry["lr"] for entry in logged if "loss" in entry]
@@ -137,14 +137,14 @@ def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
     ],
 )
 def test_evaluations_come_as_set_and_always_at_the_end(settings, steps):
-    assert ku.evaluation_steps(5, ku.Config(epochs=3, **settings)) == steps
+    assert ku._evaluation_steps(5, ku.Config(epochs=3, **settings)) == steps
 
 
 def test_training_learns_eight_rows_by_heart(tiny):
     cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0))
     frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
     logged = []
-    ku.train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    ku._train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
     losses = [entry["loss"] for entry in logged if "loss" in entry]
     assert np.mean(losses[-4:]) < 0.02 * np.mean(losses[:4])
 
@@ -152,20 +152,20 @@ def test_training_learns_eight_rows_by_heart(tiny):
 def test_the_first_prediction_is_the_mean_of_the_training_targets(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg)
-    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.full((4, 1), 7.25), **QUIET)
+    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.full((4, 1), 7.25), **QUIET)
     assert model.output.bias.item() == 7.25
 
 
 def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(tiny):
     cfg = resolved(tiny(head_dropout=0.5, dropout_samples=4))
     data = fold_data(cfg)
-    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
+    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
     batch = data.tokens.batch(np.arange(3), CPU)
     outputs = model.train()(**batch)
     assert outputs.shape == (4, 3, 1) and not torch.equal(outputs[0], outputs[1])
     torch.manual_seed(5)
     expected = np.mean([(sample.detach().numpy() - 1) ** 2 for sample in model(**batch)])
-    engine = ku.Engine(data, cfg)
+    engine = ku.OptimizerStep(data, cfg)
     engine.begin(1, **QUIET)
     engine.model.train().load_state_dict(model.state_dict())
     engine.targets, engine.optimizer = torch.ones(24, 1), torch.optim.SGD(engine.model.parameters(), lr=0.0)
@@ -178,7 +178,7 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
 def test_predictions_come_in_the_order_of_the_rows_whatever_the_batches(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg, train_frame(24).assign(fold=0))
-    model = ku.build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET).train()
+    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET).train()
     alone = [ku.predict(model, data.tokens, cfg, [i])[0] for i in range(24)]
     for budget in (8, 40, 10_000):
         got = ku.predict(model, data.tokens, ku.dataclasses.replace(cfg, batch_tokens=budget))
@@ -202,8 +202,8 @@ def out_of_memory_above(model, slots, seen):
 
 
 def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs, capsys):
-    tokenizer, model = ku.open_run(loaded := ku.load_run(runs / "one"))
-    tokens = ku.tokenize_frame(train_frame(30), tokenizer, loaded.cfg)
+    tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
+    tokens = ku._tokenize_frame(train_frame(30), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     seen, cfg = [], ku.dataclasses.replace(loaded.cfg, batch_tokens=400)
     out_of_memory_above(model, 150, seen)
@@ -214,8 +214,8 @@ def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs
 
 
 def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_length(tiny, runs):
-    tokenizer, model = ku.open_run(loaded := ku.load_run(runs / "one"))
-    tokens = ku.tokenize_frame(train_frame(5), tokenizer, loaded.cfg)
+    tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
+    tokens = ku._tokenize_frame(train_frame(5), tokenizer, loaded.cfg)
     out_of_memory_above(model, 5, [])
     with pytest.raises(ku.KitError, match=rf"a text of {tokens.lengths.max()} tokens does not fit into the memory"):
         ku.predict(model, tokens, loaded.cfg)
@@ -224,35 +224,38 @@ def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_le
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tolerance(precision, tiny, capsys):
     folder, record, oof = run(tiny(run_name="half", precision=precision))
-    name, loaded = record["precision"], ku.open_bundle(folder)
+    name, loaded = record["precision"], ku._open_bundle(folder)
     ku.check_golden(loaded)
     told = dict(re.findall(r"golden rows in (\w+): (\S+) from training", capsys.readouterr().out))
-    assert told.keys() == {name, "float32"} and 0 == float(told["float32"]) < float(told[name]) < ku.TOLERANCES[name]
+    assert (
+        told.keys() == {name, "float32"}
+        and 0 == float(told["float32"]) < float(told[name]) < ku._GOLDEN_TOLERANCES[name]
+    )
     golden = json.loads((folder / "golden.json").read_text())
     for row in golden["rows"]:
         assert row["prediction"] == pytest.approx(
-            oof.set_index("id")["prediction"][[row["id"]]], abs=ku.TOLERANCES[name]
+            oof.set_index("id")["prediction"][[row["id"]]], abs=ku._GOLDEN_TOLERANCES[name]
         )
         row["prediction"][0] += 2e-4 * max(1, record["oof"]["target_sd"], abs(row["prediction"][0]))
     (folder / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ku.BundleError, match="in float32 the prediction is"):
-        ku.check_golden(ku.open_bundle(folder))
+        ku.check_golden(ku._open_bundle(folder))
 
 
 def test_the_tolerance_grows_with_the_spread_of_the_targets(runs):
-    loaded = ku.load_run(runs / "one")
+    loaded = ku._load_run(runs / "one")
     wide = loaded._replace(record=loaded.record | {"oof": loaded.record["oof"] | {"target_sd": 500.0}})
     assert loaded.record["oof"]["target_sd"] < 1
-    assert ku.golden_gaps(loaded, np.array([[3.0], [0.5]]), [[2.0], [0.0]]) == pytest.approx([0.5, 0.5])
-    assert ku.golden_gaps(wide, np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 0.5])
+    assert ku._golden_gaps(loaded, np.array([[3.0], [0.5]]), [[2.0], [0.0]]) == pytest.approx([0.5, 0.5])
+    assert ku._golden_gaps(wide, np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 0.5])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_that_runs_out_of_memory_predicts_all_the_same(tiny, capsys):
     folder, _, _ = run(tiny(run_name="gpu", precision="fp32"))
-    tokenizer, model = ku.open_run(loaded := ku.load_run(folder))
-    tokens = ku.tokenize_frame(train_frame(20_000), tokenizer, loaded.cfg)
+    tokenizer, model = ku._open_run(loaded := ku._load_run(folder))
+    tokens = ku._tokenize_frame(train_frame(20_000), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
@@ -272,15 +275,15 @@ def test_weights_that_would_not_fit_into_kaggles_working_folder_are_refused_befo
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "kaggle"))
     (working / "earlier.bin").write_bytes(b"x" * 1000)
     cfg = ku.dataclasses.replace(tiny(run_name="large"), output_dir=str(working / "runs"))
-    fold = 4 * ku.n_parameters(ku.empty_backbone(cfg.backbone, cfg))
+    fold = 4 * ku._num_parameters(ku._empty_backbone(cfg.backbone, cfg))
     n_bytes = 2 * fold + 2 * 3 * fold  # a checkpoint has the weights and two moments of each
-    monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 500)
+    monkeypatch.setattr(ku, "_KAGGLE_OUTPUT_BYTES", n_bytes + 500)
     with pytest.raises(
         ku.KitError, match=r"the weights of 2 folds and two checkpoints take .* train fewer with run_folds"
     ):
         run(cfg)
     assert not (working / "runs" / "large").exists()
-    monkeypatch.setattr(ku, "KAGGLE_OUTPUT", n_bytes + 10**5)
+    monkeypatch.setattr(ku, "_KAGGLE_OUTPUT_BYTES", n_bytes + 10**5)
     folder, _, _ = run(cfg)
     assert len(list(working.rglob("model.safetensors"))) == 2 and not list(folder.rglob(".*"))
 
@@ -325,13 +328,13 @@ def test_a_run_folder_holds_what_the_design_says(tiny):
 
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_the_saved_weights_predict_what_the_chosen_checkpoint_predicted(checkpoint, tiny):
-    cfg = tiny(run_name="run", checkpoint=checkpoint, epochs=4, evals_per_epoch=3, lr=0.02, metric="mae")
+    cfg = tiny(run_name="run", keep=checkpoint, epochs=4, evals_per_epoch=3, lr=0.02, metric="mae")
     folder, record, oof = run(cfg)
     assert any(fold["best"]["step"] < fold["last"]["step"] for fold in record["folds"])
     assert oof["prediction"].equals(oof[f"prediction_{checkpoint}"])
-    loaded = ku.load_run(folder)
-    tokenizer, model = ku.open_run(loaded)
-    tokens = ku.tokenize_frame(train_frame(), tokenizer, loaded.cfg)
+    loaded = ku._load_run(folder)
+    tokenizer, model = ku._open_run(loaded)
+    tokens = ku._tokenize_frame(train_frame(), tokenizer, loaded.cfg)
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         rows = np.flatnonzero(oof["fold"] == fold)
@@ -395,21 +398,21 @@ def test_a_multiclass_submission_with_one_column_holds_the_likeliest_label(tiny,
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
     labels = ku.predict_test(folder, test, sample)["target"]
-    probabilities = ku.predict_bundle(ku.open_bundle(folder), test)
+    probabilities = ku.predict_bundle(ku._open_bundle(folder), test)
     by_id = dict(zip(test["id"], np.array(["low", "mid", "top"])[probabilities.argmax(1)], strict=True))
     assert list(labels) == [by_id[i] for i in sample["id"]]
 
 
 def test_a_prediction_is_the_mean_of_the_folds(tiny):
     folder, _, _ = run(tiny(run_name="run"))
-    loaded, texts = ku.load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
-    tokenizer, model = ku.open_run(loaded)
-    tokens = ku.tokenize_frame(texts, tokenizer, loaded.cfg)
+    loaded, texts = ku._load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
+    tokenizer, model = ku._open_run(loaded)
+    tokens = ku._tokenize_frame(texts, tokenizer, loaded.cfg)
     each = []
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         each.append(ku.predict(model, tokens, loaded.cfg))
-    np.testing.assert_allclose(ku.predict_bundle(ku.open_bundle(folder), texts), np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(ku.predict_bundle(ku._open_bundle(folder), texts), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(each[0], each[1])
 
 
@@ -419,7 +422,7 @@ def finished(tiny):
     cfg = tiny(run_name="run", run_folds="0")
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
-    return ku.load_run(folder), test["id"], np.arange(10.0)[:, None], sample
+    return ku._load_run(folder), test["id"], np.arange(10.0)[:, None], sample
 
 
 def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_path):
@@ -467,7 +470,7 @@ def test_an_unfinished_run_is_not_loaded(tiny):
     folder, record, _ = run(tiny(run_name="run", run_folds="0"))
     (folder / "record.json").write_text(json.dumps(record | {"status": "running"}))
     with pytest.raises(ku.ConfigError, match="the run did not finish"):
-        ku.load_run(folder)
+        ku._load_run(folder)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny):
@@ -498,7 +501,7 @@ def test_predictions_that_are_not_finite_stop_the_run_and_name_the_step(tiny):
 
 
 def test_the_model_of_a_fold_is_gone_before_the_next_is_built(tiny, monkeypatch):
-    built, alive, build = [], [], ku.build_model
+    built, alive, build = [], [], ku._build_model
 
     def counting(*arguments):
         alive.append(sum(model() is not None for model in built))
@@ -506,7 +509,7 @@ def test_the_model_of_a_fold_is_gone_before_the_next_is_built(tiny, monkeypatch)
         built.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(ku, "build_model", counting)
+    monkeypatch.setattr(ku, "_build_model", counting)
     run(tiny(n_folds=3))
     assert alive == [0, 0, 0]
 
@@ -529,7 +532,7 @@ def test_eight_bit_adamw_trains_with_a_quarter_of_the_moments():
     cfg = resolved_default(optimizer="adamw8bit", max_length=8)
     data, moved = fold_data(cfg), []
     for optimizer in ("adamw", "adamw8bit"):
-        engine = ku.Engine(data, ku.dataclasses.replace(cfg, optimizer=optimizer))
+        engine = ku.OptimizerStep(data, ku.dataclasses.replace(cfg, optimizer=optimizer))
         engine.begin(0, **QUIET)
         start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
         for step in range(3):
@@ -537,15 +540,15 @@ def test_eight_bit_adamw_trains_with_a_quarter_of_the_moments():
         moved.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in engine.model.named_parameters()]))
         states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
         size = sum(t.numel() * t.element_size() for t in states if isinstance(t, torch.Tensor) and t.numel() > 256)
-        bytes_each = size / ku.n_parameters(engine.model)
+        bytes_each = size / ku._num_parameters(engine.model)
         assert bytes_each == pytest.approx({"adamw": 8, "adamw8bit": 2}[optimizer], rel=0.1)
     assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.9 and not torch.equal(*moved)
 
 
 def resolved_default(**settings):
     cfg = ku.Config(**settings)
-    folder = ku.find_backbone(cfg.backbone)
-    return ku.dataclasses.replace(cfg, backbone=str(folder)).resolved(ku.load_config(folder, cfg)[0])
+    folder = ku._find_backbone(cfg.backbone)
+    return ku.dataclasses.replace(cfg, backbone=str(folder)).resolved(ku._load_config(folder, cfg)[0])
 
 
 def test_without_bitsandbytes_eight_bit_adamw_is_an_error_that_says_what_to_install(tiny, monkeypatch):
@@ -570,8 +573,8 @@ def test_without_a_tracker_wandb_is_not_imported_and_where_it_is_missing_the_err
     run(tiny(run_folds="0"))
     monkeypatch.setattr(ku.importlib.util, "find_spec", lambda name: None)
     with (
-        pytest.raises(ku.ConfigError, match="tracker wandb needs the package wandb"),
-        ku.open_log(tiny(tracker="wandb"), "."),
+        pytest.raises(ku.ConfigError, match="report_to wandb needs the package wandb"),
+        ku._open_log(tiny(report_to="wandb"), "."),
     ):
         pass
 
@@ -580,7 +583,7 @@ def test_without_a_tracker_wandb_is_not_imported_and_where_it_is_missing_the_err
 def test_wandb_logs_offline_and_asks_for_no_login(tiny, tmp_path):
     if ku.importlib.util.find_spec("wandb") is None:
         pytest.skip("wandb is not installed")
-    cfg = tiny(run_folds="0", tracker="wandb", run_name="tracked")
+    cfg = tiny(run_folds="0", report_to="wandb", run_name="tracked")
     script = (
         "import sys, json, kernel_utils as ku\n"
         "cfg = ku.Config.from_dict(json.loads(sys.argv[1]))\n"
@@ -609,7 +612,7 @@ def test_a_gpu_learns_eight_rows_by_heart_in_every_precision(precision, tiny):
     cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0, precision=precision))
     frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
     logged = []
-    ku.train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    ku._train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
     losses = [entry["loss"] for entry in logged if "loss" in entry]
     assert np.mean(losses[-4:]) < 0.05 * np.mean(losses[:4])
 
@@ -618,22 +621,22 @@ def test_a_gpu_learns_eight_rows_by_heart_in_every_precision(precision, tiny):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
     folder, record, oof = run(tiny(run_name="gpu"))
-    loaded = ku.load_run(folder)
-    tokenizer, model = ku.open_run(loaded)
-    tokens = ku.tokenize_frame(train_frame(), tokenizer, loaded.cfg)
+    loaded = ku._load_run(folder)
+    tokenizer, model = ku._open_run(loaded)
+    tokens = ku._tokenize_frame(train_frame(), tokenizer, loaded.cfg)
     ku.load_model(model, folder / "fold1" / "model.safetensors", device="cuda")
     rows = np.flatnonzero(oof["fold"] == 1)
     got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]
     np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-2)
     assert (
-        np.isfinite(ku.predict_bundle(ku.open_bundle(folder), train_frame())).all() and record["peak_memory_bytes"] > 0
+        np.isfinite(ku.predict_bundle(ku._open_bundle(folder), train_frame())).all() and record["peak_memory_bytes"] > 0
     )
 
 
 def test_a_tracker_gets_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
     logged = []
-    monkeypatch.setattr(ku, "start_tracker", lambda cfg, folder: Recorder(logged))
-    with ku.open_log(tiny(), tmp_path) as log:
+    monkeypatch.setattr(ku, "_start_tracker", lambda cfg, folder: Recorder(logged))
+    with ku._open_log(tiny(), tmp_path) as log:
         log({"fold": 1, "step": 2, "loss": 0.5, "lr": {"head": 0.1}})
         log({"fold": 1, "step": 2, "rmse": 0.7})
     assert logged == [
@@ -678,6 +681,6 @@ def test_heads_of_few_features_serve_several_outputs(head, tiny, competition):
 
 
 def test_progress_refreshes_so_rarely_that_a_saved_notebook_stays_small(capsys):
-    for _ in ku.progress(range(300), "steps"):
+    for _ in ku._progress(range(300), "steps"):
         time.sleep(0.002)
     assert capsys.readouterr().out.count("\r") <= 3

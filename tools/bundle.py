@@ -38,7 +38,13 @@ from report import report
 import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
-PLAIN = (".json", ".txt", ".model", ".jinja", ".codes")  # what a tokenizer's files may be: no code, no pickle
+PLAIN = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".codes",
+)  # what a tokenizer's files may be: no code, no pickle
 BACKBONE = (
     "config.json",
     ku.PRETRAIN_RECORD,
@@ -47,13 +53,23 @@ BACKBONE = (
     "added_tokens.json",
     "vocab.json",
 )
-BACKBONE += ("bpe.codes", *ku.VOCABULARIES, "*.safetensors", "*.safetensors.index.json")
+BACKBONE += ("bpe.codes", *ku._VOCABULARY_FILES, "*.safetensors", "*.safetensors.index.json")
 # Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
 IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
     requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
     transformers triton wandb yaml""".split()
-OPTIONAL = {"bitsandbytes": "adamw8bit", "disentangled_flash": "disentangled_flash"}  # import -> setting that needs it
-IMAGE_TAGS = ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
+OPTIONAL = {
+    "bitsandbytes": "adamw8bit",
+    "disentangled_flash": "disentangled_flash",
+}  # import -> setting that needs it
+IMAGE_TAGS = [
+    "--python-version",
+    "3.12",
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--platform",
+    "manylinux2014_x86_64",
+]
 
 
 class Refused(ku.KitError):
@@ -87,8 +103,14 @@ def json_problems(path):
         return [f"{path}: not a JSON file ({error})"]
     if not isinstance(content, dict):
         return [f"{path}: expected a JSON object, got {type(content).__name__}"]
-    keys = ku.foreign_code(content) if path.name in ("config.json", "tokenizer_config.json") else []
-    return [f"{path}: {key} could make transformers run code from elsewhere; delete it" for key in keys]
+    keys = (
+        ku._foreign_code_keys(content)
+        if path.name in ("config.json", "tokenizer_config.json")
+        else []
+    )
+    return [
+        f"{path}: {key} could make transformers run code from elsewhere; delete it" for key in keys
+    ]
 
 
 def weight_problems(path, half=False):
@@ -98,17 +120,29 @@ def weight_problems(path, half=False):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max().float() <= limit:  # NaN too
+                if (
+                    tensor.is_floating_point()
+                    and tensor.numel()
+                    and not tensor.abs().max().float() <= limit
+                ):  # NaN too
                     bad.append(name)
     except (SafetensorError, OSError) as error:
         return [f"{path}: not a sound safetensors file ({error})"]
-    return [f"{path}: values that are not finite{' in fp16' * half} in {ku.listing(bad[:3])}"] if bad else []
+    return (
+        [f"{path}: values that are not finite{' in fp16' * half} in {ku._comma_join(bad[:3])}"]
+        if bad
+        else []
+    )
 
 
 def vocabulary_problems(folder):
     """Without its vocabulary, transformers loads another tokenizer in silence."""
-    there = any(next(folder.glob(name), None) for name in ku.VOCABULARIES)
-    return [] if there else [f"{folder}: no vocabulary; expected one of {ku.listing(ku.VOCABULARIES)}"]
+    there = any(next(folder.glob(name), None) for name in ku._VOCABULARY_FILES)
+    return (
+        []
+        if there
+        else [f"{folder}: no vocabulary; expected one of {ku._comma_join(ku._VOCABULARY_FILES)}"]
+    )
 
 
 # ---------------------------------------------------------------------------------------
@@ -117,9 +151,16 @@ def vocabulary_problems(folder):
 
 def setting_problems(folder, settings):
     """Problems of the settings of a run: parts that a notebook cell defined, or what `Config` refuses."""
-    own = [f"{field} {settings[field]!r}" for field, table in ku.PARTS.items() if settings[field] not in table]
+    own = [
+        f"{field} {settings[field]!r}"
+        for field, table in ku._REGISTRIES.items()
+        if settings[field] not in table
+    ]
     if own:
-        return [f"{folder}: {part} was defined in a notebook cell; put it into {MODULE} and pack again" for part in own]
+        return [
+            f"{folder}: {part} was defined in a notebook cell; put it into {MODULE} and pack again"
+            for part in own
+        ]
     try:
         ku.Config.from_dict(settings)
     except ku.ConfigError as error:
@@ -132,28 +173,52 @@ def run_problems(folder, half):
     path = folder / "record.json"
     if problems := plain_files(folder, [path.name]) or json_problems(path):
         return None, problems
-    record = ku.read_record(folder)
+    record = ku.RunFolder(folder).read_record()
     if record.get("status") != "complete" or not record.get("folds"):
-        return None, [f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"]
+        return None, [
+            f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"
+        ]
     try:
         problems = setting_problems(folder, record["settings"] | record["resolved"])
         folds = [f"fold{int(fold['fold'])}" for fold in record["folds"]]
-        ku.summary("", record), record["outputs"], record["classes"], record["versions"], record["precision"]
+        (
+            ku._summary("", record),
+            record["outputs"],
+            record["classes"],
+            record["versions"],
+            record["precision"],
+        )
     except (KeyError, TypeError, ValueError) as error:
         return None, [f"{path}: malformed ({type(error).__name__}: {error})"]
-    configs, weights = ([f"{fold}/{name}" for fold in folds] for name in ("config.json", "model.safetensors"))
-    tokenizer = [f"tokenizer/{file.name}" for file in sorted(folder.glob("tokenizer/*")) if not file.is_dir()]
+    configs, weights = (
+        [f"{fold}/{name}" for fold in folds] for name in ("config.json", "model.safetensors")
+    )
+    tokenizer = [
+        f"tokenizer/{file.name}" for file in sorted(folder.glob("tokenizer/*")) if not file.is_dir()
+    ]
     needed = ["golden.json", "tokenizer/tokenizer_config.json", *configs, *weights]
-    bad = plain_files(folder, dict.fromkeys([*needed, *tokenizer])) + vocabulary_problems(folder / "tokenizer")
-    bad += [f"{folder}/{name}: expected {ku.listing(PLAIN)}" for name in tokenizer if Path(name).suffix not in PLAIN]
+    bad = plain_files(folder, dict.fromkeys([*needed, *tokenizer])) + vocabulary_problems(
+        folder / "tokenizer"
+    )
+    bad += [
+        f"{folder}/{name}: expected {ku._comma_join(PLAIN)}"
+        for name in tokenizer
+        if Path(name).suffix not in PLAIN
+    ]
     if bad:
         return record, problems + bad
     for name in ["golden.json", *configs, *tokenizer]:
         problems += json_problems(folder / name) if name.endswith(".json") else []
     for name in weights:
         problems += weight_problems(folder / name, half)
-    different = [name for name in configs if (folder / name).read_bytes() != (folder / configs[0]).read_bytes()]
-    return record, problems + [f"{folder / name}: expected the content of {configs[0]}" for name in different]
+    different = [
+        name
+        for name in configs
+        if (folder / name).read_bytes() != (folder / configs[0]).read_bytes()
+    ]
+    return record, problems + [
+        f"{folder / name}: expected the content of {configs[0]}" for name in different
+    ]
 
 
 def alike_problems(records):
@@ -176,7 +241,7 @@ def blend_problems(path, folders):
     if problems := plain_files(path.parent, [path.name]):
         return problems
     try:
-        ku.read_blend(path, {folder.name: folder / "record.json" for folder in folders})
+        ku._read_blend(path, {folder.name: folder / "record.json" for folder in folders})
     except ku.KitError as error:
         return error.problems
     return []
@@ -185,14 +250,16 @@ def blend_problems(path, folders):
 def half_weights(path, target):
     """Store the weights of a fold as fp16. No metadata: safetensors would write them in any order."""
     tensors = load_file(path)
-    save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target)
+    save_file(
+        {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target
+    )
 
 
 def warn_of_fp16(run, tokenizer, model):
     """A T4 takes precision auto for float16, which the machines of training and packing may never have tried."""
     try:
-        (predictions,) = ku.golden_predictions(run, tokenizer, model, ["fp16"]).values()
-        ku.check_gaps(run, predictions, "float16")
+        (predictions,) = ku._golden_predictions(run, tokenizer, model, ["fp16"]).values()
+        ku._check_gaps(run, predictions, "float16")
     except ku.KitError as error:
         print(f"warning: a T4 will refuse {run.name}, train it with precision fp32: {error}")
 
@@ -204,26 +271,33 @@ def prove(run, half, staging):
     become the golden ones.
     """
     try:
-        tokenizer, model = ku.open_run(run)
-        ku.check_probes(run, tokenizer)
-        (full,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        ku.check_gaps(run, full, "float32")
+        tokenizer, model = ku._open_run(run)
+        ku._check_probes(run, tokenizer)
+        (full,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        ku._check_gaps(run, full, "float32")
         if run.cfg.precision != "fp32":
             warn_of_fp16(run, tokenizer, model)
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
         raise Refused(f"{run.name}: does not predict what training predicted: {error}") from error
     told = {"half": half}
     if half:
-        originals, run = run.weights, run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights})
+        originals, run = (
+            run.weights,
+            run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights}),
+        )
         for fold, path in run.weights.items():
             half_weights(originals[fold], path)
-        (rounded,) = ku.golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        told["golden_moved_by_half"] = gap = float(ku.golden_gaps(run, rounded, full).max())
-        if not gap <= (allowed := ku.TOLERANCES["float16"]):
-            raise Refused(f"{run.name}: fp16 weights move a golden prediction by {gap:.2g}, {allowed:g} is allowed")
+        (rounded,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
+        told["golden_moved_by_half"] = gap = float(ku._golden_gaps(run, rounded, full).max())
+        if not gap <= (allowed := ku._GOLDEN_TOLERANCES["float16"]):
+            raise Refused(
+                f"{run.name}: fp16 weights move a golden prediction by {gap:.2g}, {allowed:g} is allowed"
+            )
         print(f"{run.name}: fp16 weights move the golden predictions by {gap:.1e} at most")
         rows = zip(run.golden["rows"], rounded.tolist(), strict=True)
-        run = run._replace(golden=run.golden | {"rows": [row | {"prediction": new} for row, new in rows]})
+        run = run._replace(
+            golden=run.golden | {"rows": [row | {"prediction": new} for row, new in rows]}
+        )
     return run, told
 
 
@@ -254,11 +328,15 @@ def manifest_entry(run, told):
 
 def backbone_sources(folder):
     """([(file name, source)], problems) of a backbone with its tokenizer. Links are followed: hub caches have them."""
-    names = sorted({path.name for pattern in BACKBONE for path in folder.glob(pattern)} | {"config.json"})
+    names = sorted(
+        {path.name for pattern in BACKBONE for path in folder.glob(pattern)} | {"config.json"}
+    )
     problems = plain_files(folder, names, links=True) + vocabulary_problems(folder)
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
-        problems.append(f"{folder}: no *.safetensors; pickles are not packed, save the model with save_pretrained")
+        problems.append(
+            f"{folder}: no *.safetensors; pickles are not packed, save the model with save_pretrained"
+        )
     if problems:
         return [], problems
     for name in names:
@@ -266,9 +344,11 @@ def backbone_sources(folder):
         problems += weight_problems(folder / name) if name.endswith(".safetensors") else []
     for index in folder.glob("*.safetensors.index.json") if not problems else []:
         shards = set(json.loads(index.read_text())["weight_map"].values()) - set(weights)
-        problems += [f"{folder / shard}: missing, though {index.name} names it" for shard in sorted(shards)]
+        problems += [
+            f"{folder / shard}: missing, though {index.name} names it" for shard in sorted(shards)
+        ]
     try:
-        ku.load_tokenizer(folder)
+        ku._load_tokenizer(folder)
     except (ku.KitError, OSError) as error:
         problems.append(str(error))
     return [(name, folder / name) for name in names], problems
@@ -285,12 +365,17 @@ def lacking(records, module=MODULE):
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     names = {name.split(".")[0] for name in names} - {*IMAGE, *sys.stdlib_module_names}
-    asked = {value for record in records for value in record["settings"].values() if isinstance(value, str)}
+    asked = {
+        value
+        for record in records
+        for value in record["settings"].values()
+        if isinstance(value, str)
+    }
     names -= {name for name, setting in OPTIONAL.items() if setting not in asked}
     there = importlib.metadata.packages_distributions()
     found = {there[name][0] for name in names if name in there}
     if unknown := sorted(name for name in names if name not in there):
-        raise Refused(f"{module}: imports {ku.listing(unknown)}, which is not installed here")
+        raise Refused(f"{module}: imports {ku._comma_join(unknown)}, which is not installed here")
     return sorted(f"{name}=={importlib.metadata.version(name)}" for name in found)
 
 
@@ -307,7 +392,9 @@ def download_wheels(requirements, folder):
     ]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True)
     if done.returncode:
-        raise Refused(f"no wheels of {ku.listing(requirements)}: {done.stderr.strip().splitlines()[-1]}")
+        raise Refused(
+            f"no wheels of {ku._comma_join(requirements)}: {done.stderr.strip().splitlines()[-1]}"
+        )
     return [(path.name, path) for path in sorted(folder.glob("*.whl"))]
 
 
@@ -324,9 +411,9 @@ subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), 
 def manifest_of(runs, dataset, wheels):
     """The content of manifest.json, but the files."""
     content = {
-        "format": ku.FORMAT,
+        "format": ku._BUNDLE_FORMAT,
         "version": ku.__version__,
-        "versions": ku.versions(),
+        "versions": ku._versions(),
         "dataset": dataset,
         "runs": runs,
     }
@@ -338,9 +425,14 @@ def write_folder(folder, sources, manifest):
     files = {}
     for name, source in sources:
         shutil.copyfile(source, folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": ku.file_sha256(folder / name)}
-    (folder / ku.METADATA).write_bytes(ku.canonical(manifest["dataset"]))
-    (folder / ku.MANIFEST).write_bytes(ku.canonical(ku.sealed(manifest | {"files": files})))
+        files[name] = {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": ku._file_sha256(folder / name),
+        }
+    (folder / ku._DATASET_METADATA).write_bytes(ku._dump_manifest(manifest["dataset"]))
+    (folder / ku._MANIFEST).write_bytes(
+        ku._dump_manifest(ku._with_checksum(manifest | {"files": files}))
+    )
 
 
 def put_in_place(built, target):
@@ -358,9 +450,19 @@ def put_in_place(built, target):
 
 def target_problems(target, kernel_id=None):
     """[] where a folder may be made: nothing is there, or what this tool made before and nobody added to."""
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {""} if target.exists() else set()
+    names = (
+        {path.name for path in target.iterdir()}
+        if target.is_dir()
+        else {""}
+        if target.exists()
+        else set()
+    )
     try:
-        made = {ku.MANIFEST, ku.METADATA, *ku.read_manifest(target)["files"]} if ku.MANIFEST in names else set()
+        made = (
+            {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
+            if ku._MANIFEST in names
+            else set()
+        )
     except ku.BundleError:
         made = set()
     if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
@@ -374,18 +476,20 @@ def target_problems(target, kernel_id=None):
 def check(folder):
     """Verify a bundle as infer.ipynb will, and its metadata; KitError with every problem. False if its predictions
     could not be checked, since it has another module than this clone: running that one is for its owner to decide."""
-    manifest, problems = ku.read_manifest(folder), kaggle_metadata.folder_problems(folder)
-    metadata = folder / ku.METADATA
-    if metadata.is_file() and metadata.read_bytes() != ku.canonical(manifest["dataset"]):
+    manifest, problems = ku._read_bundle_manifest(folder), kaggle_metadata.folder_problems(folder)
+    metadata = folder / ku._DATASET_METADATA
+    if metadata.is_file() and metadata.read_bytes() != ku._dump_manifest(manifest["dataset"]):
         problems.append(f"{metadata}: not as it was packed; pack again to change it")
-    problems += ku.integrity_problems(folder, manifest["files"])
+    problems += ku._integrity_problems(folder, manifest["files"])
     if problems:
         raise ku.BundleError([f"{folder}", *problems])
-    if ku.file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
-        print(f"predictions not checked: {MODULE} is not the module of the bundle, version {manifest['version']}")
+    if ku._file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
+        print(
+            f"predictions not checked: {MODULE} is not the module of the bundle, version {manifest['version']}"
+        )
         return False
     if manifest["runs"]:
-        ku.check_golden(ku.open_bundle(folder))
+        ku.check_golden(ku._open_bundle(folder))
     return True
 
 
@@ -401,17 +505,29 @@ def notebook_with(name, settings):
     for line in cell.source.splitlines():
         setting = line.partition(":")[0]
         value = f"= {settings[setting]!r}" if setting in settings else ""
-        lines.append(re.sub(r"= .*?(?=  #|$)", lambda _, v=value: v, line, count=1) if value else line)
+        lines.append(
+            re.sub(r"= .*?(?=  #|$)", lambda _, v=value: v, line, count=1) if value else line
+        )
     there = {line.partition(":")[0] for line in lines}
-    cell.source = "\n".join([*lines, *(f"{name} = {value!r}" for name, value in settings.items() if name not in there)])
+    cell.source = "\n".join(
+        [*lines, *(f"{name} = {value!r}" for name, value in settings.items() if name not in there)]
+    )
     return notebook
 
 
 def train_settings(record, backbone):
     """What train.ipynb must be set to for a run to be trained again on Kaggle with that backbone."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = ("data_dir", "output_dir", "run_name", "backbone", *(["precision"] if run["precision"] == "bf16" else []))
-    return {"backbone": backbone} | {k: v for k, v in run.items() if v != default[k] and k not in local}
+    local = (
+        "data_dir",
+        "output_dir",
+        "run_name",
+        "backbone",
+        *(["precision"] if run["precision"] == "bf16" else []),
+    )
+    return {"backbone": backbone} | {
+        k: v for k, v in run.items() if v != default[k] and k not in local
+    }
 
 
 def write_kernel(folder, name, notebook, dataset, competition, internet=False, models=()):
@@ -435,7 +551,7 @@ def write_kernel(folder, name, notebook, dataset, competition, internet=False, m
     }
     folder.mkdir(parents=True)
     nbformat.write(notebook, folder / f"{name}.ipynb")
-    (folder / "kernel-metadata.json").write_bytes(ku.canonical(metadata))
+    (folder / "kernel-metadata.json").write_bytes(ku._dump_manifest(metadata))
 
 
 def train_backbone(asked, dataset, run, record):
@@ -447,15 +563,25 @@ def train_backbone(asked, dataset, run, record):
         return dataset["id"].split("/")[1], [], []
     backbone, sources = ku.Config.from_dict(record["settings"]).backbone, asked.model_source
     if len(asked.runs) > 1 or len(sources) > 1:
-        name = ku.short_name(backbone)
-        sources = [source for source in sources if name in map(ku.short_name, source.split("/"))]
+        name = ku._short_name(backbone)
+        sources = [source for source in sources if name in map(ku._short_name, source.split("/"))]
     if len(sources) == 1:
         return sources[0].split("/")[1], sources, []
     if asked.model_source:
-        return backbone, [], [f"{run}: {len(sources)} of the --model-source have the name of its backbone {backbone}"]
+        return (
+            backbone,
+            [],
+            [
+                f"{run}: {len(sources)} of the --model-source have the name of its backbone {backbone}"
+            ],
+        )
     path, was = Path(backbone).expanduser(), record.get("backbone", "")
     if path.is_absolute() or path.is_dir() or was.startswith("/kaggle/input"):
-        return backbone, [], [f"{run}: backbone {backbone} is in no hub; attach it with --model-source"]
+        return (
+            backbone,
+            [],
+            [f"{run}: backbone {backbone} is in no hub; attach it with --model-source"],
+        )
     return backbone, [], []
 
 
@@ -464,16 +590,28 @@ def write_kernels(folder, asked, dataset, records, wheels):
     problems, notebooks = [], {}
     if records:
         notebooks["infer"] = (notebook_with("infer", {}), False, [])
-    for number, (run, record) in enumerate(records.items() or [("the starter", {"settings": {}})], 1):
+    for number, (run, record) in enumerate(
+        records.items() or [("the starter", {"settings": {}})], 1
+    ):
         backbone, sources, bad = train_backbone(asked, dataset, run, record)
         problems += bad
-        notebook, attached = notebook_with("train", train_settings(record, backbone)), bool(sources or asked.backbone)
-        notebooks["train" if len(records) < 2 else f"train-{number}"] = (notebook, not attached, sources)
+        notebook, attached = (
+            notebook_with("train", train_settings(record, backbone)),
+            bool(sources or asked.backbone),
+        )
+        notebooks["train" if len(records) < 2 else f"train-{number}"] = (
+            notebook,
+            not attached,
+            sources,
+        )
     for name, (notebook, internet, sources) in notebooks.items():
         if wheels:
             notebook.cells.insert(3, nbformat.v4.new_code_cell(INSTALL, id="wheels"))
         write_kernel(folder / name, name, notebook, dataset, asked.competition, internet, sources)
-        problems += [f"--kernels {name}: {problem}" for problem in kaggle_metadata.folder_problems(folder / name)]
+        problems += [
+            f"--kernels {name}: {problem}"
+            for problem in kaggle_metadata.folder_problems(folder / name)
+        ]
         problems += target_problems(Path(asked.kernels, name), f"{dataset['id']}-{name}")
     return problems
 
@@ -516,29 +654,41 @@ def validate(asked, dataset, kernels):
     records, runs, sources = {}, {}, [("kernel_utils.py", MODULE)]
     can_write = not problems
     folders = [Path(run).resolve() for run in asked.runs]
-    problems += [f"{folder}: given twice" for folder in dict.fromkeys(folders) if folders.count(folder) > 1]
+    problems += [
+        f"{folder}: given twice" for folder in dict.fromkeys(folders) if folders.count(folder) > 1
+    ]
     for folder in dict.fromkeys(folders):
         record, bad = run_problems(folder, asked.half)
         problems += bad
         records |= {folder: record} if record else {}
-        runs |= {} if bad else {folder: ku.load_run(folder)}
+        runs |= {} if bad else {folder: ku._load_run(folder)}
     problems += alike_problems(records) if records else []
     if asked.blend:
         problems += (bad := blend_problems(path := Path(asked.blend).resolve(), records))
-        sources += [] if bad else [(ku.BLEND, path)]
+        sources += [] if bad else [(ku._BLEND_FILE, path)]
     wheels = []
     try:
         if asked.backbone:
-            backbone, bad = backbone_sources(ku.find_backbone(asked.backbone))
+            backbone, bad = backbone_sources(ku._find_backbone(asked.backbone))
             sources, problems = sources + backbone, problems + bad
         if (wheels := lacking(records.values())) and not asked.wheels:
-            problems.append(f"{MODULE} imports what Kaggle's image lacks, {ku.listing(wheels)}; add --wheels")
+            problems.append(
+                f"{MODULE} imports what Kaggle's image lacks, {ku._comma_join(wheels)}; add --wheels"
+            )
     except ku.KitError as error:
         problems += error.problems
-    everything = sources + [source for folder, run in runs.items() for source in run_sources(folder, run)]
-    names = [name for name, _ in everything] + [ku.MANIFEST]
-    problems += [f"{name}: two files would have this name" for name in sorted(set(names)) if names.count(name) > 1]
-    problems += kaggle_metadata.file_problems({name: source.stat().st_size for name, source in everything})
+    everything = sources + [
+        source for folder, run in runs.items() for source in run_sources(folder, run)
+    ]
+    names = [name for name, _ in everything] + [ku._MANIFEST]
+    problems += [
+        f"{name}: two files would have this name"
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    problems += kaggle_metadata.file_problems(
+        {name: source.stat().st_size for name, source in everything}
+    )
     if asked.kernels and can_write and len(runs) == len(asked.runs):
         problems += write_kernels(kernels, asked, dataset, records, wheels)
     if problems:
@@ -599,23 +749,81 @@ OPTIONS = (  # flag, keywords of argparse
     ("--id", dict(metavar="OWNER/SLUG", help="the dataset on Kaggle")),
     ("--title", dict(help="its title, 6 to 50 characters")),
     ("--license", dict(default="other", help="one of Kaggle's licence names (default: other)")),
-    ("--half", dict(action="store_true", help="store weights as fp16: half the size, predictions move a little")),
-    ("--blend", dict(metavar="FILE", help="blend.json of these runs: infer.ipynb blends by it instead of the mean")),
-    ("--starter", dict(action="store_true", help="pack the module, and a backbone if given, for training kernels")),
-    ("--backbone", dict(metavar="DIR", help="with --starter: folder of a backbone, or a name that train.ipynb takes")),
-    ("--wheels", dict(action="store_true", help="add wheels of what the module imports and Kaggle's image lacks")),
-    ("--kernels", dict(metavar="DIR", help="also make folders that `kaggle kernels push` takes: infer and train")),
+    (
+        "--half",
+        dict(
+            action="store_true",
+            help="store weights as fp16: half the size, predictions move a little",
+        ),
+    ),
+    (
+        "--blend",
+        dict(
+            metavar="FILE",
+            help="blend.json of these runs: infer.ipynb blends by it instead of the mean",
+        ),
+    ),
+    (
+        "--starter",
+        dict(
+            action="store_true",
+            help="pack the module, and a backbone if given, for training kernels",
+        ),
+    ),
+    (
+        "--backbone",
+        dict(
+            metavar="DIR",
+            help="with --starter: folder of a backbone, or a name that train.ipynb takes",
+        ),
+    ),
+    (
+        "--wheels",
+        dict(
+            action="store_true",
+            help="add wheels of what the module imports and Kaggle's image lacks",
+        ),
+    ),
+    (
+        "--kernels",
+        dict(
+            metavar="DIR",
+            help="also make folders that `kaggle kernels push` takes: infer and train",
+        ),
+    ),
     ("--competition", dict(metavar="SLUG", help="competition that the kernels read")),
-    ("--model-source", dict(action="append", default=[], help="Kaggle model with the backbone, for the train kernels")),
-    ("--report", dict(metavar="NOTEBOOK", help="executed train.ipynb, for a page DIR.html beside the bundle")),
-    ("--push", dict(action="store_true", help="upload the bundle and the kernel that uses it, with the kaggle client")),
+    (
+        "--model-source",
+        dict(
+            action="append",
+            default=[],
+            help="Kaggle model with the backbone, for the train kernels",
+        ),
+    ),
+    (
+        "--report",
+        dict(
+            metavar="NOTEBOOK", help="executed train.ipynb, for a page DIR.html beside the bundle"
+        ),
+    ),
+    (
+        "--push",
+        dict(
+            action="store_true",
+            help="upload the bundle and the kernel that uses it, with the kaggle client",
+        ),
+    ),
     ("--check", dict(metavar="DIR", help="verify a bundle: files, metadata, predictions")),
 )
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run; several make an ensemble")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="folder of a finished run; several make an ensemble"
+    )
     for flag, keywords in OPTIONS:
         parser.add_argument(*(["-o"] if flag == "--output" else []), flag, **keywords)
     asked = parser.parse_args()
@@ -637,13 +845,15 @@ def main():
     try:
         if asked.check:
             print(
-                f"{asked.check}: sound" if check(Path(asked.check)) else f"{asked.check}: files and metadata are sound"
+                f"{asked.check}: sound"
+                if check(Path(asked.check))
+                else f"{asked.check}: files and metadata are sound"
             )
             return
         target, *kernels = pack(asked)
         # training again takes hours of a weekly quota: only a starter's kernel is pushed without being named
         used = [folder for folder in kernels if asked.starter or folder.name == "infer"]
-        print(f"made {ku.listing([target, *kernels])}; to upload and submit:")
+        print(f"made {ku._comma_join([target, *kernels])}; to upload and submit:")
         print("", *kaggle_push.commands([target, *used]), sep="\n  ")
         if used and asked.runs:
             submit = f"{asked.competition} -k {asked.id}-infer -f submission.csv -v VERSION -m NOTE"

@@ -22,7 +22,9 @@ from pathlib import Path, PureWindowsPath
 DATASET_FILE, KERNEL_FILE = "dataset-metadata.json", "kernel-metadata.json"
 MAX_FILES = 1000  # the server: "The file count exceeds the maximum of 1000"
 MAX_BYTES = 200 * 10**9  # the limit that Kaggle states for a person's private datasets; unverified
-MAX_CODE_BYTES = 10**6  # with outputs, though the client leaves them out; reported by users in 2021, unverified
+MAX_CODE_BYTES = (
+    10**6
+)  # with outputs, though the client leaves them out; reported by users in 2021, unverified
 
 LICENSES = tuple(
     "CC0-1.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CC-BY-NC-SA-4.0 GPL-2.0 ODbL-1.0 DbCL-1.0 copyright-authors other unknown "
@@ -31,7 +33,9 @@ LICENSES = tuple(
     "apache-2.0 GPL-3.0".split()
 )
 MACHINE_SHAPES = {  # name -> which of enable_gpu and enable_tpu it stands for
-    **dict.fromkeys("NvidiaTeslaT4 NvidiaTeslaT4Highmem NvidiaTeslaA100 NvidiaL4 NvidiaL4X1".split(), "gpu"),
+    **dict.fromkeys(
+        "NvidiaTeslaT4 NvidiaTeslaT4Highmem NvidiaTeslaA100 NvidiaL4 NvidiaL4X1".split(), "gpu"
+    ),
     **dict.fromkeys("NvidiaH100 NvidiaRtxPro6000".split(), "gpu"),
     **dict.fromkeys("TpuV5E8 TpuV6E8".split(), "tpu"),
 }
@@ -47,7 +51,9 @@ REFUSED_SHAPES = {  # in lower case -> why; the client only warns, and of the la
 
 SLUG = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*"
 VERSION = "[1-9][0-9]{0,8}"
-MODEL_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"  # names of models and variations do have underscores and dots
+MODEL_PART = (
+    "[A-Za-z0-9][A-Za-z0-9._-]*"  # names of models and variations do have underscores and dots
+)
 PLACEHOLDER = re.compile("INSERT_[A-Z_]+_HERE")  # what `datasets init` and `kernels init` write
 
 COLUMN_TEXTS = ("name", "title", "description", "type")  # of a column in the schema of a resource
@@ -84,7 +90,9 @@ def of(kind, name):
 
     def decorate(check):
         return lambda value, folder: (
-            check(value, folder) if isinstance(value, kind) else [f"must be {name}, got {shown(value)}"]
+            check(value, folder)
+            if isinstance(value, kind)
+            else [f"must be {name}, got {shown(value)}"]
         )
 
     return decorate
@@ -95,7 +103,9 @@ def anything(value, folder):
 
 
 text = of(str, "text")(anything)
-flag = of(bool, "true or false without quotes")(anything)  # the client takes "true" too, and crashes on 1 and null
+flag = of(bool, "true or false without quotes")(
+    anything
+)  # the client takes "true" too, and crashes on 1 and null
 
 
 def number(value, folder):
@@ -204,11 +214,17 @@ def resources(value, folder):
 def resource(value, folder):
     path, schema = value.get("path"), value.get("schema", {})
     yield from (f"path {problem}" for problem in file_inside(path, folder))
-    if isinstance(path, str) and "/" in path:  # the client compares it with the names at the top of the folder
+    if (
+        isinstance(path, str) and "/" in path
+    ):  # the client compares it with the names at the top of the folder
         yield f"path must be a plain file name, got {shown(path)}"
-    yield from (f"description {problem}" for problem in or_null(text)(value.get("description"), folder))
+    yield from (
+        f"description {problem}" for problem in or_null(text)(value.get("description"), folder)
+    )
     fields = schema.get("fields", []) if isinstance(schema, dict) else None
-    if not isinstance(fields, list) or not all(isinstance(field, dict) and "name" in field for field in fields):
+    if not isinstance(fields, list) or not all(
+        isinstance(field, dict) and "name" in field for field in fields
+    ):
         yield f'schema must be {{"fields": [{{"name": ...}}, ...]}}, got {shown(schema)}'
     elif not all(isinstance(field.get(key, ""), str) for field in fields for key in COLUMN_TEXTS):
         yield f"schema fields must have texts as {', '.join(COLUMN_TEXTS)}"
@@ -220,7 +236,9 @@ KEYWORDS = list_of("text", r".*\S.*")
 DATASET_FIELDS = {
     "id": identifier(6),
     "id_no": or_null(number),
-    "title": title(6, underscore=False),  # the server answers an underscore with a bare "400 - Bad Request"
+    "title": title(
+        6, underscore=False
+    ),  # the server answers an underscore with a bare "400 - Bad Request"
     "subtitle": or_null(subtitle),
     "description": or_null(text),
     "licenses": licenses,
@@ -247,7 +265,9 @@ KERNEL_FIELDS = {
         f"{SLUG}/(?=[^/]{{5}}){SLUG}(?:/{VERSION})?",
     ),
     "competition_sources": list_of("the name in the competition's address, not the address", SLUG),
-    "model_sources": list_of("owner/model/framework/variation/version", f"(?:{MODEL_PART}/){{4}}{VERSION}"),
+    "model_sources": list_of(
+        "owner/model/framework/variation/version", f"(?:{MODEL_PART}/){{4}}{VERSION}"
+    ),
     "docker_image": or_null(text),
     "docker_image_pinning_type": or_null(one_of("original", "latest")),
 }
@@ -260,7 +280,9 @@ def field_problems(metadata, fields, required, folder):
     if not isinstance(metadata, dict):
         yield f"must hold one object in curly brackets, got {shown(metadata)}"
         return
-    yield from (f"{name} is missing{HINTS.get(name, '')}" for name in required if name not in metadata)
+    yield from (
+        f"{name} is missing{HINTS.get(name, '')}" for name in required if name not in metadata
+    )
     for name, value in metadata.items():
         if name not in fields:
             yield f"{shown(name)} is no field{HINTS.get(name) or nearest(name, fields)}"
@@ -272,14 +294,20 @@ def field_problems(metadata, fields, required, folder):
 
 def slug_of(words):
     """What Kaggle makes of a title. Exact for ASCII; its client also transliterates other scripts."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", words).lower() if not unicodedata.combining(c))
+    plain = "".join(
+        c for c in unicodedata.normalize("NFKD", words).lower() if not unicodedata.combining(c)
+    )
     return re.sub("[^a-z0-9]+", "-", re.sub("(?<=[0-9]),(?=[0-9])", "", plain)).strip("-")
 
 
 def titles_agree(metadata, folder):
     """Kaggle makes the slug of a new notebook from its title: with another id the next push makes a second notebook."""
     words, name = metadata.get("title"), metadata.get("id")
-    if isinstance(words, str) and not list(identifier(1)(name, folder)) and slug_of(words) != name.split("/")[1]:
+    if (
+        isinstance(words, str)
+        and not list(identifier(1)(name, folder))
+        and slug_of(words) != name.split("/")[1]
+    ):
         yield f"title must become the slug of id, {name}, but {shown(words)} becomes {slug_of(words)}"
 
 
@@ -342,19 +370,37 @@ def kernel_problems(metadata, folder):
 # ---- 4. The files of a dataset ----
 
 ARCHIVES = tuple(".zip .7z .rar .tar .gz .tgz .bz2 .tbz2 .xz .txz .zst".split())
-METADATA_FILES = {DATASET_FILE, KERNEL_FILE, "datapackage.json", "model-metadata.json", "model-instance-metadata.json"}
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}
+METADATA_FILES = {
+    DATASET_FILE,
+    KERNEL_FILE,
+    "datapackage.json",
+    "model-metadata.json",
+    "model-instance-metadata.json",
+}
+DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10)),
+}
 NAME_RULES = {  # what is wrong -> has a name that?
     "has no name": lambda name: not name,
     "is an absolute path": lambda name: PureWindowsPath(name).anchor,
     "leads out of the folder": lambda name: ".." in PureWindowsPath(name).parts,
     "lies in a sub-folder, which Kaggle's client drops by default": lambda name: "/" in name,
-    "is hidden by the dot at its start": lambda name: any(part.startswith(".") for part in name.split("/")),
+    "is hidden by the dot at its start": lambda name: any(
+        part.startswith(".") for part in name.split("/")
+    ),
     "must have a name of ASCII letters, digits, '.', '_' and '-' that begins with a letter or digit and does not end "
-    "in a dot": lambda name: not re.fullmatch("[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", os.path.basename(name)),
+    "in a dot": lambda name: (
+        not re.fullmatch("[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", os.path.basename(name))
+    ),
     "is an archive, which Kaggle unpacks": lambda name: name.lower().endswith(ARCHIVES),
     "must have a name of at most 100 characters": lambda name: len(name) > 100,
-    "has the name of a device on Windows": lambda name: os.path.basename(name).split(".")[0].upper() in DEVICES,
+    "has the name of a device on Windows": lambda name: (
+        os.path.basename(name).split(".")[0].upper() in DEVICES
+    ),
     "is metadata or the cover image, which is not uploaded as a file": lambda name: (
         name.lower() in METADATA_FILES or name.lower().startswith("dataset-cover-image.")
     ),
@@ -363,7 +409,9 @@ NAME_RULES = {  # what is wrong -> has a name that?
 
 def file_problems(sizes):
     """Names and sizes {name in the dataset's folder: bytes} that Kaggle or its client refuses, loses or changes."""
-    problems = [f"file {name!a} {wrong}" for name in sizes for wrong, has in NAME_RULES.items() if has(name)]
+    problems = [
+        f"file {name!a} {wrong}" for name in sizes for wrong, has in NAME_RULES.items() if has(name)
+    ]
     problems += [f"file {name!a} is empty: 0 bytes" for name, size in sizes.items() if size == 0]
     first = {}
     for name in sizes:
@@ -416,7 +464,9 @@ def dataset_file_problems(folder):
         if entry.is_symlink():
             problems.append(f"file {entry.name!a} is a symbolic link: put the file itself here")
         elif entry.is_dir():
-            problems.append(f"folder {entry.name!a} is a sub-folder, which Kaggle's client drops by default")
+            problems.append(
+                f"folder {entry.name!a} is a sub-folder, which Kaggle's client drops by default"
+            )
         elif not entry.is_file():
             problems.append(f"file {entry.name!a} is no regular file")
         elif entry.name not in (DATASET_FILE, KERNEL_FILE):
@@ -443,8 +493,12 @@ def folder_problems(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder as it would be uploaded")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder as it would be uploaded"
+    )
     problems = {folder: folder_problems(folder) for folder in parser.parse_args().folders}
     for folder, found in problems.items():
         print("\n".join(f"{folder}: {problem}" for problem in found or ["fine"]))

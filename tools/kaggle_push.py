@@ -36,7 +36,9 @@ GRACE = 20  # seconds for an upload to show that the client calls failed: perhap
 ANSWER = 120  # seconds for the client to answer a question
 
 # Kaggle says 403 about a dataset that does not exist or does not show yet; 404 is what one would expect.
-ABSENT = re.compile(r"^40[34] Client Error|^The resource was not found|^You don't have access", re.M)
+ABSENT = re.compile(
+    r"^40[34] Client Error|^The resource was not found|^You don't have access", re.M
+)
 FAILURE = re.compile(r"unsuccessful|\berror\b|skipping", re.I)
 LOST = re.compile(r"^(?:Upload unsuccessful|Skipping).*", re.M)
 PROGRESS = r"Starting upload for file |Upload successful: |.*B/s\]"
@@ -68,14 +70,22 @@ def find_client():
 def client(*arguments, upload=False):
     """Exit code and output of one run of the client. An upload is shown as it goes and takes as long as it likes."""
     output = []
-    with tempfile.TemporaryDirectory() as private:  # in a shared one the client finds and resumes uploads that broke
+    with (
+        tempfile.TemporaryDirectory() as private
+    ):  # in a shared one the client finds and resumes uploads that broke
         environment = os.environ | {"TMPDIR": private, "PYTHONUNBUFFERED": "1"}
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+        }
         with subprocess.Popen([find_client(), *arguments], env=environment, **streams) as process:
             watchdog = threading.Timer(threading.TIMEOUT_MAX if upload else ANSWER, process.kill)
             watchdog.daemon = True
             watchdog.start()
-            for line in io.TextIOWrapper(process.stdout, "utf-8", "replace", newline=""):  # keeps \r of progress bars
+            for line in io.TextIOWrapper(
+                process.stdout, "utf-8", "replace", newline=""
+            ):  # keeps \r of progress bars
                 output.append(line)
                 if upload:
                     print(line, end="", file=sys.stderr, flush=True)
@@ -92,11 +102,15 @@ def client(*arguments, upload=False):
 def tail(output, lines=8):
     """What the client said last, to stand behind a message; without the files that went well."""
     said = [line for line in output.splitlines() if line.strip() and not re.match(PROGRESS, line)]
-    return "\nThe client said:\n" + "\n".join(f"  | {line}" for line in said[-lines:] or ["(nothing)"])
+    return "\nThe client said:\n" + "\n".join(
+        f"  | {line}" for line in said[-lines:] or ["(nothing)"]
+    )
 
 
 def complaints(output):
-    return [line for line in output.splitlines() if FAILURE.search(line) and not HARMLESS.match(line)]
+    return [
+        line for line in output.splitlines() if FAILURE.search(line) and not HARMLESS.match(line)
+    ]
 
 
 def until_answered(seconds, question, *arguments):
@@ -128,7 +142,9 @@ def dataset_state(ref):
 
 
 def in_words(ref, status, version):
-    return f"{ref} does not exist" if status == "absent" else f"{ref} is {status} at version {version}"
+    return (
+        f"{ref} does not exist" if status == "absent" else f"{ref} is {status} at version {version}"
+    )
 
 
 def changed_state(ref, before):
@@ -150,7 +166,9 @@ def listed_files(ref, version):
     files, token = {}, ""
     while token is not None:
         page = [f"--page-token={token}"] if token else []
-        code, output = client("datasets", "files", f"{ref}/{version}", "-v", "--page-size", "200", *page)
+        code, output = client(
+            "datasets", "files", f"{ref}/{version}", "-v", "--page-size", "200", *page
+        )
         head, found, table = output.partition("name,size,creationDate")
         rows = {row[0]: int(row[1]) for row in csv.reader(table.splitlines()) if len(row) == 3}
         if code or not found or not rows.keys() - files.keys():
@@ -167,7 +185,9 @@ def compare(ref, version, here, there):
     differences = {
         "missing": sorted(here.keys() - there.keys()),
         "extra": sorted(there.keys() - here.keys()),
-        "of another size": [f"{n} ({there[n]} bytes instead of {here[n]})" for n in both if here[n] != there[n]],
+        "of another size": [
+            f"{n} ({there[n]} bytes instead of {here[n]})" for n in both if here[n] != there[n]
+        ],
     }
     told = [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
     if told:
@@ -239,7 +259,9 @@ def damage(folder):
     there = {name: sha256(folder / name) for name in sizes(folder) if name != "manifest.json"}
     told = {name: entry["sha256"] for name, entry in files.items()}
     return [
-        f"{name} is not what was packed" for name in sorted(there.keys() | told) if there.get(name) != told.get(name)
+        f"{name} is not what was packed"
+        for name in sorted(there.keys() | told)
+        if there.get(name) != told.get(name)
     ]
 
 
@@ -255,9 +277,16 @@ def push_dataset(ref, folder, notes, wait):
         raise PushError(f"{in_words(ref, *before)}: push again when Kaggle is done with that")
     task = ["create"] if before[0] == "absent" else ["version", f"--message={notes}"]
     code, output = client("datasets", *task, "-p", str(folder), upload=True)
-    told = code == 0 and not complaints(output) and bool(re.search("is being created|not valid tags", output))
+    told = (
+        code == 0
+        and not complaints(output)
+        and bool(re.search("is being created|not valid tags", output))
+    )
     # A refusal counts unless it answers a repeated call: then the first one may have done the work.
-    if "creation error:" in output and "Will retry" not in output.rpartition("Upload successful: ")[2]:
+    if (
+        "creation error:" in output
+        and "Will retry" not in output.rpartition("Upload successful: ")[2]
+    ):
         raise PushError(f"{ref} was refused{tail(output)}")
     try:
         version = verified_version(ref, before, here, wait, told)
@@ -274,7 +303,9 @@ def push_kernel(ref, folder):
     code, output = client("kernels", "push", "-p", str(folder), upload=True)
     pushed = re.search(r"^Kernel version ?(\d*) successfully pushed", output, re.M)
     if code or not pushed or complaints(output):
-        raise PushError(f"{ref} was not pushed, or the answer got lost: see kaggle kernels status {ref}{tail(output)}")
+        raise PushError(
+            f"{ref} was not pushed, or the answer got lost: see kaggle kernels status {ref}{tail(output)}"
+        )
     name = f"{ref} version {pushed[1]}".strip()
     dropped = re.findall(r"not valid (\w+ sources) .*: (.*)", output)
     if dropped:
@@ -316,10 +347,18 @@ def commands(folders):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with dataset- or kernel-metadata.json")
-    parser.add_argument("-m", "--notes", default="update", help="what is new in this version of a dataset")
-    parser.add_argument("--wait", type=float, default=600, metavar="SECONDS", help="for a dataset to be ready (600)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="with dataset- or kernel-metadata.json"
+    )
+    parser.add_argument(
+        "-m", "--notes", default="update", help="what is new in this version of a dataset"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=600, metavar="SECONDS", help="for a dataset to be ready (600)"
+    )
     arguments = parser.parse_args()
     try:
         push(arguments.folders, arguments.notes, arguments.wait)

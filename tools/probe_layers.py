@@ -47,37 +47,37 @@ ALPHAS = 10.0 ** np.arange(-1, 6.5, 0.5)
 
 def load(cfg):
     """(model in evaluation mode with the backbone's own weights, tokens, rows with their fold)."""
-    folder = ku.find_backbone(cfg.backbone)
-    ku.check_config(folder / "config.json", ku.HARMLESS)
-    frame = ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)
-    tokenizer = ku.load_tokenizer(folder)
-    new = ku.add_prefix_tokens(tokenizer, frame, cfg)
-    tokens = ku.tokenize_frame(frame, tokenizer, cfg)
-    ku.check_vocabulary(tokens, tokenizer)
-    config = ku.load_config(folder, cfg)[0]
-    ku.check_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, folder)
-    ku.seed_everything(cfg.seed)  # embeddings of new tokens
-    backbone = ku.load_backbone(folder, cfg, len(tokenizer))
-    ku.check_length(backbone, cfg)
+    folder = ku._find_backbone(cfg.backbone)
+    ku._check_no_foreign_code(folder / "config.json", ku._HARMLESS_KEYS)
+    frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
+    tokenizer = ku._load_tokenizer(folder)
+    new = ku._add_prefix_tokens(tokenizer, frame, cfg)
+    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
+    ku._check_vocabulary(tokens, tokenizer)
+    config = ku._load_config(folder, cfg)[0]
+    ku._check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, folder)
+    ku._seed_everything(cfg.seed)  # embeddings of new tokens
+    backbone = ku._load_backbone(folder, cfg, len(tokenizer))
+    ku._check_max_length(backbone, cfg)
     loss = ku.MseLoss(cfg, 1)  # its output is not read
-    model = ku.TextModel(cfg, backbone, loss, ku.cls_is_last(tokenizer))
-    return model.to(ku.pick_device()).eval(), tokens, frame
+    model = ku.TextModel(cfg, backbone, loss, ku._cls_is_last(tokenizer))
+    return model.to(ku._pick_device()).eval(), tokens, frame
 
 
 @torch.inference_mode()
 def pool_layers(model, tokens, cfg):
     """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
     device = next(model.parameters()).device
-    dtype = ku.pick_dtype(cfg.precision, device)
+    dtype = ku._pick_dtype(cfg.precision, device)
     make_batch = tokens.packed
-    if not ku.takes_packed_rows(model, tokens, dtype):
-        ku.check_padding(model, tokens, dtype)
+    if not ku._takes_packed_rows(model, tokens, dtype):
+        ku._check_padding(model, tokens, dtype)
         make_batch = tokens.batch
     shape = model.shape
     pooled = np.empty((shape.n_states, len(FEATURES), len(tokens), shape.width), np.float32)
-    plan = ku.plan_prediction(tokens.lengths, cfg.batch_tokens or 4096)
-    for rows in ku.progress(plan, "read the texts"):
-        with ku.autocast(device, dtype):
+    plan = ku._plan_prediction_batches(tokens.lengths, cfg.batch_tokens or 4096)
+    for rows in ku._progress(plan, "read the texts"):
+        with ku._autocast(device, dtype):
             states, mask = model.encode(**make_batch(rows, device))
         for layer, state in enumerate(states):
             pooled[layer, 0, rows] = ku.cls_token(state, mask, shape).cpu()
@@ -87,12 +87,12 @@ def pool_layers(model, tokens, cfg):
 
 def make_targets(frame, cfg):
     """Targets (N, K) of a regression, else 0/1 indicators; of two classes that of the second."""
-    classes = ku.class_labels(frame, cfg)
-    targets = ku.encode_targets(frame, cfg, classes)
+    classes = ku._class_labels(frame, cfg)
+    targets = ku._encode_targets(frame, cfg, classes)
     if cfg.task == "multiclass":
         targets = np.eye(len(classes))[targets]
     if not np.ptp(targets, axis=0).any():
-        same = f"{ku.listing(cfg.targets)} is the same in every row"
+        same = f"{ku._comma_join(cfg.targets)} is the same in every row"
         raise ku.DataError(f"train.csv: {same}; there is nothing to probe")
     return targets
 
@@ -154,7 +154,7 @@ def probe_layers(pooled, targets, folds, metric):
     """Table of a row for each layer and feature, after one for `constant`, which has no layer."""
     constant = score_row(targets, predict_constant(targets, folds), folds, metric)
     rows = [{"layer": None, "feature": "constant"} | constant]
-    for layer, features in enumerate(ku.progress(pooled, "probe the layers")):
+    for layer, features in enumerate(ku._progress(pooled, "probe the layers")):
         for feature, x in zip(FEATURES, features, strict=True):
             predictions, alphas = predict_folds(x, targets, folds)
             row = {"layer": layer, "feature": feature}
@@ -200,7 +200,7 @@ def hint(table, feature):
 
 def plot_layers(table, path, title):
     """The score of every layer with the spread over folds; a ring marks the best of a feature."""
-    figure = ku.new_figure(8, 5)
+    figure = ku._new_figure(8, 5)
     axis = figure.subplots()
     (constant,) = table["score"][table["feature"] == "constant"]
     dashed = dict(color=ku.GREY, linestyle="--", linewidth=1)
@@ -222,7 +222,7 @@ def plot_layers(table, path, title):
     note = dict(title="bars: sd over folds; ring: best layer", title_fontsize="small")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small", **note)
     figure.suptitle(title, fontsize="medium")
-    ku.save_figure(figure, path)
+    ku._save_figure(figure, path)
 
 
 def probe(cfg, folder):
@@ -232,11 +232,11 @@ def probe(cfg, folder):
     targets, folds = make_targets(frame, cfg), frame["fold"].to_numpy()
     metric = "rmse" if cfg.task == "regression" else "r2"
     table = probe_layers(pool_layers(model, tokens, cfg), targets, folds, metric)
-    name, n_folds = ku.short_name(cfg.backbone), len(set(folds))
-    table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku.device_name())
+    name, n_folds = ku._short_name(cfg.backbone), len(set(folds))
+    table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku._device_name())
     write = dict(index=False, float_format="%.6g")
-    ku.write_atomic(folder / "probe.csv", lambda path: table.to_csv(path, **write))
-    title = f"What each layer of {name} knows of {ku.listing(map(repr, cfg.targets))}"
+    ku._write_atomic(folder / "probe.csv", lambda path: table.to_csv(path, **write))
+    title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.targets))}"
     title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
     plot_layers(table, folder / "probe.png", title)
     return table

@@ -68,7 +68,7 @@ def what_is_read(run):
         "outputs": run.record["outputs"],
         "classes": run.record["classes"],
         "id_column": run.cfg.id_column,
-        "text columns": ku.input_columns(run.cfg),
+        "text columns": ku._input_columns(run.cfg),
     }
 
 
@@ -86,11 +86,11 @@ def check_alike(runs):
 def read_rows(run, data_dir):
     """train.csv as the run read it; DataError where its ids or texts are others."""
     cfg = dataclasses.replace(run.cfg, data_dir=data_dir or run.cfg.data_dir)
-    folder = ku.find_data(cfg.data_dir, "train.csv")
-    frame = ku.read_train(cfg, folder)
-    for name in [cfg.id_column, *ku.input_columns(cfg)]:
+    folder = ku._find_data_dir(cfg.data_dir, "train.csv")
+    frame = ku._read_train(cfg, folder)
+    for name in [cfg.id_column, *ku._input_columns(cfg)]:
         what = f"column {name} of train.csv"
-        if ku.digest(list(frame[name])) != run.record["fingerprint"].get(what):
+        if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
             problem = f"{what} is not the one that {run.name} was trained on"
             raise ku.DataError(f"{folder}: {problem}; set --data-dir")
     return frame
@@ -102,15 +102,15 @@ def validated_rows(folder, run, ids):
     From the sealed folder of every fold, which has the weights too; oof.csv must say the same.
     `ids` are those of the rows that the run read.
     """
-    oof = ku.read_table(folder / "oof.csv", ["id", "fold"])
+    oof = ku._read_table(folder / "oof.csv", ["id", "fold"])
     folds, problems = {}, []
     for fold, weights in run.weights.items():
         sealed = weights.parent
-        damages = ku.folder_problems(sealed)
+        damages = ku._folder_problems(sealed)
         if damages:
             problems += [f"{sealed}: {damage}" for damage in damages]
             continue
-        state = ku.read_state(sealed)
+        state = ku._read_state(sealed)
         folds[fold] = frozenset(ids[state["rows"]])
         if state["fold"] != fold:
             problems.append(f"{sealed}: the model of fold {state['fold']}, not of fold {fold}")
@@ -125,10 +125,10 @@ def validated_rows(folder, run, ids):
 def read_runs(folders, data_dir):
     """(runs, training rows with their fold or -1, {fold: ids}), once all runs are complete and
     agree; else one KitError."""
-    runs = [ku.load_run(folder) for folder in folders]
+    runs = [ku._load_run(folder) for folder in folders]
     partial = [run.name for run in runs if run.record["status"] != "complete"]
     if partial:
-        raise ku.ConfigError(f"expected complete runs: {ku.listing(partial)} was stopped")
+        raise ku.ConfigError(f"expected complete runs: {ku._comma_join(partial)} was stopped")
     check_alike(runs)
     id_column = runs[0].cfg.id_column
     frames = [read_rows(run, data_dir) for run in runs]
@@ -140,7 +140,7 @@ def read_runs(folders, data_dir):
         other = [fold for fold in first | folds if folds.get(fold) != first.get(fold)]
         if other:
             expected = f"must have the rows that {runs[0].name} has there"
-            raise ku.DataError(f"{run.name}: folds {ku.listing(other)} {expected}")
+            raise ku.DataError(f"{run.name}: folds {ku._comma_join(other)} {expected}")
     fold_of = {name: fold for fold, names in first.items() for name in names}
     frame = frames[0]
     return runs, frame.assign(fold=[fold_of.get(name, -1) for name in frame[id_column]]), first
@@ -152,21 +152,21 @@ def read_runs(folders, data_dir):
 
 def read_texts(paths, cfg):
     """The texts of all files, one table; ids are made where a file has none."""
-    id_column, inputs = cfg.id_column, ku.input_columns(cfg)
+    id_column, inputs = cfg.id_column, ku._input_columns(cfg)
     columns = list(dict.fromkeys([id_column, *inputs]))
     tables, problems = [], []
     for path in paths:
-        table = ku.read_table(path, inputs)
+        table = ku._read_table(path, inputs)
         if id_column not in table:
             table[id_column] = [f"{path.stem}-{number}" for number in range(1, len(table) + 1)]
-        for column in ku.text_columns(cfg):
+        for column in ku._text_columns(cfg):
             is_empty = table[column].str.strip().eq("").to_numpy()
-            problems += ku.bad_rows(path, table, id_column, column, is_empty, "a text")
+            problems += ku._bad_rows(path, table, id_column, column, is_empty, "a text")
         tables.append(table[columns])
     table = pd.concat(tables, ignore_index=True)
     is_repeated = table[id_column].duplicated().to_numpy()
-    files = ku.listing(paths)
-    problems += ku.bad_rows(files, table, id_column, id_column, is_repeated, "each id once")
+    files = ku._comma_join(paths)
+    problems += ku._bad_rows(files, table, id_column, id_column, is_repeated, "each id once")
     if problems:
         raise ku.DataError(problems)
     return table
@@ -178,23 +178,23 @@ def predict_folds(runs, texts):
     ku.check_golden(bundle)
 
     def predict_run(run, tokenizer, model):
-        reading = ku.reading_of(run)
+        reading = ku._tokenization_key(run)
         if reading not in tokens:
-            tokens[reading] = ku.tokenize_frame(texts, tokenizer, run.cfg)
+            tokens[reading] = ku._tokenize_frame(texts, tokenizer, run.cfg)
         predictions = []
-        for fold in ku.progress(sorted(run.weights), f"label by {run.name}"):
-            ku.load_fold(model, run, fold)
+        for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
+            ku._load_fold(model, run, fold)
             predictions.append(ku.predict(model, tokens[reading], run.cfg))
         return np.stack(predictions)
 
-    return np.stack(ku.each_run(bundle, predict_run))
+    return np.stack(ku._each_run(bundle, predict_run))
 
 
 def models_of(runs, fold):
     """Which weights labelled for a fold."""
     models = []
     for run in runs:
-        sealed = ku.read_sealed(run.weights[fold].with_name(ku.MANIFEST))
+        sealed = ku._load_manifest(run.weights[fold].with_name(ku._MANIFEST))
         weights = sealed["files"]["model.safetensors"]["sha256"]
         models.append({"run": run.name, "fold": fold, "weights": weights})
     return models
@@ -212,7 +212,7 @@ def label_fold(runs, fold, predictions, is_seen, is_twin):
     spread = float(predictions[:, is_used].std(0).mean()) if len(runs) > 1 else None
     return cells, {
         "models": models_of(runs, fold),
-        "labels": ku.digest(cells),
+        "labels": ku._digest(cells),
         "rows": int(is_used.sum()),
         "near_duplicates": int(is_twin.sum()),
         "mean": labels[is_used].mean(0).tolist(),
@@ -222,16 +222,16 @@ def label_fold(runs, fold, predictions, is_seen, is_twin):
 
 
 def label(folders, paths, data_dir, threshold):
-    """(pseudo.csv, rows.csv, content of pseudo.json), as `ku.read_pseudo` wants them."""
+    """(pseudo.csv, rows.csv, content of pseudo.json), as `ku._read_pseudo` wants them."""
     runs, frame, folds = read_runs(folders, data_dir)
     cfg, outputs = runs[0].cfg, runs[0].record["outputs"]
     for run in runs:
-        if run.cfg.checkpoint == "best":
+        if run.cfg.keep == "best":
             leak = "kept the best evaluations, chosen on the rows of their folds: a small leak"
             print(f"{run.name} {leak}")
     texts = read_texts(paths, cfg)
-    is_seen = ku.seen_rows(texts, frame, cfg)
-    pairs = near_duplicates(ku.row_texts(texts, cfg), ku.row_texts(frame, cfg), threshold)
+    is_seen = ku._seen_rows(texts, frame, cfg)
+    pairs = near_duplicates(ku._row_texts(texts, cfg), ku._row_texts(frame, cfg), threshold)
     fold_of_pair = frame["fold"].to_numpy()[pairs[1]]
     predictions = predict_folds(runs, texts)
     sets, tables = {}, [texts]
@@ -239,26 +239,26 @@ def label(folders, paths, data_dir, threshold):
         twins = pairs[0][fold_of_pair == fold]
         is_twin = np.isin(np.arange(len(texts)), twins) & ~is_seen
         cells, sets[str(fold)] = label_fold(runs, fold, predictions[:, place], is_seen, is_twin)
-        tables.append(pd.DataFrame(cells, columns=ku.label_columns(fold, outputs)))
+        tables.append(pd.DataFrame(cells, columns=ku._label_columns(fold, outputs)))
     rows = frame[frame["fold"] >= 0]
-    digests = list(ku.row_digests(rows, cfg).values())
+    digests = list(ku._row_digests(rows, cfg).values())
     rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": digests})
-    records = [ku.file_sha256(folder / "record.json") for folder in folders]
+    records = [ku._file_sha256(folder / "record.json") for folder in folders]
     members = [{"name": run.name, "record": sha} for run, sha in zip(runs, records, strict=True)]
     manifest = {
-        "format": ku.PSEUDO,
+        "format": ku._PSEUDO_FORMAT,
         "task": cfg.task,
         "outputs": outputs,
         "classes": runs[0].record["classes"],
         "columns": list(texts.columns),
-        "texts": [{"file": path.name, "sha256": ku.file_sha256(path)} for path in paths],
+        "texts": [{"file": path.name, "sha256": ku._file_sha256(path)} for path in paths],
         "rows": len(texts),
         "training_rows": int(is_seen.sum()),
         "threshold": threshold,
         "runs": members,
-        "folds": ku.digest(rows.astype(str).to_numpy().tolist()),
+        "folds": ku._digest(rows.astype(str).to_numpy().tolist()),
         "sets": sets,
-        "versions": ku.versions(),
+        "versions": ku._versions(),
     }
     return pd.concat(tables, axis=1), rows, manifest
 
@@ -297,7 +297,7 @@ def parse():
 def write(folder, table, rows, manifest):
     table.to_csv(folder / "pseudo.csv", index=False)
     rows.to_csv(folder / "rows.csv", index=False)
-    ku.write_json(folder / "pseudo.json", manifest)
+    ku._write_json(folder / "pseudo.json", manifest)
 
 
 def main():
@@ -308,7 +308,7 @@ def main():
             raise ku.ConfigError(f"{args.output} is there already: {remedy}")
         table, rows, manifest = label(args.runs, args.texts, args.data_dir, args.threshold)
         files = dict(table=table, rows=rows, manifest=manifest)
-        ku.save_folder(args.output, functools.partial(write, **files))
+        ku._save_folder(args.output, functools.partial(write, **files))
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
     print(describe(manifest))

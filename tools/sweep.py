@@ -47,7 +47,7 @@ import kernel_utils as ku
 
 # Settings: made by this tool; without effect on what is trained; of which rows are in which fold
 PLACE = ("output_dir", "run_name")
-KEEPING = ku.FREE - {"data_dir", "backbone", "pseudo_dir", "run_folds"}
+KEEPING = ku._FREE - {"data_dir", "backbone", "pseudo_dir", "run_folds"}
 ROWS = "data_dir id_column text_column pair_column prefix target_columns task max_rows".split()
 ROWS += "n_folds fold_kind group_column fold_seed".split()
 DEFAULTS = ku.Config().to_dict()
@@ -156,7 +156,7 @@ def name_run(cfg, names, settings, single_folds):
     for name in names:
         value = settings[name] if name == "recipe" else getattr(cfg, name)
         if name == "backbone":
-            value = ku.short_name(value)
+            value = ku._short_name(value)
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
         label = "fold" if name == "run_folds" and single_folds else name
@@ -181,7 +181,7 @@ def silence():
 def read_rows(cfg):
     """The training rows with their folds."""
     with silence():
-        return ku.make_folds(ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv")), cfg)
+        return ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
 
 
 @functools.cache
@@ -192,7 +192,7 @@ def read_folds(cfg):
 def count_rows(cfg):
     """Rows to train on, over all folds and epochs."""
     folds = read_folds(ku.Config(**{name: getattr(cfg, name) for name in ROWS}))
-    chosen = ku.asked_folds(folds, cfg)
+    chosen = ku._requested_folds(folds, cfg)
     return cfg.epochs * sum(int((folds["fold"] != fold).sum()) for fold in chosen)
 
 
@@ -201,7 +201,7 @@ def make_cells(args):
     varied, given = zip(*combinations(args), strict=True)
     configs = collect(ku.Config.from_dict, given)
     rows = collect(count_rows, configs)
-    collect(ku.find_backbone, dict.fromkeys(cfg.backbone for cfg in configs))
+    collect(ku._find_backbone, dict.fromkeys(cfg.backbone for cfg in configs))
     cells = {}
     for cfg, names, settings, n_rows in zip(configs, varied, given, rows, strict=True):
         name = name_run(cfg, names, settings, bool(args.folds))
@@ -534,7 +534,7 @@ def probe(cell, threads):
     """Training rows a second in a short run of few rows, evaluations included."""
     rows = 1024 if torch.cuda.is_available() else 64
     rows = min(rows, cell.settings["max_rows"] or rows)
-    short = dict(max_rows=rows, n_folds=2, epochs=1, run_folds="all", tracker="")
+    short = dict(max_rows=rows, n_folds=2, epochs=1, run_folds="all", report_to="")
     with tempfile.TemporaryDirectory() as folder, silence():
         cfg = ku.Config.from_dict(cell.settings | short | {"output_dir": folder})
         frame = read_rows(cfg)
@@ -626,7 +626,7 @@ def parse():
 
 
 def check_folders(folder, output):
-    if ROOT not in (folder, *folder.parents) and not ku.on_kaggle():
+    if ROOT not in (folder, *folder.parents) and not ku._on_kaggle():
         where = f"start this in {ROOT} or below"
         raise ku.KitError(f"{where}: train.ipynb looks for the module from there, not {folder}")
     if output.exists() and not output.is_dir():

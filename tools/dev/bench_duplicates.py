@@ -71,19 +71,19 @@ def make_edits(texts):
 
 
 def bench_real_texts(test, train):
-    ours, theirs = ku.normalised(test), ku.normalised(train)
+    ours, theirs = ku._normalize_texts(test), ku._normalize_texts(train)
     pairs = near_duplicates(ours, theirs, LOWEST).T
     shares = sorted((share(ours[a], theirs[b]) for a, b in pairs), reverse=True)
     count = f"{len(test)} x {len(train)} pairs of a test and a training text"
     print(f"{count}; shares from {LOWEST} on:")
-    print(" ", ku.listing(f"{value:.2f}" for value in shares))
+    print(" ", ku._comma_join(f"{value:.2f}" for value in shares))
 
 
 def bench_edited_copies(train):
     random.seed(0)
     for name, edit in make_edits(train).items():
         texts = random.sample(train, min(300, len(train)))
-        shares = [share(*ku.normalised([text, edit(text)])) for text in texts]
+        shares = [share(*ku._normalize_texts([text, edit(text)])) for text in texts]
         caught = sum(value >= THRESHOLD for value in shares) / len(shares)
         print(f"{name}: {caught:.1%} found at {THRESHOLD}, smallest share {min(shares):.2f}")
 
@@ -92,7 +92,7 @@ def bench_time(texts):
     pool = [sentence for text in texts for sentence in sentences(text)]
 
     def make_texts():
-        return ku.normalised(" ".join(random.choices(pool, k=9)) for _ in range(10000))
+        return ku._normalize_texts(" ".join(random.choices(pool, k=9)) for _ in range(10000))
 
     ours, theirs = make_texts(), make_texts()
     began = time.perf_counter()
@@ -107,8 +107,8 @@ def main():
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     try:
-        train = list(ku.read_table(folder / "train.csv", ["excerpt"])["excerpt"])
-        test = list(ku.read_table(folder / "test.csv", ["excerpt"])["excerpt"])
+        train = list(ku._read_table(folder / "train.csv", ["excerpt"])["excerpt"])
+        test = list(ku._read_table(folder / "test.csv", ["excerpt"])["excerpt"])
     except ku.KitError as error:
         sys.exit(str(error))
     bench_real_texts(test, train)

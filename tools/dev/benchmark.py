@@ -171,15 +171,15 @@ def size_config(size):
 def find_or_make(size, temporary):
     """Folder of a backbone, and where its weights are from."""
     if size not in SIZES:
-        return ku.find_backbone(size), "its own"
-    default = ku.find_backbone(ku.Config().backbone)  # is MiniLM, and has a tokenizer for others
+        return ku._find_backbone(size), "its own"
+    default = ku._find_backbone(ku.Config().backbone)  # is MiniLM, and has a tokenizer for others
     if size == "minilm":
         return default, "its own"
     folder = Path(temporary) / size
     torch.manual_seed(0)
-    with ku.quiet_transformers():
+    with ku._quiet_transformers():
         transformers.AutoModel.from_config(size_config(size)).save_pretrained(folder)
-    ku.load_tokenizer(default).save_pretrained(folder)
+    ku._load_tokenizer(default).save_pretrained(folder)
     return folder, "random"
 
 
@@ -231,7 +231,7 @@ class Lab:
 
     def __init__(self, options, folder, load):
         self.options, self.load, self.length = options, load, LENGTHS[load]
-        self.device = ku.pick_device()
+        self.device = ku._pick_device()
         config = transformers.AutoConfig.from_pretrained(folder)
         cfg = ku.Config(
             data_dir=options.data,
@@ -240,24 +240,24 @@ class Lab:
             epochs=1,
             batch_size=options.batch_size,
             schedule="constant",
-            warmup=0.0,
+            warmup_ratio=0.0,
             backbone_dropout=0.0,
             precision=options.precision,
         ).resolved(config)
         self.cfg = dataclasses.replace(cfg, head_lr=cfg.lr)  # one rate for all, as the Trainer has
-        self.dtype = ku.pick_dtype(cfg.precision, self.device)
+        self.dtype = ku._pick_dtype(cfg.precision, self.device)
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         self.precision = names[self.dtype]
-        tokenizer, rng = ku.load_tokenizer(folder), np.random.default_rng(0)
+        tokenizer, rng = ku._load_tokenizer(folder), np.random.default_rng(0)
         frame, _, _ = ku.read_competition(cfg)
-        texts = ku.tokenize(frame[cfg.text_column], tokenizer, cfg)
+        texts = ku._tokenize(frame[cfg.text_column], tokenizer, cfg)
         n = options.batch_size * sum(map(in_groups, self.blocks()))
         n_all = n + options.batch_size  # one batch stays out of the training, as each fold needs
         self.tokens = make_tokens(load, n_all, rng, texts)
         targets = rng.standard_normal((n_all, 1)).astype(np.float32)
         folds, order = (np.arange(n_all) < n).astype(int), np.arange(n_all)
         self.left = rng.permutation(n)
-        self.data = ku.Data(self.tokens, targets, folds, folder, tokenizer, 1, order)
+        self.data = ku._TrainingData(self.tokens, targets, folds, folder, tokenizer, 1, order)
         self.model = self.load_model()
         state = self.model.state_dict()
         self.initial = {name: weight.cpu().clone() for name, weight in state.items()}
@@ -281,9 +281,9 @@ class Lab:
     def load_model(self):
         folder = self.data.folder
         config = transformers.AutoConfig.from_pretrained(folder)
-        ku.set_dropout(config, 0.0)
+        ku._set_dropout(config, 0.0)
         how = dict(config=config, dtype=torch.float32, local_files_only=True)
-        with ku.quiet_transformers():
+        with ku._quiet_transformers():
             backbone = transformers.AutoModel.from_pretrained(folder, **how)
         if isinstance(getattr(backbone, "pooler", None), nn.Module):
             backbone.pooler = None  # nobody reads it
@@ -308,7 +308,7 @@ class Lab:
     def predict(self, rows, batch_size, pad, precision):
         """Predictions (B,) of the shared model: longest first, or in order and padded to the
         maximum."""
-        dtype = ku.pick_dtype(precision, self.device)
+        dtype = ku._pick_dtype(precision, self.device)
         self.model.eval()
         order = np.argsort(-self.tokens.lengths[rows], kind="stable")
         if pad:
@@ -317,7 +317,7 @@ class Lab:
         for start in range(0, len(rows), batch_size):
             batch = rows[order[start : start + batch_size]]
             inputs = self.padded(batch, self.length if pad else None)
-            with ku.autocast(self.device, dtype):
+            with ku._autocast(self.device, dtype):
                 parts.append(self.model(**inputs)["logits"])
         ordered = np.empty(len(rows))
         ordered[order] = torch.cat(parts).cpu().numpy()
@@ -342,7 +342,7 @@ class Kit:
 
     def __init__(self, lab, **settings):
         self.lab, self.cfg, self.step = lab, dataclasses.replace(lab.cfg, **settings), 0
-        self.engine = ku.Engine(lab.data, self.cfg)
+        self.engine = ku.OptimizerStep(lab.data, self.cfg)
         self.engine.begin(0, lambda text: None)
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
@@ -352,7 +352,7 @@ class Kit:
         lengths = self.lab.tokens.lengths
         while True:
             cfg = dataclasses.replace(self.cfg, seed=int(rng.integers(2**32)))
-            plan = ku.epoch_batches(lengths[rows], 0, cfg, engine.bucket_batches)
+            plan = ku._epoch_batches(lengths[rows], 0, cfg, engine.length_bucket)
             batches = [rows[batch] for batch in plan]
             largest = max(lengths[batch].sum() for batch in batches)
             if not engine.static or largest <= max(engine.budgets):
@@ -410,11 +410,11 @@ class PaddedLoop(Other):
             if number == len(warm):
                 window.open()
             inputs = lab.padded(rows, lab.length)
-            with ku.autocast(lab.device, lab.dtype):
+            with ku._autocast(lab.device, lab.dtype):
                 loss = model(**inputs, labels=targets[rows].to(lab.device))["loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -481,7 +481,7 @@ class HfTrainer(Other):
             per_device_train_batch_size=cfg.batch_size,
             learning_rate=cfg.lr,
             weight_decay=cfg.weight_decay,
-            max_grad_norm=cfg.clip_norm,
+            max_grad_norm=cfg.max_grad_norm,
             lr_scheduler_type="constant",
             bf16=lab.dtype == torch.bfloat16,
             fp16=lab.dtype == torch.float16,
@@ -498,7 +498,7 @@ class HfTrainer(Other):
 
     def run(self, warm, batches, window):
         lab, order = self.lab, [*warm, *batches]
-        with tempfile.TemporaryDirectory() as folder, ku.quiet_transformers():
+        with tempfile.TemporaryDirectory() as folder, ku._quiet_transformers():
             trainer = OrderedTrainer(
                 Regressor(lab.model.backbone, lab.model.output),  # which accelerate may wrap
                 self.arguments(folder, len(order)),
@@ -762,7 +762,7 @@ def plot(report, path):
     all_panels = list(panels(report))
     columns = max(len(model["loads"]) for model in report["models"])
     rows = math.ceil(len(all_panels) / columns)
-    figure = ku.new_figure(6 * columns, 2.6 * rows)
+    figure = ku._new_figure(6 * columns, 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (size, kind, load) in zip(axes, all_panels, strict=False):
         draw(axis, load[kind]["contenders"])
@@ -770,7 +770,7 @@ def plot(report, path):
     device = report["device"]
     threads = f", threads: {device['threads']}" if device["type"] == "cpu" else ""
     figure.suptitle(f"{device['name']}, {report['precision']}{threads}")
-    ku.save_figure(figure, path)
+    ku._save_figure(figure, path)
 
 
 def draw(axis, results):
@@ -838,14 +838,14 @@ def benchmark(options, command, save):
     contenders = split_names(options.contenders, CONTENDERS, "--contenders")
     names = list(dict.fromkeys(["kit", *contenders]))
     loads = split_names(options.loads, LENGTHS, "--loads")
-    device = ku.pick_device()
-    dtype = ku.pick_dtype(options.precision, device)
+    device = ku._pick_device()
+    dtype = ku._pick_dtype(options.precision, device)
     threads, accelerate = torch.get_num_threads(), importlib.metadata.version("accelerate")
     report = {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "versions": ku.versions() | {"accelerate": accelerate},
-        "device": {"type": device.type, "name": ku.device_name(), "threads": threads},
+        "versions": ku._versions() | {"accelerate": accelerate},
+        "device": {"type": device.type, "name": ku._device_name(), "threads": threads},
         "precision": str(dtype).removeprefix("torch."),
         "settings": dataclasses.asdict(options) | {"data": Path(options.data).name},
         "models": [],

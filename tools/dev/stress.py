@@ -78,7 +78,7 @@ import kernel_utils as ku
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # or a bar starts a thread
 tqdm.set_lock(threading.RLock())  # its own stays locked where a fork is killed
-ku.SAVE_SHARE = math.inf
+ku._MAX_SAVE_FRACTION = math.inf
 
 GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
 COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
@@ -108,7 +108,7 @@ SETTINGS = dict(
     head_dropout=0.1,
     dropout_samples=2,
     lr=0.01,
-    checkpoint="best",
+    keep="best",
 )
 
 
@@ -404,12 +404,12 @@ def train_kit(task, folder, save=True):
         checkpoint_minutes=1e-9 if save else 0,
         **SETTINGS,
     )
-    frame = ku.read_train(cfg, ku.find_data(cfg.data_dir, "train.csv"))
+    frame = ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv"))
     ku.train(ku.make_folds(frame, cfg), cfg)
 
 
 def kit_result(folder):
-    record, result = ku.read_record(folder), {}
+    record, result = ku.RunFolder(folder).read_record(), {}
     weights = [f"fold{fold}/model.safetensors" for fold in range(FOLDS)]
     for name in ["oof.csv", "golden.json", "log.jsonl", *weights]:
         path = folder / name
@@ -421,12 +421,12 @@ def kit_result(folder):
 
 
 def is_good(folder):
-    return folder.is_dir() and not ku.folder_problems(folder)
+    return folder.is_dir() and not ku._folder_problems(folder)
 
 
 def kit_progress(folder):
     good = [fold for fold in range(FOLDS) if is_good(folder / f"fold{fold}")]
-    finished = [fold for fold in good if not ku.read_state(folder / f"fold{fold}")["stopped"]]
+    finished = [fold for fold in good if not ku._read_state(folder / f"fold{fold}")["stopped"]]
     steps = [0]
     for path in folder.glob("checkpoints/fold*-step*"):
         fold, step = map(int, re.findall(r"\d+", path.name))
@@ -548,7 +548,7 @@ def prepare(subject, task, folder):
     missing = [name for name in subject.saved if not (stopped / name).is_dir()]
     if missing:
         where = f"a run stopped at step {subject.stop}"
-        raise ku.KitError(f"{subject.name}: {where} lacks {ku.listing(missing)}")
+        raise ku.KitError(f"{subject.name}: {where} lacks {ku._comma_join(missing)}")
     times = dict(first=ends[2].seconds, seconds=ends[1].seconds)
     return Lab(subject, task, folder, reference, writes=writes.value, stopped=stopped, **times)
 
@@ -711,7 +711,9 @@ def stop(case):
     if done.end == DONE or (is_outside and done.end in (number.name, INTERRUPTED)):
         case.counts.clear()
         return
-    is_stopped = done.end == STOPPED and ku.read_record(case.folder)["status"] == "stopped"
+    is_stopped = (
+        done.end == STOPPED and ku.RunFolder(case.folder).read_record()["status"] == "stopped"
+    )
     case.counts["detected"] += is_stopped
     case.go_on()
 
@@ -758,7 +760,7 @@ def kill_papermill(case):
         one.kill()
     left = f"{len(alive)} of {len(processes)} processes still there"
     case.notes.append(f"{left} {PATIENCE} s after one was killed")
-    made, was_complete = first.stat().st_mtime_ns, ku.is_complete(case.folder)
+    made, was_complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
     case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
     is_kept = first.stat().st_mtime_ns == made
     case.counts["resumed"] += is_kept and not alive and not was_complete
@@ -880,7 +882,7 @@ def stress(args, folder, failed):
         sides.append((trainer_subject(task), trainer_groups))
     attempt(functools.partial(make_task, task))
     if args.quick:
-        ku.plot_curves = ku.plot_oof = lambda run: None
+        ku._plot_curves = ku._plot_oof = lambda run: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)
