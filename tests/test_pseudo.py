@@ -456,7 +456,10 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
     assert label(monkeypatch, run, "--texts", tmp_path / "extra.csv", "-o", tmp_path / "pseudo") is None
     table = pd.read_csv(tmp_path / "pseudo" / "pseudo.csv")
     spy, cfg = Spy(monkeypatch), ku.dataclasses.replace(cfg, pseudo_dir=str(tmp_path / "pseudo"), run_name="student")
-    assert ku._read_record(ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg))["status"] == "complete"
+    assert (
+        ku.RunFolder(ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg)).read_record()["status"]
+        == "complete"
+    )
     columns = [f"target_fold1_{name}" for name in sorted(names)] if task == "multiclass" else ["target_fold1"]
     labels, got = table[columns].dropna().to_numpy(), spy.targets(1)
     np.testing.assert_allclose(np.stack([got[row] for row in sorted(got) if row >= 36]), labels, rtol=1e-5)
