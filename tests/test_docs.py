@@ -8,11 +8,10 @@ import shlex
 import shutil
 from pathlib import Path
 
+import kernel_utils as ku
 import nbformat
 import pandas as pd
 import pytest
-
-import kernel_utils as ku
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,11 +4,10 @@ import re
 import types
 from pathlib import Path
 
+import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
-
-import kernel_utils as ku
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}

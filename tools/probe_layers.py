@@ -33,9 +33,9 @@ from sklearn.linear_model import RidgeCV
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
+import comparison
 from sweep import assignment
 
-import comparison
 import kernel_utils as ku
 
 FEATURES = {"cls": "classification token", "mean": "mean of the tokens"}

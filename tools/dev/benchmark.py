@@ -879,6 +879,7 @@ def main(arguments=None):
         options, folder, load, name = json.loads(words[1])
         print(json.dumps(measure_alone(Options(**options), Path(folder), load, name)))
         return
+    ku._prepare_process()  # the same for both sides
     output, options = parse(words)
     shown = [f"path/to/{Path(word).name}" if word == options.data else word for word in words]
     command = shlex.join(["python", "tools/dev/benchmark.py", *shown])
