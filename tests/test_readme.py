@@ -30,9 +30,7 @@ def examples(tmp_path, monkeypatch):
 
 
 def test_the_head_of_the_readme_can_be_set_and_is_the_median_of_the_real_tokens(examples):
-    encoder = types.SimpleNamespace(
-        hidden_size=3, num_hidden_states=2, cls_is_last=False, num_outputs=1
-    )
+    encoder = types.SimpleNamespace(hidden_size=3, num_hidden_states=2, cls_is_last=False, num_outputs=1)
     head = ku.HEADS[ku.Config(head="median").head](encoder, ku.Config())
     assert head.out_features == 3
     tokens = [[1.0, 5.0, 0.0], [2.0, 4.0, 7.0], [3.0, 9.0, 1.0], [99.0, 99.0, 99.0]]
