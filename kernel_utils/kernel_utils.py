@@ -226,8 +226,9 @@ def _cast(value, kind):
         if value:
             return tuple(_cast(number, int) for number in value)
     if kind is int and not isinstance(value, bool):
-        if not isinstance(value, float) or value == int(value):
-            return int(value)
+        number = int(value)
+        if number == value or not isinstance(value, float):
+            return number
     if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
         return float(value)
     raise ValueError
@@ -1457,6 +1458,33 @@ class RunFolder:
 
     def read_golden(self):
         return _read_json(self.golden)
+
+    def read_parts(self, record):
+        """(golden part, config of the backbone, files of the tokenizer, weights), as in `_Run`."""
+        weights = {fold["fold"]: self.weights(fold["fold"]) for fold in record["folds"]}
+        tokenizer = {p.name: p for p in sorted(self.tokenizer.iterdir()) if p.is_file()}
+        return self.read_golden(), self.config(next(iter(weights))), tokenizer, weights
+
+    def problems(self):
+        """Why nothing can be predicted with the run, as texts; none for one that is sound."""
+        if not self.record.is_file():
+            return ["expected a run folder, no record.json"]
+        record = self.read_record()
+        status = record.get("status")
+        is_complete = status == "complete"
+        is_partial = status == "stopped" and "oof" in record
+        if not (is_complete or (is_partial and record["settings"].get("predict_partial"))):
+            return [f"the run did not finish, the status in record.json is {status!r}"]
+        record_error = _record_error(record)
+        if record_error:
+            return [f"record.json: {record_error}"]
+        folds = [fold["fold"] for fold in record["folds"]]
+        needed = [self.golden, self.tokenizer / "tokenizer_config.json", self.config(folds[0])]
+        needed += [self.weights(fold) for fold in folds]
+        missing = [path.relative_to(self.path) for path in needed if not path.is_file()]
+        if missing:
+            return [f"the run lacks {_comma_join(missing)}"]
+        return _run_problems(record, *self.read_parts(record))
 
     def is_complete(self):
         """Whether a finished run is there; a record.json may be anybody's."""
@@ -6265,25 +6293,27 @@ def _summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Inference: bundles, submission
+# 19. Bundles and runs: open, verify, prove
 #
-# A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
-# every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
+# A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the
+# size and SHA-256 of every file and a checksum of its own, and for every run the file of each part
+# and what inference must reproduce.
 
 _BUNDLE_FORMAT = "kernel_utils bundle 1"
 _BLEND_FILE = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
-# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
-# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of
+# CLEAR, MiniLM's were 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32,
+# always checked too, is the sharp one.
 _GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
-# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6 of a prediction,
-# eight roundings, however little the target spreads.
+# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6
+# of a prediction, eight roundings, however little the target spreads.
 _GOLDEN_MIN_FRACTION = 0.01
 
 
 class _Run(NamedTuple):
-    """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
+    """A finished run: what is known of it and where its parts lie, in its folder or a bundle."""
 
     name: str
     record: dict
@@ -6300,51 +6330,145 @@ class _Blend(NamedTuple):
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `_threshold_scores`; empty but for the metric qwk in regression
+    cuts: dict  # thresholds and levels of `_threshold_scores`; only for qwk in regression
+
+    def __str__(self):
+        return _describe_blend(self.weights, self.intercept)
 
 
 class Bundle(NamedTuple):
+    """Finished runs to predict with. Without a blend they count alike."""
+
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    blend: _Blend | None = None  # without one, runs count alike
+    blend: _Blend | None = None
 
     @property
     def cfg(self):
-        """The settings that name columns; tools/bundle.py packs only runs together that agree on them."""
+        """The settings that name columns; only runs that agree on them are packed together."""
         return self.runs[0].cfg
 
 
+def _version_error(version):
+    """Why files that another version of this module wrote cannot be read, or None."""
+    major, minor = str(version).split(".")[:2]
+    if (int(major), int(minor)) >= (0, 8):
+        return None
+    return f"made by kernel_utils {version}: version {major}.{minor} reads it, {__version__} cannot"
+
+
+def _record_error(record):
+    """What makes the record of a finished run useless, or None: it may come from anybody."""
+    try:
+        version_error = _version_error(record["versions"]["kernel_utils"])
+        if version_error:
+            return version_error
+        record["settings"] | record["resolved"]
+        len(record["classes"]), len(record["outputs"])
+        _summary("", record)
+        for fold in record["folds"]:
+            if type(fold["fold"]) is not int:
+                raise TypeError(f"fold {fold['fold']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"malformed ({type(error).__name__}: {error})"
+    return None if record["folds"] else "the run has no folds"
+
+
+def _golden_error(golden, cfg, weights):
+    """What makes the golden part of a run useless, or None."""
+    try:
+        for row in golden["rows"]:
+            row["id"], row["prediction"], weights[row["fold"]]
+            [row["cells"][name] for name in _input_columns(cfg)]
+        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
+            return "no rows, or other texts than token_ids"
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _run_problems(record, golden, config, tokenizer, weights):
+    """What is wrong with the parts of a run, wherever they lie; arguments as in `_Run`."""
+    problems = []
+    for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
+        try:
+            _check_no_foreign_code(path)
+        except KitError as error:
+            problems += error.problems
+    record_error = _record_error(record)
+    if record_error:
+        return [*problems, f"record.json: {record_error}"]
+    try:
+        cfg = Config.from_dict(record["settings"] | record["resolved"])
+    except ConfigError as error:
+        return problems + [f"record.json: {problem}" for problem in error.problems]
+    golden_error = _golden_error(golden, cfg, weights)
+    if golden_error:
+        problems.append(f"what is golden is malformed: {golden_error}")
+    return problems
+
+
+def _make_run(name, record, golden, config, tokenizer, weights):
+    """A `_Run` of parts without problems, in a precision that this machine has."""
+    cfg = Config.from_dict(record["settings"] | record["resolved"])
+    precision_error = _precision_error(cfg.precision)
+    if precision_error:
+        print(f"{name}: {precision_error}, so precision auto instead")
+        cfg = dataclasses.replace(cfg, precision="auto")
+    return _Run(name, record, golden, cfg, config, tokenizer, weights)
+
+
+def _load_run(path):
+    """A complete run folder, or one that was stopped and has `predict_partial`, as a `_Run`.
+
+    Raises ConfigError with everything that is wrong, such as a head that is not registered.
+    """
+    folder = RunFolder(path)
+    problems = folder.problems()
+    if problems:
+        raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
+    record = folder.read_record()
+    if record["status"] == "stopped":
+        folds = _comma_join(fold["fold"] for fold in record["folds"])
+        print(f"{path} is not finished ({record['stopped']}): predicted with fold {folds}")
+    return _make_run(folder.name, record, *folder.read_parts(record))
+
+
+def _bundled_run(folder, name, entry):
+    """A `_Run` of a bundle; `entry` is what the manifest says of it."""
+    record = _read_json(folder / entry["record"])
+    parts = {
+        "golden": entry["golden"],
+        "config": folder / entry["config"],
+        "tokenizer": {original: folder / file for original, file in entry["tokenizer"].items()},
+        "weights": {int(fold): folder / file for fold, file in entry["weights"].items()},
+    }
+    problems = _run_problems(record, **parts)
+    if problems:
+        raise BundleError([f"{name}, {problem}" for problem in problems])
+    return _make_run(name, record, **parts)
+
+
 def _manifest_problems(manifest):
-    """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
+    """What makes a manifest dangerous or useless, though it is as it was written."""
     problems = []
     try:
-        files = {
-            name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}
-        }
+        entry_keys = {"bytes", "sha256"}
+        files = {name for name, file in manifest["files"].items() if file.keys() == entry_keys}
         manifest["dataset"]["id"], manifest["version"]
         needed = {"kernel_utils.py"}
-        for parts in manifest["runs"].values():
-            needed |= {
-                parts["record"],
-                parts["config"],
-                *parts["tokenizer"].values(),
-                *parts["weights"].values(),
-            }
-            bad = [
-                name for name in parts["tokenizer"] if Path(name).name != name
-            ]  # copied under these names
-            problems += [
-                f"{fold!r} is no number of a fold"
-                for fold in parts["weights"]
-                if not fold.isdecimal()
-            ]
-            problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
-            problems += (
-                []
-                if parts["golden"]["rows"] and parts["golden"]["texts"]
-                else ["a run has nothing to prove"]
-            )
+        for run in manifest["runs"].values():
+            tokenizer, weights = run["tokenizer"], run["weights"]
+            needed |= {run["record"], run["config"], *tokenizer.values(), *weights.values()}
+            for fold in weights:
+                if not fold.isdecimal():
+                    problems.append(f"{fold!r} is no number of a fold")
+            for name in tokenizer:
+                if Path(name).name != name:  # the files are copied under these names
+                    problems.append(f"{name!r} is no name of a tokenizer's file")
+            if not (run["golden"]["rows"] and run["golden"]["texts"]):
+                problems.append("a run has nothing to prove")
     except (KeyError, TypeError, AttributeError) as error:
         return [f"malformed ({type(error).__name__}: {error})"]
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
@@ -6357,241 +6481,158 @@ def _read_bundle_manifest(folder):
         manifest = _load_manifest(path)
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
-    if manifest.get("format") != _BUNDLE_FORMAT:
-        raise BundleError(
-            f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"
-        )
-    if problems := _manifest_problems(manifest):
+    bundle_format = manifest.get("format")
+    if bundle_format != _BUNDLE_FORMAT:
+        raise BundleError(f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {bundle_format!r}")
+    problems = _manifest_problems(manifest)
+    if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 
-def _check_record(path, record):
-    """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
-    try:
-        (
-            record["settings"] | record["resolved"],
-            record["versions"].keys(),
-            record["classes"],
-            len(record["outputs"]),
-        )
-        _summary("", record)
-        for fold in record["folds"]:
-            if type(fold["fold"]) is not int:
-                raise TypeError(f"fold {fold['fold']!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
-    if not record["folds"]:
-        raise BundleError(f"{path}: the run has no folds")
-    return record
-
-
-def _golden_error(golden, cfg, weights):
-    """What is wrong with the golden part of a run, or ''."""
-    try:
-        for row in golden["rows"]:
-            (
-                row["id"],
-                row["prediction"],
-                [row["cells"][name] for name in _input_columns(cfg)],
-                weights[row["fold"]],
-            )
-        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            return "no rows, or other texts than token_ids"
-    except (AttributeError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _make_run(name, record, golden, config, tokenizer, weights):
-    """A `_Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
-    config could run code from elsewhere."""
-    for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
-        _check_no_foreign_code(path)
-    try:
-        cfg = Config.from_dict(record["settings"] | record["resolved"])
-    except ConfigError as error:
-        raise ConfigError(
-            [f"{name}, record.json: {problem}" for problem in error.problems]
-        ) from None
-    if problem := _golden_error(golden, cfg, weights):
-        raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := _precision_error(cfg.precision):
-        print(f"{name}: {why}, so precision auto instead")
-        cfg = dataclasses.replace(cfg, precision="auto")
-    return _Run(name, record, golden, cfg, config, tokenizer, weights)
-
-
-def _load_run(folder):
-    """A complete run folder as a `_Run`, or one that was stopped and may be used so (`predict_partial`). Raises
-    ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
-    folder = Path(folder)
-    record = RunFolder(folder).read_record() if (folder / "record.json").is_file() else {}
-    status = record.get("status")
-    if status == "complete" or (status == "stopped" and "oof" in record):
-        _check_record(folder / "record.json", record)
-    if status == "stopped" and "oof" in record and record["settings"].get("predict_partial"):
-        used = _comma_join(fold["fold"] for fold in record["folds"])
-        print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
-    elif status != "complete":
-        why = (
-            f"the run did not finish, the status in record.json is {status!r}"
-            if record
-            else "expected a run folder, no record.json"
-        )
-        raise ConfigError(f"{folder}: {why}")
-    weights = {
-        fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors"
-        for fold in record["folds"]
-    }
-    config = next(iter(weights.values())).with_name("config.json")
-    needed = [
-        folder / "golden.json",
-        folder / "tokenizer" / "tokenizer_config.json",
-        config,
-        *weights.values(),
-    ]
-    if missing := [path for path in needed if not path.is_file()]:
-        raise ConfigError(
-            f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}"
-        )
-    tokenizer = {
-        path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()
-    }
-    golden = _read_json(folder / "golden.json")
-    return _make_run(folder.name, record, golden, config, tokenizer, weights)
-
-
-def _bundled_run(folder, name, parts):
-    """A `_Run` of a bundle; `parts` is what the manifest says of it."""
-    record = _check_record(folder / parts["record"], _read_json(folder / parts["record"]))
-    tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
-    weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
-    return _make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
-
-
 def _find_bundle(bundle_dir):
-    """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
+    """Folder of a bundle or a complete run.
+
+    It is the one that is set, or the only one attached on Kaggle or under runs/.
+    """
     if bundle_dir:
         folder = _user_path("bundle_dir", bundle_dir)
-        if not any((folder / name).is_file() for name in (_MANIFEST, "record.json")):
-            raise ConfigError(
-                f"bundle_dir {bundle_dir!r} has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
-            )
+        if not (folder / _MANIFEST).is_file() and not RunFolder(folder).record.is_file():
+            lacks = f"has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
+            raise ConfigError(f"bundle_dir {bundle_dir!r} {lacks}")
         return folder
-    found = {}  # by content: what is mounted twice is one
+    folders = {}  # by content: what is mounted twice is one
     for folder in _attached_folders(_MANIFEST):
         data = (folder / _MANIFEST).read_bytes()
-        ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
-        if ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
-            found.setdefault(data, folder)
-    for folder in [
-        *_attached_folders("record.json"),
-        *(path.parent for path in sorted(Path("runs").glob("*/record.json"))),
-    ]:
-        if RunFolder(folder).is_complete():
-            found.setdefault((folder / "record.json").read_bytes(), folder)
-    found = list(found.values())
-    if len(found) != 1:
+        is_ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
+        if is_ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
+            folders.setdefault(data, folder)
+    local = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
+    for folder in [*_attached_folders("record.json"), *local]:
+        run = RunFolder(folder)
+        if run.is_complete():
+            folders.setdefault(run.record.read_bytes(), folder)
+    folders = list(folders.values())
+    if len(folders) != 1:
         modules = _comma_join(_attached_folders("kernel_utils.py"))
         raise ConfigError(
-            f"bundle_dir is empty and there are {len(found)} bundles ({_MANIFEST}) and complete runs (record.json), "
-            f"not one: {_comma_join(found)}; kernel_utils.py is attached in {modules}"
+            f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
+            f"runs (record.json), not one: {_comma_join(folders)}; "
+            f"kernel_utils.py is attached in {modules}"
         )
-    return found[0]
+    return folders[0]
 
 
-def _read_blend(path, records):
-    """The `_Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
-    each to the last byte, and of no other."""
+def _read_blend(path, record_paths):
+    """The `_Blend` in a blend.json.
+
+    BundleError unless it is of the runs whose record.json are `record_paths`, {name: path}, each
+    to the last byte, and of no other.
+    """
     content = _read_json(path)
     try:
         members = content["members"]
-        weights = {name: _cast(member["weight"], float) for name, member in members.items()}
+        expected = {name: str(member["record_sha256"]) for name, member in members.items()}
         blend = _Blend(
-            content["method"],
-            weights,
-            [_cast(v, float) for v in content["intercept"]],
-            dict(content["cuts"]),
+            method=content["method"],
+            weights={name: _cast(member["weight"], float) for name, member in members.items()},
+            intercept=[_cast(value, float) for value in content["intercept"]],
+            cuts=dict(content["cuts"]),
         )
-        digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
-    problems = [f"run {name} is missing" for name in digests if name not in records]
-    problems += [
-        f"run {name} is none of its members, {_comma_join(digests)}"
-        for name in records
-        if name not in digests
-    ]
-    for name in records:
-        if digests.get(name, got := _file_sha256(records[name])) != got:
-            expected = f"{digests[name][:12]}, got {got[:12]}"
-            problems.append(
-                f"run {name} is another one: SHA-256 of its record.json, expected {expected}"
-            )
+    problems = [f"run {name} is missing" for name in expected if name not in record_paths]
+    for name, record_path in record_paths.items():
+        if name not in expected:
+            problems.append(f"run {name} is none of its members, {_comma_join(expected)}")
+            continue
+        sha256 = _file_sha256(record_path)
+        if expected[name] != sha256:
+            difference = f"expected {expected[name][:12]}, got {sha256[:12]}"
+            problems.append(f"run {name} is another one: SHA-256 of its record.json, {difference}")
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return blend
 
 
-def _open_bundle(folder):
-    """A bundle or run folder as a `Bundle`, its files not verified, but that its blend.json is of its runs."""
+def _describe_blend(weights, intercept):
+    """A blend, {name: weight} and (K,) intercepts, as one line."""
+    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
+    if any(intercept):
+        terms.append(f"intercept {_comma_join(f'{value:.4g}' for value in intercept)}")
+    return _comma_join(terms)
+
+
+def _open_bundle(folder, manifest=None):
+    """A bundle or run folder as a `Bundle`; its files are not verified here.
+
+    A blend.json must be of its runs. `manifest` is that of the bundle where it was read before.
+    """
     if not (folder / _MANIFEST).is_file():
         return Bundle(folder, [_load_run(folder)], {})
-    parts = _read_bundle_manifest(folder)["runs"]
-    runs, blend = [_bundled_run(folder, name, told) for name, told in parts.items()], None
-    if (folder / _BLEND_FILE).is_file():
-        blend = _read_blend(
-            folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()}
-        )
-        if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
-            raise BundleError(
-                f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}"
-            )
-    return Bundle(folder, runs, {}, blend=blend)
+    entries = (manifest or _read_bundle_manifest(folder))["runs"]
+    runs = [_bundled_run(folder, name, entry) for name, entry in entries.items()]
+    path = folder / _BLEND_FILE
+    if not path.is_file():
+        return Bundle(folder, runs, {})
+    blend = _read_blend(path, {name: folder / entry["record"] for name, entry in entries.items()})
+    n_outputs, n_intercepts = len(runs[0].record["outputs"]), len(blend.intercept)
+    if n_intercepts != n_outputs:
+        raise BundleError(f"{path}: expected {n_outputs} values of intercept, got {n_intercepts}")
+    return Bundle(folder, runs, {}, blend)
+
+
+def _verify_bundle(folder, manifest):
+    """Raise BundleError where a file is not what was packed, or another module than its own runs."""
+    files = manifest["files"]
+    problems = _integrity_problems(folder, files)
+    if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+        running = f"{__file__}, version {__version__}"
+        problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
+    if problems:
+        raise BundleError([f"{folder}", *problems])
+    size = sum(file["bytes"] for file in files.values())
+    print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
 
 def load_bundle(bundle_dir="", precision="auto"):
-    """The `Bundle` that `_find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
+    """The bundle or run that `bundle_dir` names or that alone is attached, verified, as a `Bundle`.
 
-    A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
-    BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
+    Every file is checked by size and SHA-256, and that this module is the bundle's own: BundleError
+    names every file that is not what was packed. A run folder has no manifest to verify;
+    `check_golden` checks its predictions all the same. `precision` is that of infer.ipynb: auto is
+    as trained on a GPU and fp32 on a CPU.
     """
-    if why := _precision_error(precision):
-        raise ConfigError(f"precision {precision} cannot be used here: {why}")
-    folder = _find_bundle(bundle_dir)
+    precision_error = _precision_error(precision)
+    if precision_error:
+        raise ConfigError(f"precision {precision} cannot be used here: {precision_error}")
+    folder, manifest = _find_bundle(bundle_dir), None
     if (folder / _MANIFEST).is_file():
-        files = _read_bundle_manifest(folder)["files"]
-        problems = _integrity_problems(folder, files)
-        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-            problems = [
-                f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"
-            ]
-        if problems:
-            raise BundleError([f"{folder}", *problems])
-        size = sum(entry["bytes"] for entry in files.values())
-        print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
+        manifest = _read_bundle_manifest(folder)
+        _verify_bundle(folder, manifest)
     else:
         print(f"{folder}: a run folder, without checksums")
-    bundle = _open_bundle(folder)
+    bundle = _open_bundle(folder, manifest)
     for run in bundle.runs:
         print(_summary(run.name, run.record))
-        here, then = _versions(), run.record["versions"]
-        if moved := [
-            f"{name} {then.get(name)}, here {here[name]}"
-            for name in here
-            if here[name] != then.get(name)
-        ]:
-            print(f"  trained with {'; '.join(moved)}")
+        _print_version_changes(run.record["versions"])
     if bundle.blend:
-        print(
-            f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}"
-        )
+        print(f"blended by {bundle.blend.method}: {bundle.blend}")
     if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"
-    if precision != "auto":  # on a GPU, auto is as trained
+    if precision != "auto":
         bundle = bundle._replace(runs=[_in_precision(run, precision) for run in bundle.runs])
     return bundle
+
+
+def _print_version_changes(then):
+    changes = [
+        f"{name} {then.get(name)}, here {version}"
+        for name, version in _versions().items()
+        if version != then.get(name)
+    ]
+    if changes:
+        print(f"  trained with {'; '.join(changes)}")
 
 
 def _in_precision(run, precision):
@@ -6599,32 +6640,21 @@ def _in_precision(run, precision):
     return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
 
 
-def _describe_blend(weights, intercept):
-    """A blend, {name: weight} and (K,) intercepts, as one line."""
-    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    return _comma_join(terms) + (
-        f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}"
-        if any(intercept)
-        else ""
-    )
-
-
 def _open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
     _prepare_process()
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # transformers wants the names that it gave the files
+    with tempfile.TemporaryDirectory() as folder:  # transformers wants its own names of the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
         tokenizer = _load_tokenizer(folder)
     loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
-    model = TextModel(run.cfg, _empty_backbone(run.config, run.cfg), loss, _cls_is_last(tokenizer))
+    backbone = _empty_backbone(run.config, run.cfg)
+    model = TextModel(run.cfg, backbone, loss, _cls_is_last(tokenizer))
     return tokenizer, model.to(_pick_device())
 
 
 def _load_fold(model, run, fold):
-    """Copy the weights of a fold into the model, tensor by tensor from a map of the file: no second model in memory."""
+    """Copy the weights of a fold into the model from a map of the file: no second one in memory."""
     with _wrap_read_errors(run.weights[fold]):
         load_model(model, run.weights[fold])
 
@@ -6647,49 +6677,56 @@ def _settings_that_affect(cfg, *affects):
     return {name: getattr(cfg, name) for name in names}
 
 
-def _each_run(bundle, work):
-    """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
-    are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
-    results = []
+def _open_runs(bundle):
+    """(run, tokenizer, model) of one run after another, those of one architecture in a row.
+
+    They share a model, whose weights are whichever were loaded last. No more than one model is in
+    memory, and the last one stays in `bundle.opened`.
+    """
     for run in sorted(bundle.runs, key=_architecture_key):
-        if (key := _architecture_key(run)) not in bundle.opened:
+        key = _architecture_key(run)
+        if key not in bundle.opened:
             bundle.opened.clear()
             bundle.opened[key] = _open_run(run)
-        results.append(work(run, *bundle.opened[key]))
-    return results
+        tokenizer, model = bundle.opened[key]
+        yield run, tokenizer, model
 
 
 def _check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
-    got = _probe_ids(texts, tokenizer, run.cfg)
-    wrong = [text for text, a, b in zip(texts, got, run.golden["token_ids"], strict=True) if a != b]
+    rows = zip(texts, _probe_ids(texts, tokenizer, run.cfg), run.golden["token_ids"], strict=True)
+    wrong = [text for text, ids, expected in rows if ids != expected]
     if wrong:
         raise BundleError(
-            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of {len(texts)} texts, "
-            f"such as {wrong[0][:40]!r}: its files, or the versions of tokenizers or transformers, differ"
+            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of "
+            f"{len(texts)} texts, such as {wrong[0][:40]!r}: its files, or the versions of "
+            f"tokenizers or transformers, differ"
         )
 
 
 def _golden_predictions(run, tokenizer, model, precisions):
-    """{precision: predictions (n, K)} of the golden rows of a run, each by the fold that validated it."""
-    rows, folds = run.golden["rows"], np.array([row["fold"] for row in run.golden["rows"]])
+    """{precision: predictions (n, K)} of the golden rows, each by the fold that validated it."""
+    rows = run.golden["rows"]
+    folds = np.array([row["fold"] for row in rows])
     tokens = _tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
-    got = {precision: np.empty((len(rows), len(run.record["outputs"]))) for precision in precisions}
+    shape = (len(rows), len(run.record["outputs"]))
+    predictions = {precision: np.empty(shape) for precision in precisions}
     for fold in run.weights:
         _load_fold(model, run, fold)
-        for precision, predictions in got.items():
+        own = np.flatnonzero(folds == fold)
+        for precision in predictions:
             cfg = dataclasses.replace(run.cfg, precision=precision)
-            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
-    return got
+            predictions[precision][own] = predict(model, tokens, cfg, own)
+    return predictions
 
 
 def _golden_gaps(run, predictions, golden):
-    """Distance (n,) of predictions (n, K) from what they must be, in standard deviations of the target, or in units
-    of 1 for probabilities.
+    """Distance (n,) of predictions (n, K) from what they must be.
 
-    Arithmetic rounds a prediction in proportion to its size. Where a target lies further than its spread allows, 1000
-    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `_GOLDEN_MIN_FRACTION`.
+    The unit is the standard deviation of the target, or 1 for probabilities. Arithmetic rounds a
+    prediction in proportion to its size: where a target lies further than its spread allows, 1000
+    with a standard deviation of 0.01 for one, the unit is `_GOLDEN_MIN_FRACTION` of the prediction.
     """
     spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
     scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
@@ -6697,208 +6734,227 @@ def _golden_gaps(run, predictions, golden):
 
 
 def _check_gaps(run, predictions, precision):
-    """The largest distance of predictions of the golden rows; BundleError with fold and id where it is too large."""
+    """The largest gap of the golden rows; BundleError with fold and id where it is too large."""
     gaps = _golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
     allowed = _GOLDEN_TOLERANCES[precision]
     if not gaps.max() <= allowed:  # NaN too
         row = run.golden["rows"][int(gaps.argmax())]
         raise BundleError(
-            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is {gaps.max():.2g} off "
-            f"that of training, {allowed:g} is allowed: the weights, the module or the versions differ"
+            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is "
+            f"{gaps.max():.2g} off that of training, {allowed:g} is allowed: the weights, the "
+            f"module or the versions differ"
         )
     return float(gaps.max())
 
 
-def _check_run(run, tokenizer, model):
-    """`check_golden` for one run."""
-    _check_probes(run, tokenizer)
-    precisions = {
-        _precision_name(precision): precision for precision in (run.cfg.precision, "fp32")
-    }  # one each
-    got = _golden_predictions(run, tokenizer, model, precisions.values())
-    for name, precision in precisions.items():
-        gap, allowed = _check_gaps(run, got[precision], name), _GOLDEN_TOLERANCES[name]
-        print(
-            f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed"
-        )
-
-
 def check_golden(bundle):
-    """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
-    every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    _each_run(bundle, _check_run)
+    """Prove that this machine predicts what training predicted.
+
+    The token ids of the probes must be the same, and the golden rows of every fold near enough, in
+    float32 and in the precision that is used here. Raises BundleError with the fold and row.
+    """
+    for run, tokenizer, model in _open_runs(bundle):
+        _check_probes(run, tokenizer)
+        precisions = {_precision_name(p): p for p in (run.cfg.precision, "fp32")}  # one each
+        predictions = _golden_predictions(run, tokenizer, model, precisions.values())
+        for name, precision in precisions.items():
+            gap = _check_gaps(run, predictions[precision], name)
+            rows = f"{len(predictions[precision])} golden rows in {name}"
+            allowed = _GOLDEN_TOLERANCES[name]
+            print(f"{run.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
+
+
+# ---------------------------------------------------------------------------------------
+# 20. Predictions of a bundle, submission
 
 
 def _predict_runs(bundle, frame, batch_tokens):
-    """The blend of runs, else their mean, where each is the mean of its folds: (N, K), in this process. Runs that read
-    the texts alike share their tokens."""
-    texts = {}  # what decides the tokens -> tokens
+    """The blend of runs, else their mean, where each is the mean of its folds: (N, K).
 
-    def predict_run(run, tokenizer, model):
+    Runs that read the texts alike share their tokens.
+    """
+    tokens = {}  # tokenization key -> tokens
+    means = {}
+    for run, tokenizer, model in _open_runs(bundle):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-        if (key := _tokenization_key(run)) not in texts:
-            if new := _new_prefix_tokens(tokenizer, frame, cfg):
-                warnings.warn(
-                    f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2
-                )
-            texts[key] = _tokenize_frame(frame, tokenizer, cfg)
+        key = _tokenization_key(run)
+        if key not in tokens:
+            _warn_of_new_prefixes(tokenizer, frame, cfg)
+            tokens[key] = _tokenize_frame(frame, tokenizer, cfg)
         total = 0
         for fold in _progress(list(run.weights), f"predict {run.name}"):
             _load_fold(model, run, fold)
-            total = total + predict(model, texts[key], cfg)
-        return run.name, total / len(run.weights)
-
-    means = _each_run(bundle, predict_run)
+            total = total + predict(model, tokens[key], cfg)
+        means[run.name] = total / len(run.weights)
     if bundle.blend is None:
-        return np.mean([mean for _, mean in means], axis=0)
-    return bundle.blend.intercept + sum(bundle.blend.weights[name] * mean for name, mean in means)
+        return np.mean(list(means.values()), axis=0)
+    weighted = [bundle.blend.weights[name] * mean for name, mean in means.items()]
+    return bundle.blend.intercept + sum(weighted)
+
+
+def _warn_of_new_prefixes(tokenizer, frame, cfg):
+    new = _new_prefix_tokens(tokenizer, frame, cfg)
+    if new:
+        words = _comma_join(new[:10])
+        warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
 
 
 def _predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
     job = _read_job(path)
-    bundle = _open_bundle(Path(job["bundle"]))
     precisions = job["precisions"]
-    runs = [
-        _in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions
-    ]
-    bundle = bundle._replace(runs=runs)
-    np.save(
-        Path(path).with_suffix(".npy"),
-        _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]),
-    )
+    bundle = _open_bundle(Path(job["bundle"]))
+    runs = [_in_precision(r, precisions[r.name]) for r in bundle.runs if r.name in precisions]
+    frame = pd.DataFrame(job["cells"])
+    predictions = _predict_runs(bundle._replace(runs=runs), frame, job["batch_tokens"])
+    np.save(Path(path).with_suffix(".npy"), predictions)
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
-    """`_predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
+    """Predictions (N, K) of the runs for a frame, in target units or probabilities.
 
-    Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
-    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
+    Each run is the mean of its folds; runs are blended, or averaged. Rows are split over
+    `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
+    that one GPU, or the CPU, needs no other. Prints rows a second.
     """
     began = time.perf_counter()
     count = min(processes or max(1, len(_equal_gpus())), len(frame))
-    if count > 1 and (cells := _notebook_parts(*(run.cfg for run in bundle.runs))):
-        print(
-            f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes"
-        )
+    own_parts = _notebook_parts(*(run.cfg for run in bundle.runs))
+    if count > 1 and own_parts:
+        reason = "of the notebook cannot be read by other processes"
+        print(f"1 GPU of {count}: {_comma_join(own_parts)} {reason}")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
-        precisions = {run.name: run.cfg.precision for run in bundle.runs}
-        job = dict(bundle=str(bundle.folder), precisions=precisions, batch_tokens=batch_tokens)
-        columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
         for number in range(1, count):
-            cells = {name: list(frame[name].iloc[number::count]) for name in columns}
-            others.append(_start_process(number, "predict", job | {"cells": cells}, folder))
-            stack.enter_context(others[-1])
-            stack.callback(others[-1].kill)
-        mine = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
-        predictions = np.empty((len(frame), mine.shape[1]))
-        predictions[::count] = mine
+            job = _prediction_job(bundle, frame.iloc[number::count], batch_tokens)
+            process = _start_process(number, "predict", job, folder)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            others.append(process)
+        own = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
+        predictions = np.empty((len(frame), own.shape[1]))
+        predictions[::count] = own
         for number, process in enumerate(others, 1):
-            if code := process.wait():
-                raise _process_error(number, count, code, folder)
-            lines = (Path(folder) / f"{number}.log").read_text().splitlines()
-            print(
-                "".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end=""
-            )
-            predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
-    seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
-    print(
-        f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
-    )
-    print(
-        f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}"
-    )
+            predictions[number::count] = _finish_prediction(number, count, process, folder)
+    seconds = time.perf_counter() - began
+    n_models = sum(len(run.weights) for run in bundle.runs)
+    precisions = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
+    speed = f"{seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
+    processes = "1 process" if count == 1 else f"{count} processes, each"
+    print(f"{len(frame)} rows by {n_models} models in {speed}")
+    print(f"{processes} on {_device_name()}, {_comma_join(precisions)}")
     return predictions
 
 
+def _prediction_job(bundle, frame, batch_tokens):
+    """What `_predict_job` needs to predict the rows of a frame."""
+    columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
+    return {
+        "bundle": str(bundle.folder),
+        "precisions": {run.name: run.cfg.precision for run in bundle.runs},
+        "batch_tokens": batch_tokens,
+        "cells": {name: list(frame[name]) for name in columns},
+    }
+
+
+def _finish_prediction(number, count, process, folder):
+    """What a process of `predict_bundle` predicted; KitError where it failed."""
+    code = process.wait()
+    if code:
+        raise _process_error(number, count, code, folder)
+    for line in (Path(folder) / f"{number}.log").read_text().splitlines():
+        if "memory" in line:
+            print(f"process {number}: {line}")
+    return np.load(Path(folder) / f"{number}.npy")
+
+
 def read_test_set(bundle, data_dir):
-    """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
+    """(test, sample submission) frames, checked against what the runs read and predict."""
     folder = _find_data_dir(data_dir, "test.csv")
-    test, sample = _read_test(
-        bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)]
-    )
+    columns = [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    test, sample = _read_test(bundle.cfg, folder, columns)
     if sample is None:
-        print(
-            f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings"
-        )
+        source = "ids, order and columns are those of test.csv and the settings"
+        print(f"{folder} has no sample_submission.csv: {source}")
     else:
         _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
 
 
-def write_submission(path, ids, predictions, run, sample=None):
-    """Write predictions (N, K) as a submission and return it as a frame, checked against sample_submission.
+def write_submission(bundle, test, predictions, sample, path):
+    """Write predictions (N, K) for the rows of `test` as a submission; returns it as a frame.
 
-    It has the columns, ids and order of `sample`. Of a multiclass task it holds a probability for each class
-    where the sample has those columns, or else the likeliest label. Raises DataError for ids or columns that do
-    not fit and for values that are not finite; a file that is there is replaced only by a good one.
+    It has the columns, ids and order of `sample`, or without one (None) those of `test` and the
+    settings. Of a multiclass task it holds a probability for each class where the sample has those
+    columns, or else the likeliest label. For the metric qwk in regression predictions are cut at
+    the thresholds that the runs fitted. Raises DataError for ids or columns that do not fit and for
+    values that are not finite; a file that is there is replaced only by a good one.
     """
-    cfg, classes = run.cfg, run.record["classes"]
-    if predictions.shape != (len(ids), len(run.record["outputs"])):
-        expected = (len(ids), len(run.record["outputs"]))
+    run, cfg, ids = bundle.runs[0], bundle.cfg, test[bundle.cfg.id_column]
+    outputs, classes = run.record["outputs"], run.record["classes"]
+    expected = (len(ids), len(outputs))
+    if predictions.shape != expected:
         raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        raise DataError(
-            f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}"
-        )
+        first = ids.iloc[bad[0]]
+        raise DataError(f"{len(bad)} predictions are not finite, the first for id {first!r}")
     columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
-    values = predictions
+    values = _to_levels(predictions, bundle)
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]
-    names = columns if len(columns) == 1 else run.record["outputs"]
+    names = columns if len(columns) == 1 else outputs
     table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
+    order = [cfg.id_column, *columns]
     if sample is not None:
         if sorted(sample[cfg.id_column]) != sorted(ids):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
-        table = table.loc[sample[cfg.id_column]]
-    table = table.reset_index()[
-        [cfg.id_column, *columns] if sample is None else list(sample.columns)
-    ]
+        table, order = table.loc[sample[cfg.id_column]], list(sample.columns)
+    table = table.reset_index()[order]
+    path = Path(path)
     with _wrap_write_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
     print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}")
     return table
 
 
 def _to_levels(predictions, bundle):
-    """Predictions (N, K) of a bundle with the metric qwk as whole numbers, cut at the thresholds of its blend or else
-    at the mean of those of its runs; others as they are."""
-    scores = [bundle.blend.cuts] if bundle.blend else [run.record["oof"] for run in bundle.runs]
-    found = [score.get("levels") for score in scores]
-    if not any(found):
+    """Predictions (N, K) for the metric qwk in regression as whole numbers, others as they are.
+
+    They are cut at the thresholds of the blend, or else at the mean of those of the runs.
+    """
+    scores = [run.record["oof"] for run in bundle.runs]
+    if bundle.blend:
+        scores = [bundle.blend.cuts]
+    levels = [score.get("levels") for score in scores]
+    if not any(levels):
         return predictions
-    if any(levels != found[0] for levels in found):
-        raise BundleError(
-            f"the runs have thresholds between other levels: {', '.join(map(str, found))}"
-        )
+    if any(other != levels[0] for other in levels):
+        between = ", ".join(map(str, levels))
+        raise BundleError(f"the runs have thresholds between other levels: {between}")
     columns = []
-    for k, (lowest, highest) in enumerate(found[0]):
+    for k, (lowest, highest) in enumerate(levels[0]):
         thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
         columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
-        print(
-            f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}"
-        )
+        points = ", ".join(f"{point:.3f}" for point in thresholds)
+        print(f"levels {lowest} to {highest}, cut at {points}")
     return np.stack(columns, axis=1)
 
 
 def predict_test(run_folder, test, sample=None):
-    """Predict test.csv with a run and write `submission.csv` into its folder; None where there is no test.csv."""
+    """Predict `test` with a run and write `submission.csv` into its folder; None without a test."""
     if test is None:
         print("no test.csv, no submission")
         return None
     bundle = _open_bundle(Path(run_folder))
-    ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    predictions = _to_levels(predict_bundle(bundle, test), bundle)
-    return write_submission(path, ids, predictions, bundle.runs[0], sample)
+    predictions = predict_bundle(bundle, test)
+    return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
 
 
 # ---------------------------------------------------------------------------------------
-# 20. Command line
+# 21. Command line
 
 
 def _train_by_config(path):

@@ -256,8 +256,8 @@ def test_a_run_of_every_kind_of_task_predicts_the_same_from_its_bundle(task, cal
     loaded = ku.load_bundle(tmp_path / "dist")
     ku.check_golden(loaded)
     test, sample = ku.read_test_set(loaded, str(competition))
-    path, run = tmp_path / "submission.csv", loaded.runs[0]
-    ku.write_submission(path, test["id"], ku.predict_bundle(loaded, test), run, sample)
+    path = tmp_path / "submission.csv"
+    ku.write_submission(loaded, test, ku.predict_bundle(loaded, test), sample, path)
     pd.testing.assert_frame_equal(pd.read_csv(path, dtype={"id": str}), expected, rtol=0, atol=1e-5)
 
 

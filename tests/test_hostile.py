@@ -953,8 +953,8 @@ def infer(settings):
     bundle = ku.load_bundle(cfg.bundle_dir, cfg.precision)
     ku.check_golden(bundle)
     test, sample = ku.read_test_set(bundle, cfg.data_dir)
-    ids, path = test[bundle.cfg.id_column], Path(cfg.output_dir) / "submission.csv"
-    return ku.write_submission(path, ids, ku.predict_bundle(bundle, test), bundle.runs[0], sample)
+    path = Path(cfg.output_dir) / "submission.csv"
+    return ku.write_submission(bundle, test, ku.predict_bundle(bundle, test), sample, path)
 
 
 @pytest.fixture

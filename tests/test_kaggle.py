@@ -321,7 +321,7 @@ def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp
         ku.warnings.simplefilter("ignore")
         test, sample = ku.read_test_set(loaded, str(folder))
     predictions = ku.predict_bundle(loaded, test)
-    written = ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    written = ku.write_submission(loaded, test, predictions, sample, tmp_path / "submission.csv")
     assert list(written["id"]) == list(RERUNS[case]["id"])[::-1] and written["target"].notna().all()
     alone = ku.predict_bundle(loaded, test.iloc[:1])
     assert predictions[0] == pytest.approx(alone[0], abs=1e-5)
@@ -333,7 +333,7 @@ def test_twenty_thousand_rows_are_predicted(runs, tmp_path):
     loaded = ku._open_bundle(runs / "one")
     test, sample = ku.read_test_set(loaded, str(rerun_inputs(tmp_path / "data", frame)))
     predictions = ku.predict_bundle(loaded, test)
-    ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    ku.write_submission(loaded, test, predictions, sample, tmp_path / "submission.csv")
     assert len(submission(tmp_path)) == 20_000
     some = [0, 1, 777, 19_999]
     assert predictions[some] == pytest.approx(ku.predict_bundle(loaded, test.iloc[some]), abs=1e-5)

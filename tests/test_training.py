@@ -446,12 +446,12 @@ def finished(tiny):
     cfg = tiny(run_name="run", run_folds="0")
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
-    return ku._load_run(folder), test["id"], np.arange(10.0)[:, None], sample
+    return ku._open_bundle(folder), test["id"], np.arange(10.0)[:, None], sample
 
 
 def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_path):
     loaded, ids, predictions, sample = finished
-    ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+    ku.write_submission(loaded, ids.to_frame(), predictions, sample, tmp_path / "s.csv")
     written = pd.read_csv(tmp_path / "s.csv", dtype={"id": str})
     assert list(written.columns) == ["id", "target"] and list(written["id"]) == list(sample["id"])
     assert list(written["target"]) == [predictions[list(ids).index(i), 0] for i in sample["id"]]
@@ -470,7 +470,7 @@ def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil
     (tmp_path / "s.csv").write_text("old")
     ids, predictions, sample = spoil(*rest)
     with pytest.raises(ku.DataError, match=message):
-        ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+        ku.write_submission(loaded, ids.to_frame(), predictions, sample, tmp_path / "s.csv")
     assert (tmp_path / "s.csv").read_text() == "old"
 
 
