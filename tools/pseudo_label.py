@@ -174,20 +174,20 @@ def read_texts(paths, cfg):
 
 def predict_folds(runs, texts):
     """What every model predicts, (R, F, M, K): of R runs, F folds each, for M texts."""
-    bundle, tokens = ku.Bundle(Path(), runs, {}), {}
+    bundle = ku.Bundle(Path(), runs, {})
     ku.check_golden(bundle)
-
-    def predict_run(run, tokenizer, model):
-        reading = ku._tokenization_key(run)
-        if reading not in tokens:
-            tokens[reading] = ku._tokenize_frame(texts, tokenizer, run.cfg)
-        predictions = []
+    tokens = {}  # what decides them -> tokens
+    predictions = []
+    for run, tokenizer, model in ku._open_runs(bundle):
+        key = ku._tokenization_key(run)
+        if key not in tokens:
+            tokens[key] = ku._tokenize_frame(texts, tokenizer, run.cfg)
+        by_fold = []
         for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
             ku._load_fold(model, run, fold)
-            predictions.append(ku.predict(model, tokens[reading], run.cfg))
-        return np.stack(predictions)
-
-    return np.stack(ku._each_run(bundle, predict_run))
+            by_fold.append(ku.predict(model, tokens[key], run.cfg))
+        predictions.append(np.stack(by_fold))
+    return np.stack(predictions)
 
 
 def models_of(runs, fold):
