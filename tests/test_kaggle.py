@@ -435,6 +435,93 @@ def test_a_run_that_is_mounted_twice_is_one_and_what_others_call_record_json_is_
     assert [run.name for run in ku.load_bundle().runs] == ["one"]
 
 
+@pytest.fixture
+def attached(tmp_path, monkeypatch):
+    """Function: files below /kaggle/input, then the folders that hold a marker, relative to it."""
+    inputs = tmp_path / "kaggle" / "input"
+    inputs.mkdir(parents=True)
+    monkeypatch.setenv("KAGGLE_ROOT", str(inputs.parent))
+
+    def find(marker, *files):
+        for file in files:
+            (inputs / file).parent.mkdir(parents=True, exist_ok=True)
+            (inputs / file).touch()
+        return [str(folder.relative_to(inputs)) for folder in ku._attached_folders(marker)]
+
+    return find
+
+
+@pytest.mark.parametrize("mount", [*BUNDLES.values(), *COMPETITIONS.values()])
+def test_a_marker_is_found_in_every_mount_layout(mount, attached):
+    assert attached("manifest.json", f"{mount}/manifest.json", "other/data.csv") == [mount]
+
+
+def test_attached_folders_are_sorted_and_at_most_six_levels_deep(attached):
+    deep = "a/b/c/d/e/f"
+    files = ["m", f"{deep}/m", f"{deep}/g/m", "z/m", "a/m"]
+    assert attached("m", *files) == ["a", deep, "z"]
+
+
+def test_a_pattern_finds_folders_that_hold_a_file_it_fits(attached):
+    assert attached("*.csv", "one/train.csv", "two/deep/test.csv", "three/train.parquet") == ["one", "two/deep"]
+
+
+def test_a_folder_that_is_attached_by_a_link_too_is_one_and_a_link_to_itself_is_none(attached, tmp_path):
+    inputs = tmp_path / "kaggle" / "input"
+    assert attached("m", "datasets/me/one/m") == ["datasets/me/one"]
+    (inputs / "a").symlink_to(inputs / "datasets" / "me" / "one")
+    (inputs / "loop").symlink_to(inputs / "loop")
+    (inputs / "gone").symlink_to(inputs / "nowhere")
+    assert attached("m") == ["datasets/me/one"]
+
+
+def test_the_search_lists_no_folder_below_one_with_more_than_100_entries(attached, tmp_path, monkeypatch):
+    """A data set of images: 300 folders, each with one that holds the marker."""
+    inputs, scandir, listed = tmp_path / "kaggle" / "input", os.scandir, []
+
+    class Counted:
+        """os.scandir of a folder, which notes the folder for each entry that is read of it."""
+
+        def __init__(self, folder):
+            self.entries, self.folder = scandir(folder), Path(folder).relative_to(inputs).as_posix()
+            listed.append((self.folder, "listed"))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            listed.append((self.folder, "read"))
+            return next(self.entries)
+
+    images = [f"images/{i}/{place}" for i in range(300) for place in ("m", "deep/m")]
+    beside = ["small/m", "images/m", *(f"hundred/{i}/m" for i in range(100))]
+    attached("m", *images, *beside)
+    monkeypatch.setattr(os, "scandir", Counted)
+    found = attached("m")
+    assert found == sorted(["small", "images", *(f"hundred/{i}" for i in range(100))])
+    assert listed.count(("images", "read")) == 101
+    assert {folder for folder, _ in listed} == {
+        ".",
+        "small",
+        "images",
+        "hundred",
+        *(f"hundred/{i}" for i in range(100)),
+    }
+    assert len([folder for folder, what in listed if what == "listed"]) == 104
+
+
+def test_a_bundle_is_found_beside_a_data_set_of_images(attached, dist, tmp_path):
+    attached("m", *(f"datasets/me/images/{i}/manifest.json" for i in range(150)))
+    shutil.copytree(dist("one"), tmp_path / "kaggle/input/datasets/me/my-bundle")
+    assert [run.name for run in ku.load_bundle().runs] == ["one"]
+
+
 @pytest.mark.parametrize("part", ["golden.json", "fold1/model.safetensors", "fold0/config.json", "tokenizer"])
 def test_a_run_folder_that_lacks_a_part_is_refused_by_its_name(part, runs, tmp_path):
     folder = Path(shutil.copytree(runs / "one", tmp_path / "one"))

@@ -1,7 +1,5 @@
 """Packed rows against padded ones, and the training step in the shape that CUDA graphs and torch.compile want."""
 
-import math
-
 import kernel_utils as ku
 import numpy as np
 import pytest
@@ -130,12 +128,12 @@ def test_a_text_does_not_move_with_its_neighbours(kind, build):
             torch.testing.assert_close(model(**tokens.packed(np.array(neighbours), CPU))[:1], alone, atol=1e-6, rtol=0)
 
 
-def leaky(query, key, value, pack, dropout, scale, reach, causal):
+def leaky(query, key, value, pack, dropout, scale, window_size, is_causal):
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
 
 
-def everywhere(query, key, value, pack, dropout, scale, reach, causal):
-    return ku._sdpa_per_sequence(query, key, value, pack, dropout, scale, math.inf, causal)
+def everywhere(query, key, value, pack, dropout, scale, window_size, is_causal):
+    return ku._sdpa_per_sequence(query, key, value, pack, dropout, scale, -1, is_causal)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +175,25 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
     assert f"Model in float32: padded rows, {told}" in capsys.readouterr().out
     predictions = ku.predict(model, tokens, ku.Config())
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window_size", [-1, 0, 2, 6, 7, 100])
+def test_each_text_attends_to_itself_within_the_window(window_size, is_causal):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 20, 4)
+    pack = ku._Pack(torch.tensor([0, 8, 9, 9, 20], dtype=torch.int32), 11, None, None, None)
+    text, position = torch.tensor([0] * 8 + [1] + [3] * 11), torch.arange(20)
+    behind = position[:, None] - position
+    mask = text[:, None] == text
+    if window_size >= 0:
+        mask &= behind.abs() <= window_size
+    if is_causal:
+        mask &= behind >= 0
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    got = ku._sdpa_per_sequence(query, key, value, pack, 0.0, 0.3, window_size, is_causal)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
 class Backwards(torch.autograd.Function):
@@ -347,7 +364,7 @@ class Recorder(TorchDispatchMode):
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "_to_cpu")
 
 
-def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
+def attend_dense(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention in static shapes, standing in for the kernels of a GPU."""
     segment = torch.searchsorted(pack.starts[1:].contiguous(), torch.arange(query.shape[2]), right=True, out_int32=True)
     mask = segment[:, None] == segment
@@ -529,17 +546,17 @@ def after_steps(cfg, steps):
 
 
 @gpu
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "reach"),
+    ("kernel", "dtype", "window_size"),
     [
-        ("flash", "bfloat16", math.inf),
+        ("flash", "bfloat16", -1),
         ("flash", "bfloat16", 3),
-        ("efficient", "float32", math.inf),
-        ("efficient", "float16", math.inf),
+        ("mem_efficient", "float32", -1),
+        ("mem_efficient", "float16", -1),
     ],
 )
-def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, reach, causal):
+def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, window_size, is_causal):
     dtype = getattr(torch, dtype)
     if kernel == "flash" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no flash attention on this GPU")
@@ -547,11 +564,11 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
     rows = [torch.randn(1, 4, 40, 32, requires_grad=True) for _ in range(3)]
     starts = torch.tensor([0, 7, 8, 8, 24, 40], dtype=torch.int32)
     pack = ku._Pack(starts, 16, None, None, None)
-    expected = ku._sdpa_per_sequence(*rows, pack, 0.0, 0.2, reach, causal)
+    expected = ku._sdpa_per_sequence(*rows, pack, 0.0, 0.2, window_size, is_causal)
     slopes = torch.autograd.grad(expected.square().sum(), rows)
     there = [row.detach().cuda().to(dtype).requires_grad_() for row in rows]
-    attend = getattr(ku, f"attend_{kernel}")
-    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, reach, causal)
+    attend = getattr(ku, f"_varlen_{kernel}")
+    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, window_size, is_causal)
     atol = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.float().cpu(), expected.detach(), atol=atol, rtol=atol)
     for slope, other in zip(slopes, torch.autograd.grad(got.float().square().sum(), there), strict=True):
