@@ -3121,7 +3121,7 @@ class TextModel(nn.Module):
         self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
         self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
         why = "attention is set" if cfg.attention else _install_packed_attention(backbone)
-        self.unpackable = (
+        self.packing_errors = (
             {None: why} if why else {}
         )  # dtype -> why rows are padded, or ''; None is any
         self.layout = getattr(
@@ -3266,16 +3266,16 @@ def _packing_error(model, tokens, dtype, gradients=False):
 
 def _takes_packed_rows(model, tokens, dtype, gradients=False):
     """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
-    if None in model.unpackable:
+    if None in model.packing_errors:
         return False
-    if dtype not in model.unpackable:
+    if dtype not in model.packing_errors:
         training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
+        why = model.packing_errors[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
         model.train(training)
         print(
             f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}"
         )
-    return not model.unpackable[dtype]
+    return not model.packing_errors[dtype]
 
 
 def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
@@ -4128,8 +4128,8 @@ class OptimizerStep:
                     tensor.zero_()
             return
         say(_group_table(groups))
-        fresh.unpackable |= self.found
-        self.found = fresh.unpackable
+        fresh.packing_errors |= self.found
+        self.found = fresh.packing_errors
         self.model = fresh.to(self.device)
         for weight in (
             self.model.parameters()

@@ -106,7 +106,7 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, b
     model, tokens = build(kind, head=head)
     if not ku._takes_packed_rows(model, tokens, torch.float32):
         assert kind not in PACKED
-        pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
+        pytest.skip(f"{kind} gets padded rows: {model.packing_errors}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
     static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
     for inputs in (tokens.packed(np.arange(6), CPU), static):
@@ -378,7 +378,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
     engine = engine_of(cfg)
     engine.begin(0, lambda text: None)
-    assert engine.packed, engine.model.unpackable
+    assert engine.packed, engine.model.packing_errors
     recorded, places = [], []
 
     def record(name, function, *inputs):
@@ -560,7 +560,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert ku._takes_packed_rows(model, tokens, torch.float32), model.unpackable
+    assert ku._takes_packed_rows(model, tokens, torch.float32), model.packing_errors
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
         torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)
