@@ -3177,48 +3177,53 @@ class _PaddedStates(Sequence):
 
 
 # ---------------------------------------------------------------------------------------
-# 9. Losses and metrics
+# 9. Losses
 
 
 class Loss:
-    """What a training loss is. It owns the link from logits to predictions, so that training,
-    validation and submission cannot disagree. A loss of your own derives from this or from a loss below.
+    """A training loss, and the link from logits to predictions that belongs to it: both in one
+    place, so that training, validation and submission cannot disagree.
 
-    `n_outputs` is the number of target columns, or of classes.
+    A loss of your own derives from this class, or from a loss below, and defines `__call__`; it
+    overrides the other methods where their defaults do not fit. `n_outputs` is the number of
+    target columns, or of classes in a multiclass task.
+
+    Shapes: logits (B, K), K the loss's own `num_logits`; targets (B, n_outputs) in floats. Targets
+    of a multiclass task are class numbers (B,), in a run with pseudo-labels probabilities (B, K).
     """
 
-    tasks = ("regression",)
-    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets besides, by name
+    tasks = ("regression",)  # that it can be chosen for
+    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets by keyword besides
 
     def __init__(self, cfg, n_outputs):
         self.num_logits = n_outputs  # K, how many logits it wants from the model
 
     def __call__(self, logits, target):
-        """Loss of every row: logits (B, K), target (B, K) or class numbers (B,) -> (B,). Its `extra_inputs`: `target_std` (B,),
-        the standard errors of the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
+        """The loss of every row (B,).
 
-        Of a multiclass task the targets are probabilities (B, K) in a run with pseudo-labels.
+        Given by keyword where `extra_inputs` names them: `target_std` (B,), the standard errors of
+        the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def reduce(self, mean):
-        """The batch loss from the mean of the row losses."""
+        """The loss of a batch from the mean of its row losses."""
         return mean
 
     def predict(self, logits):
-        """Raw outputs -> predictions in target units, or probabilities."""
+        """Predictions in target units (B, n_outputs), or probabilities."""
         return logits
 
     def distance(self, logits, other):
-        """How far apart the predictions of two logits (B, K) are for every row (B,), for R-Drop."""
+        """How far apart the predictions of two sets of logits are, by row (B,); for R-Drop."""
         return F.mse_loss(self.predict(logits), self.predict(other), reduction="none").mean(1)
 
     def init_bias(self, targets):
-        """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
+        """Logits (K,) of the best constant prediction: where the output layer's bias starts."""
         return targets.mean(0)
 
     def output_layer(self, in_features):
-        """The layer that makes logits (B, K) of features (B, D)."""
+        """The layer that makes logits of features (B, in_features). It has a weight and a bias."""
         return nn.Linear(in_features, self.num_logits)
 
 
@@ -3263,10 +3268,9 @@ class BceLoss(Loss):
         return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).mean(1) / 2
 
     def init_bias(self, targets):
-        if targets.min() < 0 or targets.max() > 1:
-            raise DataError(
-                f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}"
-            )
+        low, high = targets.min(), targets.max()
+        if low < 0 or high > 1:
+            raise DataError(f"loss bce takes targets from 0 to 1, got {low:g} to {high:g}")
         return torch.logit(targets.mean(0), eps=1e-3)
 
 
@@ -3278,61 +3282,71 @@ class CrossEntropyLoss(Loss):
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.smoothing = cfg.label_smoothing
+        self.label_smoothing = cfg.label_smoothing
 
     def __call__(self, logits, target):
-        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        return F.cross_entropy(
+            logits, target, reduction="none", label_smoothing=self.label_smoothing
+        )
 
     def predict(self, logits):
         return logits.softmax(1)
 
     def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences."""
-        return (
-            (logits.softmax(1) - other.softmax(1)) * (logits.log_softmax(1) - other.log_softmax(1))
-        ).sum(1) / 2
+        difference = logits.softmax(1) - other.softmax(1)
+        log_ratio = logits.log_softmax(1) - other.log_softmax(1)
+        return (difference * log_ratio).sum(1) / 2
 
     def init_bias(self, targets):
-        counts = (
-            torch.bincount(targets, minlength=self.num_logits)
-            if targets.ndim == 1
-            else targets.sum(0)
-        )
+        if targets.ndim == 1:
+            counts = torch.bincount(targets, minlength=self.num_logits)
+        else:
+            counts = targets.sum(0)
         return torch.log((counts + 1) / (len(targets) + self.num_logits))
 
 
 @register(LOSSES, "mse_rank")
 class RankLoss(MseLoss):
-    """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the cross-entropy of
-    sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch whose target is another one."""
+    """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the
+    cross-entropy of sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch
+    whose target is another one.
+    """
 
     extra_inputs = ("valid_mask",)
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.weight = cfg.rank_weight
+        self.rank_weight = cfg.rank_weight
 
     def __call__(self, logits, target, valid_mask):
-        ahead, truth = logits[:, None] - logits, target[:, None] - target  # (B, B, K)
-        pairs = F.binary_cross_entropy_with_logits(ahead, truth.sigmoid(), reduction="none")
-        counted = (truth != 0) & valid_mask[:, None]  # as broadcast: j is real
-        ranks = (pairs * counted).sum(1) / counted.sum(1).clamp(min=1)  # (B, K)
-        return super().__call__(logits, target) + self.weight * ranks.mean(1)
+        score_gaps = logits[:, None] - logits  # (B, B, K), of row i and row j
+        target_gaps = target[:, None] - target
+        pair_losses = F.binary_cross_entropy_with_logits(
+            score_gaps, target_gaps.sigmoid(), reduction="none"
+        )
+        counts = (target_gaps != 0) & valid_mask[:, None]  # the mask broadcasts over rows j
+        n_pairs = counts.sum(1).clamp(min=1)
+        rank_losses = (pair_losses * counts).sum(1) / n_pairs  # (B, K)
+        return super().__call__(logits, target) + self.rank_weight * rank_losses.mean(1)
 
 
 @register(LOSSES, "gaussian")
 class GaussianLoss(Loss):
-    """Predicts a normal distribution of the target, mean and log of the spread s; the mean is the prediction.
+    """Predicts a normal distribution of the target: its mean, and the log of its spread s. The mean
+    is the prediction.
 
-    The loss is its divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and its standard
-    error e stand for, less what depends on e alone: log s + (e^2 + (y - mean)^2) / (2 s^2). Without error_column e is
-    0, and it is the negative log-likelihood (Nix & Weigend 1994).
+    The loss is the divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and
+    its standard error e stand for, less what depends on e alone:
+    log s + (e^2 + (y - mean)^2) / (2 s^2). Without error_column e is 0, and it is the negative
+    log-likelihood (Nix & Weigend 1994).
     """
 
     extra_inputs = ("target_std",)
 
     def __init__(self, cfg, n_outputs):
-        self.n_outputs, self.num_logits = n_outputs, 2 * n_outputs
+        self.n_outputs = n_outputs
+        self.num_logits = 2 * n_outputs  # means, then logs of spreads
 
     def __call__(self, logits, target, target_std):
         mean, log_spread = logits.split(self.n_outputs, 1)
@@ -3343,53 +3357,57 @@ class GaussianLoss(Loss):
         return logits[:, : self.n_outputs]
 
     def init_bias(self, targets):
-        return torch.cat([targets.mean(0), targets.std(0, correction=0).clamp(min=1e-3).log()])
+        spread = targets.std(0, correction=0).clamp(min=1e-3)
+        return torch.cat([targets.mean(0), spread.log()])
 
 
 @register(LOSSES, "focal")
 class FocalLoss(Loss):
-    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth. arXiv:1708.02002."""
+    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth.
+    arXiv:1708.02002.
+    """
 
     tasks = ("binary", "multilabel", "multiclass")
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.gamma = cfg.focal_gamma
-        self.plain = LOSSES["cross_entropy" if cfg.task == "multiclass" else "bce"](cfg, n_outputs)
-        self.predict, self.distance, self.init_bias = (
-            self.plain.predict,
-            self.plain.distance,
-            self.plain.init_bias,
-        )
+        self.focal_gamma = cfg.focal_gamma
+        self.is_multiclass = cfg.task == "multiclass"
+        cross_entropy = LOSSES["cross_entropy" if self.is_multiclass else "bce"](cfg, n_outputs)
+        self.predict = cross_entropy.predict
+        self.distance = cross_entropy.distance
+        self.init_bias = cross_entropy.init_bias
 
     def __call__(self, logits, target):
-        if isinstance(self.plain, CrossEntropyLoss):
+        if self.is_multiclass:
             entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         else:
             entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
+        p = torch.exp(-entropy)
+        return ((1 - p) ** self.focal_gamma * entropy).mean(1)
 
 
 class _OrdinalLinear(nn.Linear):
-    """Scores (B, K) that share one weight vector and fall from each to the next, as their biases do: the first bias,
-    less the softplus of those after it, summed up."""
+    """Logits (B, K) that share one weight vector and fall from each to the next, as their biases
+    do: the first bias, less the softplus of those after it, summed up.
+    """
 
-    def __init__(self, size, width):
-        super().__init__(size, 1)
-        self.bias = nn.Parameter(torch.zeros(width))
+    def __init__(self, in_features, num_logits):
+        super().__init__(in_features, 1)
+        self.bias = nn.Parameter(torch.zeros(num_logits))
 
-    def forward(self, x):
-        steps = F.pad(F.softplus(self.bias[1:]), (1, 0)).cumsum(0)
-        return F.linear(x, self.weight) + (self.bias[0] - steps)
+    def forward(self, features):
+        drops = F.pad(F.softplus(self.bias[1:]), (1, 0)).cumsum(0)  # (K,)
+        return F.linear(features, self.weight) + (self.bias[0] - drops)
 
 
 @register(LOSSES, "coral")
 class CoralLoss(BceLoss):
-    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit k says
-    that the target is above level k. CORAL, arXiv:1901.07884.
+    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit
+    k says that the target is above level k. CORAL, arXiv:1901.07884.
 
-    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two levels it says how
-    near the next one is.
+    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two
+    levels it says how near the next one is.
     """
 
     tasks = ("regression",)
@@ -3401,58 +3419,60 @@ class CoralLoss(BceLoss):
     def output_layer(self, in_features):
         return _OrdinalLinear(in_features, self.num_logits)
 
-    def above(self, targets):
-        """Whether targets (B, 1) are above each level but the highest: (B, K)."""
-        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(
-            targets.dtype
-        )
+    def is_above_levels(self, targets):
+        """1 where targets (B, 1) are above each level but the highest, else 0: (B, K)."""
+        levels = torch.arange(self.lowest, self.highest, device=targets.device)
+        return (targets > levels).to(targets.dtype)
 
     def __call__(self, logits, target):
-        return F.binary_cross_entropy_with_logits(logits, self.above(target), reduction="none").sum(
-            1
-        )
+        is_above = self.is_above_levels(target)
+        return F.binary_cross_entropy_with_logits(logits, is_above, reduction="none").sum(1)
 
     def predict(self, logits):
-        count = (logits > 0).sum(1, keepdim=True)
-        ends = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)
-        last, next_ = ends.gather(1, count), ends.gather(1, count + 1)  # above 0, and not
-        return (self.lowest + count - 0.5 + last / (last - next_)).clamp(self.lowest, self.highest)
+        n_positive = (logits > 0).sum(1, keepdim=True)  # (B, 1)
+        bounded = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)  # (B, K + 2)
+        last_positive = bounded.gather(1, n_positive)
+        next_logit = bounded.gather(1, n_positive + 1)
+        fraction = last_positive / (last_positive - next_logit)
+        return (self.lowest + n_positive - 0.5 + fraction).clamp(self.lowest, self.highest)
 
     def distance(self, logits, other):
-        return super().distance(logits, other) * self.num_logits
+        return super().distance(logits, other) * self.num_logits  # the sum, as in the loss
 
     def init_bias(self, targets):
-        if (
-            (targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)
-        ).any():
-            wanted = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
-            raise DataError(
-                f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}"
-            )
-        logits = torch.logit(self.above(targets).mean(0), eps=1e-3)
-        return torch.cat(
-            [logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()]
-        )
+        low, high = targets.min(), targets.max()
+        is_whole = (targets == targets.round()).all()
+        if not is_whole or low < self.lowest or high > self.highest:
+            expected = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
+            raise DataError(f"loss coral takes {expected}; got {low:g} to {high:g}")
+        logits = torch.logit(self.is_above_levels(targets).mean(0), eps=1e-3)
+        drops = (logits[:-1] - logits[1:]).clamp(min=0.01)
+        return torch.cat([logits[:1], torch.expm1(drops).log()])  # the inverse of softplus
+
+
+# ---------------------------------------------------------------------------------------
+# Metrics, thresholds
 
 
 def metric(name, better, tasks, reduce=None):
-    """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
+    """Decorator that lists `function(target, prediction) -> float` in METRICS under `name`, for the
+    `tasks` it can score; `better` is "lower" or "higher".
 
-    Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities. With
-    `reduce` the function gives values of each row, (N, M), and the metric is `reduce` of their means, (..., M) -> (...):
-    such a metric is resampled many times faster.
+    Targets and predictions are arrays over all rows: (N, K), or class numbers (N,) and
+    probabilities (N, C). With `reduce` the function gives values of each row, (N, M), and the
+    metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster.
     """
 
     def add(function):
-        score = function
-        if reduce:
+        @functools.wraps(function)
+        def score(target, prediction):
+            value = function(target, prediction)
+            return float(value if reduce is None else reduce(value.mean(0)))
 
-            @functools.wraps(function)
-            def score(target, prediction):
-                return float(reduce(function(target, prediction).mean(0)))
-
-        score.better, score.tasks = better, tasks
-        score.per_row, score.reduce = (function, reduce) if reduce else (None, None)
+        score.better = better
+        score.tasks = tasks
+        score.per_row = None if reduce is None else function
+        score.reduce = reduce
         return register(METRICS, name)(score)
 
     return add
@@ -3469,13 +3489,11 @@ def _mean_root(values):
 _CLASS_TASKS = ("binary", "multiclass", "multilabel")
 
 
-def _mean_over_columns(function, target, prediction):
-    return float(np.mean([function(t, p) for t, p in zip(target.T, prediction.T, strict=True)]))
-
-
 def _predicted_labels(target, prediction):
     """Predicted labels in the form of the targets: the likeliest class, or 1 from a half up."""
-    return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
+    if target.ndim == 1:
+        return prediction.argmax(1)
+    return (prediction >= 0.5).astype(float)
 
 
 @metric("rmse", "lower", ("regression",), reduce=_mean_root)
@@ -3499,41 +3517,44 @@ def mcrmse(target, prediction):
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns."""
-    return _mean_over_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+    columns = zip(target.T, prediction.T, strict=True)
+    return np.mean([scipy.stats.pearsonr(t, p).statistic for t, p in columns])
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    return _mean_over_columns(
-        lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction
-    )
+    columns = zip(target.T, prediction.T, strict=True)
+    return np.mean([scipy.stats.spearmanr(t, p).statistic for t, p in columns])
 
 
 @metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
-    return (_predicted_labels(target, prediction) == target).reshape(len(target), -1)
+    is_right = _predicted_labels(target, prediction) == target
+    return is_right.reshape(len(target), -1)
 
 
 @metric("f1_macro", "higher", _CLASS_TASKS)
 def f1_macro(target, prediction):
     """F1, mean over the classes."""
     labels = _predicted_labels(target, prediction)
-    target, labels = (target.ravel(), labels.ravel()) if target.shape[-1] == 1 else (target, labels)
-    return float(sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0))
+    if target.shape[-1] == 1:  # one column of a binary task: its two classes
+        target, labels = target.ravel(), labels.ravel()
+    return sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0)
 
 
 @metric("auc", "higher", _CLASS_TASKS)
 def auc(target, prediction):
-    """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
-    hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
-    both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
-    return (
-        _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both])
-        if both
-        else math.nan
-    )
+    """Area under the ROC curve, one class against the rest, mean over classes that have both."""
+    if target.ndim == 1:
+        target = np.eye(prediction.shape[1])[target]
+    n_positive = target.sum(0)
+    has_both = (n_positive > 0) & (n_positive < len(target))
+    if not has_both.any():
+        return math.nan
+    columns = zip(target[:, has_both].T, prediction[:, has_both].T, strict=True)
+    return np.mean([sklearn.metrics.roc_auc_score(t, p) for t, p in columns])
 
 
 @metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
@@ -3551,53 +3572,75 @@ def logloss(target, prediction):
 @metric("qwk", "higher", ("regression", "multiclass"))
 def qwk(target, prediction):
     """Quadratic weighted kappa of class numbers, or of predictions rounded to whole targets."""
-    kappa = functools.partial(sklearn.metrics.cohen_kappa_score, weights="quadratic")
     if target.ndim == 1:
-        return float(kappa(target, prediction.argmax(1)))
+        return _quadratic_kappa(target, prediction.argmax(1))
     rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    return _mean_over_columns(kappa, np.rint(target).astype(int), rounded.astype(int))
+    columns = zip(np.rint(target).T, np.rint(rounded).T, strict=True)
+    return np.mean([_quadratic_kappa(t, p) for t, p in columns])
 
 
 def _quadratic_kappa(target, labels):
-    """Quadratic weighted kappa of whole numbers (N,): 1 less their squared distance by that of random pairs."""
-    apart = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
-    return 1 - ((target - labels) ** 2).mean() / apart if apart else 0.0
+    """Quadratic weighted kappa of whole numbers (N,): 1 less their mean squared distance by that of
+    random pairs. 0 where both have one and the same number in all rows.
+    """
+    by_chance = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
+    if by_chance == 0:
+        return 0.0
+    return 1 - ((target - labels) ** 2).mean() / by_chance
 
 
 def _apply_thresholds(thresholds, prediction, lowest):
-    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a prediction reaches."""
+    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a
+    prediction reaches.
+    """
     return lowest + np.searchsorted(thresholds, prediction, side="right")
 
 
 def _fit_thresholds(target, prediction, levels):
-    """Cut points (L - 1,) between the L levels that make the largest quadratic weighted kappa, sorted.
+    """Sorted thresholds (L - 1,) between L levels that make the quadratic weighted kappa largest.
 
-    One after another is moved to the best of its neighbours and 100 quantiles of the predictions between them, from
-    the middle between levels on, until none moves.
+    They start in the middle between levels. One after another moves to the best of its candidates,
+    until none moves.
     """
     lowest, highest = levels
+
+    def score_of(thresholds):
+        return _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest))
+
     thresholds = np.arange(lowest, highest) + 0.5
-    best, moved = _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest)), True
-    while moved:
-        moved = False
+    best_score = score_of(thresholds)
+    has_moved = True
+    while has_moved:
+        has_moved = False
         for k in range(len(thresholds)):
-            near = np.concatenate([[-np.inf], thresholds, [np.inf]])[[k, k + 2]]
-            between = prediction[(prediction > near[0]) & (prediction < near[1])]
-            points = np.quantile(between, np.linspace(0, 1, 101)) if len(between) else []
-            for point in np.unique([*near[np.isfinite(near)], *points]):
+            for candidate in _threshold_candidates(thresholds, k, prediction):
                 trial = thresholds.copy()
-                trial[k] = point
-                score = _quadratic_kappa(target, _apply_thresholds(trial, prediction, lowest))
-                if score > best + 1e-12:
-                    thresholds, best, moved = trial, score, True
+                trial[k] = candidate
+                score = score_of(trial)
+                if score > best_score + 1e-12:
+                    thresholds, best_score = trial, score
+                    has_moved = True
     return thresholds
+
+
+def _threshold_candidates(thresholds, k, prediction):
+    """Where threshold k may move: to its neighbours, to percentiles of predictions between them."""
+    below = thresholds[k - 1] if k > 0 else -np.inf
+    above = thresholds[k + 1] if k + 1 < len(thresholds) else np.inf
+    candidates = [neighbour for neighbour in (below, above) if np.isfinite(neighbour)]
+    between = prediction[(prediction > below) & (prediction < above)]
+    if len(between):
+        candidates.extend(np.quantile(between, np.linspace(0, 1, 101)))
+    return np.unique(candidates)
 
 
 def _improves(metric_name, new, old):
     """Whether a score beats the best so far. NaN never beats a number."""
     if math.isnan(old):
         return not math.isnan(new)
-    return new < old if METRICS[metric_name].better == "lower" else new > old
+    if METRICS[metric_name].better == "lower":
+        return new < old
+    return new > old
 
 
 # ---------------------------------------------------------------------------------------
@@ -3605,45 +3648,50 @@ def _improves(metric_name, new, old):
 
 
 def _cls_is_last(tokenizer):
-    """Whether the last token stands for a text: where the tokenizer puts no classification token first
-    (XLNet, T5's end of sequence, decoders)."""
+    """Whether the last token stands for a text: where the tokenizer puts no classification token
+    first (XLNet, T5's end of sequence, decoders).
+    """
     return tokenizer.cls_token_id not in _special_segments(tokenizer, pair=False)[0][0][0]
 
 
 class TextModel(nn.Module):
-    """Backbone, head, dropout and output layer. `loss` names the outputs K and turns them into predictions."""
+    """Backbone, head, dropout and output layer. `loss` says how many logits K they make, and turns
+    them into predictions.
+    """
 
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.encoder_info = EncoderInfo(
-            config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.num_logits
-        )
-        self.backbone, self.loss = backbone, loss
+        n_states = config.num_hidden_layers + 1
+        self.encoder_info = EncoderInfo(config.hidden_size, n_states, cls_last, loss.num_logits)
+        self.backbone = backbone
+        self.loss = loss
         self.head = HEADS[cfg.head](self.encoder_info, cfg)
-        self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
+        self.dropout = nn.Dropout(cfg.head_dropout)
+        self.dropout_samples = cfg.dropout_samples
         self.output = loss.output_layer(self.head.out_features)
-        if self.head.out_features == len(
-            self.output.weight
-        ):  # conv1d's channels are predictions already: keep their scale and sign
+        if self.head.out_features == len(self.output.weight):
+            # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
-        takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
-        self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
-        self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
-        why = "attention is set" if cfg.attention else _install_packed_attention(backbone)
-        self.unpackable = (
-            {None: why} if why else {}
-        )  # dtype -> why rows are padded, or ''; None is any
-        self.layout = getattr(
-            getattr(backbone, "encoder", None), "layout", None
-        )  # of DeBERTa's attention
+
+        has_type_argument = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self.uses_token_types = has_type_argument and getattr(config, "type_vocab_size", 2) > 1
+        first_positions = [first for _, first in _position_embeddings(backbone)]
+        self.first_position = max(first_positions, default=0)
+        self.packing_errors = {}  # dtype -> why rows are padded, or None; the key None: in any
+        error = "attention is set" if cfg.attention else _install_packed_attention(backbone)
+        if error:
+            self.packing_errors[None] = error
+        self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
-        """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
-        (B, T, H) in float32, embeddings first, the last one normed, and the mask (B, T)."""
-        inputs = (
-            {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
-        )
+        """What a head reads of token tensors, padded (B, T) or packed (1, N) with their `pack`: the
+        L + 1 hidden states (B, T, H) in float32, embeddings first, the last one normed, and the
+        mask (B, T).
+        """
+        inputs = {}
+        if self.uses_token_types and token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
@@ -3653,50 +3701,65 @@ class TextModel(nn.Module):
             inputs.setdefault("attention_mask", torch.ones_like(input_ids))
         elif pack is not None:
             inputs["pack"] = pack
+
+        name = type(self.backbone).__name__
         try:
             out = self.backbone(input_ids=input_ids, output_hidden_states=True, **inputs)
         except RuntimeError as error:
-            if "without overflow" not in str(error):
-                raise
-            raise KitError(
-                f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32"
-            ) from None
+            if "without overflow" in str(error):
+                raise KitError(f"{name} cannot run in half precision; set precision fp32") from None
+            raise
         states = (*out.hidden_states[:-1], out.last_hidden_state)
-        if (
-            len(states) != self.encoder_info.num_hidden_states
-            or states[-1].shape[1] != input_ids.shape[1]
-        ):
-            name = type(self.backbone).__name__
+        has_all_states = len(states) == self.encoder_info.num_hidden_states
+        if not has_all_states or states[-1].shape[1] != input_ids.shape[1]:
             raise KitError(
-                f"{name} changes the number of tokens or states on the way; the heads cannot read it"
+                f"{name} changes the number of tokens or states on the way; "
+                "the heads cannot read it"
             )
-        if pack is None:
-            return tuple(state.float() for state in states), attention_mask
-        return _PaddedStates(states, pack), pack.mask
+
+        if pack is not None:
+            return _PaddedStates(states, pack), pack.mask
+        return tuple(state.float() for state in states), attention_mask
 
     def forward(self, *inputs, **named):
-        """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
-        samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs."""
+        """Logits (B, K) in float32 of token tensors as `encode` takes them; (S, B, K) in training
+        with S dropout samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S
+        samples, not their logits.
+        """
         states, mask = self.encode(*inputs, **named)
-        with torch.autocast(
-            mask.device.type, enabled=False
-        ):  # float32, whatever the backbone ran in
+        # float32, whatever the backbone ran in
+        with torch.autocast(mask.device.type, enabled=False):
             features = self.head(states, mask)  # (B, D)
-            if self.training and self.samples > 1:
-                return torch.stack(
-                    [self.output(self.dropout(features)) for _ in range(self.samples)]
-                )
+            if self.training and self.dropout_samples > 1:
+                samples = [self.output(self.dropout(features)) for _ in range(self.dropout_samples)]
+                return torch.stack(samples)
             return self.output(self.dropout(features))
+
+    def enable_gradient_checkpointing(self, cfg):
+        backbone = self.backbone
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        is_random = cfg.backbone_dropout != 0 or cfg.mixout > 0
+        try:
+            enable({"use_reentrant": False, "preserve_rng_state": is_random})
+        except ValueError as error:
+            name = type(backbone).__name__
+            raise ConfigError(f"gradient_checkpointing must be off for {name}: {error}") from None
 
 
 @torch.no_grad()
 def _check_padding(model, tokens, dtype=torch.float32):
-    """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
+    """Warn where padding changes the output of a model in evaluation mode, as in FNet and
+    ConvBERT.
+    """
     device = next(model.parameters()).device
-    inputs = tokens.batch(np.array([tokens.lengths.argmin()]), device)
-    inputs = {name: ids[:, :8] for name, ids in inputs.items()}
-    fill = {"input_ids": tokens.pad_id}
-    padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
+    shortest = np.array([tokens.lengths.argmin()])
+    inputs, padded = {}, {}
+    for name, ids in tokens.batch(shortest, device).items():
+        inputs[name] = ids[:, :8]
+        fill = tokens.pad_id if name == "input_ids" else 0
+        padded[name] = F.pad(inputs[name], (0, 8), value=fill)
     with _autocast(device, dtype):  # flash attention knows no float32
         change = (model(**padded) - model(**inputs)).abs().max().item()
     if change > (1e-3 if dtype == torch.float32 else 0.05):
@@ -3707,128 +3770,161 @@ def _check_padding(model, tokens, dtype=torch.float32):
         )
 
 
-# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
+# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the
+# states
 _PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
+class _PackingTrial:
+    """The longest and the shortest text, packed and padded, in a model in evaluation mode. Each
+    check returns what is wrong with packed rows, or None.
+    """
+
+    def __init__(self, model, tokens, dtype):
+        self.model = model
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.tolerance = _PACKING_TOLERANCES[dtype]
+        rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+        self.first_length = tokens.lengths[rows[0]]
+        self.padded = tokens.batch(rows, self.device)
+        self.packed = tokens.packed(rows, self.device)
+        self.is_token = self.packed["pack"].mask.bool()  # (2, T)
+        with torch.no_grad():
+            self.padded_states = self.encode(self.padded)
+            self.packed_states = self.encode(self.packed)
+        self.scale = self.padded_states[self.is_token].std()
+
+    def encode(self, inputs):
+        """The last hidden states (2, T, H)."""
+        with _autocast(self.device, self.dtype):
+            return self.model.encode(**inputs)[0][-1]
+
+    def hidden_state_error(self):
+        difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
+        distance = difference.abs().max() / self.scale
+        if distance <= self.tolerance:  # NaN is not
+            return None
+        return (
+            f"states differ by {distance:.1e} from those of padded rows, "
+            f"{self.tolerance:g} is allowed"
+        )
+
+    def neighbour_error(self):
+        """The states of the first text must not move with the tokens of the second."""
+        other_ids = self.packed["input_ids"].clone()
+        other_ids[0, self.first_length :] = other_ids[0, 1]
+        with torch.no_grad():
+            other_states = self.encode(self.packed | {"input_ids": other_ids})
+        distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
+        if distance <= self.tolerance:
+            return None
+        return f"a text moves by {distance:.1e} with its neighbour, {self.tolerance:g} is allowed"
+
+    def gradient_error(self):
+        weights = [weight for weight in self.model.backbone.parameters() if weight.requires_grad]
+        if not weights:
+            return None
+        try:
+            padded = self.gradients(self.padded, weights)
+            packed = self.gradients(self.packed, weights)
+        except torch.OutOfMemoryError:
+            return None  # two whole texts may be more than a micro-batch
+        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
+        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
+        if cosine > 1 - self.tolerance:
+            return None
+        return (
+            f"gradients have a cosine of {cosine:.5f} with those of padded rows, "
+            f"{1 - self.tolerance:g} is needed"
+        )
+
+    def gradients(self, inputs, weights):
+        """Gradients of a sum over all states that is not constant after a norm, as squares are."""
+        states = self.encode(inputs)[self.is_token]
+        with _autocast(self.device, self.dtype):
+            directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
+            loss = (states @ directions).sin().sum()
+        return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    @staticmethod
+    def inner_product(tensors, others):
+        """Of two lists of tensors, each list as one long vector."""
+        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
+        return torch.stack(products).sum()
+
+    def dropout_error(self):
+        """Raises where the kernel for training with dropout, which may be another, cannot run."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model.train()
+            self.encode(self.packed)
+        self.model.eval()
+
+
 def _packing_error(model, tokens, dtype, gradients=False):
-    """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
-    packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
-    the first must not move with the second."""
-    device, rows = (
-        next(model.parameters()).device,
-        np.array([tokens.lengths.argmax(), tokens.lengths.argmin()]),
-    )
-    inputs = tokens.packed(rows, device)
-    other = inputs | {"input_ids": inputs["input_ids"].clone()}
-    other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
-    weights, slopes = [p for p in model.backbone.parameters() if p.requires_grad], []
-    real = inputs["pack"].mask.bool()
+    """Why packed rows must not be used with a model in evaluation mode, or None. With `gradients`
+    it is about to be trained on them.
+    """
     try:
-        with _autocast(device, dtype), torch.no_grad():
-            padded, packed, moved = (
-                model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other)
-            )
-        with contextlib.suppress(
-            torch.OutOfMemoryError
-        ):  # where two whole texts are more than a micro-batch
-            for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
-                with _autocast(device, dtype):
-                    states = model.encode(**x)[0][-1][
-                        real
-                    ]  # squares would do nothing: a norm comes last
-                    loss = (
-                        (states @ torch.linspace(-1, 1, states.shape[-1], device=device))
-                        .sin()
-                        .sum()
-                    )
-                slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
-        if gradients:  # with dropout the kernel may be another
-            devices = [device] if device.type == "cuda" else []
-            with _autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
-                model.train().encode(**inputs)
-            model.eval()
+        trial = _PackingTrial(model, tokens, dtype)
+        error = trial.hidden_state_error() or trial.neighbour_error()
+        if gradients:
+            error = error or trial.gradient_error() or trial.dropout_error()
     except (KitError, torch.OutOfMemoryError):
         raise
-    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-    scale, allowed = padded[real].std(), _PACKING_TOLERANCES[dtype]
-    gap, leak = (
-        (a - b).abs().max() / scale
-        for a, b in ((padded[real], packed[real]), (packed[0], moved[0]))
-    )
-    if not gap <= allowed:  # NaN too
-        return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
-    if len(slopes) == 2:
-        products = [
-            [(a * b).sum() for a, b in zip(x, y, strict=True)]
-            for x, y in itertools.product(slopes, slopes)
-        ]
-        own, both, _, other = (torch.stack(product).sum() for product in products)
-        if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
-            return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
-    return (
-        ""
-        if leak <= allowed
-        else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
-    )
+    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
+        return f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
+    return error
 
 
 def _takes_packed_rows(model, tokens, dtype, gradients=False):
-    """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
-    if None in model.unpackable:
+    """Whether packed rows may be used with a model: tried once in each precision, and printed."""
+    errors = model.packing_errors
+    if None in errors:
         return False
-    if dtype not in model.unpackable:
-        training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
-        model.train(training)
-        print(
-            f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}"
-        )
-    return not model.unpackable[dtype]
+    if dtype not in errors:
+        was_training = model.training
+        errors[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
+        model.train(was_training)
+        name = type(model.backbone).__name__
+        precision = str(dtype).removeprefix("torch.")
+        rows = f"padded rows, {errors[dtype]}" if errors[dtype] else "packed rows"
+        print(f"{name} in {precision}: {rows}")
+    return errors[dtype] is None
 
 
 def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
     """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
 
-    `targets` are those of the training rows: the output layer starts at their best constant prediction.
+    `targets` are those of the training rows: the output layer starts at their best constant
+    prediction.
     """
     backbone = _load_backbone(folder, cfg, len(tokenizer), say)
     _check_max_length(backbone, cfg)
     model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
-    start = loss.init_bias(targets)
-    if start.shape != model.output.bias.shape:
+    bias = loss.init_bias(targets)
+    if bias.shape != model.output.bias.shape:
         raise KitError(
-            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, gave shape {tuple(start.shape)}"
+            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, "
+            f"gave shape {tuple(bias.shape)}"
         )
     with torch.no_grad():
-        model.output.bias.copy_(start)
+        model.output.bias.copy_(bias)
     if cfg.reinit_layers:
-        say(
-            f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers"
-        )
+        n_tensors = reinit_layers(model, cfg.reinit_layers)
+        say(f"re-initialised {n_tensors} tensors of {cfg.reinit_layers} layers")
     _freeze(model, cfg)
     if cfg.mixout:
-        say(f"mixout {cfg.mixout:g} in {_install_mixout(backbone, cfg)} linear layers")
+        n_layers = _install_mixout(backbone, cfg)
+        say(f"mixout {cfg.mixout:g} in {n_layers} linear layers")
     if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
         say(
-            f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
+            f"{type(backbone).__name__} shares the weights of its layers: "
+            "llrd sets them apart from the embeddings only"
         )
     if cfg.gradient_checkpointing:
-        enable = getattr(
-            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
-        )
-        try:
-            enable(
-                {
-                    "use_reentrant": False,
-                    "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0,
-                }
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}"
-            ) from None
+        model.enable_gradient_checkpointing(cfg)
     return model
 
 
@@ -3837,11 +3933,12 @@ def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
 
 
 def parameter_groups(model, cfg):
-    """AdamW groups: every trainable parameter in exactly one, with its real `lr`, its `depth` and `weight_decay`.
+    """AdamW groups: every trainable parameter in exactly one, with its real `lr`, its `depth` and
+    `weight_decay`.
 
     The last layer gets `lr`, each layer below `llrd` times the one above, the embeddings
-    `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms and
-    other parameters with fewer than two dimensions are not decayed.
+    `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms
+    and other parameters with fewer than two dimensions are not decayed.
     """
     depths = _parameter_depths(model.backbone) if cfg.llrd < 1 else {}
     n_layers = len(transformer_layers(model.backbone)) if cfg.llrd < 1 else 0
@@ -3859,9 +3956,8 @@ def parameter_groups(model, cfg):
             lr = cfg.lr * cfg.llrd ** (n_layers - depth)
             depth = f"layer {depth}" if depth else "embeddings"
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault(
-            (depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay)
-        )
+        new_group = dict(params=[], depth=depth, lr=lr, weight_decay=decay)
+        group = groups.setdefault((depth, decay), new_group)
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -3870,51 +3966,61 @@ def _group_table(groups):
     """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
-        counts = f"{len(group['params']):7d} {sum(p.numel() for p in group['params']):11,d}"
-        rows.append(f"{group['depth']:>10} {group['lr']:9.3g} {group['weight_decay']:6g} {counts}")
+        n_tensors = len(group["params"])
+        n_parameters = sum(parameter.numel() for parameter in group["params"])
+        rates = f"{group['lr']:9.3g} {group['weight_decay']:6g}"
+        rows.append(f"{group['depth']:>10} {rates} {n_tensors:7d} {n_parameters:11,d}")
     return "\n".join(rows)
+
+
+# A schedule gives the factor of the learning rates at `progress`, the fraction of the steps after
+# warm-up that are done: from 0 to less than 1.
 
 
 @register(SCHEDULES, "linear")
 def _linear_schedule(progress):
-    """Factor of the learning rate at a share `_progress` of the steps after warm-up."""
+    """Falls evenly to 0."""
     return 1 - progress
 
 
 @register(SCHEDULES, "cosine")
 def _cosine_schedule(progress):
+    """Falls to 0 along half a cosine, slowly at both ends. SGDR, arXiv:1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @register(SCHEDULES, "constant")
 def _constant_schedule(progress):
+    """Stays where warm-up ended."""
     return 1.0
 
 
+def _learning_rates(groups, steps, cfg):
+    """Learning rates (steps, G) of every group in every step: up over the fraction `warmup_ratio`
+    of the steps, then as `schedule` says.
+    """
+    n_warmup = round(cfg.warmup_ratio * steps)
+    n_after = max(1, steps - n_warmup)
+    schedule = SCHEDULES[cfg.schedule]
+    warmup_factors = [(step + 1) / n_warmup for step in range(n_warmup)]
+    factors = [schedule(step / n_after) for step in range(steps - n_warmup)]
+    return np.outer(warmup_factors + factors, [group["lr"] for group in groups])
+
+
 def _make_optimizer(groups, cfg):
-    """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which saves 6 of the 8
-    bytes that they take for each parameter."""
+    """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which
+    saves 6 of the 8 bytes that they take for each parameter.
+    """
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw"
+            "optimizer adamw8bit needs the package bitsandbytes: "
+            "pip install bitsandbytes, or set adamw"
         )
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups)
-
-
-def _learning_rates(groups, steps, cfg):
-    """Learning rates (steps, G) of every group in every step: up over the share `warmup_ratio`, then as `schedule` says."""
-    warm = round(cfg.warmup_ratio * steps)
-
-    def factor(step):
-        if step < warm:
-            return (step + 1) / warm
-        return SCHEDULES[cfg.schedule]((step - warm) / max(1, steps - warm))
-
-    return np.outer([factor(step) for step in range(steps)], [group["lr"] for group in groups])
 
 
 # ---------------------------------------------------------------------------------------
@@ -3924,92 +4030,87 @@ def _learning_rates(groups, steps, cfg):
 
 
 class _AdversarialPerturbation:
-    """The step of adversarial training: weights move to where the loss of the rows is larger, for one more pass, and
-    come back to the bit.
+    """The step of adversarial training: weights move to where the loss of the rows is larger, for
+    one more pass, and come back to the bit.
 
-    AWP (arXiv:2004.05884) moves every trainable matrix W with gradient G by `awp |W| G / ||G||`, elementwise, within
-    `awp_eps |W|`; the gradients there replace those of the first pass. FGM (arXiv:1605.07725) moves the word embeddings
-    by `fgm G / ||G||`; the gradients there are added. A tensor whose gradient is 0 or not finite stays.
+    AWP (arXiv:2004.05884) moves every trainable matrix W with gradient G by `awp |W| G / ||G||`,
+    elementwise, within `awp_eps |W|`; the gradients there replace those of the first pass. FGM
+    (arXiv:1605.07725) moves the word embeddings by `fgm G / ||G||`; the gradients there are added.
+    A tensor whose gradient is 0 or not finite stays.
     """
 
     def __init__(self, model, cfg):
         self.cfg = cfg
-        self.weights = [
-            weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad
-        ]
         if cfg.fgm:
-            self.weights = [model.backbone.get_input_embeddings().weight]
-            if not self.weights[0].requires_grad:
+            embeddings = model.backbone.get_input_embeddings().weight
+            if not embeddings.requires_grad:
                 raise ConfigError(
-                    "fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them"
+                    "fgm moves the word embeddings: "
+                    "freeze_embeddings and freeze_layers must leave them"
                 )
-        self.kept = [weight.detach().clone() for weight in self.weights]
-
-    def step(self, weight, gradient):
-        norm = torch.linalg.vector_norm(gradient)
-        along = torch.where(norm.isfinite() & (norm > 0), gradient / norm, 0)
-        if self.cfg.fgm:
-            return self.cfg.fgm * along
-        return (self.cfg.awp * along).clamp(-self.cfg.awp_eps, self.cfg.awp_eps) * weight.abs()
+            self.weights = [embeddings]
+        else:
+            self.weights = [w for w in model.parameters() if w.ndim > 1 and w.requires_grad]
+        self.originals = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def perturb(self):
-        """Move the weights along their gradients. Returns the length of the move, as a share of the weights'."""
-        moved, length = [], []
-        for weight, kept in zip(self.weights, self.kept, strict=True):
-            kept.copy_(weight)
-            if weight.grad is not None:  # some models have weights that they do not use
-                step = self.step(weight, weight.grad)
-                weight.add_(step)
-                moved.append(torch.linalg.vector_norm(step))
-                length.append(torch.linalg.vector_norm(kept))
-        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(
-            torch.stack(length)
-        )
+        """Move the weights along their gradients. Returns the length of the move, a tensor, as a
+        fraction of theirs.
+        """
+        move_norms, weight_norms = [], []
+        for weight, original in zip(self.weights, self.originals, strict=True):
+            original.copy_(weight)
+            if weight.grad is None:  # some models have weights that they do not use
+                continue
+            move = self.move_of(weight)
+            weight.add_(move)
+            move_norms.append(torch.linalg.vector_norm(move))
+            weight_norms.append(torch.linalg.vector_norm(original))
+        move_norm = torch.linalg.vector_norm(torch.stack(move_norms))
+        return move_norm / torch.linalg.vector_norm(torch.stack(weight_norms))
+
+    def move_of(self, weight):
+        norm = torch.linalg.vector_norm(weight.grad)
+        has_direction = norm.isfinite() & (norm > 0)
+        direction = torch.where(has_direction, weight.grad / norm, 0)
+        if self.cfg.fgm:
+            return self.cfg.fgm * direction
+        relative_move = (self.cfg.awp * direction).clamp(-self.cfg.awp_eps, self.cfg.awp_eps)
+        return relative_move * weight.abs()
 
     @torch.no_grad()
     def restore(self):
-        for weight, kept in zip(self.weights, self.kept, strict=True):
-            weight.copy_(kept)
-
-
-@torch.no_grad()
-def _relative_l2(weights, others):
-    """Length of the difference of two lists of tensors, as a share of the length of the first."""
-    weights = list(weights)
-    apart = [
-        torch.linalg.vector_norm(weight - other)
-        for weight, other in zip(weights, others, strict=True)
-    ]
-    lengths = [torch.linalg.vector_norm(weight) for weight in weights]
-    return (
-        torch.linalg.vector_norm(torch.stack(apart))
-        / torch.linalg.vector_norm(torch.stack(lengths))
-    ).item()
+        """Move the weights back to where they were before `perturb`."""
+        for weight, original in zip(self.weights, self.originals, strict=True):
+            weight.copy_(original)
 
 
 class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
-        self.weights = {
-            name: weight for name, weight in model.named_parameters() if weight.requires_grad
-        }
-        self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.weights = {}
+        self.means = {}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                self.weights[name] = weight
+                self.means[name] = weight.detach().clone()
 
     @torch.no_grad()
     def update(self, rate):
-        """Move the average by a share `rate`, a tensor, towards the weights."""
-        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
-            mean.lerp_(weight, rate)
+        """Move the average by a fraction `rate`, a tensor, towards the weights."""
+        for name, mean in self.means.items():
+            mean.lerp_(self.weights[name], rate)
 
     @torch.no_grad()
     def swap(self):
         """Exchange the weights and their averages, in place."""
-        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
-            kept = weight.clone()
+        for name, mean in self.means.items():
+            weight = self.weights[name]
+            old_weight = weight.clone()
             weight.copy_(mean)
-            mean.copy_(kept)
+            mean.copy_(old_weight)
 
     def state_dict(self):
         return self.means
@@ -4021,14 +4122,28 @@ class _WeightAverage:
 
 
 def _average_rates(steps, per_epoch, cfg, first=0):
-    """Share (steps,) by which `_WeightAverage` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
-    that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which
-    begin after the `first` steps."""
-    numbers = np.arange(steps)
+    """Fraction (steps,) by which `_WeightAverage` moves in every step.
+
+    EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten. SWA
+    (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which begin after the
+    `first` steps.
+    """
+    t = np.arange(steps)
     if cfg.ema:
-        return 1 - np.minimum(cfg.ema, (1 + numbers) / (10 + numbers))
-    counted = numbers + 1 - first - round(cfg.swa_start * per_epoch)
-    return np.where(counted > 0, 1 / np.maximum(counted, 1), 0.0)
+        return 1 - np.minimum(cfg.ema, (1 + t) / (10 + t))
+    n = t + 1 - first - round(cfg.swa_start * per_epoch)
+    return np.where(n > 0, 1 / np.maximum(n, 1), 0.0)
+
+
+@torch.no_grad()
+def _relative_l2(weights, others):
+    """Length of the difference of two lists of tensors, as a fraction of that of the first."""
+    difference_norms, weight_norms = [], []
+    for weight, other in zip(weights, others, strict=True):
+        difference_norms.append(torch.linalg.vector_norm(weight - other))
+        weight_norms.append(torch.linalg.vector_norm(weight))
+    difference_norm = torch.linalg.vector_norm(torch.stack(difference_norms))
+    return (difference_norm / torch.linalg.vector_norm(torch.stack(weight_norms))).item()
 
 
 # ---------------------------------------------------------------------------------------
@@ -4036,10 +4151,21 @@ def _average_rates(steps, per_epoch, cfg, first=0):
 
 
 def _progress(iterable, title, total=None, done=0):
-    """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
+    """A plain-text progress bar that keeps saved notebooks small: it refreshes every 10 s, in
+    Kaggle's batch runs every 30 s.
+    """
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
-    options = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
-    return tqdm(iterable, title, total, initial=done, **options)
+    return tqdm(
+        iterable,
+        title,
+        total,
+        initial=done,
+        mininterval=seconds,
+        maxinterval=seconds,
+        file=sys.stdout,
+        ascii=True,
+        ncols=80,
+    )
 
 
 def _uncompiled(cfg):
@@ -4049,48 +4175,60 @@ def _uncompiled(cfg):
 
 @torch.inference_mode()
 def predict(model, tokens, cfg, rows=None):
-    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`).
+    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of
+    `tokens`).
 
-    Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its size; KitError
-    where one text alone does not fit.
+    Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its
+    size; KitError where one text alone does not fit.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    lengths, device, training = (
-        tokens.lengths[rows],
-        next(model.parameters()).device,
-        model.training,
-    )
+    lengths = tokens.lengths[rows]
+    device = next(model.parameters()).device
     dtype = _pick_dtype(cfg.precision, device)
+    batch_tokens = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
+    was_training = model.training
     model.eval()
-    budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
     with _uncompiled(cfg):
-        inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
-    predictions, done, plan = [], [], _plan_prediction_batches(lengths, budget)
-    while plan:
-        batch = plan[0]
+        make_inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
+
+    remaining = _plan_prediction_batches(lengths, batch_tokens)
+    done, outputs = [], []
+    while remaining:
+        batch = remaining[0]
+        memory_error = None
         try:
             with _autocast(device, dtype), _uncompiled(cfg):
-                raw = model(**inputs(rows[batch], device))
+                logits = model(**make_inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
-            full = str(error).strip().splitlines()[0]
-        else:
-            predictions.append(model.loss.predict(raw).float())
-            done.append(plan.pop(0))
-            continue
-        budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
-        if len(batch) == 1:
-            raise KitError(
-                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {_device_name()}: {full}"
-            )
-        torch.cuda.empty_cache()
-        print(
-            f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}"
+            memory_error = str(error).strip().partition("\n")[0]
+        if memory_error is None:
+            outputs.append(model.loss.predict(logits).float())
+            done.append(remaining.pop(0))
+        else:  # not in the `except` block, where the error still holds the tensors of the pass
+            remaining = _halve_batches(remaining, lengths, memory_error)
+
+    model.train(was_training)
+    predictions = np.empty((len(rows), outputs[0].shape[1]))
+    predictions[np.concatenate(done)] = torch.cat(outputs).cpu().numpy()
+    return predictions
+
+
+def _halve_batches(batches, lengths, memory_error):
+    """The rows of `batches` again, in batches of half the size of the first, which did not fit into
+    memory.
+    """
+    n_rows, n_tokens = len(batches[0]), int(lengths[batches[0][0]])
+    if n_rows == 1:
+        raise KitError(
+            f"a text of {n_tokens} tokens does not fit into the memory of {_device_name()}: "
+            f"{memory_error}"
         )
-        plan = [left[part] for part in _plan_prediction_batches(lengths[left], budget)]
-    model.train(training)
-    ordered = np.empty((len(rows), predictions[0].shape[1]))
-    ordered[np.concatenate(done)] = torch.cat(predictions).cpu().numpy()
-    return ordered
+    torch.cuda.empty_cache()
+    batch_tokens = n_rows * n_tokens // 2
+    too_large = f"{n_rows} rows of {n_tokens} tokens"
+    print(f"out of memory with {too_large}: on with batch_tokens {batch_tokens}")
+    rows = np.concatenate(batches)
+    return [rows[part] for part in _plan_prediction_batches(lengths[rows], batch_tokens)]
 
 
 # ---------------------------------------------------------------------------------------
@@ -4488,8 +4626,8 @@ class OptimizerStep:
                     tensor.zero_()
             return
         say(_group_table(groups))
-        fresh.unpackable |= self.found
-        self.found = fresh.unpackable
+        fresh.packing_errors |= self.found
+        self.found = fresh.packing_errors
         self.model = fresh.to(self.device)
         for weight in (
             self.model.parameters()

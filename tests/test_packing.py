@@ -106,7 +106,7 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, b
     model, tokens = build(kind, head=head)
     if not ku._takes_packed_rows(model, tokens, torch.float32):
         assert kind not in PACKED
-        pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
+        pytest.skip(f"{kind} gets padded rows: {model.packing_errors}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
     static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
     for inputs in (tokens.packed(np.arange(6), CPU), static):
@@ -209,9 +209,9 @@ class Backwards(torch.autograd.Function):
 def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
     model, tokens = build("bert")
     wrong = lambda *arguments: Backwards.apply(ku._sdpa_per_sequence(*arguments))  # noqa: E731
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
     monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: wrong)
-    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert ku._packing_error(model, tokens, torch.float32) is None
     assert "gradients have a cosine of" in ku._packing_error(model, tokens, torch.float32, gradients=True)
 
 
@@ -222,7 +222,7 @@ def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build,
     model, tokens = build("bert", backbone_dropout=0.1)
     monkeypatch.setattr(ku, "_pick_attention_kernel", kernel)
     before = torch.get_rng_state()
-    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert ku._packing_error(model, tokens, torch.float32) is None
     assert "TypeError: no op" in ku._packing_error(model, tokens, torch.float32, gradients=True)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -239,7 +239,7 @@ def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_row
 
     model, tokens = build("bert")
     monkeypatch.setattr(torch.autograd, "grad", full)
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
 
 
 def absent_kernel(*_):
@@ -397,7 +397,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
     engine = engine_of(cfg)
     engine.begin(0, lambda text: None)
-    assert engine.packed, engine.model.unpackable
+    assert engine.packed, engine.model.packing_errors
     recorded, places = [], []
 
     def record(name, function, *inputs):
@@ -580,7 +580,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, win
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert ku._takes_packed_rows(model, tokens, torch.float32), model.unpackable
+    assert ku._takes_packed_rows(model, tokens, torch.float32), model.packing_errors
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
         torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)
