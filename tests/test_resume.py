@@ -294,7 +294,7 @@ def test_functions_of_a_notebook_are_told_apart_by_their_source(monkeypatch):
     def prints(share):
         source = f"@ku.metric('gap', 'lower', ('regression',))\ndef gap(target, prediction):\n    return {share}\n"
         monkeypatch.setitem(ku.METRICS, "gap", run_cell(source)["gap"])
-        return ku._source_prints(ku.Config(metric="gap", loss="mse"))
+        return ku._source_digests(ku.Config(metric="gap", loss="mse"))
 
     monkeypatch.setitem(ku.METRICS, "gap", ku.METRICS["rmse"])
     del ku.METRICS["gap"]
@@ -499,7 +499,7 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
 def test_a_signal_that_was_ignored_stays_ignored(tiny, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup has it
     at_step(monkeypatch, 2, stop_by(signal.SIGINT))
-    assert ku._read_record(start(tiny(run_name="r")))["status"] == "complete"
+    assert ku.RunFolder(start(tiny(run_name="r"))).read_record()["status"] == "complete"
 
 
 def test_a_second_signal_acts_at_once(tiny, monkeypatch):
@@ -701,7 +701,7 @@ def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
 
 def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeypatch):
     wrong_from(monkeypatch, 3, until=5)
-    record = ku._read_record(start(tiny(run_name="r", precision="fp16", **NOISY)))
+    record = ku.RunFolder(start(tiny(run_name="r", precision="fp16", **NOISY))).read_record()
     assert [fold["skipped_steps"] for fold in record["folds"]] == [2, 0]
     log = pd.read_json(ku.Path(record["settings"]["output_dir"]) / "r" / "log.jsonl", lines=True)
     assert len(log[log["loss"].isna() & log["rmse"].isna()]) == 2

@@ -881,7 +881,7 @@ def stress(asked, folder, failed):
     sides += [(trainer_subject(task), trainer_groups)] if asked.trainer else []
     attempt(functools.partial(make_task, task))
     if asked.quick:
-        ku._plot_curves = ku._plot_oof = lambda run: None
+        ku._plot_curves = ku._plot_oof = lambda *_: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)
