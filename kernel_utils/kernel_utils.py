@@ -5224,148 +5224,21 @@ def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, e
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Plots
-
-
-def _new_figure(width, height):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-
-def _save_figure(figure, path):
-    figure.draw_without_rendering()  # the layout takes a second pass where labels are long
-    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-def _plot_curves(run):
-    """Training loss of each step and validation score of each evaluation, a colour for each fold, as curves.png.
-
-    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
-    """
-    record, log = RunFolder(run).read_record(), pd.read_json(run / "log.jsonl", lines=True)
-    name = record["resolved"]["metric"]
-    log = log.reindex(
-        columns=log.columns.union([name, "best"])
-    )  # a run that was stopped may have no evaluation
-    figure = _new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
-    for fold, lines in log.groupby("fold"):
-        color = f"C{fold % 10}"
-        steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
-        left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
-        left.plot(
-            steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color
-        )
-        right.plot(
-            evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}"
-        )
-        best = evaluations[evaluations["best"] == 1].tail(1)
-        right.plot(
-            best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10
-        )
-    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
-    right.set(xlabel="optimiser step", ylabel=f"validation {name}")
-    right.legend(fontsize="small")
-    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
-    figure.suptitle(f"{run.name}: {name} {scores}", fontsize="medium")
-    _save_figure(figure, run / "curves.png")
-
-
-def _plot_points(oof, names):
-    """Predictions against targets, a panel for each output and a colour for each fold."""
-    figure = _new_figure(4.5 * len(names), 4.5)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        target, prediction = (
-            oof[_column_name("target", name, names)],
-            oof[_column_name("prediction", name, names)],
-        )
-        for fold, rows in oof.groupby("fold").groups.items():
-            color = f"C{fold % 10}"
-            axis.scatter(
-                target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}"
-            )
-        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
-        axis.plot(ends, ends, color="black", linewidth=0.8)
-        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
-        axis.legend(fontsize="small")
-    return figure
-
-
-def _plot_shares(shares, rows, columns, xlabel, ylabel):
-    """A matrix of shares from 0 to 1 as colours, with numbers where there is room."""
-    size = min(3 + 0.6 * len(rows), 20)
-    figure = _new_figure(size, size)
-    axis = figure.subplots()
-    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    for (i, j), share in np.ndenumerate(shares) if len(rows) <= 25 else ():
-        axis.text(
-            j,
-            i,
-            f"{share:.2f}",
-            ha="center",
-            va="center",
-            color="white" if share > 0.5 else "black",
-        )
-    return figure
-
-
-def _plot_oof(run):
-    """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
-    classes, and for multilabel the share of each label's rows that are predicted to have it."""
-    record = RunFolder(run).read_record()
-    task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
-    oof = pd.read_csv(
-        run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False
-    )
-    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
-    if task == "regression":
-        figure = _plot_points(oof, names)
-    elif task == "multilabel":
-        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
-        hits = predictions >= 0.5
-        shares = np.stack(
-            [(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1
-        )
-        figure = _plot_shares(
-            shares, names, ["absent", "present"], "true state", "label: share predicted present"
-        )
-    else:
-        chosen = (
-            predictions.argmax(1)
-            if task == "multiclass"
-            else (predictions[:, 0] >= 0.5).astype(int)
-        )
-        guesses = np.array(classes)[chosen]
-        shares = sklearn.metrics.confusion_matrix(
-            oof["target"], guesses, labels=classes, normalize="true"
-        )
-        figure = _plot_shares(
-            shares, classes, classes, "predicted class", "true class: share of its rows"
-        )
-    _save_figure(figure, run / "oof.png")
-
-
-# ---------------------------------------------------------------------------------------
-# 17. Pseudo-labels
+# 16. Pseudo-labels
 #
-# tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold has labels of its
-# own, the mean of those models of the runs that validated on this fold: a model which is validated on it learns nothing
-# of its rows by way of the labels. In the folder: pseudo.csv (texts, labels), rows.csv (the rows that those models
-# validated on), pseudo.json (which model labelled what), and the manifest of `_save_folder`.
+# tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold
+# has labels of its own, the mean of those models of the runs that validated on this fold: a model
+# which is validated on it learns nothing of its rows by way of the labels. In the folder:
+# pseudo.csv (texts, labels), rows.csv (the rows that those models validated on), pseudo.json
+# (which model labelled what), and the manifest of `_save_folder`.
 
-_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"  # the format
+_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 
 
 def _normalize_texts(texts):
     """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    return [
-        " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
-        for text in texts
-    ]
+    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
+    return [" ".join(re.findall(r"\w+", text)) for text in folded]
 
 
 def _row_texts(frame, cfg):
@@ -5380,9 +5253,9 @@ def _row_digests(frame, cfg):
 
 
 def _seen_rows(extra, frame, cfg):
-    """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
-    equal = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
-    return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
+    """Which extra texts are training rows (M,), by id or normalised text."""
+    has_equal_text = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
+    return has_equal_text | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
 
 
 def _label_columns(fold, outputs):
@@ -5391,155 +5264,597 @@ def _label_columns(fold, outputs):
 
 
 def _open_pseudo(folder):
-    """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
-    if not (folder / "pseudo.json").is_file():
-        raise DataError(
-            f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py"
-        )
-    if problems := _folder_problems(folder):
-        raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
-    told = _read_json(folder / "pseudo.json")
-    if told.get("format") != _PSEUDO_FORMAT:
-        raise DataError(
-            f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}"
-        )
-    return told
+    """pseudo.json of a folder whose files are as they were written; else DataError."""
+    path = folder / "pseudo.json"
+    where = f"pseudo_dir {str(folder)!r}"
+    if not path.is_file():
+        raise DataError(f"{where}: no pseudo.json; expected a folder of tools/pseudo_label.py")
+    problems = _folder_problems(folder)
+    if problems:
+        raise DataError([f"{where}: {problem}" for problem in problems])
+    content = _read_json(path)
+    version = content.get("format")
+    if version != _PSEUDO_FORMAT:
+        raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
+    return content
 
 
-def _leak_problems(fold, given, labels, seen, there, here):
-    """Why the labels of a fold must not be used, as texts. `given` is what pseudo.json says of them, `labels` their
-    cells, `seen` which texts are training rows, `there` and `here` the digests of the rows of the fold by id, where
-    the labels were made and in this run."""
-    problems = [
-        f"they come from fold {model['fold']} of {model['run']}, a model that was trained on rows of fold {fold}"
-        for model in given["models"]
-        if model["fold"] != fold
-    ]
-    if _digest(labels.to_numpy().tolist()) != given["labels"]:
+def _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows):
+    """Why the labels of a fold must not be used.
+
+    `source` is what pseudo.json says of them, `labels` are their cells, `is_seen` tells which texts
+    are training rows. The last two are {id: digest} of the rows of the fold, where the labels were
+    made and in this run.
+    """
+    problems = []
+    for model in source["models"]:
+        if model["fold"] != fold:
+            origin = f"fold {model['fold']} of {model['run']}"
+            problems.append(
+                f"they come from {origin}, a model that was trained on rows of fold {fold}"
+            )
+    if _digest(labels.to_numpy().tolist()) != source["labels"]:
+        problems.append("they are not those of its models: columns exchanged, or cells changed")
+    ids = {**labelled_rows, **own_rows}
+    different = [name for name in ids if labelled_rows.get(name) != own_rows.get(name)]
+    if different:
+        counts = f"validated on {len(labelled_rows)} rows, this fold has {len(own_rows)}"
         problems.append(
-            "they are not those that its models gave: columns exchanged, or cells changed"
+            f"their models {counts}, and {len(different)} are not the same, such as id "
+            f"{different[0]!r}: the runs that labelled must have the same rows in the same folds"
         )
-    if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
-        problems.append(
-            f"their models validated on {len(there)} rows, this fold has {len(here)}, and {len(other)} are not the "
-            f"same, such as id {other[0]!r}: the runs that labelled must have the same rows in the same folds"
-        )
-    known = labels.ne("").all(axis=1).to_numpy()
-    if count := int((seen & known).sum()):
-        problems.append(f"{count} labelled texts are training rows")
-    return problems + ([] if known.any() else ["no text has a label"])
+    n_leaks = int((is_seen & labels.ne("").all(axis=1)).sum())
+    if n_leaks:
+        problems.append(f"{n_leaks} labelled texts are training rows")
+    return problems
 
 
 def _read_pseudo(frame, cfg, classes):
-    """(extra texts, {fold: labels (M, K), NaN where a text must not be used}, what pseudo.json says) of `pseudo_dir`.
+    """Read `pseudo_dir`: (extra texts, {fold: labels (M, K)}, content of pseudo.json).
 
-    Raises DataError where a label could come from a model that was trained on a row of the fold it is for, where the
-    runs that labelled had another task or other columns, and where a file is not as it was written.
+    A label is NaN where its text must not be used for the fold. DataError where a label could come
+    from a model that was trained on a row of the fold it is for, where the runs that labelled had
+    another task or other columns, and where a file is not as it was written.
     """
     folder = _user_path("pseudo_dir", cfg.pseudo_dir)
-    told, outputs = _open_pseudo(folder), _output_names(cfg, classes)
-    here = {
-        "task": cfg.task,
-        "outputs": outputs,
-        "classes": classes,
-        "columns": [cfg.id_column, *_input_columns(cfg)],
-    }
-    if other := [name for name in here if told[name] != here[name]]:
-        raise DataError(
-            [f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other]
-        )
-    folds = [int(fold) for fold in told["sets"]]
-    if not set(_requested_folds(frame, cfg)) <= set(folds):
-        raise ConfigError(
-            f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others"
-        )
-    extra = _read_table(
-        folder / "pseudo.csv",
-        here["columns"] + [c for f in folds for c in _label_columns(f, outputs)],
-    )
-    rows, seen = (
-        _read_table(folder / "rows.csv", ["id", "fold", "digest"]),
-        _seen_rows(extra, frame, cfg),
-    )
-    problems, pseudo = [], {}
-    if _digest(rows.to_numpy().tolist()) != told["folds"]:
-        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
-    for fold in folds:
-        labels, there = extra[_label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
-        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
-        there, of_fold = (
-            dict(zip(there["id"], there["digest"], strict=True)),
-            frame[frame["fold"] == fold],
-        )
-        found = _leak_problems(
-            fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg)
-        )
-        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
+    content = _open_pseudo(folder)
+    outputs = _output_names(cfg, classes)
+    columns = [cfg.id_column, *_input_columns(cfg)]
+    own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": columns}
+    problems = []
+    for name, value in own.items():
+        if content[name] != value:
+            problems.append(f"pseudo_dir has {name} {content[name]}, this run has {value}")
     if problems:
         raise DataError(problems)
-    counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
-    runs = _comma_join(run["name"] for run in told["runs"])
-    print(
-        f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold"
-    )
-    return extra[here["columns"]], pseudo, told
+    folds = [int(fold) for fold in content["sets"]]
+    if not set(_requested_folds(frame, cfg)) <= set(folds):
+        labelled = f"pseudo_dir has labels for the folds {_comma_join(folds)}"
+        raise ConfigError(f"{labelled}; run_folds asks for others")
+
+    label_columns = {fold: _label_columns(fold, outputs) for fold in folds}
+    extra = _read_table(folder / "pseudo.csv", columns + sum(label_columns.values(), []))
+    rows = _read_table(folder / "rows.csv", ["id", "fold", "digest"])
+    is_seen = _seen_rows(extra, frame, cfg)
+    pseudo = {}
+    for fold in folds:
+        labels = extra[label_columns[fold]]
+        labelled = rows[rows["fold"] == str(fold)]
+        labelled_rows = dict(zip(labelled["id"], labelled["digest"], strict=True))
+        own_rows = _row_digests(frame[frame["fold"] == fold], cfg)
+        source = content["sets"][str(fold)]
+        leaks = _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows)
+        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in leaks]
+        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
+    if problems:
+        raise DataError(problems)
+    counts = [int(np.isfinite(labels).all(1).sum()) for labels in pseudo.values()]
+    runs = _comma_join(run["name"] for run in content["runs"])
+    usable = f"{min(counts)} to {max(counts)} of them for a fold"
+    print(f"{len(extra)} extra texts, labelled by {runs}: {usable}")
+    return extra[columns], pseudo, content
 
 
 # ---------------------------------------------------------------------------------------
-# 18. Runs: all folds, records
+# 17. Plots
+
+
+def _new_figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def _save_figure(figure, path):
+    figure.draw_without_rendering()  # the layout takes a second pass where labels are long
+    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _plot_curves(folder, record, entries):
+    """Training loss of each step and validation score of each evaluation, a colour for each fold.
+
+    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
+    `entries` are those of log.jsonl.
+    """
+    metric_name = record["resolved"]["metric"]
+    log = pd.DataFrame(entries, columns=["fold", "step", "loss", metric_name, "best"])
+    figure = _new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    for fold, lines in log.groupby("fold"):
+        color = f"C{fold % 10}"
+        steps = lines.dropna(subset="loss")
+        smooth = steps["loss"].ewm(span=max(5, len(steps) // 10)).mean()
+        left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
+        left.plot(steps["step"], smooth, color=color)
+        evaluations = lines.dropna(subset=metric_name)
+        scores = evaluations[metric_name]
+        right.plot(evaluations["step"], scores, color=color, marker=".", label=f"fold {fold}")
+        best = evaluations[evaluations["best"] == 1].tail(1)
+        ring = dict(marker="o", fillstyle="none", markersize=10)
+        right.plot(best["step"], best[metric_name], color=color, **ring)
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
+    right.set(xlabel="optimiser step", ylabel=f"validation {metric_name}")
+    right.legend(fontsize="small")
+    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
+    figure.suptitle(f"{folder.name}: {metric_name} {scores}", fontsize="medium")
+    _save_figure(figure, folder.curves)
+
+
+def _plot_points(oof, names):
+    """Predictions against targets, a panel for each output and a colour for each fold."""
+    figure = _new_figure(4.5 * len(names), 4.5)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        target = oof[_column_name("target", name, names)]
+        prediction = oof[_column_name("prediction", name, names)]
+        for fold in sorted(oof["fold"].unique()):
+            rows = oof["fold"] == fold
+            style = dict(s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}")
+            axis.scatter(target[rows], prediction[rows], **style)
+        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _plot_matrix(fractions, rows, columns, xlabel, ylabel):
+    """A matrix of fractions as colours, with numbers where there is room."""
+    size = min(3 + 0.6 * len(rows), 20)
+    figure = _new_figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if len(rows) <= 25:
+        for (i, j), fraction in np.ndenumerate(fractions):
+            color = "white" if fraction > 0.5 else "black"
+            axis.text(j, i, f"{fraction:.2f}", ha="center", va="center", color=color)
+    return figure
+
+
+def _plot_oof(folder, record, oof):
+    """Out-of-fold predictions against the truth: points for regression, a confusion matrix for
+    classes, and for multilabel how many of each label's rows are predicted to have it.
+    """
+    task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
+    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
+    if task == "regression":
+        figure = _plot_points(oof, names)
+    elif task == "multilabel":
+        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
+        is_predicted = predictions >= 0.5
+        fractions = []
+        for rows in (~truth, truth):
+            fractions.append((is_predicted & rows).sum(0) / np.maximum(rows.sum(0), 1))
+        labels = ("true state", "label: share predicted present")
+        figure = _plot_matrix(np.stack(fractions, axis=1), names, ["absent", "present"], *labels)
+    else:
+        if task == "multiclass":
+            chosen = predictions.argmax(1)
+        else:
+            chosen = (predictions[:, 0] >= 0.5).astype(int)
+        fractions = sklearn.metrics.confusion_matrix(
+            oof["target"], np.array(classes)[chosen], labels=classes, normalize="true"
+        )
+        labels = ("predicted class", "true class: share of its rows")
+        figure = _plot_matrix(fractions, classes, classes, *labels)
+    _save_figure(figure, folder.oof_plot)
+
+
+# ---------------------------------------------------------------------------------------
+# 18. A fold of a run
+
+
+def _save_fold(model, folder, result):
+    """Save what `_train_fold` returned for a fold, with weights and config of the backbone.
+
+    Without a model, for a fold that was stopped before its first step, there is the result alone.
+    """
+
+    def write(temporary):
+        if model is not None:
+            model.backbone.config.save_pretrained(temporary)
+            save_model(model, temporary / "model.safetensors")
+        _write_state(temporary, result)
+
+    _save_folder(folder, write)
+
+
+def _read_fold(folder):
+    """The result that `_save_fold` wrote; None where there is none. Damage is said aloud."""
+    if not folder.exists():
+        return None
+    problems = _folder_problems(folder)
+    if problems:
+        print(f"{folder} is damaged and trained again: {problems[0]}")
+        return None
+    return _read_state(folder)
+
+
+def _finished_fold(folder):
+    """The result of a fold that was trained to its end, or None."""
+    result = _read_fold(folder)
+    return None if result is None or result["stopped"] else result
+
+
+def _golden_rows(model, data, result, cfg):
+    """Four validated rows of a fold, from the shortest text to the longest, and what its kept
+    weights predict for them in float32: ((n,), (n, K)).
+    """
+    lengths = data.tokens.lengths[result["rows"]]
+    order = result["rows"][np.argsort(lengths, kind="stable")]
+    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
+    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
+
+
+class _FoldsInTurn:
+    """Trains folds of a run one after another, each into its sealed folder."""
+
+    def __init__(self, data, cfg, folder, budget, log, print_setup=print):
+        self.data = data
+        self.cfg = cfg
+        self.folder = folder
+        self.budget = budget
+        self.log = log
+        self.print_setup = print_setup  # prints what is the same in each fold, so only once
+        self.engine = OptimizerStep(data, cfg)
+
+    def train(self, fold):
+        """The result of a fold: that of `_train_fold`, with `golden` rows and `peak_memory`.
+
+        `restored_seconds` are those of earlier sessions.
+        """
+        data, cfg, budget = self.data, self.cfg, self.budget
+        checkpoints = _Checkpoints(self.folder.path, fold)
+        restored = budget.restored
+        try:
+            model, result = _train_fold(
+                data, fold, cfg, self.log, self.print_setup, budget, checkpoints, self.engine
+            )
+            if result["last"]:  # else it was stopped before its first step
+                result["golden"] = _golden_rows(model, data, result, cfg)
+        except torch.OutOfMemoryError as error:  # for fewer rows at a time, the step cares itself
+            reason = str(error).strip().splitlines()[0]
+            problem = f"weights and optimiser do not fit into the memory of {_device_name()}"
+            remedy = "take a smaller backbone, or set freeze_layers and freeze_embeddings"
+            raise KitError(f"{problem}: {remedy} ({reason})") from None
+        self.print_setup = _print_nothing
+        result["peak_memory"] = _peak_memory()
+        result["restored_seconds"] = budget.restored - restored
+        mark = time.perf_counter()
+        _save_fold(model if result["last"] else None, self.folder.fold(fold), result)
+        result["seconds"]["save"] += time.perf_counter() - mark
+        if not result["stopped"]:
+            checkpoints.prune(0)
+            self._print_scores(result)
+        return result
+
+    def _print_scores(self, result):
+        scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
+        best = f"step {result['best']['step']} of {result['steps']}"
+        print(f"fold {result['fold']}: {self.cfg.metric} {scores} ({best}){self.budget.told()}")
+        for name, numbers in result["acted"].items():
+            effects = ", ".join(f"{what} {number:.4g}" for what, number in numbers.items())
+            print(f"  {name}: {effects}")
+
+
+def _print_nothing(text):
+    pass
+
+
+# ---------------------------------------------------------------------------------------
+# 19. Folds side by side
+#
+# Each of several processes trains its part of the folds of a run, as `_FoldsInTurn` does. What it
+# leaves are the sealed folders of its folds; job, printed lines and log lie in a temporary folder.
+
+
+def _notebook_parts(*configs):
+    """Heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
+    return [part.__name__ for part in parts if part.__module__ != __name__]
+
+
+def _start_process(number, kind, job, folder, **options):
+    """Run this module as `kind` with `job`, a dictionary, in a process of its own.
+
+    It has the GPU that has this number here; its job file and log lie in `folder`. (Threads would
+    wait for each other: most time goes into launching.)
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+    path = Path(folder) / f"{number}.json"
+    _write_json(path, job | {"device": _device_name()})
+    command = [sys.executable, "-u", __file__, kind, str(path)]
+    with open(path.with_suffix(".log"), "w") as file:
+        output = dict(stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=environment, **output, **options)
+
+
+def _read_job(path):
+    """The job of a process that `_start_process` began."""
+    job = json.loads(Path(path).read_text())
+    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        started_on = f"the one that started it {job['device']}"
+        raise KitError(f"this process has {_device_name()}, {started_on}")
+    return job
+
+
+def _process_error(number, count, code, folder):
+    """The KitError of a process that `_start_process` began: the end of what it printed."""
+    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
+    lines = [line for line in lines if "%|" not in line]  # no progress bars
+    what = f"process {number} of {count} ended with exit code {code}; last lines:"
+    return KitError([what, *lines[-30:]])
+
+
+def _room_and_sizes(run, backbone, cfg):
+    """Bytes: free in a run folder for training, of the weights of a fold, of two checkpoints."""
+    with torch.device("meta"):
+        weights = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+    n_copies = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
+    checkpoints = 2 * n_copies * weights if cfg.checkpoint_minutes else 0
+    replaceable = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    return _free_bytes(run) + replaceable, weights, checkpoints
+
+
+def _check_room(run, backbone, n_folds, cfg):
+    """Raise KitError where the weights of all folds and two checkpoints will not fit."""
+    room, weights, checkpoints = _room_and_sizes(run, backbone, cfg)
+    needed = weights * n_folds + checkpoints
+    if needed > room:
+        what = f"the weights of {n_folds} folds" + " and two checkpoints" * bool(checkpoints)
+        sizes = f"take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB"
+        remedy = "train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
+        raise KitError(f"{what} {sizes}: {remedy}")
+
+
+def _choose_processes(data, n_folds, cfg, run):
+    """How many processes train so many folds side by side; why not more is printed."""
+    wanted = cfg.fold_processes or max(1, len(_equal_gpus()))
+    count = min(wanted, n_folds)
+    if count <= 1:
+        return count
+    parts = _notebook_parts(cfg)
+    if parts:
+        problem = f"{_comma_join(parts)} of the notebook cannot be read by others"
+        print(f"1 process instead of {count}: {problem}")
+        return 1
+    room, weights, checkpoints = _room_and_sizes(run, data.folder, cfg)
+    if checkpoints:
+        fit = int(max(1, (room - weights * n_folds) // checkpoints))
+        if fit < count:
+            problem = f"{run} has no room for the checkpoints of more"
+            print(f"{fit} processes instead of {count}: {problem}")
+            return fit
+    return count
+
+
+def _save_data(folder, data):
+    """Write the data of a run for another process, but for the files that it can read itself."""
+    tokens = data.tokens
+    state = data._asdict()
+    state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
+    state["tokenizer"] = (len(data.tokenizer), _cls_is_last(data.tokenizer))
+    state["folder"] = str(data.folder.resolve())
+    state["folds"] = data.folds.copy()  # a column of a frame, which is read-only
+    state["ids"] = [str(name) for name in data.ids]
+    _write_state(folder, state)
+
+
+def _load_data(folder, tokenizer):
+    """What `_save_data` wrote; KitError where the tokenizer, read anew, is not what it was."""
+    state = _read_state(folder)
+    if (len(tokenizer), _cls_is_last(tokenizer)) != state["tokenizer"]:
+        problem = "the tokenizer of the run is another where it is read again"
+        raise KitError(f"{problem}: set fold_processes 1")
+    ids, types, lengths, pad_id = state["tokens"]
+    cuts = np.cumsum(lengths)[:-1]
+    types = None if types is None else np.split(types, cuts)
+    state["tokens"] = Tokens(np.split(ids, cuts), types, pad_id)
+    state["tokenizer"] = tokenizer
+    state["folder"] = Path(state["folder"])
+    state["ids"] = np.array(state["ids"], dtype=object)
+    return _TrainingData(**state)
+
+
+def _stop_without_parent(parent):
+    """Have this process stop, as by SIGTERM, once the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train_job(path):
+    """What a process of `_FoldProcesses` does."""
+    path = Path(path)
+    job = _read_job(path)
+    cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
+    budget = TimeBudget(cfg, job["test_rows"])
+    budget.began -= time.time() - job["began"]
+
+    def stop(number, _):  # not as by `with budget`: a signal may come from several sides
+        budget.signal = signal.Signals(number).name
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
+    _prepare_process()
+    torch.set_num_threads(job["threads"])
+    data = _load_data(path.parent, _load_tokenizer(folder.tokenizer))
+    log_folder = path.with_suffix("")
+    log_folder.mkdir()
+    print_setup = print if job["number"] == 0 else _print_nothing
+    with _open_log(cfg, log_folder) as log:
+        trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
+        for n_rounds, fold in enumerate(job["folds"], 1):
+            budget.models = job["n_finished"] + n_rounds * job["n_processes"]
+            if trainer.train(fold)["stopped"]:
+                break
+
+
+class _FoldProcesses:
+    """Processes side by side, each of which trains its part of the folds."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        self.n_printed = []  # lines that each has printed and that were relayed
+        self.were_stopped = False
+        self.failed = None  # (number, exit code) of the first that failed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def start(self, job, lock):
+        """Start one with `job`. It keeps the run folder locked while it lives, and a group of its
+        own keeps it from the Ctrl-C of a terminal: this process tells it to stop.
+        """
+        number = len(self.processes)
+        options = dict(pass_fds=[lock], start_new_session=True)
+        job = job | {"number": number, "parent": os.getpid()}
+        self.processes.append(_start_process(number, "train-folds", job, self.folder, **options))
+        self.n_printed.append(0)
+
+    def wait(self, budget):
+        """Wait for all, and relay what they print.
+
+        They are told to stop where a signal has told this process, or where one of them has failed.
+        """
+        is_running = True
+        while is_running:
+            codes = [process.poll() for process in self.processes]
+            is_running = None in codes
+            self._note_failure(codes)
+            if budget.signal or self.failed:
+                self._stop()
+            self._relay()
+            if is_running:
+                time.sleep(0.1)
+
+    def error(self):
+        """The KitError of the first that failed, or None."""
+        if self.failed is None:
+            return None
+        number, code = self.failed
+        return _process_error(number, len(self.processes), code, self.folder)
+
+    def _note_failure(self, codes):
+        for number, code in enumerate(codes):
+            was_stopped = self.were_stopped and code == -signal.SIGTERM  # before it could save
+            if code and not was_stopped and self.failed is None:
+                self.failed = (number, code)
+
+    def _stop(self):
+        """Have them save and end, as SIGTERM does with any run."""
+        if not self.were_stopped:
+            for process in self.processes:
+                process.terminate()
+        self.were_stopped = True
+
+    def _relay(self):
+        """Print what they have printed since the last time, but for progress bars."""
+        for number, n_printed in enumerate(self.n_printed):
+            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
+            for line in lines[n_printed:]:
+                line = line.rpartition("\r")[2].rstrip()
+                if line and "%|" not in line:
+                    print(f"[{number}] {line}")
+            self.n_printed[number] = len(lines)
+
+    def log_entries(self):
+        """What they have logged, also of a fold that went wrong."""
+        for number in range(len(self.processes)):
+            path = self.folder / str(number) / "log.jsonl"
+            if path.is_file():
+                yield from map(json.loads, path.read_text().splitlines())
+
+
+# ---------------------------------------------------------------------------------------
+# 20. A run: find, go on, record
 
 
 def _source_of(part):
-    """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
-    in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
+    """The source of a function, or of a class by its functions and plain values.
+
+    Helpers that it calls are not in it. Raises OSError or TypeError where Python has no source, as
+    for code that `exec` made.
+    """
     if not inspect.isclass(part):
         return inspect.getsource(part)
     texts = []
     for owner in part.__mro__:
-        if owner.__module__ == part.__module__:  # bases of the notebook too
-            for name, value in vars(owner).items():
-                function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)))
-                if inspect.isfunction(function):
-                    texts.append(inspect.getsource(function))
-                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith(
-                    "__"
-                ):
-                    texts.append(f"{name} = {value!r}")
+        if owner.__module__ != part.__module__:  # only bases of the notebook too
+            continue
+        for name, value in vars(owner).items():
+            function = getattr(value, "fget", getattr(value, "__func__", value))
+            function = inspect.unwrap(function)
+            is_plain = isinstance(value, (bool, int, float, str, tuple))
+            if inspect.isfunction(function):
+                texts.append(inspect.getsource(function))
+            elif is_plain and not name.startswith("__"):
+                texts.append(f"{name} = {value!r}")
     return "\n".join(texts)
 
 
-def _source_prints(cfg):
-    """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
-    made = {}
+def _source_digests(cfg):
+    """name -> digest of the parts from outside this module, such as a head of a notebook."""
+    digests = {}
     for field, table in _REGISTRIES.items():
         part = table[getattr(cfg, field)]
         if part.__module__ == __name__:
             continue
         name = f"the code of {field} {getattr(cfg, field)}"
         try:
-            made[name] = _digest(_source_of(part))
+            digests[name] = _digest(_source_of(part))
         except (OSError, TypeError):
-            made[name] = f"no source: {part.__module__}.{part.__qualname__}"
-            print(
-                f"{name} has no source here: a run that goes on cannot tell whether it has changed"
-            )
-    return made
+            digests[name] = f"no source: {part.__module__}.{part.__qualname__}"
+            problem = "a run that goes on cannot tell whether it has changed"
+            print(f"{name} has no source here: {problem}")
+    return digests
 
 
 def _fingerprint(frame, data, cfg):
-    """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
+    """What a run is made of besides its settings: name -> digest. It goes on only with the same."""
     columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
-    made = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = (
-        _digest(data.targets),
-        _digest(frame["fold"].to_numpy()),
-    )
-    made |= {} if data.errors is None else {"the standard errors": _digest(data.errors)}
-    made |= {"the pseudo-labels": _digest(*data.pseudo.values())} if data.pseudo else {}
-    made["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
-    made["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
-    made["the code (kernel_utils.py)"] = _digest(Path(__file__))
-    return made | _source_prints(cfg)
+    digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
+    digests["the targets"] = _digest(data.targets)
+    digests["the folds"] = _digest(frame["fold"].to_numpy())
+    if data.errors is not None:
+        digests["the standard errors"] = _digest(data.errors)
+    if data.pseudo:
+        digests["the pseudo-labels"] = _digest(*data.pseudo.values())
+    digests["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+    digests["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
+    digests["the code (kernel_utils.py)"] = _digest(Path(__file__))
+    return digests | _source_digests(cfg)
 
 
 def _as_recorded(settings):
@@ -5549,60 +5864,73 @@ def _as_recorded(settings):
 
 def _differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
-    if "fingerprint" not in old:
-        return ["it was begun by a version of kernel_utils that could not go on"]
-    needed = ["settings", "resolved", "status", "sessions"]
-    needed += ["folds"] * (
-        "outputs" in new and old.get("status") == "complete"
-    )  # pre-training has none
-    if missing := [name for name in needed if name not in old]:
+    version = str(old.get("versions", {}).get("kernel_utils", __version__))
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < (0, 8):
+        remedy = "go on with that version, or choose another run_name"
+        return [f"it was begun by kernel_utils {version}: {remedy}"]
+    needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
+    if "outputs" in new and old.get("status") == "complete":  # pre-training has none
+        needed.append("folds")
+    missing = [name for name in needed if name not in old]
+    if missing:
         return [f"record.json has no {_comma_join(missing)}"]
-    settings = [
+    # what is compared by content is in the fingerprint
+    free = (*Config.names("place"), *Config.by_content)
+    before, now = (
         _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
         for record in (old, new)
-    ]
-    # What is compared by content is in the fingerprint; records of version 0.7.0 hold a `recipe`
-    free = {*Config.names("place"), *Config.by_content, "recipe"}
-    old_settings, new_settings = settings
-    changed = [n for n in new_settings if n not in free and old_settings[n] != new_settings[n]]
-    found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
-    was, now = old["fingerprint"], new["fingerprint"]
-    return found + [
-        f"{name}: not as when the run began" for name in now if was.get(name) != now[name]
-    ]
+    )
+    problems = []
+    for name, value in now.items():
+        if name not in free and before.get(name) != value:
+            problems.append(f"{name} was {before.get(name)!r}, now {value!r}")
+    for name, digest in new["fingerprint"].items():
+        if old["fingerprint"].get(name) != digest:
+            problems.append(f"{name}: not as when the run began")
+    return problems
 
 
 def _copy_run(resume_from, record, folder, file):
-    """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
-    of `folder`, or the only one in it. `file` is the name that records of its kind have."""
+    """Copy a run that goes on as `record` to `folder`.
+
+    It is the run folder `resume_from`, or the one in it that has the name of `folder`, or the only
+    one in it. `file` is the name that records of its kind have.
+    """
     source = _user_path("resume_from", resume_from)
-    runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
+    is_run = (source / file).is_file()
+    runs = [source] if is_run else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(
-            f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}"
-        )
-    if found := _differences(_read_json(runs[0] / file), record):
-        raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
-    print(f"copying {runs[0]} to {folder}")
+        expected = f"must be or hold one run folder ({file})"
+        raise ConfigError(f"resume_from {resume_from!r} {expected}: {_comma_join(runs)}")
+    run = runs[0]
+    differences = _differences(_read_json(run / file), record)
+    if differences:
+        raise ConfigError([f"resume_from {resume_from!r}: {run} is another run", *differences])
+    print(f"copying {run} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with _wrap_write_errors(folder):
             temporary.mkdir(parents=True)
-            for path in runs[0].rglob("*"):
-                place = path.relative_to(runs[0])
-                if path.is_file() and not any(part.startswith(".") for part in place.parts):
+            for path in run.rglob("*"):
+                place = path.relative_to(run)
+                is_hidden = any(part.startswith(".") for part in place.parts)
+                if path.is_file() and not is_hidden:
                     (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, temporary / place)
+                    shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _find_run_folder(cfg, record, name, file="record.json"):
-    """The folder of a run: one that `resume` goes on with, or a new one, called `name` where `run_name` is empty. What
-    is there with other content is never touched: a `run_name` is then refused, the other name gets a number."""
+    """The folder of a run: one that `resume` goes on with, or a new one.
+
+    It is called `name` where `run_name` is empty. What is there with other content is never
+    touched: a `run_name` is then refused, the other name gets a number.
+    """
     base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
     if cfg.resume_from and base.exists():
         print(f"{base} is there already: resume_from is not read")
@@ -5610,25 +5938,22 @@ def _find_run_folder(cfg, record, name, file="record.json"):
         _copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
-        if {path.name for path in folder.iterdir()} <= {
-            ".lock",
-            f".{file}.tmp",
-        }:  # a run was killed as it began
+        names = {path.name for path in folder.iterdir()}
+        if names <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
             return folder
-        found = ["it is no run"]
         if (folder / file).is_file():
-            found = _differences(_read_json(folder / file), record)
-        if cfg.resume and not found:
+            problems = _differences(_read_json(folder / file), record)
+        else:
+            problems = ["it is no run"]
+        if cfg.resume and not problems:
             return folder
+        if not cfg.resume:
+            problems = ["resume is False"]
         if cfg.run_name:
-            why = found if cfg.resume else ["resume is False"]
-            raise ConfigError(
-                [
-                    f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it",
-                    *why,
-                ]
-            )
-        print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
+            remedy = "choose another name or delete it"
+            problem = f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; {remedy}"
+            raise ConfigError([problem, *problems])
+        print(f"{folder} stays as it is: {'; '.join(problems)}")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     with _wrap_write_errors(folder):
@@ -5638,36 +5963,36 @@ def _find_run_folder(cfg, record, name, file="record.json"):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody. Gives the descriptor
-    of the lock: a process that inherits it keeps the folder locked while it lives."""
+    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody.
+
+    Gives the descriptor of the lock: a process that inherits it keeps the folder locked while it
+    lives.
+    """
     import fcntl  # not on Windows
 
-    with _open_lines(folder / ".lock", "ab+") as file:
+    with _open_lines(RunFolder(folder).lock, "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode().strip()
-            raise ConfigError(
-                f"{folder} is in use by another {holder}; wait, or set run_name"
-            ) from None
+            problem = f"{folder} is in use by another {holder}"
+            raise ConfigError(f"{problem}; wait, or set run_name") from None
         except OSError as error:
-            raise KitError(
-                f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir"
-            ) from None
+            problem = f"{folder} is on a disk that cannot lock files: {error.strerror}"
+            raise KitError(f"{problem}; set output_dir") from None
         file.truncate(0)
         _write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
 def _start_tracker(cfg, folder):
-    """Weights & Biases where asked: offline unless WANDB_MODE says else, so that it never asks for a login."""
+    """Weights & Biases, or None; offline unless WANDB_MODE says else, so that it asks no login."""
     if not cfg.report_to:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "report_to wandb needs the package wandb: pip install wandb, or set report_to to ''"
-        )
+        problem = "report_to wandb needs the package wandb"
+        raise ConfigError(f"{problem}: pip install wandb, or set report_to to ''")
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -5677,16 +6002,18 @@ def _start_tracker(cfg, folder):
 
 @contextlib.contextmanager
 def _open_log(cfg, folder):
-    """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
+    """A function that writes a dictionary as one line of log.jsonl, and to the tracker."""
     tracker = _start_tracker(cfg, folder)
-    with _open_lines(folder / "log.jsonl", "wb") as file:
+    with _open_lines(RunFolder(folder).log, "wb") as file:
 
         def log(entry):
             _write_line(file, json.dumps(entry))
             if tracker:
-                flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
-                flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
-                tracker.log({f"fold{entry['fold']}/{key}": value for key, value in flat.items()})
+                numbers = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
+                for depth, rate in entry.get("lr", {}).items():
+                    numbers[f"lr/{depth}"] = rate
+                fold = f"fold{entry['fold']}"
+                tracker.log({f"{fold}/{key}": value for key, value in numbers.items()})
 
         try:
             yield log
@@ -5695,180 +6022,122 @@ def _open_log(cfg, folder):
                 tracker.finish()
 
 
-def _oof_frame(frame, results, cfg, names):
-    """One row for every validated row: id, fold, group (where folds keep groups together), target, prediction,
-    prediction_best, prediction_last; with several outputs each column has the suffix of its target or class."""
+def _oof_frame(frame, results, cfg, outputs):
+    """One row for every validated row: id, fold, group (where folds keep groups together), target,
+    prediction, prediction_best, prediction_last.
+
+    With several outputs each column has the suffix of its target or class.
+    """
     rows = np.concatenate([result["rows"] for result in results])
-    columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
-    columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
-    columns |= {_column_name("target", name, cfg.targets): frame[name] for name in cfg.targets}
-    columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
-    for kind, source in (
+    validated = frame.iloc[rows]
+    oof = pd.DataFrame({"id": validated[cfg.id_column], "fold": validated["fold"]})
+    if "group" in cfg.fold_kind:
+        oof["group"] = validated[cfg.group_column]
+    for name in cfg.targets:
+        oof[_column_name("target", name, cfg.targets)] = validated[name]
+    blocks = [oof]
+    for kind, checkpoint in (
         ("prediction", cfg.keep),
         ("prediction_best", "best"),
         ("prediction_last", "last"),
     ):
-        values = np.concatenate([result[source]["predictions"] for result in results])
-        columns |= {_column_name(kind, name, names): values[:, k] for k, name in enumerate(names)}
-    return pd.DataFrame(columns).iloc[np.argsort(rows)]
+        predictions = np.concatenate([result[checkpoint]["predictions"] for result in results])
+        columns = [_column_name(kind, name, outputs) for name in outputs]
+        blocks.append(pd.DataFrame(predictions, index=oof.index, columns=columns))
+    oof = pd.concat(blocks, axis=1)
+    return oof.iloc[np.argsort(rows)]
 
 
 def _oof_scores(results, targets, cfg):
-    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
+    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread
+    over folds.
+    """
+    metric = METRICS[cfg.metric]
     rows = np.concatenate([result["rows"] for result in results])
-    scores = {"metric": cfg.metric, "better": METRICS[cfg.metric].better, "rows": len(rows)}
+    predictions = {}
+    scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
     for kind in ("best", "last"):
-        predictions = np.concatenate([result[kind]["predictions"] for result in results])
+        predictions[kind] = np.concatenate([result[kind]["predictions"] for result in results])
         folds = [result[kind]["score"] for result in results]
-        scores[kind] = float(METRICS[cfg.metric](targets[rows], predictions))
+        scores[kind] = float(metric(targets[rows], predictions[kind]))
         scores[f"{kind}_fold_mean"] = float(np.mean(folds))
         scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
     if cfg.task == "regression":
         scores["target_sd"] = float(targets[rows].std(0).mean())
     if cfg.task == "regression" and cfg.metric == "qwk":
-        predictions = np.concatenate([result[cfg.keep]["predictions"] for result in results])
-        folds = np.repeat(
-            [result["fold"] for result in results], [len(result["rows"]) for result in results]
-        )
-        scores |= _threshold_scores(np.rint(targets[rows]), predictions, folds)
+        fold_of = [np.full(len(result["rows"]), result["fold"]) for result in results]
+        levels = np.rint(targets[rows])
+        scores |= _threshold_scores(levels, predictions[cfg.keep], np.concatenate(fold_of))
     return scores
 
 
 def _nested_levels(target, prediction, folds):
-    """Predictions (N, K) as whole numbers, each fold cut at thresholds that were fitted on the others."""
+    """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
     labels = np.empty_like(target)
-    for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        lowest, highest = int(truth.min()), int(truth.max())
         for fold in np.unique(folds):
-            inside, levels = folds == fold, (int(t.min()), int(t.max()))
-            labels[inside, k] = _apply_thresholds(
-                _fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0]
-            )
+            inside = folds == fold
+            points = _fit_thresholds(truth[~inside], values[~inside], (lowest, highest))
+            labels[inside, k] = _apply_thresholds(points, values[inside], lowest)
     return labels
 
 
+def _mean_kappa(target, labels):
+    """Mean over the outputs of whole numbers (N, K)."""
+    columns = zip(target.T, labels.T, strict=True)
+    return float(np.mean([_quadratic_kappa(truth, label) for truth, label in columns]))
+
+
 def _threshold_scores(target, prediction, folds):
-    """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
-    `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
-    thresholds, levels, fitted = [], [], []
-    for t, p in zip(target.T, prediction.T, strict=True):
-        levels.append([int(t.min()), int(t.max())])
-        thresholds.append(_fit_thresholds(t, p, levels[-1]).tolist())
-        fitted.append(_quadratic_kappa(t, _apply_thresholds(thresholds[-1], p, levels[-1][0])))
+    """Thresholds for whole targets (N, K), fitted for each output on all rows, and mean kappas.
+
+    `fitted` is on the rows that they were fitted on, which flatters, `nested` is with thresholds
+    that were fitted on the other folds each time.
+    """
+    thresholds, levels = [], []
+    labels = np.empty_like(target)
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        lowest, highest = int(truth.min()), int(truth.max())
+        points = _fit_thresholds(truth, values, (lowest, highest)).tolist()
+        labels[:, k] = _apply_thresholds(points, values, lowest)
+        levels.append([lowest, highest])
+        thresholds.append(points)
     nested = None
     if len(set(folds)) > 1:
-        labels = _nested_levels(target, prediction, folds)
-        nested = float(
-            np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)])
-        )
-    return {
-        "thresholds": thresholds,
-        "levels": levels,
-        "fitted": float(np.mean(fitted)),
-        "nested": nested,
-    }
+        nested = _mean_kappa(target, _nested_levels(target, prediction, folds))
+    fitted = _mean_kappa(target, labels)
+    return {"thresholds": thresholds, "levels": levels, "fitted": fitted, "nested": nested}
 
 
-def _fold_scores(result):
-    """What the record keeps of a fold."""
-    scores = {
-        kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")
-    }
-    told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
-    told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
-    told |= {name: result[name] for name in ("pseudo_rows", "pseudo_steps")}
-    return told | {"regularisers": result["acted"]} | scores
-
-
-def _save_fold(model, folder, result):
-    """Weights and backbone config of a fold, and what `_train_fold` returned for it."""
-
-    def write(temporary):
-        model.backbone.config.save_pretrained(temporary)
-        save_model(model, temporary / "model.safetensors")
-        _write_state(temporary, result)
-
-    _save_folder(folder, write)
-
-
-def _finished_fold(folder):
-    """What `_train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
-    if not folder.exists():
-        return None
-    if problems := _folder_problems(folder):
-        print(f"{folder} is damaged and trained again: {problems[0]}")
-        return None
-    result = _read_state(folder)
-    return None if result["stopped"] else result
-
-
-def _print_header(cfg, asked, record):
-    """Print where the backbone came from and what the settings left open has become."""
-    print(f"backbone {cfg.backbone} from {record['backbone']}")
-    rate, device = (
-        "as set" if asked.lr else "by the backbone's width",
-        f"{record['device']} {record['precision']}",
-    )
-    dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
-    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
-    print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
-    if cfg.task == "binary":
-        print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
-
-
-_PROVENANCE = [
-    "settings",
-    "backbone",
-    "weights",
-    "pretrained",
-    "texts",
-    "windows",
-    "head",
-    "steps",
-    "held_out",
-]
-_PROVENANCE += [
-    "seconds",
-    "device",
-    "versions",
-]  # of pretrain.json, what a run on its backbone records
+# Of pretrain.json, what a run on its backbone records
+_PROVENANCE = ("settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps")
+_PROVENANCE += ("held_out", "seconds", "device", "versions")
 
 
 def _pretraining_of(backbone):
-    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none; KitError where
-    the pre-training did not finish."""
+    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none.
+
+    KitError where the pre-training did not finish.
+    """
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    told = _read_json(path)
-    if told.get("status") != "complete":
-        raise KitError(
-            f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first"
-        )
-    return {"pretrained": {name: told[name] for name in _PROVENANCE if name in told}}
+    content = _read_json(path)
+    status = content.get("status")
+    if status != "complete":
+        problem = f"the pre-training is not complete (status {status!r})"
+        raise KitError(f"{path}: {problem}: let it go on first")
+    return {"pretrained": {name: content[name] for name in _PROVENANCE if name in content}}
 
 
 def _describe_environment(cfg):
     """Device, precision, threads and versions, as a record has them."""
-    place = {"device": _device_name(), "precision": _precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "versions": _versions()}
-
-
-def _start_record(cfg, asked, frame, backbone, classes):
-    """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
-    place = _describe_environment(cfg)
     return {
-        "status": "running",
-        "settings": asked.to_dict(),
-        "resolved": {
-            name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")
-        },
-        "backbone": str(backbone),
-        **_pretraining_of(backbone),
-        "classes": classes,
-        "outputs": _output_names(cfg, classes),
-        "rows": len(frame),
-        **place,
-        "sessions": [place],
+        "device": _device_name(),
+        "precision": _precision_name(cfg.precision),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
     }
 
 
@@ -5883,602 +6152,408 @@ _PROBE_TEXTS = (
 
 
 def _probe_ids(texts, tokenizer, cfg):
-    """Token ids of every text, as the settings cut them; in a task with pairs, with the texts backwards as pairs."""
+    """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
     tokens = _tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
-def _golden_rows(model, data, result, cfg):
-    """Four validated rows of a fold, from the shortest text to the longest, and what its kept weights predict for
-    them in float32: ((n,), (n, K))."""
-    order = result["rows"][np.argsort(data.tokens.lengths[result["rows"]], kind="stable")]
-    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
-    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
+class _TrainingRun:
+    """What `train` does: the data of a run, its folder, its folds, its record."""
 
+    def __init__(self, frame, user_cfg, budget):
+        self.frame = frame
+        self.user_cfg = user_cfg  # as it was set; `cfg` has what it leaves open
+        self.budget = budget
+        self.backbone = _find_backbone(user_cfg.backbone)
+        _check_no_foreign_code(self.backbone / "config.json", _HARMLESS_KEYS)
+        self.backbone_config, _ = _load_config(self.backbone, user_cfg)
+        self.tokenizer = _load_tokenizer(self.backbone)
+        self.cfg = user_cfg.resolved(self.backbone_config)
+        self.classes = _class_labels(frame, self.cfg)
+        self.outputs = _output_names(self.cfg, self.classes)
+        self.folds = _requested_folds(frame, self.cfg)
+        self.record = self._new_record()
 
-def _make_golden(frame, data, results, cfg):
-    """What inference must reproduce: the token ids of the probes and the golden rows of every fold."""
-    rows = []
-    for result in results:
-        for row, prediction in zip(*result["golden"], strict=True):
-            cells = {name: frame[name].iloc[row] for name in _input_columns(cfg)}
-            name = frame[cfg.id_column].iloc[row]
-            rows.append(
-                {
-                    "fold": result["fold"],
-                    "id": name,
-                    "cells": cells,
-                    "prediction": prediction.tolist(),
-                }
-            )
-    return {
-        "texts": _PROBE_TEXTS,
-        "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg),
-        "rows": rows,
-    }
+    def _new_record(self):
+        """What record.json says when a run begins.
 
+        `sessions` has the machine of every start, the first also at the top.
+        """
+        machine = _describe_environment(self.cfg)
+        resolved = ("loss", "metric", "lr", "backbone_dropout")
+        return {
+            "status": "running",
+            "settings": self.user_cfg.to_dict(),
+            "resolved": {name: getattr(self.cfg, name) for name in resolved},
+            "backbone": str(self.backbone),
+            **_pretraining_of(self.backbone),
+            "classes": self.classes,
+            "outputs": self.outputs,
+            "rows": len(self.frame),
+            **machine,
+            "sessions": [machine],
+        }
 
-def _room_and_sizes(run, backbone, cfg):
-    """Bytes: of the room in a run folder for what training saves, of the weights of a fold, of two checkpoints."""
-    with torch.device("meta"):
-        size = 4 * _num_parameters(_empty_backbone(backbone, cfg))
-    saved = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
-    there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    return _free_bytes(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
+    def print_setup(self):
+        """Print where the backbone came from and what the settings left open has become."""
+        cfg, record = self.cfg, self.record
+        rate = "as set" if self.user_cfg.lr else "by the backbone's width"
+        dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+        device = f"{record['device']} {record['precision']}"
+        print(f"backbone {cfg.backbone} from {self.backbone}")
+        print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
+        print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
+        if cfg.task == "binary":
+            negative, positive = self.classes
+            print(f"predicts the probability of {positive!r}, not {negative!r}")
 
-
-def _check_room(run, backbone, n_folds, cfg):
-    """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
-    room, size, checkpoints = _room_and_sizes(run, backbone, cfg)
-    needed, what = size * n_folds + checkpoints, f"the weights of {n_folds} folds"
-    what += " and two checkpoints" if checkpoints else ""
-    if needed > room:
-        raise KitError(
-            f"{what} take {needed / 1e9:.1f} GB and {run} has room for "
-            f"{room / 1e9:.1f} GB: train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
+    def prepare_data(self):
+        """Tokens, targets and pseudo-labels, as `data`; their digests go into the record."""
+        frame, cfg = self.frame, self.cfg
+        texts, pseudo = frame, {}
+        if cfg.pseudo_dir:
+            extra, pseudo, source = _read_pseudo(frame, cfg, self.classes)
+            texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
+            self.record["pseudo_labels"] = {
+                "runs": source["runs"],
+                "threshold": source["threshold"],
+                "rows": len(extra),
+            }
+        tokens = self._tokenize(texts)
+        errors = None
+        if cfg.error_column:
+            errors = np.array(frame[cfg.error_column], dtype=np.float64)
+        self.data = _TrainingData(
+            tokens=tokens,
+            targets=_encode_targets(frame, cfg, self.classes),
+            folds=texts["fold"].to_numpy(),
+            folder=self.backbone,
+            tokenizer=self.tokenizer,
+            n_outputs=len(self.outputs),
+            ids=texts[cfg.id_column].to_numpy(),
+            errors=errors,
+            pseudo=pseudo,
         )
+        self.record["fingerprint"] = _fingerprint(frame, self.data, cfg)
 
+    def _tokenize(self, texts):
+        cfg, tokenizer = self.cfg, self.tokenizer
+        new = _add_prefix_tokens(tokenizer, texts, cfg)
+        if new:
+            print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
+        mark = time.perf_counter()
+        tokens = _tokenize_frame(texts, tokenizer, cfg)
+        _check_vocabulary(tokens, tokenizer)
+        new_ids = tokenizer.convert_tokens_to_ids(new)
+        _check_token_ids(tokens, new_ids, self.backbone_config, self.backbone)
+        seconds = {"load": mark - self.budget.began, "tokenize": time.perf_counter() - mark}
+        self.record["seconds"] = seconds
+        at_limit = (tokens.lengths >= cfg.max_length).mean()
+        length = f"{tokens.lengths.mean():.0f} tokens a text on average"
+        print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
+        return tokens
 
-def _environment_summary(place):
-    """Device, threads, precision and versions of a record, side by side."""
-    told = {name: place[name] for name in ("device", "threads", "precision")}
-    return told | place["versions"]
+    def find_folder(self):
+        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
+        path = _find_run_folder(self.user_cfg, self.record, name)
+        self.folder = RunFolder(path)
+        self.is_new = not self.folder.record.is_file()
 
+    def begin(self):
+        """Take over the record of a run that goes on; that of a complete one as it is."""
+        if self.is_new:
+            return
+        old = self.folder.read_record()
+        if old["status"] == "complete":
+            folds = {fold["fold"] for fold in old["folds"]}
+            if folds == set(self.folds):
+                self.record = old
+                return
+            if not folds < set(self.folds):
+                problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
+                raise ConfigError(f"{problem}: run_folds must ask for them too")
+        print(f"{self.folder.path} goes on, its status was {old['status']!r}")
+        sessions = old["sessions"]
+        self._print_changes(sessions[-1])
+        sessions = sessions + self.record["sessions"]
+        self.record = self.record | sessions[0] | {"sessions": sessions}
 
-def _begin_run(run, record, folds):
-    """The record of a run that begins or goes on; that of a run which is complete as it is."""
-    if not (run / "record.json").is_file():
-        return record
-    old = RunFolder(run).read_record()
-    if old["status"] == "complete":
-        there = {fold["fold"] for fold in old["folds"]}
-        if there == set(folds):
-            return old
-        if not there < set(folds):
-            raise ConfigError(
-                f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too"
-            )
-    sessions = old["sessions"]
-    before, now = _environment_summary(sessions[-1]), _environment_summary(record)
-    print(f"{run} goes on, its status was {old['status']!r}")
-    if moved := [
-        f"{name} {before.get(name)}, now {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
-    ]:
-        print(
-            f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run"
-        )
-    return record | sessions[0] | {"sessions": sessions + record["sessions"]}
+    def _print_changes(self, session):
+        """Print what of the machine is not as in an earlier session."""
+        changes = []
+        before, now = session | session["versions"], self.record | self.record["versions"]
+        for name in ("device", "threads", "precision", *self.record["versions"]):
+            if before.get(name) != now[name]:
+                changes.append(f"{name} {before.get(name)}, now {now[name]}")
+        if changes:
+            warning = "the last digits may differ from those of an uninterrupted run"
+            print(f"  begun with {'; '.join(changes)}: {warning}")
 
+    def train_folds(self, lock):
+        """Train and save the folds, in turn or side by side; their results, by fold.
 
-def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `_train_fold` returns, with the golden rows."""
-    checkpoints = _Checkpoints(run, fold)
-    try:
-        model, result = _train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
-        if result["last"] is None:  # stopped before the first step
-            return result
-        result["golden"] = _golden_rows(model, data, result, cfg)
-    except (
-        torch.OutOfMemoryError
-    ) as error:  # beside the rows, which `fit_and_accumulate` makes fewer
-        full = str(error).strip().splitlines()[0]
-        raise KitError(
-            f"weights and optimiser do not fit into the memory of {_device_name()}: take a smaller backbone, or set "
-            f"freeze_layers and freeze_embeddings ({full})"
-        ) from None
-    mark = time.perf_counter()
-    _save_fold(model, run / f"fold{fold}", result)
-    result["seconds"]["save"] += time.perf_counter() - mark
-    if not result["stopped"]:
-        checkpoints.prune(0)
-    return result
-
-
-def _print_fold(result, cfg, watch):
-    scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-    best = f"step {result['best']['step']} of {result['steps']}"
-    print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
-    for name, numbers in result["acted"].items():
-        print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
-
-
-def _train_in_turn(data, folds, finished, cfg, run, watch):
-    """Train one fold after another; the dictionaries of `_train_fold`, of those that are `finished` too. Where the watch
-    stops a fold, it is the last."""
-    results, engine, trained = [], OptimizerStep(data, cfg), 0
-    with _open_log(cfg, run) as log:
-        for fold in folds:
-            watch.models = len(results) + 1
-            if result := finished[fold]:
-                for line in result["lines"]:
-                    log(json.loads(line))
-            else:
-                say = (lambda text: None) if trained else print
-                result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                trained += 1
-                if not result["stopped"]:
-                    _print_fold(result, cfg, watch)
-            results.append(result)
-            if result["stopped"]:
-                break
-    return results
-
-
-def _notebook_parts(*configs):
-    """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
-    return [part.__name__ for part in parts if part.__module__ != __name__]
-
-
-def _start_process(number, kind, job, folder, **options):
-    """Run this module as `kind` with `job`, a dictionary, in a process of its own, on the GPU that has this number
-    here; its job file and log lie in `folder`. (Threads would wait for each other: most time goes into launching.)"""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
-    path = Path(folder) / f"{number}.json"
-    _write_json(path, job | {"device": _device_name()})
-    with open(path.with_suffix(".log"), "w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-u", __file__, kind, str(path)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            **options,
-        )
-
-
-def _read_job(path):
-    """The job of a process that `_start_process` began."""
-    job = json.loads(Path(path).read_text())
-    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(
-            f"this process has {_device_name()}, the one that started it {job['device']}"
-        )
-    return job
-
-
-def _process_error(number, count, code, folder):
-    """The KitError of a process that `_start_process` began."""
-    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
-    return KitError(
-        [f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]]
-    )
-
-
-def _choose_processes(data, n_folds, cfg, run):
-    """How many processes train so many folds side by side; why not more is printed."""
-    asked = cfg.fold_processes or max(1, len(_equal_gpus()))
-    count = min(asked, n_folds)
-    if count > 1 and (cells := _notebook_parts(cfg)):
-        print(
-            f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others"
-        )
-        return 1
-    if count > 1:
-        room, size, checkpoints = _room_and_sizes(run, data.folder, cfg)
-        fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
-        if fit < count:
-            print(
-                f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more"
-            )
-            count = int(fit)
-    return count
-
-
-def _describe_data(data):
-    """`_TrainingData` without the folders it came from, as a nest of plain values and arrays."""
-    tokens = dict(
-        ids=data.tokens.ids,
-        lengths=data.tokens.lengths,
-        types=data.tokens.types,
-        pad_id=data.tokens.pad_id,
-    )
-    told = dict(
-        tokens=tokens,
-        targets=data.targets,
-        folds=data.folds.copy(),
-        ids=[str(name) for name in data.ids],
-    )
-    told |= dict(errors=data.errors, pseudo=data.pseudo)
-    return told | dict(
-        n_outputs=data.n_outputs,
-        n_tokens=len(data.tokenizer),
-        cls_last=_cls_is_last(data.tokenizer),
-    )
-
-
-def _rebuild_data(told, backbone, tokenizer):
-    """The `_TrainingData` that `_describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
-    if (len(tokenizer), _cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
-        raise KitError(
-            "the tokenizer of the run is another where it is read again: set fold_processes 1"
-        )
-    flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
-    types = None if flat["types"] is None else np.split(flat["types"], cuts)
-    tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
-    ids = np.array(told["ids"], dtype=object)
-    shared = (tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
-    return _TrainingData(*shared, told["errors"], told["pseudo"])
-
-
-def _watch_parent(watch):
-    """Have the watch stop the run where the process that started this one says why, or is gone."""
-    watch.signal = (
-        os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
-    )
-
-
-def _train_job(path):
-    """What a process of `_train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
-    beside the job."""
-    _prepare_process()
-    path = Path(path)
-    job, folder = _read_job(path), path.parent
-    torch.set_num_threads(job["threads"])
-    cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
-    watch = TimeBudget(cfg, job["test_rows"])
-    watch.began -= time.time() - job["began"]
-    threading.Thread(target=_watch_parent, args=[watch], daemon=True).start()
-    try:
-        data = _rebuild_data(
-            _read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer")
-        )
-        engine = OptimizerStep(data, cfg)
-        with watch:
-            for fold in job["folds"]:
-                place = folder / f"fold{fold}"
-                try:
-                    place.mkdir()
-                except FileExistsError:  # another has taken it
-                    continue
-                watch.models = job["finished"] + len(list(folder.glob("fold*")))
-                first = job["number"] == 0 and engine.model is None
-                with _open_log(cfg, place) as log:
-                    say = print if first else lambda text: None
-                    result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                left = dict(result=result, restored=watch.restored, peak=_peak_memory())
-                _save_folder(place / "result", functools.partial(_write_state, state=left))
-                watch.restored = 0.0
-                if result["stopped"]:
-                    break
-    except KitError as error:
-        _write_json(
-            path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems}
-        )
-        sys.exit(1)
-
-
-def _worker_error(number, count, code, folder):
-    """The KitError that a process of `_train_side_by_side` met, or the one of its death."""
-    path = Path(folder) / f"{number}.error"
-    if not path.is_file():
-        return _process_error(number, count, code, folder)
-    told, kinds = (
-        _read_json(path),
-        {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())},
-    )
-    return kinds.get(told["kind"], KitError)(told["problems"])
-
-
-class _Workers:
-    """Processes that train folds side by side, from one queue: `folder` has what they are given and what they leave.
-
-    They hear that they have to stop by a pipe, which also ends with this process, however it ends: their own group
-    keeps them from the signals of a terminal, of which a second would end them at once.
-    """
-
-    def __init__(self, count, job, folder, lock):
-        self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
-        for number in range(count):
-            told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-            self.processes.append(
-                _start_process(number, "train-folds", job | {"number": number}, folder, **told)
-            )
-
-    def stop(self, why):
-        """Have them save and end."""
-        for process in self.processes if not self.stopped else ():
-            with contextlib.suppress(OSError):  # it has ended
-                process.stdin.write(why.encode())
-                process.stdin.close()
-        self.stopped = True
-
-    def relay(self):
-        """Print what they have printed since the last time, but for progress bars."""
-        for number in range(len(self.processes)):
-            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
-            for line in lines[self.lines.get(number, 0) :]:
-                if (line := line.rpartition("\r")[2].rstrip()) and "%|" not in line:
-                    print(f"[{number}] {line}")
-            self.lines[number] = len(lines)
-
-    def results(self):
-        """{fold: what `_train_job` left of it} of the folds that have ended."""
-        return {int(path.parent.name[4:]): path for path in self.folder.glob("fold*/result")}
-
-    def end(self):
-        """Kill those that still run."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-
-
-def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
-    """Train the folds that are not finished in `count` processes, each the next that none has taken; the results of
-    all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
-    fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
-    left, results = [fold for fold in folds if not finished[fold]], {}
-    job = dict(
-        settings=dataclasses.replace(cfg, report_to="").to_dict(),
-        run=str(run.resolve()),
-        folds=left,
-    )
-    job |= dict(
-        backbone=str(data.folder.resolve()),
-        finished=len(folds) - len(left),
-        test_rows=watch.test_rows,
-    )
-    job |= dict(
-        threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began)
-    )
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        folder = Path(folder)
-        _write_state(folder, _describe_data(data))
-        print(
-            f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log"
-        )
-        workers = _Workers(count, job, folder, lock)
-        stack.callback(workers.end)
-        running = True
-        while running:
-            running = any(process.poll() is None for process in workers.processes)
-            if watch.signal and not workers.stopped:
-                workers.stop(watch.signal)
-            codes = [process.poll() for process in workers.processes]
-            if any(codes) and not workers.stopped:
-                workers.stop("another process has failed")
-            workers.relay()
-            for fold, path in workers.results().items():
-                if fold not in results:
-                    told = _read_state(path)
-                    results[fold] = told["result"]
-                    watch.restored, watch.peak = (
-                        watch.restored + told["restored"],
-                        max(watch.peak, told["peak"]),
-                    )
-                    if not results[fold]["stopped"]:
-                        _print_fold(results[fold], cfg, watch)
-            time.sleep(0.1 * running)
-        with _open_log(cfg, run) as log:
-            for fold in folds:
-                path = folder / f"fold{fold}" / "log.jsonl"
-                lines = (
-                    path.read_text().splitlines()
-                    if path.is_file()
-                    else (finished[fold] or {}).get("lines", ())
-                )
-                for line in lines:
-                    log(json.loads(line))
-        for number, process in enumerate(workers.processes):
-            if process.returncode:
-                raise _worker_error(number, count, process.returncode, folder)
-    results |= {fold: result for fold, result in finished.items() if result}
-    return [results[fold] for fold in sorted(results)]
-
-
-def _train_folds(data, folds, cfg, run, watch, lock=None):
-    """Train and save the folds, in turn or side by side; the dictionaries of `_train_fold`, by fold. Folds that are
-    finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
-    finished = {fold: _finished_fold(run / f"fold{fold}") for fold in folds}
-    for fold, result in finished.items():
-        if result:
-            watch.restored += sum(result["seconds"].values())
-            print(f"fold {fold} was finished before")
-    left = sum(not result for result in finished.values())
-    if (count := _choose_processes(data, left, cfg, run)) > 1:
-        return _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
-    return _train_in_turn(data, folds, finished, cfg, run, watch)
-
-
-def _scorable(results):
-    """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
-    return [result for result in results if not result["stopped"]] or [
-        result for result in results if result["last"]
-    ]
-
-
-def _finish_record(record, results, data, cfg, watch):
-    """The record with the scores and figures of the folds in `results`."""
-    rows = tokens = 0
-    for result in results:
-        for stage in _make_stages(data, result["fold"], cfg):
-            epochs = len(stage.epochs) * result["step"] / result["steps"]
-            rows += len(stage.rows) * epochs
-            tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
-    seconds = {
-        part: sum(result["seconds"][part] for result in results)
-        for part in ("train", "evaluate", "save")
-    }
-    total = time.perf_counter() - watch.began + watch.restored
-    return record | {
-        "folds": [_fold_scores(result) for result in results],
-        "oof": _oof_scores(results, data.targets, cfg),
-        "rows_per_second": rows / seconds["train"],
-        "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": max(_peak_memory(), watch.peak),
-        "seconds": record["seconds"] | seconds | {"total": total},
-    }
-
-
-def _save_results(frame, data, results, cfg, run, record, watch):
-    """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
-    used, stopped = _scorable(results), [result for result in results if result["stopped"]]
-    if used:
-        oof = _oof_frame(frame, used, cfg, record["outputs"])
-        _write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-        _write_json(run / "golden.json", _make_golden(frame, data, used, cfg))
-        record = _finish_record(record, used, data, cfg, watch)
-    if stopped:
-        told = [
-            f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
-            for result in stopped
-        ]
-        told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
-        record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
-    else:
-        record = record | {"status": "complete"}
-    _write_json(run / "record.json", record)
-    return record
-
-
-def _train_run(frame, data, folds, cfg, run, record, watch, lock):
-    """What `train` does in a run folder that is its own, with the descriptor of its lock."""
-    new = not (run / "record.json").is_file()
-    record = _begin_run(run, record, folds)
-    if record["status"] == "complete":
-        print(f"{run} is complete, nothing is trained")
-    else:
+        Folds that are finished are taken from the disk. Where the budget ends the run, some are of
+        folds that it stopped, or lacking. `lock` is the descriptor of the lock of the folder.
+        """
         try:
-            _check_room(run, data.folder, len(folds), cfg)
-            _write_json(run / "record.json", record)
-            with _wrap_write_errors(run / "tokenizer"):
-                data.tokenizer.save_pretrained(run / "tokenizer")
-            with watch:
-                results = _train_folds(data, folds, cfg, run, watch, lock)
+            _check_room(self.folder.path, self.backbone, len(self.folds), self.cfg)
+            _write_json(self.folder.record, self.record)
+            with _wrap_write_errors(self.folder.tokenizer):
+                self.tokenizer.save_pretrained(self.folder.tokenizer)
+            with self.budget:
+                finished = self._finished_folds()
+                n_unfinished = len(self.folds) - len(finished)
+                path = self.folder.path
+                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, path)
+                if n_processes > 1:
+                    return self._train_side_by_side(finished, n_processes, lock)
+                return self._train_in_turn(finished)
         except KitError:
-            log = run / "log.jsonl"
-            if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
-                shutil.rmtree(
-                    run, ignore_errors=True
-                )  # a mistake in the settings leaves nothing behind
+            if self.is_new and not self._has_trained():
+                shutil.rmtree(self.folder.path, ignore_errors=True)  # a mistake in the settings
             raise
-        record = _save_results(frame, data, results, cfg, run, record, watch)
-    if "oof" in record:
-        print(_summary(run, record))
-        _plot_curves(run)
-        _plot_oof(run)
-    if record["status"] == "complete":
-        with _wrap_write_errors(run):
+
+    def _has_trained(self):
+        log = self.folder.log
+        has_log = log.is_file() and log.stat().st_size > 0
+        return has_log or any(self.folder.path.glob("fold*"))
+
+    def _finished_folds(self):
+        """fold -> result, of those that earlier sessions finished."""
+        finished = {}
+        for fold in self.folds:
+            result = _finished_fold(self.folder.fold(fold))
+            if result:
+                finished[fold] = result
+                self.budget.restored += sum(result["seconds"].values())
+                print(f"fold {fold} was finished before")
+        return finished
+
+    def _train_in_turn(self, finished):
+        results = []
+        with _open_log(self.cfg, self.folder.path) as log:
+            trainer = _FoldsInTurn(self.data, self.cfg, self.folder, self.budget, log)
+            for fold in self.folds:
+                if fold in finished:
+                    results.append(finished[fold])
+                    for line in finished[fold]["lines"]:
+                        log(json.loads(line))
+                    continue
+                self.budget.models = len(results) + 1
+                results.append(trainer.train(fold))
+                if results[-1]["stopped"]:
+                    break
+        return results
+
+    def _train_side_by_side(self, finished, n_processes, lock):
+        """Each process has every n-th fold that is left. This one writes what is not of one fold:
+        log.jsonl at the end, fold by fold as if they had been trained in turn.
+        """
+        folds = [fold for fold in self.folds if fold not in finished]
+        elapsed = time.perf_counter() - self.budget.began
+        job = {
+            "settings": dataclasses.replace(self.cfg, report_to="").to_dict(),
+            "run": str(self.folder.path.resolve()),
+            "n_finished": len(finished),
+            "n_processes": n_processes,
+            "test_rows": self.budget.test_rows,
+            "threads": torch.get_num_threads(),
+            "began": time.time() - elapsed,
+        }
+        with tempfile.TemporaryDirectory() as temporary:
+            _save_data(Path(temporary), self.data)
+            output = f"their output with progress is in {temporary}/*.log"
+            print(f"folds {_comma_join(folds)}: {n_processes} processes side by side; {output}")
+            with _FoldProcesses(Path(temporary)) as processes:
+                for number in range(n_processes):
+                    processes.start(job | {"folds": folds[number::n_processes]}, lock)
+                processes.wait(self.budget)
+            entries = list(processes.log_entries())
+            error = processes.error()
+        for result in finished.values():
+            entries += map(json.loads, result["lines"])
+        with _open_log(self.cfg, self.folder.path) as log:
+            for entry in sorted(entries, key=lambda entry: entry["fold"]):
+                log(entry)
+        if error:
+            raise error
+        results = finished | {fold: _read_fold(self.folder.fold(fold)) for fold in folds}
+        self.budget.restored += sum(results[f]["restored_seconds"] for f in folds if results[f])
+        return [results[fold] for fold in self.folds if results[fold]]
+
+    def save(self, results):
+        """Write oof.csv, golden.json and the record of a run that is complete or stopped.
+
+        It is scored with the folds that are finished, else with those that were stopped. Returns
+        the table of oof.csv; None where nothing was trained.
+        """
+        stopped = [result for result in results if result["stopped"]]
+        finished = [result for result in results if not result["stopped"]]
+        usable = finished or [result for result in stopped if result["last"]]
+        oof = None
+        if usable:
+            oof = _oof_frame(self.frame, usable, self.cfg, self.outputs)
+            _write_atomic(self.folder.oof, lambda temporary: oof.to_csv(temporary, index=False))
+            _write_json(self.folder.golden, self._make_golden(usable))
+            self.record |= self._describe_results(usable)
+        if len(finished) == len(self.folds):
+            self.record["status"] = "complete"
+        else:
+            why = self.budget.signal or stopped[0]["stopped"]
+            states = [
+                f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
+                for result in stopped
+            ]
+            states = ", ".join([*states, f"{len(finished)} folds are finished"])
+            self.record |= {"status": "stopped", "stopped": f"{why}: {states}"}
+        _write_json(self.folder.record, self.record)
+        return oof
+
+    def _make_golden(self, results):
+        """What inference must reproduce: the token ids of the probes and the golden rows."""
+        rows = []
+        for result in results:
+            for row, prediction in zip(*result["golden"], strict=True):
+                cells = self.frame.iloc[row]
+                rows.append(
+                    {
+                        "fold": result["fold"],
+                        "id": cells[self.cfg.id_column],
+                        "cells": {name: cells[name] for name in _input_columns(self.cfg)},
+                        "prediction": prediction.tolist(),
+                    }
+                )
+        token_ids = _probe_ids(_PROBE_TEXTS, self.tokenizer, self.cfg)
+        return {"texts": _PROBE_TEXTS, "token_ids": token_ids, "rows": rows}
+
+    def _describe_results(self, results):
+        """What the record says of the folds: scores, speed, memory, time."""
+        n_rows = n_tokens = 0
+        for result in results:
+            for stage in _make_stages(self.data, result["fold"], self.cfg):
+                n_epochs = len(stage.epochs) * result["step"] / result["steps"]
+                n_rows += len(stage.rows) * n_epochs
+                n_tokens += int(self.data.tokens.lengths[stage.rows].sum()) * n_epochs
+        seconds = dict(self.record["seconds"])
+        for part in ("train", "evaluate", "save"):
+            seconds[part] = sum(result["seconds"][part] for result in results)
+        elapsed = time.perf_counter() - self.budget.began
+        seconds["total"] = elapsed + self.budget.restored
+        peaks = [result["peak_memory"] for result in results]
+        return {
+            "folds": [self._describe_fold(result) for result in results],
+            "oof": _oof_scores(results, self.data.targets, self.cfg),
+            "rows_per_second": n_rows / seconds["train"],
+            "tokens_per_second": n_tokens / seconds["train"],
+            "peak_memory_bytes": max(_peak_memory(), *peaks),
+            "seconds": seconds,
+        }
+
+    def _describe_fold(self, result):
+        evaluations = {}
+        for kind in ("best", "last"):
+            evaluations[kind] = {name: result[kind][name] for name in ("score", "step")}
+        return {
+            "fold": result["fold"],
+            "rows": len(result["rows"]),
+            "steps": result["steps"],
+            "micro_batch_size": result["micro"],
+            "skipped_steps": result["skipped"],
+            "pseudo_rows": result["pseudo_rows"],
+            "pseudo_steps": result["pseudo_steps"],
+            "regularisers": result["acted"],
+            **evaluations,
+        }
+
+    def read_back(self):
+        """(entries of log.jsonl, table of oof.csv) of a complete run."""
+        with _wrap_read_errors(self.folder.path):
+            entries = [json.loads(line) for line in self.folder.log.read_text().splitlines()]
+            dtype = {"target": str} if self.classes else None
+            oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
+        return entries, oof
+
+    def clean_up(self):
+        """Delete what only a run that goes on needs."""
+        with _wrap_write_errors(self.folder.path):
             with contextlib.suppress(OSError):  # those of folds that are not asked for stay
-                (run / "checkpoints").rmdir()
-            (run / ".lock").unlink(missing_ok=True)
-    elif not (cfg.predict_partial and "oof" in record):
-        place = (
-            "from there"
-            if cfg.checkpoint_minutes
-            else "after the finished folds (checkpoint_minutes is 0)"
-        )
-        told = "predict_partial True would have predicted with what is trained"
-        raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
+                self.folder.checkpoints.rmdir()
+            self.folder.lock.unlink(missing_ok=True)
+
+    def raise_stopped(self):
+        """Raise the Stopped of a run that was stopped, unless `predict_partial` takes it so."""
+        if self.cfg.predict_partial and "oof" in self.record:
+            return
+        place = "from there"
+        if not self.cfg.checkpoint_minutes:
+            place = "after the finished folds (checkpoint_minutes is 0)"
+        other = "predict_partial True would have predicted with what is trained"
+        raise Stopped([self.record["stopped"], f"the same command goes on {place}; {other}"])
 
 
 def train(frame, cfg, test=None):
-    """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
+    """Train the folds that `run_folds` asks for; the run folder, `output_dir/run_name`, as a Path.
 
-    `frame` is that of `make_folds`; of `test` only the number of rows counts, whose prediction `max_minutes` includes.
-    The folder holds record.json (complete only at the end), oof.csv, golden.json, log.jsonl, curves.png, oof.png,
-    tokenizer/ and for every fold the weights and config.json, and until then checkpoints/.
+    `frame` is that of `make_folds`; of `test` only the number of rows counts, whose prediction
+    `max_minutes` includes. The folder holds record.json (complete only at the end), oof.csv,
+    golden.json, log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and
+    config.json, and until then checkpoints/.
 
-    An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
-    ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`_train_side_by_side`), with the same result.
-    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
+    An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with
+    as many threads it ends with the same bytes as if it had never been interrupted, on a GPU as
+    far as PyTorch's kernels repeat. Several GPUs train folds side by side, with the same result.
+    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial`
+    takes what there is.
     """
     _prepare_process()
-    asked, watch = cfg, TimeBudget(cfg, 0 if test is None else len(test))
-    backbone = _find_backbone(cfg.backbone)
-    _check_no_foreign_code(backbone / "config.json", _HARMLESS_KEYS)
-    config, _ = _load_config(backbone, cfg)
-    tokenizer, cfg = _load_tokenizer(backbone), cfg.resolved(config)
-    classes, folds = _class_labels(frame, cfg), _requested_folds(frame, cfg)
-    record = _start_record(cfg, asked, frame, backbone, classes)
-    _print_header(cfg, asked, record)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-    texts, pseudo = frame, {}
-    if cfg.pseudo_dir:
-        extra, pseudo, told = _read_pseudo(frame, cfg, classes)
-        texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
-        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {
-            "rows": len(extra)
-        }
-    if new := _add_prefix_tokens(tokenizer, texts, cfg):
-        print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
-    loaded = time.perf_counter()
-    tokens = _tokenize_frame(texts, tokenizer, cfg)
-    _check_vocabulary(tokens, tokenizer)
-    _check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
-    record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
-    at_limit = (tokens.lengths >= cfg.max_length).mean()
-    print(
-        f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}"
-    )
-
-    targets, ids = _encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
-    errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
-    folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
-    data = _TrainingData(
-        tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo
-    )
-    record |= {"fingerprint": _fingerprint(frame, data, cfg)}
-    name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = _find_run_folder(asked, record, name)
-    with _locked(run) as lock:
-        _train_run(frame, data, folds, cfg, run, record, watch, lock)
-    return run
+    budget = TimeBudget(cfg, 0 if test is None else len(test))
+    run = _TrainingRun(frame, cfg, budget)
+    run.print_setup()
+    run.prepare_data()
+    run.find_folder()
+    with _locked(run.folder.path) as lock:
+        run.begin()
+        if run.record["status"] == "complete":
+            print(f"{run.folder.path} is complete, nothing is trained")
+            entries, oof = run.read_back()
+        else:
+            results = run.train_folds(lock)
+            oof = run.save(results)
+            entries = [json.loads(line) for result in results for line in result["lines"]]
+        if oof is not None:
+            print(_summary(run.folder.path, run.record))
+            _plot_curves(run.folder, run.record, entries)
+            _plot_oof(run.folder, run.record, oof)
+        if run.record["status"] == "complete":
+            run.clean_up()
+        else:
+            run.raise_stopped()
+    return run.folder.path
 
 
 def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
-    oof, seconds, lines = record["oof"], record["seconds"], []
+    oof, seconds = record["oof"], record["seconds"]
+    n_folds, seed = len(record["folds"]), record["settings"]["seed"]
+    lines = [f"{name}: out-of-fold over {oof['rows']} rows, {n_folds} folds, seed {seed}"]
     for kind in ("last", "best"):
-        spread = (
-            ""
-            if oof[f"{kind}_fold_sd"] is None
-            else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
-        )
+        spread = oof[f"{kind}_fold_sd"]
+        spread = "" if spread is None else f", sd over folds {spread:.4f}"
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
         nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        points = "; ".join(
-            ", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]
-        )
-        lines.append(
-            f"  qwk with thresholds fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}: {points}"
-        )
-    lines.append(
-        f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
-        f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
-    )
-    head = f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
-    return "\n".join([head, *lines])
+        outputs = [", ".join(f"{p:.3f}" for p in points) for points in oof["thresholds"]]
+        scores = f"fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}"
+        lines.append(f"  qwk with thresholds {scores}: {'; '.join(outputs)}")
+    speed = f"{seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s)"
+    time_spent = f"{seconds['total']:.0f} s in all: {speed}, {seconds['evaluate']:.0f} evaluating"
+    memory = f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
+    lines.append(f"  {time_spent}; {memory}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------
@@ -7158,17 +7233,16 @@ def main(arguments):
     """`train --config run.json`, or a job of `_start_process`; the exit code."""
     jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
-        return jobs[arguments[0]](arguments[1])
-    parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
-    command = parser.add_subparsers(required=True, metavar="train").add_parser(
-        "train", help="what train.ipynb does"
-    )
-    command.add_argument(
-        "--config", required=True, help="a JSON file with settings: the fields of Config"
-    )
-    asked = parser.parse_args(arguments)
+        act, path = jobs[arguments[0]], arguments[1]
+    else:
+        parser = argparse.ArgumentParser(prog="kernel_utils.py")
+        commands = parser.add_subparsers(required=True, metavar="train")
+        command = commands.add_parser("train", help="what train.ipynb does")
+        settings = "a JSON file with settings: the fields of Config"
+        command.add_argument("--config", required=True, help=settings)
+        act, path = _train_by_config, parser.parse_args(arguments).config
     try:
-        _train_by_config(asked.config)
+        act(path)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -285,7 +285,7 @@ def test_functions_of_a_notebook_are_told_apart_by_their_source(monkeypatch):
     def prints(share):
         source = f"@ku.metric('gap', 'lower', ('regression',))\ndef gap(target, prediction):\n    return {share}\n"
         monkeypatch.setitem(ku.METRICS, "gap", run_cell(source)["gap"])
-        return ku._source_prints(ku.Config(metric="gap", loss="mse"))
+        return ku._source_digests(ku.Config(metric="gap", loss="mse"))
 
     monkeypatch.setitem(ku.METRICS, "gap", ku.METRICS["rmse"])
     del ku.METRICS["gap"]

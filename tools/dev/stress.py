@@ -882,7 +882,7 @@ def stress(args, folder, failed):
         sides.append((trainer_subject(task), trainer_groups))
     attempt(functools.partial(make_task, task))
     if args.quick:
-        ku._plot_curves = ku._plot_oof = lambda run: None
+        ku._plot_curves = ku._plot_oof = lambda *_: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)
