@@ -2486,7 +2486,8 @@ def _hub_backbone(name, local_files_only):
             if _is_backbone(Path(folder)):
                 return Path(folder), None
     except Exception as error:  # whatever the client raises stands in the error of _find_backbone
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first_line, _, _ = str(error).strip().partition("\n")
+        return None, f"{type(error).__name__}: {first_line}"
     return None, f"{folder} lacks config.json or weights"
 
 
