@@ -5589,7 +5589,8 @@ def _start_process(number, kind, job, folder, **options):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
     path = Path(folder) / f"{number}.json"
     _write_json(path, job | {"device": _device_name()})
-    command = [sys.executable, "-u", __file__, kind, str(path)]
+    # -P: what lies beside the module must not come before the packages
+    command = [sys.executable, "-u", "-P", __file__, kind, str(path)]
     with open(path.with_suffix(".log"), "w") as file:
         output = dict(stdout=file, stderr=subprocess.STDOUT)
         return subprocess.Popen(command, env=environment, **output, **options)
@@ -6327,6 +6328,7 @@ class _TrainingRun:
             if result:
                 finished[fold] = result
                 self.budget.restored += sum(result["seconds"].values())
+                _Checkpoints(self.folder.path, fold).prune(0)  # a kill may have left some
                 print(f"fold {fold} was finished before")
         return finished
 
