@@ -421,6 +421,13 @@ def _run_name_error(name):
     return f"run_name must be letters, digits and . _ - = + only, got {name!r}"
 
 
+# An `option` by what it affects
+_data = functools.partial(option, affects="data")
+_model = functools.partial(option, affects="model")
+_training = functools.partial(option, affects="training")
+_place = functools.partial(option, affects="place")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
@@ -430,475 +437,278 @@ class Config(Settings):
     by_content: ClassVar[tuple] = ("data_dir", "pseudo_dir", "backbone")
 
     # data
-    data_dir: str = option(
-        "",
-        "folder with train.csv; empty means the attached competition, else the sample",
-        affects="data",
+    data_dir: str = _data(
+        "", "folder with train.csv; empty means the attached competition, else the sample"
     )
-    id_column: str = option("id", "column that names a row", affects="data")
-    text_column: str = option("excerpt", "column with the text", affects="data")
-    pair_column: str = option(
-        "", "column with a second text, encoded as a pair; empty means none", affects="data"
+    id_column: str = _data("id", "column that names a row")
+    text_column: str = _data("excerpt", "column with the text")
+    pair_column: str = _data("", "column with a second text, encoded as a pair; empty means none")
+    target_columns: str = _data("target", "column to predict, or several with commas")
+    error_column: str = _data("", "column with the standard error of the target; empty means none")
+    task: str = _data("regression", "regression, binary, multiclass or multilabel", TASKS)
+    max_rows: int = _data(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
+    n_folds: int = _data(5, "number of folds; a column 'fold' in train.csv wins", low=2)
+    run_folds: str = _place("all", "folds to train: all, or numbers such as 0,2", kind="folds")
+    fold_kind: str = _data(
+        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS
     )
-    target_columns: str = option(
-        "target", "column to predict, or several with commas", affects="data"
-    )
-    error_column: str = option(
-        "", "column with the standard error of the target; empty means none", affects="data"
-    )
-    task: str = option(
-        "regression", "regression, binary, multiclass or multilabel", TASKS, affects="data"
-    )
-    max_rows: int = option(
-        0, "train on this many rows, drawn by fold_seed; 0 means all", low=0, affects="data"
-    )
-    n_folds: int = option(
-        5, "number of folds; a column 'fold' in train.csv wins", low=2, affects="data"
-    )
-    run_folds: str = option(
-        "all", "folds to train: all, or numbers such as 0,2", kind="folds", affects="place"
-    )
-    fold_kind: str = option(
-        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS, affects="data"
-    )
-    group_column: str = option(
-        "", "column whose values stay in one fold, for group folds", affects="data"
-    )
-    fold_seed: int = option(0, "seed of the folds", low=0, high=_MAX_SEED, affects="data")
+    group_column: str = _data("", "column whose values stay in one fold, for group folds")
+    fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
-    max_length: int = option(
-        256, "tokens kept of a text, special tokens included", low=8, affects="data"
+    max_length: int = _data(256, "tokens kept of a text, special tokens included", low=8)
+    truncation: str = _data(
+        "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
     )
-    truncation: str = option(
-        "head",
-        "end that is kept: head, tail or head_tail",
-        ("head", "tail", "head_tail"),
-        affects="data",
-    )
-    prefix: str = option(
-        "",
-        "text put before each text; {column} inserts a column, new [words] become tokens",
-        affects="data",
+    prefix: str = _data(
+        "", "text put before each text; {column} inserts a column, new [words] become tokens"
     )
     # extra texts
-    pseudo_dir: str = option(
-        "",
-        "folder that tools/pseudo_label.py made: train on its texts too; empty means none",
-        affects="data",
+    pseudo_dir: str = _data(
+        "", "folder that tools/pseudo_label.py made: train on its texts too; empty means none"
     )
-    pseudo_weight: float = option(
-        1.0,
-        "factor of the losses of pseudo-labelled texts among training rows",
-        low=1e-3,
-        affects="training",
+    pseudo_weight: float = _training(
+        1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3
     )
-    pseudo_epochs: int = option(
-        0,
-        "epochs on pseudo-labelled texts alone, before the others; 0: mixed",
-        low=0,
-        affects="training",
+    pseudo_epochs: int = _training(
+        0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0
     )
     # model
-    backbone: str = option(DEFAULT_BACKBONE, _BACKBONE_HELP, affects="model")
-    head: str = option(
-        "mean",
-        "how the tokens of a text become its features: a name in ku.HEADS",
-        HEADS,
-        affects="model",
+    backbone: str = _model(DEFAULT_BACKBONE, _BACKBONE_HELP)
+    head: str = _model(
+        "mean", "how the tokens of a text become its features: a name in ku.HEADS", HEADS
     )
-    conv_kernels: tuple = option(
-        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH, affects="model"
+    conv_kernels: tuple = _model(
+        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH
     )
-    conv_channels: tuple = option(
+    conv_channels: tuple = _model(
         (256, 1),
         "conv1d: channels of each convolution, of the last for each output",
         low=1,
         high=_MAX_WIDTH,
-        affects="model",
     )
-    rnn_size: int = option(
-        256,
-        "lstm, bilstm, gru: hidden units of each direction",
-        low=1,
-        high=_MAX_WIDTH,
-        affects="model",
+    rnn_size: int = _model(
+        256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH
     )
-    concat_layers: int = option(4, "concat: number of last layers", low=1, affects="model")
-    weighted_pool: str = option(
-        "cls",
-        "weighted: what is averaged over layers, cls or mean",
-        ("cls", "mean"),
-        affects="model",
+    concat_layers: int = _model(4, "concat: number of last layers", low=1)
+    weighted_pool: str = _model(
+        "cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean")
     )
-    head_dropout: float = option(
-        0.0, "dropout on the features of the head", low=0, high=0.99, affects="model"
+    head_dropout: float = _model(0.0, "dropout on the features of the head", low=0, high=0.99)
+    dropout_samples: int = _model(1, "dropout masks whose losses are averaged; 1 means off", low=1)
+    backbone_dropout: float = _model(
+        -1.0, "dropout of the backbone; -1: 0 in regression, else its own", low=-1, high=0.99
     )
-    dropout_samples: int = option(
-        1, "dropout masks whose losses are averaged; 1 means off", low=1, affects="model"
-    )
-    backbone_dropout: float = option(
-        -1.0,
-        "dropout of the backbone; -1: 0 in regression, else its own",
-        low=-1,
-        high=0.99,
-        affects="model",
-    )
-    reinit_layers: int = option(0, "re-initialise this many last layers", low=0, affects="training")
-    freeze_layers: int = option(
-        0, "keep this many first layers as they are", low=0, affects="training"
-    )
-    freeze_embeddings: bool = option(False, "keep the embeddings as they are", affects="training")
-    gradient_checkpointing: bool = option(
-        False, "recompute activations: less memory, slower", affects="training"
-    )
-    attention: str = option(
+    reinit_layers: int = _training(0, "re-initialise this many last layers", low=0)
+    freeze_layers: int = _training(0, "keep this many first layers as they are", low=0)
+    freeze_embeddings: bool = _training(False, "keep the embeddings as they are")
+    gradient_checkpointing: bool = _training(False, "recompute activations: less memory, slower")
+    attention: str = _model(
         "",
         "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
         ("eager", "sdpa", "flash_attention_2"),
-        affects="model",
     )
-    cuda_graphs: bool = option(
-        True, "launch each step at once on a GPU, where rows are packed", affects="training"
+    cuda_graphs: bool = _training(True, "launch each step at once on a GPU, where rows are packed")
+    compile: bool = _model(
+        False, "torch.compile the backbone: half a minute that pays in long runs"
     )
-    compile: bool = option(
-        False, "torch.compile the backbone: half a minute that pays in long runs", affects="model"
-    )
-    fold_processes: int = option(
-        0,
-        "folds trained side by side, each by a process of its own; 0: one a GPU",
-        low=0,
-        affects="place",
+    fold_processes: int = _place(
+        0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0
     )
     # optimisation
-    loss: str = option(
-        "", "training loss; empty means mse, bce or cross_entropy by task", LOSSES, affects="model"
+    loss: str = _model("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
+    focal_gamma: float = _model(2.0, "focal: power of the probability that is missing", low=0)
+    rank_weight: float = _model(
+        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0
     )
-    focal_gamma: float = option(
-        2.0, "focal: power of the probability that is missing", low=0, affects="model"
+    levels: tuple = _model(
+        (0, 0), "coral: lowest and highest of the whole numbers that are the targets"
     )
-    rank_weight: float = option(
-        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0, affects="model"
+    error_weights: bool = _training(
+        False, "weight rows by their standard error, the surer the more"
     )
-    levels: tuple = option(
-        (0, 0),
-        "coral: lowest and highest of the whole numbers that are the targets",
-        affects="model",
+    label_smoothing: float = _model(
+        0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99
     )
-    error_weights: bool = option(
-        False, "weight rows by their standard error, the surer the more", affects="training"
+    metric: str = _training("", "score; empty means rmse, auc or accuracy by task", METRICS)
+    epochs: int = _training(3, "passes over the training folds", low=1)
+    batch_size: int = _training(16, "rows of an optimiser step", low=1)
+    micro_batch_size: int = _training(
+        0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0
     )
-    label_smoothing: float = option(
-        0.0,
-        "cross_entropy: share of the target given to all classes",
-        low=0,
-        high=0.99,
-        affects="model",
-    )
-    metric: str = option(
-        "", "score; empty means rmse, auc or accuracy by task", METRICS, affects="training"
-    )
-    epochs: int = option(3, "passes over the training folds", low=1, affects="training")
-    batch_size: int = option(16, "rows of an optimiser step", low=1, affects="training")
-    micro_batch_size: int = option(
-        0,
-        "rows of a forward pass, gradients accumulate; 0 means batch_size",
-        low=0,
-        affects="training",
-    )
-    length_bucket: int = option(
+    length_bucket: int = _training(
         0,
         "batches sorted by length together; 0: 1 (plain random) where rows are packed, else 4",
         low=0,
-        affects="training",
     )
-    lr: float = option(
-        0.0,
-        "peak learning rate of the last layer; 0 means by the backbone's width",
-        low=0,
-        affects="training",
+    lr: float = _training(
+        0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0
     )
-    head_lr: float = option(1e-3, "peak learning rate of the head", low=0, affects="training")
-    llrd: float = option(
-        1.0,
-        "learning-rate factor from a layer to the one below; 1 means off",
-        low=0.01,
-        high=1,
-        affects="training",
+    head_lr: float = _training(1e-3, "peak learning rate of the head", low=0)
+    llrd: float = _training(
+        1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1
     )
-    weight_decay: float = option(
-        0.01, "AdamW weight decay; never on biases and norms", low=0, affects="training"
+    weight_decay: float = _training(0.01, "AdamW weight decay; never on biases and norms", low=0)
+    schedule: str = _training(
+        "cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES
     )
-    schedule: str = option(
-        "cosine",
-        "learning rate after warm-up: linear, cosine or constant",
-        SCHEDULES,
-        affects="training",
+    warmup_ratio: float = _training(
+        0.1, "share of the steps in which the rates rise", low=0, high=1
     )
-    warmup_ratio: float = option(
-        0.1, "share of the steps in which the rates rise", low=0, high=1, affects="training"
-    )
-    optimizer: str = option(
+    optimizer: str = _training(
         "adamw",
         "adamw, or adamw8bit: states of a byte each (package bitsandbytes)",
         ("adamw", "adamw8bit"),
-        affects="training",
     )
-    max_grad_norm: float = option(
-        1.0, "largest norm of the gradient; 0 means off", low=0, affects="training"
-    )
-    precision: str = option(
-        "auto",
-        "auto, fp32, bf16 or fp16; auto means fp32 on a CPU",
-        _PRECISIONS,
-        affects="training",
+    max_grad_norm: float = _training(1.0, "largest norm of the gradient; 0 means off", low=0)
+    precision: str = _training(
+        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
     )
     # regularisation
-    awp: float = option(
-        0.0,
-        "adversarial weights: step against a tensor, as a share of each weight; 0: off",
-        low=0,
-        affects="training",
+    awp: float = _training(
+        0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0
     )
-    awp_eps: float = option(
-        0.01,
-        "awp: a weight moves by this share of itself at most",
-        low=0,
-        high=1,
-        affects="training",
+    awp_eps: float = _training(
+        0.01, "awp: a weight moves by this share of itself at most", low=0, high=1
     )
-    fgm: float = option(
-        0.0,
-        "adversarial word embeddings: length of the step against the table; 0: off",
-        low=0,
-        affects="training",
+    fgm: float = _training(
+        0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0
     )
-    adversarial_start: float = option(
-        1.0, "awp, fgm: epochs before the first adversarial step", low=0, affects="training"
+    adversarial_start: float = _training(
+        1.0, "awp, fgm: epochs before the first adversarial step", low=0
     )
-    rdrop: float = option(
-        0.0,
-        "weight of the distance of two passes that dropout sets apart; 0: off",
-        low=0,
-        affects="training",
+    rdrop: float = _training(
+        0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0
     )
-    label_noise: float = option(
-        0.0,
-        "noise added to the targets, in their standard errors; 0: off",
-        low=0,
-        affects="training",
+    label_noise: float = _training(
+        0.0, "noise added to the targets, in their standard errors; 0: off", low=0
     )
-    mixout: float = option(
-        0.0,
-        "share of inputs of Linear layers mixed with pre-trained weights",
-        low=0,
-        high=0.99,
-        affects="training",
+    mixout: float = _training(
+        0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
     )
-    ema: float = option(
-        0.0,
-        "decay of a running average of the weights, such as 0.99; 0: off",
-        low=0,
-        high=0.9999,
-        affects="training",
+    ema: float = _training(
+        0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999
     )
-    swa_start: float = option(
-        0.0,
-        "epochs from whose end on weights are averaged, all steps alike; 0: off",
-        low=0,
-        affects="training",
+    swa_start: float = _training(
+        0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0
     )
     # evaluation and records
-    evals_per_epoch: int = option(1, "evaluations an epoch", low=1, affects="training")
-    eval_steps: int = option(
-        0,
-        "evaluate every so many steps instead; 0 means evals_per_epoch",
-        low=0,
-        affects="training",
+    evals_per_epoch: int = _training(1, "evaluations an epoch", low=1)
+    eval_steps: int = _training(
+        0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0
     )
-    keep: str = option(
-        "last",
-        "weights and predictions to keep: last or best",
-        ("last", "best"),
-        affects="training",
+    keep: str = _training("last", "weights and predictions to keep: last or best", ("last", "best"))
+    batch_tokens: int = _training(0, _BATCH_TOKENS_HELP, low=0)
+    seed: int = _training(0, "seed of everything but the folds", low=0, high=_MAX_SEED)
+    output_dir: str = _place("runs", "folder of the run folders")
+    run_name: str = _place(
+        "", "name of the run folder; empty means made from backbone, head and seed"
     )
-    batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0, affects="training")
-    seed: int = option(
-        0, "seed of everything but the folds", low=0, high=_MAX_SEED, affects="training"
-    )
-    output_dir: str = option("runs", "folder of the run folders", affects="place")
-    run_name: str = option(
-        "", "name of the run folder; empty means made from backbone, head and seed", affects="place"
-    )
-    report_to: str = option(
-        "",
-        "also log to: wandb (offline unless WANDB_MODE says else); empty means none",
-        ("wandb",),
-        affects="place",
+    report_to: str = _place(
+        "", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",)
     )
     # interruptions
-    resume: bool = option(
-        True,
-        "go on with an unfinished run of the same name and settings, exactly where it was",
-        affects="place",
+    resume: bool = _place(
+        True, "go on with an unfinished run of the same name and settings, exactly where it was"
     )
-    resume_from: str = option(
-        "",
-        "a run folder to copy and go on with, such as the attached output of a killed kernel",
-        affects="place",
+    resume_from: str = _place(
+        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
     )
-    checkpoint_minutes: float = option(
-        10.0,
-        "minutes between checkpoints, made at evaluations too; 0: none",
-        low=0,
-        affects="place",
+    checkpoint_minutes: float = _place(
+        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
     )
-    max_minutes: float = option(
-        0.0,
-        "minutes from the start of training to the submission; 0 means no limit",
-        low=0,
-        affects="place",
+    max_minutes: float = _place(
+        0.0, "minutes from the start of training to the submission; 0 means no limit", low=0
     )
-    predict_partial: bool = option(
-        False,
-        "when a run is stopped, predict with what is trained, else end with an error",
-        affects="place",
+    predict_partial: bool = _place(
+        False, "when a run is stopped, predict with what is trained, else end with an error"
     )
 
     def conflicts(self):
-        problems = [_run_name_error(self.run_name)]
-        problems += [
-            message
-            for conflicts in (
-                self._column_conflicts(),
-                self._loss_conflicts(),
-                self._regularizer_conflicts(),
-                self._pointless_settings(),
-            )
-            for is_wrong, message in conflicts
-            if is_wrong
-        ]
-        return [problem for problem in problems if problem]
+        """Problems between settings that are each right alone."""
+        problems = self._task_conflicts() + self._training_conflicts() + self._idle_settings()
+        name_error = _run_name_error(self.run_name)
+        return [*problems, name_error] if name_error else problems
 
-    def _column_conflicts(self):
+    def _task_conflicts(self):
+        problems = []
         targets, columns = self.targets, self.target_columns
-        has_one_target = self.task in ("binary", "multiclass")
-        is_repeated = len(set(targets)) < len(targets)
-        one = f"takes one target column, got target_columns {columns!r}"
-        return [
-            (has_one_target and len(targets) > 1, f"task {self.task} {one}"),
-            (self.loss == "coral" and len(targets) > 1, f"loss coral {one}"),
-            (
-                is_repeated or not all(targets),
-                f"target_columns has an empty or repeated name: {columns!r}",
-            ),
-            (
-                "fold" in targets,
-                "target_columns must not hold 'fold': that column has the folds",
-            ),
-            (
-                "group" in self.fold_kind and not self.group_column,
-                f"fold_kind {self.fold_kind} needs group_column",
-            ),
-            (
-                self.error_column and self.task != "regression",
-                f"error_column is for regression; task is {self.task}",
-            ),
-        ]
-
-    def _loss_conflicts(self):
-        lowest, highest = self.levels if len(self.levels) == 2 else (0, 0)
-        conflicts = [
-            (
-                self.loss == "coral" and lowest >= highest,
-                f"loss coral needs levels, the lowest and highest target such as 1,6; "
-                f"got {self.levels}",
-            ),
-            (
-                self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy",
-                "label_smoothing is for the loss cross_entropy",
-            ),
-        ]
         for setting, parts in (("loss", LOSSES), ("metric", METRICS)):
             name = getattr(self, setting)
-            if name:
-                tasks = parts[name].tasks
-                wrong_task = f"{setting} {name} is for {', '.join(tasks)}; task is {self.task}"
-                conflicts.append((self.task not in tasks, wrong_task))
-        return conflicts
+            tasks = parts[name].tasks if name else [self.task]
+            if self.task not in tasks:
+                problems.append(f"{setting} {name} is for {', '.join(tasks)}; task is {self.task}")
+        if self.task in ("binary", "multiclass") and len(targets) > 1:
+            one = f"takes one target column, got target_columns {columns!r}"
+            problems.append(f"task {self.task} {one}")
+        if not all(targets) or len(set(targets)) < len(targets):
+            problems.append(f"target_columns has an empty or repeated name: {columns!r}")
+        if "fold" in targets:
+            problems.append("target_columns must not hold 'fold': that column has the folds")
+        if "group" in self.fold_kind and not self.group_column:
+            problems.append(f"fold_kind {self.fold_kind} needs group_column")
+        if self.error_column and self.task != "regression":
+            problems.append(f"error_column is for regression; task is {self.task}")
+        if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
+            problems.append("label_smoothing is for the loss cross_entropy")
+        if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
+            example = f"the lowest and highest target such as 1,6; got {self.levels}"
+            problems.append(f"loss coral needs levels, {example}")
+        if self.loss == "coral" and len(targets) > 1:
+            one = f"takes one target column, got target_columns {columns!r}"
+            problems.append(f"loss coral {one}")
+        return problems
 
-    def _regularizer_conflicts(self):
-        loss = LOSSES.get(self.loss)
-        has_adversary = self.awp or self.fgm
-        has_backbone_dropout = self.backbone_dropout > 0 or (
-            self.backbone_dropout == -1 and self.task != "regression"
-        )
-        return [
-            (
-                self.awp and self.fgm,
-                "awp and fgm are two adversarial passes of a step: set one of them to 0",
-            ),
-            (
-                has_adversary and self.adversarial_start >= self.epochs,
-                f"adversarial_start {self.adversarial_start:g} must be below epochs, {self.epochs}",
-            ),
-            (
-                self.ema and self.swa_start,
-                "ema and swa_start are two averages of the weights: set one of them to 0",
-            ),
-            (
-                self.swa_start >= self.epochs,
-                f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}",
-            ),
-            (
-                self.rdrop and not has_backbone_dropout and not self.head_dropout,
-                "rdrop does nothing without dropout: set head_dropout or backbone_dropout",
-            ),
-            (
-                self.rdrop and loss and loss.reduce is not Loss.reduce,
-                f"rdrop adds to a mean over rows: loss {self.loss} is none",
-            ),
-            (
-                -1 < self.backbone_dropout < 0,
-                f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}",
-            ),
-        ]
+    def _training_conflicts(self):
+        problems = []
+        loss, start = LOSSES.get(self.loss), self.adversarial_start
+        if self.awp and self.fgm:
+            problems.append(
+                "awp and fgm are two adversarial passes of a step: set one of them to 0"
+            )
+        if (self.awp or self.fgm) and start >= self.epochs:
+            problems.append(f"adversarial_start {start:g} must be below epochs, {self.epochs}")
+        if self.ema and self.swa_start:
+            problems.append(
+                "ema and swa_start are two averages of the weights: set one of them to 0"
+            )
+        if self.swa_start >= self.epochs:
+            problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
+        if self.rdrop and loss and loss.reduce is not Loss.reduce:
+            problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
+        if self.pseudo_epochs and self.pseudo_weight != 1:
+            problems.append("pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0")
+        if -1 < self.backbone_dropout < 0:
+            got = self.backbone_dropout
+            problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {got}")
+        if len(self.conv_kernels) != len(self.conv_channels):
+            kernels, channels = len(self.conv_kernels), len(self.conv_channels)
+            problems.append(f"conv_kernels has {kernels} and conv_channels {channels} values")
+        return problems
 
-    def _pointless_settings(self):
-        """Settings that do nothing beside the others."""
+    def _idle_settings(self):
+        """Settings that would do nothing beside the others."""
+        problems = []
         loss = LOSSES.get(self.loss)
-        kernels, channels = len(self.conv_kernels), len(self.conv_channels)
-        loss_reads_errors = loss and "target_std" in loss.extra_inputs
-        reads_errors = self.error_weights or self.label_noise or loss_reads_errors
-        needs_errors = "needs error_column, the standard errors of the targets"
-        has_pseudo_settings = self.pseudo_epochs or self.pseudo_weight != 1
-        return [
-            (
-                self.resume_from and not self.resume,
-                "resume_from does nothing while resume is False",
-            ),
-            (
-                kernels != channels,
-                f"conv_kernels has {kernels} and conv_channels {channels} values",
-            ),
-            (
-                self.dropout_samples > 1 and not self.head_dropout,
-                "dropout_samples does nothing while head_dropout is 0",
-            ),
-            (self.error_weights and not self.error_column, f"error_weights {needs_errors}"),
-            (self.label_noise and not self.error_column, f"label_noise {needs_errors}"),
-            (
-                self.error_column and not reads_errors,
-                "error_column does nothing without error_weights, label_noise or the loss gaussian",
-            ),
-            (
-                has_pseudo_settings and not self.pseudo_dir,
-                "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty",
-            ),
-            (
-                self.pseudo_epochs and self.pseudo_weight != 1,
-                "pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0",
-            ),
-        ]
+        own_dropout = self.backbone_dropout == -1 and self.task != "regression"
+        has_dropout = self.head_dropout or self.backbone_dropout > 0 or own_dropout
+        reads_errors = loss and "target_std" in loss.extra_inputs
+        reads_errors = reads_errors or self.error_weights or self.label_noise
+        if self.resume_from and not self.resume:
+            problems.append("resume_from does nothing while resume is False")
+        if self.dropout_samples > 1 and not self.head_dropout:
+            problems.append("dropout_samples does nothing while head_dropout is 0")
+        if self.rdrop and not has_dropout:
+            remedy = "set head_dropout or backbone_dropout"
+            problems.append(f"rdrop does nothing without dropout: {remedy}")
+        for setting in ("error_weights", "label_noise"):
+            if getattr(self, setting) and not self.error_column:
+                problems.append(f"{setting} needs error_column, the standard errors of the targets")
+        if self.error_column and not reads_errors:
+            users = "error_weights, label_noise or the loss gaussian"
+            problems.append(f"error_column does nothing without {users}")
+        if (self.pseudo_epochs or self.pseudo_weight != 1) and not self.pseudo_dir:
+            problems.append("pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty")
+        return problems
 
     @property
     def targets(self):
