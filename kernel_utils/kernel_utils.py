@@ -6055,8 +6055,8 @@ class _TrainingRun:
             with self.budget:
                 finished = self._finished_folds()
                 n_unfinished = len(self.folds) - len(finished)
-                path = self.folder.path
-                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, path)
+                run = self.folder.path
+                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, run)
                 if n_processes > 1:
                     return self._train_side_by_side(finished, n_processes, lock)
                 return self._train_in_turn(finished)
@@ -6118,19 +6118,20 @@ class _TrainingRun:
             _save_data(temporary, self.data)
             output = f"their output with progress is in {temporary}/*.log"
             print(f"folds {_comma_join(folds)}: {n_processes} processes side by side; {output}")
-            with _FoldProcesses(temporary) as processes:
-                try:
+            try:
+                with _FoldProcesses(temporary) as processes:
                     for number in range(n_processes):
                         processes.start(job | {"folds": folds[number::n_processes]}, lock)
                     processes.wait(self.budget)
-                finally:
-                    self._write_log(finished, temporary.glob("*/log.jsonl"))
+            finally:
+                self._write_log(finished, temporary.glob("*/log.jsonl"))
         results = []
         for fold in self.folds:
             result = finished.get(fold) or _read_fold(self.folder.fold(fold))
             if result:
                 results.append(result)
-                self.budget.restored += 0 if fold in finished else result["restored_seconds"]
+            if result and fold not in finished:
+                self.budget.restored += result["restored_seconds"]
         return results
 
     def _write_log(self, finished, paths):
