@@ -5059,14 +5059,18 @@ def _row_texts(frame, cfg):
 
 def _row_digests(frame, cfg):
     """id -> digest of the input cells of the row."""
-    cells = zip(*(frame[name] for name in _input_columns(cfg)), strict=True)
-    return {name: _digest(list(row)) for name, row in zip(frame[cfg.id_column], cells, strict=True)}
+    columns = [frame[name] for name in _input_columns(cfg)]
+    digests = {}
+    for name, *cells in zip(frame[cfg.id_column], *columns, strict=True):
+        digests[name] = _digest(cells)
+    return digests
 
 
 def _seen_rows(extra, frame, cfg):
     """Which extra texts are training rows (M,), by id or normalised text."""
     has_equal_text = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
-    return has_equal_text | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
+    has_equal_id = extra[cfg.id_column].isin(frame[cfg.id_column])
+    return has_equal_text | has_equal_id.to_numpy()
 
 
 def _label_columns(fold, outputs):
@@ -5144,7 +5148,8 @@ def _read_pseudo(frame, cfg, classes):
         raise ConfigError(f"{labelled}; run_folds asks for others")
 
     label_columns = {fold: _label_columns(fold, outputs) for fold in folds}
-    extra = _read_table(folder / "pseudo.csv", columns + sum(label_columns.values(), []))
+    all_columns = [*columns, *itertools.chain(*label_columns.values())]
+    extra = _read_table(folder / "pseudo.csv", all_columns)
     rows = _read_table(folder / "rows.csv", ["id", "fold", "digest"])
     is_seen = _seen_rows(extra, frame, cfg)
     pseudo = {}
@@ -5201,12 +5206,19 @@ def _plot_curves(folder, record, entries):
         scores = evaluations[metric_name]
         right.plot(evaluations["step"], scores, color=color, marker=".", label=f"fold {fold}")
         best = evaluations[evaluations["best"] == 1].tail(1)
-        ring = dict(marker="o", fillstyle="none", markersize=10)
-        right.plot(best["step"], best[metric_name], color=color, **ring)
-    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
+        right.plot(
+            best["step"],
+            best[metric_name],
+            color=color,
+            marker="o",
+            fillstyle="none",
+            markersize=10,
+        )
+    loss_name, oof = record["resolved"]["loss"], record["oof"]
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({loss_name})")
     right.set(xlabel="optimiser step", ylabel=f"validation {metric_name}")
     right.legend(fontsize="small")
-    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
+    scores = f"{oof['last']:.4f} last, {oof['best']:.4f} best"
     figure.suptitle(f"{folder.name}: {metric_name} {scores}", fontsize="medium")
     _save_figure(figure, folder.curves)
 
@@ -5220,11 +5232,20 @@ def _plot_points(oof, names):
         prediction = oof[_column_name("prediction", name, names)]
         for fold in sorted(oof["fold"].unique()):
             rows = oof["fold"] == fold
-            style = dict(s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}")
-            axis.scatter(target[rows], prediction[rows], **style)
-        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
-        axis.plot(ends, ends, color="black", linewidth=0.8)
-        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
+            axis.scatter(
+                target[rows],
+                prediction[rows],
+                s=8,
+                alpha=0.5,
+                color=f"C{fold % 10}",
+                label=f"fold {fold}",
+            )
+        lowest = min(target.min(), prediction.min())
+        highest = max(target.max(), prediction.max())
+        axis.plot([lowest, highest], [lowest, highest], color="black", linewidth=0.8)
+        axis.set_xlabel(f"true {name}")
+        axis.set_ylabel(f"out-of-fold prediction of {name}")
+        axis.set_aspect("equal")
         axis.legend(fontsize="small")
     return figure
 
@@ -5310,16 +5331,6 @@ def _finished_fold(folder):
     return None if result is None or result["stopped"] else result
 
 
-def _golden_rows(model, data, result, cfg):
-    """Four validated rows of a fold, from the shortest text to the longest, and what its kept
-    weights predict for them in float32: ((n,), (n, K)).
-    """
-    lengths = data.tokens.lengths[result["rows"]]
-    order = result["rows"][np.argsort(lengths, kind="stable")]
-    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
-    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
-
-
 class _FoldsInTurn:
     """Trains folds of a run one after another, each into its sealed folder."""
 
@@ -5345,13 +5356,13 @@ class _FoldsInTurn:
                 data, fold, cfg, self.log, self.print_setup, budget, checkpoints, self.engine
             )
             if result["last"]:  # else it was stopped before its first step
-                result["golden"] = _golden_rows(model, data, result, cfg)
+                result["golden"] = self._golden_rows(model, result["rows"])
         except torch.OutOfMemoryError as error:  # for fewer rows at a time, the step cares itself
             reason = str(error).strip().splitlines()[0]
             problem = f"weights and optimiser do not fit into the memory of {_device_name()}"
             remedy = "take a smaller backbone, or set freeze_layers and freeze_embeddings"
             raise KitError(f"{problem}: {remedy} ({reason})") from None
-        self.print_setup = _print_nothing
+        self.print_setup = lambda text: None
         result["peak_memory"] = _peak_memory()
         result["restored_seconds"] = budget.restored - restored
         mark = time.perf_counter()
@@ -5362,17 +5373,25 @@ class _FoldsInTurn:
             self._print_scores(result)
         return result
 
+    def _golden_rows(self, model, rows):
+        """Four of the validated rows, from the shortest text to the longest, and what the kept
+        weights predict for them in float32: ((n,), (n, K)).
+        """
+        tokens = self.data.tokens
+        order = rows[np.argsort(tokens.lengths[rows], kind="stable")]
+        places = np.unique(np.linspace(0, len(order) - 1, 4).astype(int))
+        golden = order[places]
+        cfg = dataclasses.replace(self.cfg, precision="fp32")
+        return golden, predict(model, tokens, cfg, golden)
+
     def _print_scores(self, result):
-        scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-        best = f"step {result['best']['step']} of {result['steps']}"
-        print(f"fold {result['fold']}: {self.cfg.metric} {scores} ({best}){self.budget.told()}")
-        for name, numbers in result["acted"].items():
-            effects = ", ".join(f"{what} {number:.4g}" for what, number in numbers.items())
-            print(f"  {name}: {effects}")
-
-
-def _print_nothing(text):
-    pass
+        fold, last, best = result["fold"], result["last"], result["best"]
+        scores = f"{last['score']:.4f} last, {best['score']:.4f} best"
+        place = f"step {best['step']} of {result['steps']}"
+        print(f"fold {fold}: {self.cfg.metric} {scores} ({place}){self.budget.told()}")
+        for regularizer, numbers in result["acted"].items():
+            effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
+            print(f"  {regularizer}: {', '.join(effects)}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -5384,8 +5403,13 @@ def _print_nothing(text):
 
 def _notebook_parts(*configs):
     """Heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
-    return [part.__name__ for part in parts if part.__module__ != __name__]
+    names = []
+    for cfg in configs:
+        for field, table in _REGISTRIES.items():
+            part = table[getattr(cfg, field)]
+            if part.__module__ != __name__:
+                names.append(part.__name__)
+    return names
 
 
 def _start_process(number, kind, job, folder, **options):
@@ -5394,9 +5418,12 @@ def _start_process(number, kind, job, folder, **options):
     It has the GPU that has this number here; its job file and log lie in `folder`. (Threads would
     wait for each other: most time goes into launching.)
     """
+    gpus = [str(i) for i in _equal_gpus()] or [""]
+    gpu = gpus[number % len(gpus)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+    if gpu and visible:
+        gpu = visible.split(",")[int(gpu)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     path = Path(folder) / f"{number}.json"
     _write_json(path, job | {"device": _device_name()})
     # -P: what lies beside the module must not come before the packages
@@ -5417,10 +5444,11 @@ def _read_job(path):
 
 def _process_error(number, count, code, folder):
     """The KitError of a process that `_start_process` began: the end of what it printed."""
-    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
+    text = (Path(folder) / f"{number}.log").read_text().strip()
+    lines = re.split("[\r\n]+", text)
     lines = [line for line in lines if "%|" not in line]  # no progress bars
-    what = f"process {number} of {count} ended with exit code {code}; last lines:"
-    return KitError([what, *lines[-30:]])
+    problem = f"process {number} of {count} ended with exit code {code}; last lines:"
+    return KitError([problem, *lines[-30:]])
 
 
 def _room_and_sizes(run, backbone, cfg):
@@ -5438,7 +5466,9 @@ def _check_room(run, backbone, n_folds, cfg):
     room, weights, checkpoints = _room_and_sizes(run, backbone, cfg)
     needed = weights * n_folds + checkpoints
     if needed > room:
-        what = f"the weights of {n_folds} folds" + " and two checkpoints" * bool(checkpoints)
+        what = f"the weights of {n_folds} folds"
+        if checkpoints:
+            what += " and two checkpoints"
         sizes = f"take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB"
         remedy = "train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
         raise KitError(f"{what} {sizes}: {remedy}")
@@ -5518,7 +5548,7 @@ def _train_job(path):
     data = _load_data(path.parent, _load_tokenizer(folder.tokenizer))
     log_folder = path.with_suffix("")
     log_folder.mkdir()
-    print_setup = print if job["number"] == 0 else _print_nothing
+    print_setup = print if job["number"] == 0 else lambda text: None
     with _open_log(cfg, log_folder) as log:
         trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
         for n_rounds, fold in enumerate(job["folds"], 1):
@@ -5533,9 +5563,6 @@ class _FoldProcesses:
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
-        self.n_printed = []  # lines that each has printed and that were relayed
-        self.were_stopped = False
-        self.failed = None  # (number, exit code) of the first that failed
 
     def __enter__(self):
         return self
@@ -5550,63 +5577,43 @@ class _FoldProcesses:
         own keeps it from the Ctrl-C of a terminal: this process tells it to stop.
         """
         number = len(self.processes)
-        options = dict(pass_fds=[lock], start_new_session=True)
         job = job | {"number": number, "parent": os.getpid()}
-        self.processes.append(_start_process(number, "train-folds", job, self.folder, **options))
-        self.n_printed.append(0)
+        options = dict(pass_fds=[lock], start_new_session=True)
+        process = _start_process(number, "train-folds", job, self.folder, **options)
+        self.processes.append(process)
 
     def wait(self, budget):
-        """Wait for all, and relay what they print.
+        """Wait for all, and print what they print. KitError where one has failed.
 
-        They are told to stop where a signal has told this process, or where one of them has failed.
+        They are told to stop where a signal has told this process, or where one has failed.
         """
-        is_running = True
+        failures = {}  # number -> exit code, of those that failed first
+        n_printed = [0] * len(self.processes)  # lines
+        is_running, is_stopping = True, False
         while is_running:
             codes = [process.poll() for process in self.processes]
             is_running = None in codes
-            self._note_failure(codes)
-            if budget.signal or self.failed:
-                self._stop()
-            self._relay()
+            if not failures:  # who is told to stop before it listens ends by the signal
+                bad = {i: code for i, code in enumerate(codes) if code}
+                failures = {i: code for i, code in bad.items() if code != -signal.SIGTERM}
+            if (budget.signal or failures) and not is_stopping:
+                is_stopping = True
+                for process in self.processes:
+                    process.terminate()
+            n_printed = [self._relay(i, n) for i, n in enumerate(n_printed)]
             if is_running:
                 time.sleep(0.1)
+        for number, code in failures.items():
+            raise _process_error(number, len(self.processes), code, self.folder)
 
-    def error(self):
-        """The KitError of the first that failed, or None."""
-        if self.failed is None:
-            return None
-        number, code = self.failed
-        return _process_error(number, len(self.processes), code, self.folder)
-
-    def _note_failure(self, codes):
-        for number, code in enumerate(codes):
-            was_stopped = self.were_stopped and code == -signal.SIGTERM  # before it could save
-            if code and not was_stopped and self.failed is None:
-                self.failed = (number, code)
-
-    def _stop(self):
-        """Have them save and end, as SIGTERM does with any run."""
-        if not self.were_stopped:
-            for process in self.processes:
-                process.terminate()
-        self.were_stopped = True
-
-    def _relay(self):
-        """Print what they have printed since the last time, but for progress bars."""
-        for number, n_printed in enumerate(self.n_printed):
-            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
-            for line in lines[n_printed:]:
-                line = line.rpartition("\r")[2].rstrip()
-                if line and "%|" not in line:
-                    print(f"[{number}] {line}")
-            self.n_printed[number] = len(lines)
-
-    def log_entries(self):
-        """What they have logged, also of a fold that went wrong."""
-        for number in range(len(self.processes)):
-            path = self.folder / str(number) / "log.jsonl"
-            if path.is_file():
-                yield from map(json.loads, path.read_text().splitlines())
+    def _relay(self, number, n_printed):
+        """Print what one has printed since so many lines, but for progress bars; the new number."""
+        lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
+        for line in lines[n_printed:]:
+            line = line.rpartition("\r")[2].rstrip()
+            if line and "%|" not in line:
+                print(f"[{number}] {line}")
+        return len(lines)
 
 
 # ---------------------------------------------------------------------------------------
@@ -5821,11 +5828,11 @@ def _open_log(cfg, folder):
         def log(entry):
             _write_line(file, json.dumps(entry))
             if tracker:
-                numbers = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
-                for depth, rate in entry.get("lr", {}).items():
+                numbers = dict(entry)
+                fold = numbers.pop("fold")
+                for depth, rate in numbers.pop("lr", {}).items():
                     numbers[f"lr/{depth}"] = rate
-                fold = f"fold{entry['fold']}"
-                tracker.log({f"{fold}/{key}": value for key, value in numbers.items()})
+                tracker.log({f"fold{fold}/{name}": value for name, value in numbers.items()})
 
         try:
             yield log
@@ -5834,71 +5841,24 @@ def _open_log(cfg, folder):
                 tracker.finish()
 
 
-def _oof_frame(frame, results, cfg, outputs):
-    """One row for every validated row: id, fold, group (where folds keep groups together), target,
-    prediction, prediction_best, prediction_last.
-
-    With several outputs each column has the suffix of its target or class.
-    """
-    rows = np.concatenate([result["rows"] for result in results])
-    validated = frame.iloc[rows]
-    oof = pd.DataFrame({"id": validated[cfg.id_column], "fold": validated["fold"]})
-    if "group" in cfg.fold_kind:
-        oof["group"] = validated[cfg.group_column]
-    for name in cfg.targets:
-        oof[_column_name("target", name, cfg.targets)] = validated[name]
-    blocks = [oof]
-    for kind, checkpoint in (
-        ("prediction", cfg.keep),
-        ("prediction_best", "best"),
-        ("prediction_last", "last"),
-    ):
-        predictions = np.concatenate([result[checkpoint]["predictions"] for result in results])
-        columns = [_column_name(kind, name, outputs) for name in outputs]
-        blocks.append(pd.DataFrame(predictions, index=oof.index, columns=columns))
-    oof = pd.concat(blocks, axis=1)
-    return oof.iloc[np.argsort(rows)]
-
-
-def _oof_scores(results, targets, cfg):
-    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread
-    over folds.
-    """
-    metric = METRICS[cfg.metric]
-    rows = np.concatenate([result["rows"] for result in results])
-    predictions = {}
-    scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
-    for kind in ("best", "last"):
-        predictions[kind] = np.concatenate([result[kind]["predictions"] for result in results])
-        folds = [result[kind]["score"] for result in results]
-        scores[kind] = float(metric(targets[rows], predictions[kind]))
-        scores[f"{kind}_fold_mean"] = float(np.mean(folds))
-        scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
-    if cfg.task == "regression":
-        scores["target_sd"] = float(targets[rows].std(0).mean())
-    if cfg.task == "regression" and cfg.metric == "qwk":
-        fold_of = [np.full(len(result["rows"]), result["fold"]) for result in results]
-        levels = np.rint(targets[rows])
-        scores |= _threshold_scores(levels, predictions[cfg.keep], np.concatenate(fold_of))
-    return scores
-
-
 def _nested_levels(target, prediction, folds):
     """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
     labels = np.empty_like(target)
-    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
-        lowest, highest = int(truth.min()), int(truth.max())
+    for k in range(target.shape[1]):
+        truth, values = target[:, k], prediction[:, k]
+        levels = (int(truth.min()), int(truth.max()))
         for fold in np.unique(folds):
             inside = folds == fold
-            points = _fit_thresholds(truth[~inside], values[~inside], (lowest, highest))
-            labels[inside, k] = _apply_thresholds(points, values[inside], lowest)
+            points = _fit_thresholds(truth[~inside], values[~inside], levels)
+            labels[inside, k] = _apply_thresholds(points, values[inside], levels[0])
     return labels
 
 
 def _mean_kappa(target, labels):
     """Mean over the outputs of whole numbers (N, K)."""
-    columns = zip(target.T, labels.T, strict=True)
-    return float(np.mean([_quadratic_kappa(truth, label) for truth, label in columns]))
+    n_outputs = target.shape[1]
+    kappas = [_quadratic_kappa(target[:, k], labels[:, k]) for k in range(n_outputs)]
+    return float(np.mean(kappas))
 
 
 def _threshold_scores(target, prediction, folds):
@@ -5909,12 +5869,11 @@ def _threshold_scores(target, prediction, folds):
     """
     thresholds, levels = [], []
     labels = np.empty_like(target)
-    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
-        lowest, highest = int(truth.min()), int(truth.max())
-        points = _fit_thresholds(truth, values, (lowest, highest)).tolist()
-        labels[:, k] = _apply_thresholds(points, values, lowest)
-        levels.append([lowest, highest])
-        thresholds.append(points)
+    for k in range(target.shape[1]):
+        truth, values = target[:, k], prediction[:, k]
+        levels.append([int(truth.min()), int(truth.max())])
+        thresholds.append(_fit_thresholds(truth, values, levels[k]).tolist())
+        labels[:, k] = _apply_thresholds(thresholds[k], values, levels[k][0])
     nested = None
     if len(set(folds)) > 1:
         nested = _mean_kappa(target, _nested_levels(target, prediction, folds))
@@ -5928,7 +5887,7 @@ _PROVENANCE += ("held_out", "seconds", "device", "versions")
 
 
 def _pretraining_of(backbone):
-    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none.
+    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} without one.
 
     KitError where the pre-training did not finish.
     """
@@ -5965,8 +5924,14 @@ _PROBE_TEXTS = (
 
 def _probe_ids(texts, tokenizer, cfg):
     """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
-    tokens = _tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
+    pairs = texts[::-1] if cfg.pair_column else None
+    tokens = _tokenize(texts, tokenizer, cfg, pairs)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+
+
+def _gather_predictions(results, checkpoint):
+    """What the checkpoints `best` or `last` of all folds predicted for their rows, end to end."""
+    return np.concatenate([result[checkpoint]["predictions"] for result in results])
 
 
 class _TrainingRun:
@@ -6010,7 +5975,9 @@ class _TrainingRun:
         """Print where the backbone came from and what the settings left open has become."""
         cfg, record = self.cfg, self.record
         rate = "as set" if self.user_cfg.lr else "by the backbone's width"
-        dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+        dropout = f"{cfg.backbone_dropout:g}"
+        if cfg.backbone_dropout < 0:
+            dropout = "its own"
         device = f"{record['device']} {record['precision']}"
         print(f"backbone {cfg.backbone} from {self.backbone}")
         print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
@@ -6066,9 +6033,9 @@ class _TrainingRun:
         return tokens
 
     def find_folder(self):
-        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
-        path = _find_run_folder(self.user_cfg, self.record, name)
-        self.folder = RunFolder(path)
+        cfg = self.cfg
+        name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
+        self.folder = RunFolder(_find_run_folder(self.user_cfg, self.record, name))
         self.is_new = not self.folder.record.is_file()
 
     def begin(self):
@@ -6093,10 +6060,12 @@ class _TrainingRun:
     def _print_changes(self, session):
         """Print what of the machine is not as in an earlier session."""
         changes = []
-        before, now = session | session["versions"], self.record | self.record["versions"]
+        before = session | session["versions"]
+        now = self.record | self.record["versions"]
         for name in ("device", "threads", "precision", *self.record["versions"]):
-            if before.get(name) != now[name]:
-                changes.append(f"{name} {before.get(name)}, now {now[name]}")
+            old, new = before.get(name), now[name]
+            if old != new:
+                changes.append(f"{name} {old}, now {new}")
         if changes:
             warning = "the last digits may differ from those of an uninterrupted run"
             print(f"  begun with {'; '.join(changes)}: {warning}")
@@ -6115,8 +6084,8 @@ class _TrainingRun:
             with self.budget:
                 finished = self._finished_folds()
                 n_unfinished = len(self.folds) - len(finished)
-                path = self.folder.path
-                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, path)
+                run = self.folder.path
+                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, run)
                 if n_processes > 1:
                     return self._train_side_by_side(finished, n_processes, lock)
                 return self._train_in_turn(finished)
@@ -6127,8 +6096,9 @@ class _TrainingRun:
 
     def _has_trained(self):
         log = self.folder.log
-        has_log = log.is_file() and log.stat().st_size > 0
-        return has_log or any(self.folder.path.glob("fold*"))
+        if log.is_file() and log.stat().st_size:
+            return True
+        return any(self.folder.path.glob("fold*"))
 
     def _finished_folds(self):
         """fold -> result, of those that earlier sessions finished."""
@@ -6174,25 +6144,35 @@ class _TrainingRun:
             "began": time.time() - elapsed,
         }
         with tempfile.TemporaryDirectory() as temporary:
-            _save_data(Path(temporary), self.data)
+            temporary = Path(temporary)
+            _save_data(temporary, self.data)
             output = f"their output with progress is in {temporary}/*.log"
             print(f"folds {_comma_join(folds)}: {n_processes} processes side by side; {output}")
-            with _FoldProcesses(Path(temporary)) as processes:
-                for number in range(n_processes):
-                    processes.start(job | {"folds": folds[number::n_processes]}, lock)
-                processes.wait(self.budget)
-            entries = list(processes.log_entries())
-            error = processes.error()
-        for result in finished.values():
-            entries += map(json.loads, result["lines"])
+            try:
+                with _FoldProcesses(temporary) as processes:
+                    for number in range(n_processes):
+                        processes.start(job | {"folds": folds[number::n_processes]}, lock)
+                    processes.wait(self.budget)
+            finally:
+                self._write_log(finished, temporary.glob("*/log.jsonl"))
+        results = []
+        for fold in self.folds:
+            result = finished.get(fold) or _read_fold(self.folder.fold(fold))
+            if result:
+                results.append(result)
+            if result and fold not in finished:
+                self.budget.restored += result["restored_seconds"]
+        return results
+
+    def _write_log(self, finished, paths):
+        """Write log.jsonl from the results of finished folds and the logs of the processes."""
+        lines = [line for result in finished.values() for line in result["lines"]]
+        for path in paths:
+            lines += path.read_text().splitlines()
+        entries = sorted(map(json.loads, lines), key=lambda entry: entry["fold"])
         with _open_log(self.cfg, self.folder.path) as log:
-            for entry in sorted(entries, key=lambda entry: entry["fold"]):
+            for entry in entries:
                 log(entry)
-        if error:
-            raise error
-        results = finished | {fold: _read_fold(self.folder.fold(fold)) for fold in folds}
-        self.budget.restored += sum(results[f]["restored_seconds"] for f in folds if results[f])
-        return [results[fold] for fold in self.folds if results[fold]]
 
     def save(self, results):
         """Write oof.csv, golden.json and the record of a run that is complete or stopped.
@@ -6205,22 +6185,76 @@ class _TrainingRun:
         usable = finished or [result for result in stopped if result["last"]]
         oof = None
         if usable:
-            oof = _oof_frame(self.frame, usable, self.cfg, self.outputs)
+            oof = self._oof_frame(usable)
             _write_atomic(self.folder.oof, lambda temporary: oof.to_csv(temporary, index=False))
             _write_json(self.folder.golden, self._make_golden(usable))
             self.record |= self._describe_results(usable)
         if len(finished) == len(self.folds):
             self.record["status"] = "complete"
         else:
-            why = self.budget.signal or stopped[0]["stopped"]
-            states = [
-                f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
-                for result in stopped
-            ]
-            states = ", ".join([*states, f"{len(finished)} folds are finished"])
-            self.record |= {"status": "stopped", "stopped": f"{why}: {states}"}
+            self.record["status"] = "stopped"
+            self.record["stopped"] = self._describe_stop(stopped, len(finished))
         _write_json(self.folder.record, self.record)
         return oof
+
+    def _oof_frame(self, results):
+        """One row for every validated row: id, fold, group (where folds keep groups together),
+        target, prediction, prediction_best, prediction_last.
+
+        With several outputs each column has the suffix of its target or class.
+        """
+        cfg = self.cfg
+        rows = np.concatenate([result["rows"] for result in results])
+        validated = self.frame.iloc[rows]
+        oof = pd.DataFrame({"id": validated[cfg.id_column], "fold": validated["fold"]})
+        if "group" in cfg.fold_kind:
+            oof["group"] = validated[cfg.group_column]
+        for name in cfg.targets:
+            oof[_column_name("target", name, cfg.targets)] = validated[name]
+        blocks = [oof]
+        for kind, checkpoint in (
+            ("prediction", cfg.keep),
+            ("prediction_best", "best"),
+            ("prediction_last", "last"),
+        ):
+            columns = [_column_name(kind, name, self.outputs) for name in self.outputs]
+            predictions = _gather_predictions(results, checkpoint)
+            blocks.append(pd.DataFrame(predictions, index=oof.index, columns=columns))
+        oof = pd.concat(blocks, axis=1)
+        return oof.iloc[np.argsort(rows)]
+
+    def _oof_scores(self, results):
+        """Scores of the last and best checkpoints over all validated rows, and over folds."""
+        cfg, metric = self.cfg, METRICS[self.cfg.metric]
+        rows = np.concatenate([result["rows"] for result in results])
+        targets = self.data.targets[rows]
+        scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
+        for kind in ("best", "last"):
+            folds = [result[kind]["score"] for result in results]
+            scores[kind] = float(metric(targets, _gather_predictions(results, kind)))
+            scores[f"{kind}_fold_mean"] = float(np.mean(folds))
+            scores[f"{kind}_fold_sd"] = None
+            if len(folds) > 1:
+                scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1))
+        if cfg.task == "regression":
+            scores["target_sd"] = float(targets.std(0).mean())
+        if cfg.task == "regression" and cfg.metric == "qwk":
+            predictions = _gather_predictions(results, cfg.keep)
+            folds = self.data.folds[rows]
+            scores |= _threshold_scores(np.rint(targets), predictions, folds)
+        return scores
+
+    def _describe_stop(self, stopped, n_finished):
+        # a process side by side may have been stopped before it began a fold
+        reason = self.budget.signal or "SIGTERM"
+        if stopped and not self.budget.signal:
+            reason = stopped[0]["stopped"]
+        states = []
+        for result in stopped:
+            step = f"step {result['step']} of {result['steps']}"
+            states.append(f"fold {result['fold']} is at {step}")
+        states.append(f"{n_finished} folds are finished")
+        return f"{reason}: {', '.join(states)}"
 
     def _make_golden(self, results):
         """What inference must reproduce: the token ids of the probes and the golden rows."""
@@ -6255,7 +6289,7 @@ class _TrainingRun:
         peaks = [result["peak_memory"] for result in results]
         return {
             "folds": [self._describe_fold(result) for result in results],
-            "oof": _oof_scores(results, self.data.targets, self.cfg),
+            "oof": self._oof_scores(results),
             "rows_per_second": n_rows / seconds["train"],
             "tokens_per_second": n_tokens / seconds["train"],
             "peak_memory_bytes": max(_peak_memory(), *peaks),
@@ -6281,7 +6315,8 @@ class _TrainingRun:
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
         with _wrap_read_errors(self.folder.path):
-            entries = [json.loads(line) for line in self.folder.log.read_text().splitlines()]
+            lines = self.folder.log.read_text().splitlines()
+            entries = [json.loads(line) for line in lines]
             dtype = {"target": str} if self.classes else None
             oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
         return entries, oof
@@ -6349,23 +6384,33 @@ def train(frame, cfg, test=None):
 def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
     oof, seconds = record["oof"], record["seconds"]
-    n_folds, seed = len(record["folds"]), record["settings"]["seed"]
+    n_folds = len(record["folds"])
+    seed = record["settings"]["seed"]
     lines = [f"{name}: out-of-fold over {oof['rows']} rows, {n_folds} folds, seed {seed}"]
     for kind in ("last", "best"):
+        line = f"  {kind}: {oof['metric']} {oof[kind]:.4f}"
         spread = oof[f"{kind}_fold_sd"]
-        spread = "" if spread is None else f", sd over folds {spread:.4f}"
-        lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
+        if spread is not None:
+            line += f", sd over folds {spread:.4f}"
+        lines.append(line)
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
-        nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        outputs = [", ".join(f"{p:.3f}" for p in points) for points in oof["thresholds"]]
+        nested = "unknown with one fold"
+        if oof["nested"] is not None:
+            nested = f"{oof['nested']:.4f}"
+        outputs = []
+        for points in oof["thresholds"]:
+            outputs.append(", ".join(f"{point:.3f}" for point in points))
         scores = f"fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}"
         lines.append(f"  qwk with thresholds {scores}: {'; '.join(outputs)}")
-    speed = f"{seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s)"
-    time_spent = f"{seconds['total']:.0f} s in all: {speed}, {seconds['evaluate']:.0f} evaluating"
-    memory = f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
-    lines.append(f"  {time_spent}; {memory}")
+    total, training, evaluating = (seconds[part] for part in ("total", "train", "evaluate"))
+    speed = f"{record['rows_per_second']:.1f} rows/s"
+    memory = f"{record['peak_memory_bytes'] / 2**30:.1f} GB"
+    lines.append(
+        f"  {total:.0f} s in all: {training:.0f} training ({speed}), "
+        f"{evaluating:.0f} evaluating; peak memory {memory}"
+    )
     return "\n".join(lines)
 
 

@@ -224,6 +224,16 @@ def test_a_run_does_not_go_on_with_something_else_and_says_what(change, tiny, of
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_run_of_an_older_version_is_refused_and_the_version_named(tiny):
+    cfg = tiny(run_name="r", run_folds="0")
+    folder = ku.RunFolder(start(cfg))
+    for version in ("0.7.0", "0.6", "unknown"):
+        ku._write_json(folder.record, folder.read_record() | {"versions": {"kernel_utils": version}})
+        told = f"was begun by kernel_utils {version}: go on with that version, or choose another run_name"
+        with pytest.raises(ku.ConfigError, match=told):
+            start(cfg)
+
+
 def run_cell(source):
     """The namespace of a notebook cell that has run: its source is where IPython leaves it, in linecache."""
     name = f"/tmp/ipykernel_1/{zlib.crc32(source.encode())}.py"
