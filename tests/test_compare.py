@@ -79,10 +79,20 @@ def test_seeds_of_one_configuration_are_rarely_called_different_and_a_true_diffe
     assert by_bootstrap > by_t + 0.2
 
 
+def nightly(case):
+    return pytest.param(case, marks=pytest.mark.nightly)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(n_seeds=2), dict(seed_noise=0.05), dict(seed_noise=0.2), dict(n_seeds=5, seed_noise=0.02)],
+    [
+        {},
+        nightly(dict(n_seeds=2)),
+        nightly(dict(seed_noise=0.05)),
+        nightly(dict(seed_noise=0.2)),
+        nightly(dict(n_seeds=5, seed_noise=0.02)),
+    ],
     ids=str,
 )
 def test_of_200_comparisons_of_one_configuration_at_most_5_percent_find_a_difference(settings):
@@ -90,7 +100,7 @@ def test_of_200_comparisons_of_one_configuration_at_most_5_percent_find_a_differ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_groups", [3, 6, 12])
+@pytest.mark.parametrize("n_groups", [3, nightly(6), nightly(12)])
 def test_a_few_groups_are_no_evidence_for_a_difference_that_they_do_not_share(n_groups):
     assert found(200, 300, n_groups=n_groups)[0] <= 0.08  # 200 draws of 5 % are up to 8 %
 

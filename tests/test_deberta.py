@@ -278,6 +278,7 @@ def test_autocast_is_as_close_to_float32_as_hugging_face(dtype, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_packed_rows_are_compiled_as_one_graph():
     theirs, ours = models()
     torch._dynamo.reset()

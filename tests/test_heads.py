@@ -139,14 +139,25 @@ def test_conv1d_slides_its_kernels_over_the_tokens_with_zeros_around_them(kernel
     np.testing.assert_allclose(head(states, mask).detach().numpy(), np.stack(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "directions"), [("lstm", 1), ("bilstm", 2), ("gru", 1)])
-def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, directions):
+@pytest.mark.parametrize(
+    ("name", "layer", "directions"),
+    [("lstm", torch.nn.LSTM, 1), ("bilstm", torch.nn.LSTM, 2), ("gru", torch.nn.GRU, 1)],
+)
+def test_recurrent_heads_return_the_final_states_over_the_real_tokens(name, layer, directions):
     head, (states, mask) = make_head(name, rnn_size=6), make_states()
-    assert head.out_features == 6 * directions
+    assert type(head.rnn) is layer and head.out_features == 6 * directions
     for i, n in enumerate(LENGTHS):
         outputs, _ = head.rnn(states[-1][i : i + 1, :n])  # without packing: nothing to pack
         expected = outputs[0, -1, :6] if directions == 1 else torch.cat([outputs[0, -1, :6], outputs[0, 0, 6:]])
         torch.testing.assert_close(head(states, mask)[i], expected, atol=1e-6, rtol=0)
+
+
+def test_a_class_of_three_heads_is_a_part_like_others():
+    assert list(ku.HEADS) == "cls mean max meanmax conv1d lstm bilstm gru concat weighted attention gem".split()
+    assert ku.register(ku.HEADS, "gru")(ku.RecurrentHead) is ku.RecurrentHead  # a cell that runs again
+    with pytest.raises(ValueError, match=r"'lstm' is taken by kernel_utils\.RecurrentHead"):
+        ku.register(ku.HEADS, "lstm")(ku.MeanHead)
+    assert "pack_padded_sequence" in ku._source_of(ku.HEADS["bilstm"])
 
 
 def test_conv1d_gives_its_last_channels_for_each_output():

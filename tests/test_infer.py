@@ -69,7 +69,7 @@ def simple_way(run, frame):
 
 
 def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_of, counted):
-    bundle, calls = bundle_of("one", "two", "three"), counted("tokenize")
+    bundle, calls = bundle_of("one", "two", "three"), counted("_tokenize")
     ku.predict_bundle(bundle, FRAME)
     assert [len(tokens) for tokens in calls] == [len(FRAME)]
 
@@ -79,7 +79,7 @@ def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(cha
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
     expected = [ku._predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
-    calls = counted("tokenize")
+    calls = counted("_tokenize")
     got = ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], other], opened={}), FRAME)
     assert len(calls) == 2
     np.testing.assert_allclose(got, np.mean(expected, axis=0), atol=1e-6)
@@ -93,7 +93,7 @@ def test_another_vocabulary_is_another_tokenisation(bundle_of, counted, tmp_path
     words["cat"], words["dog"] = words["dog"], words["cat"]
     path.write_text(json.dumps(content))
     swapped = bundle.runs[1]._replace(tokenizer=bundle.runs[1].tokenizer | {"tokenizer.json": path})
-    calls = counted("tokenize")
+    calls = counted("_tokenize")
     ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], swapped]), FRAME)
     assert len(calls) == 2 and (calls[0].ids != calls[1].ids).any()
 

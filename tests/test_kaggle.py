@@ -1,5 +1,7 @@
 """From a run to a submission on a made Kaggle root: every mount layout, inputs read-only, no way to the network."""
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import bundle
 import kernel_utils as ku
+import nbconvert
+import nbformat
 import pandas as pd
 import pytest
 
-from conftest import ROOT, papermill, printed, train_frame
+from conftest import ROOT, flip, papermill, train_frame
 
 # where Kaggle mounts a dataset and a competition, and the output of a notebook
 BUNDLES = {
@@ -45,27 +49,61 @@ sys.addaudithook(hook)
 """
 
 
-@pytest.fixture
-def kaggle(tmp_path):
-    """Function: {mount below input: folder} -> environment and working folder of a kernel with these, read-only."""
-    root, site = tmp_path / "kaggle", tmp_path / "site"
-    (root / "working").mkdir(parents=True)
-    (root / "input").mkdir()
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(GUARD)
+# Runs notebooks one after the other as IPython does, each as if its process were new.
+RUN_CELLS = """
+import contextlib, io, json, os, sys
+from IPython.core.interactiveshell import InteractiveShell
 
-    def mount(inputs):
-        for place, folder in inputs.items():
-            shutil.copytree(folder, root / "input" / place)
+cells, kernels, results = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])), {}
+path, environment = list(sys.path), dict(os.environ)
+for name, kernel in kernels.items():
+    sys.path[:] = path
+    sys.modules.pop("kernel_utils", None)
+    os.environ.clear()
+    os.environ.update(environment | {"KAGGLE_ROOT": kernel["root"]})
+    os.chdir(kernel["folder"])
+    settings = "# Parameters\\n" + "\\n".join(f"{k} = {v!r}" for k, v in kernel["settings"].items())
+    shell, printed, error = InteractiveShell(), io.StringIO(), None
+    for cell in [cells[0], settings, *cells[1:]]:
+        with contextlib.redirect_stdout(printed):
+            ended = shell.run_cell(cell, store_history=True)
+        if not ended.success:
+            error = str(ended.error_before_exec or ended.error_in_exec)
+            break
+    module = getattr(shell.user_ns.get("ku"), "__file__", None)
+    results[name] = {"printed": printed.getvalue(), "error": error, "module": module}
+json.dump(results, open(sys.argv[3], "w"))
+"""
+
+
+@contextlib.contextmanager
+def kaggle_roots(folder):
+    """Function: {mount below input: folder} and a name -> environment and working folder of a kernel that has these,
+    read-only."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(GUARD)
+
+    def mount(inputs, name="kaggle"):
+        root = folder / name
+        (root / "working").mkdir(parents=True, exist_ok=True)
+        (root / "input").mkdir(exist_ok=True)
+        for place, source in inputs.items():
+            shutil.copytree(source, root / "input" / place)
         for path in [root / "input", *(root / "input").rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        paths = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
         env = {"KAGGLE_ROOT": str(root), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_IS_COMPETITION_RERUN": "1"}
-        return env | {"PYTHONPATH": paths, "NETWORK_LOG": str(tmp_path / "network.log")}, root / "working"
+        return env | {"PYTHONPATH": paths, "NETWORK_LOG": str(folder / "network.log")}, root / "working"
 
     yield mount
-    for path in [root, *root.rglob("*")]:
+    for path in folder.rglob("*"):
         path.chmod(0o755)
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    with kaggle_roots(tmp_path) as mount:
+        yield mount
 
 
 def tree(folder):
@@ -73,15 +111,11 @@ def tree(folder):
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-def infer(kaggle, inputs, *parameters):
-    """Run infer.ipynb in a kernel with these inputs: the finished process, the notebook, the working folder."""
-    env, work = kaggle(inputs)
-    before = tree(work.parent / "input")
-    done, executed = papermill("infer.ipynb", work / "out.ipynb", *parameters, cwd=work, env=env)
-    log = Path(env["NETWORK_LOG"])
-    assert not log.exists(), log.read_text()
-    assert tree(work.parent / "input") == before
-    return done, executed, work
+def pack(target, *arguments):
+    """Call tools/bundle.py in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bundle.py", *map(str, arguments), "-o", str(target)])
+        bundle.main()
 
 
 @pytest.fixture(scope="module")
@@ -89,32 +123,61 @@ def dist(runs, tmp_path_factory):
     """Function: runs -> a bundle of them."""
     made = {}
 
-    def pack(*names):
+    def folder(*names):
         if names not in made:
             made[names] = tmp_path_factory.mktemp("dist") / "my-bundle"
-            command = [sys.executable, bundle.__file__, *(runs / n for n in names), "-o", made[names]]
-            subprocess.run([*command, "--id", "me/my-bundle", "--title", "My bundle"], check=True, capture_output=True)
+            pack(made[names], *(runs / n for n in names), "--id", "me/my-bundle", "--title", "My bundle")
         return made[names]
 
-    return pack
+    return folder
 
 
 def submission(folder):
     return pd.read_csv(folder / "submission.csv", dtype={"id": str})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "competition"), [*((layout, "new") for layout in BUNDLES), ("old", "old"), ("new", "old")]
-)
-def test_a_bundle_under_any_mount_predicts_offline_what_training_predicted(layout, competition, kaggle, dist, runs):
-    inputs = {BUNDLES[layout]: dist("one"), COMPETITIONS[competition]: runs.parent / "competition"}
-    done, executed, work = infer(kaggle, inputs)
-    assert done.returncode == 0, done.stderr
-    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
-    out = printed(executed)
-    assert "all as they were packed" in out and "8 golden rows in float32" in out
-    assert "10 rows by 2 models in" in out and "rows/s" in out and "1 process on" in out
+NEW, OLD = COMPETITIONS["new"], COMPETITIONS["old"]
+DAMAGED = ["one.fold1.safetensors", "kernel_utils.py", "manifest.json"]
+MOUNTS = {  # name -> {mount: what is there, see `kernels`}
+    **{f"bundle {layout}": {place: "one", NEW: "competition"} for layout, place in BUNDLES.items()},
+    "competition old": {BUNDLES["new"]: "one", OLD: "competition"},
+    "both old": {BUNDLES["old"]: "one", OLD: "competition"},
+    "training output": {"notebooks/me/train/runs/one": "run", "datasets/me/kit": "module", NEW: "competition"},
+    "two runs": {BUNDLES["new"]: "two", NEW: "competition"},
+    **{f"damaged {name}": {BUNDLES["new"]: name, NEW: "competition"} for name in DAMAGED},
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(dist, runs, tmp_path_factory):
+    """Function: name of MOUNTS, or `home` -> what became of infer.ipynb there, and its working folder. All cells of all
+    of them run in one process."""
+    made, kernels, trees = tmp_path_factory.mktemp("kernels"), {}, {}
+    folders = {"one": dist("one"), "two": dist("one", "two"), "run": runs / "one", "module": ROOT / "kernel_utils"}
+    folders |= {"competition": runs.parent / "competition"} | {name: made / name for name in DAMAGED}
+    for name in DAMAGED:
+        flip(Path(shutil.copytree(dist("one"), made / name)) / name)
+    with kaggle_roots(made) as mount:
+        for name, inputs in MOUNTS.items():
+            env, work = mount({place: folders[what] for place, what in inputs.items()}, f"{name} kaggle")
+            kernels[name] = {"root": env["KAGGLE_ROOT"], "folder": str(work), "settings": {}}
+            trees[name] = tree(work.parent / "input")
+        settings = {"bundle_dir": str(dist("one")), "output_dir": str(made / "home")}
+        kernels["home"] = {"root": str(made / "none"), "folder": str(ROOT), "settings": settings}
+        notebook = nbformat.read(ROOT / "notebooks" / "infer.ipynb", 4)
+        cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        for file, content in (("cells.json", cells), ("kernels.json", kernels)):
+            (made / file).write_text(json.dumps(content))
+        before, env = tree(dist("one")), env | {"IPYTHONDIR": str(made / "ipython")}
+        command = [sys.executable, "-c", RUN_CELLS, "cells.json", "kernels.json", made / "results.json"]
+        done = subprocess.run(command, cwd=made, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not Path(env["NETWORK_LOG"]).exists(), Path(env["NETWORK_LOG"]).read_text()
+        for name, expected in trees.items():
+            assert tree(made / f"{name} kaggle" / "input") == expected
+        assert tree(dist("one")) == before
+        results = json.loads((made / "results.json").read_text())
+        yield lambda name: (results[name], Path(kernels[name]["folder"]), made)
 
 
 def alone(command, **options):
@@ -125,16 +188,37 @@ def alone(command, **options):
     return subprocess.run([*inside, *command], capture_output=True, text=True, **options)
 
 
+SOUND = [name for name in MOUNTS if not name.startswith("damaged")]
+
+
 @pytest.mark.slow
-def test_where_only_loopback_is_up_an_ensemble_predicts_the_mean_of_its_runs(kaggle, dist, runs):
-    env, work = kaggle({BUNDLES["new"]: dist("one", "two"), COMPETITIONS["new"]: runs.parent / "competition"})
-    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "infer.ipynb", work / "out.ipynb"]
-    done = alone(command, cwd=work, env=os.environ | env)
-    assert done.returncode == 0, done.stderr
-    assert not Path(env["NETWORK_LOG"]).exists()
-    one, two = (submission(runs / name) for name in ("one", "two"))
-    expected = one.assign(target=(one["target"] + two["target"]) / 2)
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_attached_under_any_mount_predicts_offline_what_training_predicted(name, kernels, runs):
+    result, work, _ = kernels(name)
+    assert result["error"] is None, result
+    expected = submission(runs / "one")
+    if name == "two runs":
+        expected["target"] = (expected["target"] + submission(runs / "two")["target"]) / 2
     pd.testing.assert_frame_equal(submission(work), expected, rtol=0, atol=1e-5)
+    out = result["printed"]
+    assert Path(result["module"]).is_relative_to(work.parent / "input")
+    assert "8 golden rows in float32" in out and "rows/s" in out and "1 process on" in out
+    assert f"10 rows by {4 if name == 'two runs' else 2} models in" in out
+    assert ("all as they were packed" in out) is (name != "training output")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_bundle_stops_the_notebook_names_the_file_and_writes_no_submission(name, kernels):
+    result, work, _ = kernels(f"damaged {name}")
+    assert name in result["error"] and not (work / "submission.csv").exists()
+
+
+@pytest.mark.slow
+def test_at_home_a_bundle_predicts_the_sample_with_its_own_module(kernels, dist):
+    result, _, made = kernels("home")
+    assert result["error"] is None and len(submission(made / "home")) == 49
+    assert Path(result["module"]).parent == dist("one") and "all as they were packed" in result["printed"]
 
 
 @pytest.mark.slow
@@ -150,10 +234,9 @@ def test_from_training_on_the_sample_to_a_submission_where_only_loopback_is_up(k
     ]
     done, _ = papermill("train.ipynb", tmp_path / "train.ipynb", ("data_dir", sample), *small)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, ROOT / "tools" / "bundle.py", tmp_path / "runs" / "reading", "-o", tmp_path / "reading"]
-    command += ["--id", "me/reading-bundle", "--title", "Reading bundle", "--report", tmp_path / "train.ipynb"]
-    command += ["--kernels", tmp_path / "kernels", "--competition", "commonlitreadabilityprize"]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["--id", "me/reading-bundle", "--title", "Reading bundle", "--report", tmp_path / "train.ipynb"]
+    options += ["--kernels", tmp_path / "kernels", "--competition", "commonlitreadabilityprize"]
+    pack(tmp_path / "reading", tmp_path / "runs" / "reading", *options)
     assert "out-of-fold over 40 rows" in (tmp_path / "reading.html").read_text()
     inputs = {"datasets/me/reading-bundle": tmp_path / "reading", "competitions/commonlitreadabilityprize": sample}
     env, work = kaggle(inputs)
@@ -174,46 +257,10 @@ def test_the_guard_of_these_tests_sees_an_attempt_to_leave(kaggle, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_attached_output_of_a_training_kernel_is_predicted_with(kaggle, runs):
-    inputs = {
-        "notebooks/me/train/runs/one": runs / "one",
-        "datasets/me/kit": ROOT / "kernel_utils",
-        COMPETITIONS["new"]: runs.parent / "competition",
-    }
-    done, executed, work = infer(kaggle, inputs)
-    assert done.returncode == 0, done.stderr
-    pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
-    assert "8 golden rows in float32" in printed(executed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["one.fold1.safetensors", "kernel_utils.py", "manifest.json"])
-def test_a_damaged_bundle_stops_the_notebook_names_the_file_and_writes_no_submission(
-    name, kaggle, dist, runs, tmp_path
-):
-    spoilt = Path(shutil.copytree(dist("one"), tmp_path / "spoilt"))
-    data = bytearray((spoilt / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (spoilt / name).write_bytes(data)
-    done, _, work = infer(kaggle, {BUNDLES["new"]: spoilt, COMPETITIONS["new"]: runs.parent / "competition"})
-    assert done.returncode != 0 and name in done.stderr
-    assert not (work / "submission.csv").exists()
-
-
-@pytest.mark.slow
 def test_the_exported_script_of_infer_runs_as_well(kaggle, dist, runs):
     env, work = kaggle({BUNDLES["old"]: dist("one"), COMPETITIONS["old"]: runs.parent / "competition"})
-    export = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "script",
-        "--output-dir",
-        work,
-        ROOT / "notebooks" / "infer.ipynb",
-    ]
-    subprocess.run(export, check=True, capture_output=True)
+    script, _ = nbconvert.ScriptExporter().from_filename(ROOT / "notebooks" / "infer.ipynb")
+    (work / "infer.py").write_text(script)
     done = subprocess.run([sys.executable, "infer.py"], cwd=work, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
@@ -227,8 +274,8 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
         (kit, "My kit", "--starter", "--backbone", backbone_folder("bert"), "--kernels", kernels / "kit"),
         (ours, "My bundle", runs / "one", "--kernels", kernels / "run", "--model-source", "me/tiny/pytorch/default/1"),
     ):
-        command = [sys.executable, bundle.__file__, "-o", target, "--id", f"me/{target.name}", "--title", title]
-        subprocess.run([*command, "--competition", "commonlit", *arguments], check=True, capture_output=True)
+        names = ["--id", f"me/{target.name}", "--title", title, "--competition", "commonlit"]
+        pack(target, *names, *arguments)
     competition, small = runs.parent / "competition", [("n_folds", 2), ("epochs", 1), ("max_length", 32)]
     env, work = kaggle({"datasets/me/my-kit": kit, COMPETITIONS["new"]: competition})
     done, _ = papermill(kernels / "kit/train/train.ipynb", work / "train.ipynb", *small, cwd=work, env=env)
@@ -240,7 +287,9 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     assert done.returncode == 0, done.stderr
     trained = {path.name: ku.RunFolder(path).read_record() for path in (work / "runs").iterdir()}
     assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
-    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(ku.RunFolder(runs / "one").read_record()["oof"]["last"])
+    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(
+        ku.RunFolder(runs / "one").read_record()["oof"]["last"]
+    )
     shutil.move(work / "runs", tmp_path / "output")  # infer.ipynb runs in another kernel
     done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
@@ -272,7 +321,7 @@ def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp
         ku.warnings.simplefilter("ignore")
         test, sample = ku.read_test_set(loaded, str(folder))
     predictions = ku.predict_bundle(loaded, test)
-    written = ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    written = ku.write_submission(loaded, test, predictions, sample, tmp_path / "submission.csv")
     assert list(written["id"]) == list(RERUNS[case]["id"])[::-1] and written["target"].notna().all()
     alone = ku.predict_bundle(loaded, test.iloc[:1])
     assert predictions[0] == pytest.approx(alone[0], abs=1e-5)
@@ -284,7 +333,7 @@ def test_twenty_thousand_rows_are_predicted(runs, tmp_path):
     loaded = ku._open_bundle(runs / "one")
     test, sample = ku.read_test_set(loaded, str(rerun_inputs(tmp_path / "data", frame)))
     predictions = ku.predict_bundle(loaded, test)
-    ku.write_submission(tmp_path / "submission.csv", test["id"], predictions, loaded.runs[0], sample)
+    ku.write_submission(loaded, test, predictions, sample, tmp_path / "submission.csv")
     assert len(submission(tmp_path)) == 20_000
     some = [0, 1, 777, 19_999]
     assert predictions[some] == pytest.approx(ku.predict_bundle(loaded, test.iloc[some]), abs=1e-5)
@@ -386,6 +435,93 @@ def test_a_run_that_is_mounted_twice_is_one_and_what_others_call_record_json_is_
     assert [run.name for run in ku.load_bundle().runs] == ["one"]
 
 
+@pytest.fixture
+def attached(tmp_path, monkeypatch):
+    """Function: files below /kaggle/input, then the folders that hold a marker, relative to it."""
+    inputs = tmp_path / "kaggle" / "input"
+    inputs.mkdir(parents=True)
+    monkeypatch.setenv("KAGGLE_ROOT", str(inputs.parent))
+
+    def find(marker, *files):
+        for file in files:
+            (inputs / file).parent.mkdir(parents=True, exist_ok=True)
+            (inputs / file).touch()
+        return [str(folder.relative_to(inputs)) for folder in ku._attached_folders(marker)]
+
+    return find
+
+
+@pytest.mark.parametrize("mount", [*BUNDLES.values(), *COMPETITIONS.values()])
+def test_a_marker_is_found_in_every_mount_layout(mount, attached):
+    assert attached("manifest.json", f"{mount}/manifest.json", "other/data.csv") == [mount]
+
+
+def test_attached_folders_are_sorted_and_at_most_six_levels_deep(attached):
+    deep = "a/b/c/d/e/f"
+    files = ["m", f"{deep}/m", f"{deep}/g/m", "z/m", "a/m"]
+    assert attached("m", *files) == ["a", deep, "z"]
+
+
+def test_a_pattern_finds_folders_that_hold_a_file_it_fits(attached):
+    assert attached("*.csv", "one/train.csv", "two/deep/test.csv", "three/train.parquet") == ["one", "two/deep"]
+
+
+def test_a_folder_that_is_attached_by_a_link_too_is_one_and_a_link_to_itself_is_none(attached, tmp_path):
+    inputs = tmp_path / "kaggle" / "input"
+    assert attached("m", "datasets/me/one/m") == ["datasets/me/one"]
+    (inputs / "a").symlink_to(inputs / "datasets" / "me" / "one")
+    (inputs / "loop").symlink_to(inputs / "loop")
+    (inputs / "gone").symlink_to(inputs / "nowhere")
+    assert attached("m") == ["datasets/me/one"]
+
+
+def test_the_search_lists_no_folder_below_one_with_more_than_100_entries(attached, tmp_path, monkeypatch):
+    """A data set of images: 300 folders, each with one that holds the marker."""
+    inputs, scandir, listed = tmp_path / "kaggle" / "input", os.scandir, []
+
+    class Counted:
+        """os.scandir of a folder, which notes the folder for each entry that is read of it."""
+
+        def __init__(self, folder):
+            self.entries, self.folder = scandir(folder), Path(folder).relative_to(inputs).as_posix()
+            listed.append((self.folder, "listed"))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            listed.append((self.folder, "read"))
+            return next(self.entries)
+
+    images = [f"images/{i}/{place}" for i in range(300) for place in ("m", "deep/m")]
+    beside = ["small/m", "images/m", *(f"hundred/{i}/m" for i in range(100))]
+    attached("m", *images, *beside)
+    monkeypatch.setattr(os, "scandir", Counted)
+    found = attached("m")
+    assert found == sorted(["small", "images", *(f"hundred/{i}" for i in range(100))])
+    assert listed.count(("images", "read")) == 101
+    assert {folder for folder, _ in listed} == {
+        ".",
+        "small",
+        "images",
+        "hundred",
+        *(f"hundred/{i}" for i in range(100)),
+    }
+    assert len([folder for folder, what in listed if what == "listed"]) == 104
+
+
+def test_a_bundle_is_found_beside_a_data_set_of_images(attached, dist, tmp_path):
+    attached("m", *(f"datasets/me/images/{i}/manifest.json" for i in range(150)))
+    shutil.copytree(dist("one"), tmp_path / "kaggle/input/datasets/me/my-bundle")
+    assert [run.name for run in ku.load_bundle().runs] == ["one"]
+
+
 @pytest.mark.parametrize("part", ["golden.json", "fold1/model.safetensors", "fold0/config.json", "tokenizer"])
 def test_a_run_folder_that_lacks_a_part_is_refused_by_its_name(part, runs, tmp_path):
     folder = Path(shutil.copytree(runs / "one", tmp_path / "one"))
@@ -412,14 +548,3 @@ def test_several_bundles_or_none_are_an_error_that_lists_what_is_attached(spoil,
     count = 2 if spoil == "another" else 0
     with pytest.raises(ku.ConfigError, match=rf"there are {count} bundles \(manifest\.json\).*datasets/me/my-bundle"):
         ku.load_bundle()
-
-
-@pytest.mark.slow
-def test_at_home_a_bundle_predicts_the_sample_with_its_own_module_and_stays_as_it_was(dist, tmp_path):
-    before = tree(dist("one"))
-    done, executed = papermill(
-        "infer.ipynb", tmp_path / "out.ipynb", ("bundle_dir", dist("one")), ("output_dir", tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(submission(tmp_path)) == 49 and "all as they were packed" in printed(executed)
-    assert tree(dist("one")) == before

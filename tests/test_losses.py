@@ -61,7 +61,11 @@ def test_predictions_of_perfect_raw_outputs_are_the_targets(name):
     torch.testing.assert_close(got, torch.eye(3)[target] if target.ndim == 1 else expected)
 
 
-@pytest.mark.parametrize("name", ku.LOSSES)
+# These start at the mean or at the shares of classes, which are best for a part of the loss only
+APPROXIMATE_STARTS = {"smooth_l1", "mse_rank", "gaussian", "focal"}
+
+
+@pytest.mark.parametrize("name", [name for name in ku.LOSSES if name not in APPROXIMATE_STARTS])
 def test_no_constant_output_is_better_than_the_starting_one(name):
     loss, call, _, target = loss_case(name)
     start = loss.init_bias(target)
@@ -74,8 +78,6 @@ def test_no_constant_output_is_better_than_the_starting_one(name):
             layer.bias.copy_(bias)
             return call(layer(torch.zeros(6, 1)), target).mean()
 
-    if name in ("smooth_l1", "mse_rank", "gaussian", "focal"):
-        return  # start at the mean or at the shares of classes, which are best for a part of the loss only
     at = value(start)
     for k in range(len(start)):
         for shift in (-0.3, 0.3):

@@ -103,30 +103,6 @@ def test_a_misspelt_setting_and_a_bad_value_stop_papermill_with_one_message(tmp_
 
 
 @pytest.mark.slow
-def test_on_kaggle_the_attached_module_competition_and_backbone_are_found(competition, backbone_folder, tmp_path):
-    root, work = tmp_path / "kaggle", tmp_path / "kaggle" / "working"
-    work.mkdir(parents=True)
-    shutil.copytree(competition, root / "input" / "competitions" / "some-competition")
-    shutil.copytree(
-        backbone_folder("bert"), root / "input" / "models" / "owner" / "tiny-bert" / "pytorch" / "default" / "1"
-    )
-    kit = root / "input" / "datasets" / "owner" / "kit"
-    kit.mkdir(parents=True)
-    shutil.copy(ROOT / "kernel_utils" / "kernel_utils.py", kit)
-    env = {"KAGGLE_ROOT": str(root), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
-    small = [("backbone", "tiny-bert"), ("n_folds", 2), ("epochs", 1), ("max_length", 32)]
-    done, _ = papermill("train.ipynb", work / "train.ipynb", *small, cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
-    assert (work / "runs" / "tiny-bert-mean-seed0" / "submission.csv").is_file()
-    attached = root / "input" / "notebooks" / "owner" / "train-output" / "runs"
-    attached.parent.mkdir(parents=True)
-    shutil.move(work / "runs", attached)
-    done, executed = papermill("infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
-    assert (work / "submission.csv").is_file() and str(attached) in printed(executed)
-
-
-@pytest.mark.slow
 def test_the_exported_script_trains_from_a_folder_inside_the_clone(competition, backbone_folder, tmp_path):
     clone = tmp_path / "clone"
     for folder in ("kernel_utils", "notebooks"):

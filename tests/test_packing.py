@@ -1,7 +1,5 @@
 """Packed rows against padded ones, and the training step in the shape that CUDA graphs and torch.compile want."""
 
-import math
-
 import kernel_utils as ku
 import numpy as np
 import pytest
@@ -100,13 +98,15 @@ def test_budgets_hold_every_batch_and_are_few():
 # Parity
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("head", ["mean", "weighted", "conv1d", "lstm"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [*((kind, "mean") for kind in ARCHITECTURES), *(("bert", head) for head in ("weighted", "conv1d", "lstm"))],
+)
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, build):
     model, tokens = build(kind, head=head)
     if not ku._takes_packed_rows(model, tokens, torch.float32):
         assert kind not in PACKED
-        pytest.skip(f"{kind} gets padded rows: {model.unpackable}")
+        pytest.skip(f"{kind} gets padded rows: {model.packing_errors}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
     static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
     for inputs in (tokens.packed(np.arange(6), CPU), static):
@@ -128,12 +128,12 @@ def test_a_text_does_not_move_with_its_neighbours(kind, build):
             torch.testing.assert_close(model(**tokens.packed(np.array(neighbours), CPU))[:1], alone, atol=1e-6, rtol=0)
 
 
-def leaky(query, key, value, pack, dropout, scale, reach, causal):
+def leaky(query, key, value, pack, dropout, scale, window_size, is_causal):
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
 
 
-def everywhere(query, key, value, pack, dropout, scale, reach, causal):
-    return ku._sdpa_per_sequence(query, key, value, pack, dropout, scale, math.inf, causal)
+def everywhere(query, key, value, pack, dropout, scale, window_size, is_causal):
+    return ku._sdpa_per_sequence(query, key, value, pack, dropout, scale, -1, is_causal)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,25 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window_size", [-1, 0, 2, 6, 7, 100])
+def test_each_text_attends_to_itself_within_the_window(window_size, is_causal):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 20, 4)
+    pack = ku._Pack(torch.tensor([0, 8, 9, 9, 20], dtype=torch.int32), 11, None, None, None)
+    text, position = torch.tensor([0] * 8 + [1] + [3] * 11), torch.arange(20)
+    behind = position[:, None] - position
+    mask = text[:, None] == text
+    if window_size >= 0:
+        mask &= behind.abs() <= window_size
+    if is_causal:
+        mask &= behind >= 0
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    got = ku._sdpa_per_sequence(query, key, value, pack, 0.0, 0.3, window_size, is_causal)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
 class Backwards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -190,9 +209,9 @@ class Backwards(torch.autograd.Function):
 def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
     model, tokens = build("bert")
     wrong = lambda *arguments: Backwards.apply(ku._sdpa_per_sequence(*arguments))  # noqa: E731
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
     monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: wrong)
-    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert ku._packing_error(model, tokens, torch.float32) is None
     assert "gradients have a cosine of" in ku._packing_error(model, tokens, torch.float32, gradients=True)
 
 
@@ -203,7 +222,7 @@ def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build,
     model, tokens = build("bert", backbone_dropout=0.1)
     monkeypatch.setattr(ku, "_pick_attention_kernel", kernel)
     before = torch.get_rng_state()
-    assert ku._packing_error(model, tokens, torch.float32) == ""
+    assert ku._packing_error(model, tokens, torch.float32) is None
     assert "TypeError: no op" in ku._packing_error(model, tokens, torch.float32, gradients=True)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -220,7 +239,7 @@ def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_row
 
     model, tokens = build("bert")
     monkeypatch.setattr(torch.autograd, "grad", full)
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) == ""
+    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
 
 
 def absent_kernel(*_):
@@ -345,7 +364,7 @@ class Recorder(TorchDispatchMode):
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "_to_cpu")
 
 
-def attend_dense(query, key, value, pack, dropout, scale, reach, causal):
+def attend_dense(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention in static shapes, standing in for the kernels of a GPU."""
     segment = torch.searchsorted(pack.starts[1:].contiguous(), torch.arange(query.shape[2]), right=True, out_int32=True)
     mask = segment[:, None] == segment
@@ -378,7 +397,7 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
     engine = engine_of(cfg)
     engine.begin(0, lambda text: None)
-    assert engine.packed, engine.model.unpackable
+    assert engine.packed, engine.model.packing_errors
     recorded, places = [], []
 
     def record(name, function, *inputs):
@@ -491,6 +510,7 @@ def test_a_step_that_cannot_be_captured_is_made_without_graphs_aloud(where, prec
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_step_trains_as_the_one_that_is_not_and_is_made_once_for_all_folds(tiny):
     results, counters = [], []
     for compiled in (False, True):
@@ -526,17 +546,17 @@ def after_steps(cfg, steps):
 
 
 @gpu
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "reach"),
+    ("kernel", "dtype", "window_size"),
     [
-        ("flash", "bfloat16", math.inf),
+        ("flash", "bfloat16", -1),
         ("flash", "bfloat16", 3),
-        ("efficient", "float32", math.inf),
-        ("efficient", "float16", math.inf),
+        ("mem_efficient", "float32", -1),
+        ("mem_efficient", "float16", -1),
     ],
 )
-def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, reach, causal):
+def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, window_size, is_causal):
     dtype = getattr(torch, dtype)
     if kernel == "flash" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no flash attention on this GPU")
@@ -544,11 +564,11 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
     rows = [torch.randn(1, 4, 40, 32, requires_grad=True) for _ in range(3)]
     starts = torch.tensor([0, 7, 8, 8, 24, 40], dtype=torch.int32)
     pack = ku._Pack(starts, 16, None, None, None)
-    expected = ku._sdpa_per_sequence(*rows, pack, 0.0, 0.2, reach, causal)
+    expected = ku._sdpa_per_sequence(*rows, pack, 0.0, 0.2, window_size, is_causal)
     slopes = torch.autograd.grad(expected.square().sum(), rows)
     there = [row.detach().cuda().to(dtype).requires_grad_() for row in rows]
-    attend = getattr(ku, f"attend_{kernel}")
-    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, reach, causal)
+    attend = getattr(ku, f"_varlen_{kernel}")
+    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, window_size, is_causal)
     atol = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.float().cpu(), expected.detach(), atol=atol, rtol=atol)
     for slope, other in zip(slopes, torch.autograd.grad(got.float().square().sum(), there), strict=True):
@@ -560,7 +580,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, rea
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert ku._takes_packed_rows(model, tokens, torch.float32), model.unpackable
+    assert ku._takes_packed_rows(model, tokens, torch.float32), model.packing_errors
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
         torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)

@@ -348,6 +348,7 @@ def test_micro_batches_make_the_same_step(settings, tmp_path, maskable):
         torch.testing.assert_close(weight, weights[1][name], atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.plots
 def test_the_loss_falls_on_texts_that_can_be_learnt(settings, tmp_path):
     texts = [" ".join(WORDS[(start + i) % len(WORDS)] for i in range(12)) for start in range(len(WORDS))]
     pd.DataFrame({"excerpt": [f"{a} {b}" for a in texts for b in texts[:4]]}).to_csv(

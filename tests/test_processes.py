@@ -48,16 +48,26 @@ def whole():
 # Folds side by side
 
 
+SLOW = """
+_MAX_SAVE_FRACTION, _quick_step = math.inf, OptimizerStep.optimizer_step
+
+
+def _slow_step(*arguments):
+    time.sleep(0.3)
+    return _quick_step(*arguments)
+
+
+OptimizerStep.optimizer_step = _slow_step
+"""
+
+
 @pytest.fixture
 def slow(tmp_path, monkeypatch):
     """The module that other processes run has slow steps and saves after each; settings for that."""
-    text, place = Path(ku.__file__).read_text(), "        self.rates.copy_(self.rates_to_come[step])\n"
-    assert text.count(place) == text.count("SAVE_SHARE = 0.015") == 1
-    text = text.replace(place, f"{place}        time.sleep(0.3)\n").replace(
-        "SAVE_SHARE = 0.015", "SAVE_SHARE = math.inf"
-    )
+    text, end = Path(ku.__file__).read_text(), '\n\nif __name__ == "__main__":\n'
+    assert text.count(end) == 1
     path = tmp_path / "kernel_utils.py"
-    path.write_text(text)
+    path.write_text(text.replace(end, SLOW + end))
     monkeypatch.setattr(ku, "__file__", str(path))
     return dict(checkpoint_minutes=1e-9, fold_processes=2)
 
@@ -97,7 +107,7 @@ def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys)
     assert content(run) == expected
     out = capsys.readouterr().out
     assert "folds 0, 1, 2: 2 processes side by side" in out
-    assert sorted(re.findall(r"^fold (\d): rmse", out, re.MULTILINE)) == ["0", "1", "2"]
+    assert sorted(re.findall(r"^\[[01]\] fold (\d): rmse", out, re.MULTILINE)) == ["0", "1", "2"]
     assert out.count("depth") == 1 and "%|" not in out  # the table of rates once, no bars
     assert {path.name for path in run.iterdir()} == {path.name for path in (run.parent / "whole").iterdir()}
     assert ku.RunFolder(run).read_record()["peak_memory_bytes"] > 10**7
@@ -131,11 +141,10 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     assert content(start(ku.dataclasses.replace(cfg, fold_processes=1))) == whole(tiny, **SETTINGS)
 
 
-def test_a_problem_in_a_process_arrives_as_it_is_and_its_steps_are_in_the_log(tiny):
+def test_a_problem_in_a_process_arrives_as_one_message_and_its_steps_are_in_the_log(tiny):
     cfg = tiny(run_name="r", fold_processes=2, **SETTINGS | dict(lr=1e36, head_lr=1e36, max_grad_norm=0))
-    with pytest.raises(
-        ku.NumericError, match=r"^the training went wrong:\n  fold \d, step \d+: .*: lower lr"
-    ) as caught:
+    message = r"ended with exit code 1; last lines:(.|\n)*NumericError: the training went wrong:\n  .*: lower lr"
+    with pytest.raises(ku.KitError, match=message) as caught:
         start(cfg)
     assert "Traceback" not in str(caught.value) and not workers_of(os.getpid())
     assert (run_of(cfg) / "log.jsonl").read_text().count('"grad_norm"') > 1
@@ -208,9 +217,9 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
         tokens, np.arange(len(frame)), np.arange(len(frame)) % 2, Path("b"), tokenizer, 7, frame["id"].to_numpy()
     )
     data = data._replace(errors=np.linspace(0, 1, len(frame)))
-    ku._write_state(tmp_path, ku._describe_data(data))
+    ku._save_data(tmp_path, data)
     tokenizer.save_pretrained(tmp_path)
-    got = ku._rebuild_data(ku._read_state(tmp_path), Path("b"), ku._load_tokenizer(tmp_path))
+    got = ku._load_data(tmp_path, ku._load_tokenizer(tmp_path))
     for name in ("ids", "types", "offsets", "lengths"):
         a, b = getattr(got.tokens, name), getattr(tokens, name)
         assert a is b is None or (np.array_equal(a, b) and a.dtype == b.dtype)
@@ -222,7 +231,7 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     )
     tokenizer.add_tokens(["new"])
     with pytest.raises(ku.KitError, match="set fold_processes 1"):
-        ku._rebuild_data(ku._read_state(tmp_path), Path("b"), tokenizer)
+        ku._load_data(tmp_path, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------

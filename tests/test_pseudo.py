@@ -12,13 +12,7 @@ import pseudo_label
 import pytest
 import torch
 
-from conftest import WORDS, engine_of, make_texts, tiny_config, train_frame, trained
-
-QUIET = dict(say=lambda text: None)
-
-
-class Killed(BaseException):
-    """Ends a run as abruptly as an exception can."""
+from conftest import QUIET, WORDS, Killed, engine_of, make_texts, tiny_config, train_frame, trained
 
 
 def label(monkeypatch, *arguments):
@@ -253,23 +247,17 @@ def other_folds(frame, told, rows):
     rows["fold"] = rows["fold"].map({"0": "1", "1": "0"})
 
 
-def other_folds_with_digest(frame, told, rows):
-    other_folds(frame, told, rows)
-    told["folds"] = ku._digest(rows.to_numpy().tolist())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (swap_columns, "they are not those that its models gave"),
+        (swap_columns, "they are not those of its models"),
         (swap_models, "they come from fold 1 of one, a model that was trained on rows of fold 0"),
         (label_a_twin, "1 labelled texts are training rows"),
-        (other_folds, "rows.csv: not the folds of the runs that labelled"),
-        (other_folds_with_digest, "their models validated on 20 rows, this fold has 20, and 40 are not the same"),
+        (other_folds, "their models validated on 20 rows, this fold has 20, and 40 are not the same"),
         (lambda frame, told, rows: told.update(task="binary"), "pseudo_dir has task binary, this run has regression"),
         (lambda frame, told, rows: told.update(format="other"), "expected the format"),
     ],
-    ids=["columns", "models", "a twin", "folds", "folds and their digest", "task", "format"],
+    ids=["columns", "models", "a twin", "folds", "task", "format"],
 )
 def test_a_planted_leak_is_refused_before_training_even_with_a_new_seal(change, message, student, made, tmp_path):
     cfg = student(pseudo_dir=reseal(made, tmp_path / "leak", change))
@@ -462,7 +450,8 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
     assert label(monkeypatch, run, "--texts", tmp_path / "extra.csv", "-o", tmp_path / "pseudo") is None
     table = pd.read_csv(tmp_path / "pseudo" / "pseudo.csv")
     spy, cfg = Spy(monkeypatch), ku.dataclasses.replace(cfg, pseudo_dir=str(tmp_path / "pseudo"), run_name="student")
-    assert ku._read_record(ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg))["status"] == "complete"
+    run = ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg)
+    assert ku.RunFolder(run).is_complete()
     columns = [f"target_fold1_{name}" for name in sorted(names)] if task == "multiclass" else ["target_fold1"]
     labels, got = table[columns].dropna().to_numpy(), spy.targets(1)
     np.testing.assert_allclose(np.stack([got[row] for row in sorted(got) if row >= 36]), labels, rtol=1e-5)
@@ -505,9 +494,9 @@ def test_a_run_goes_on_only_with_the_same_labels_wherever_they_lie(student, made
 
 def test_other_processes_are_told_of_the_pseudo_labels(student, tmp_path):
     data = begun(student()).data
-    ku._write_state(tmp_path, ku._describe_data(data))
+    ku._save_data(tmp_path, data)
     data.tokenizer.save_pretrained(tmp_path)
-    got = ku._rebuild_data(ku._read_state(tmp_path), data.folder, ku._load_tokenizer(tmp_path))
+    got = ku._load_data(tmp_path, ku._load_tokenizer(tmp_path))
     for fold in (0, 1):
         assert np.array_equal(got.training_rows(fold), data.training_rows(fold))
         np.testing.assert_array_equal(got.training_targets(fold), data.training_targets(fold))

@@ -10,10 +10,9 @@ import pytest
 import scipy.stats
 import torch
 
-from conftest import engine_of, train_frame, trained, weights
+from conftest import QUIET, engine_of, train_frame, trained, weights
 
 ROWS = np.array([1, 3, 5, 7, 9, 11, 13, 15])  # of the other fold than 0
-QUIET = dict(say=lambda text: None)
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def gradients(model, engine, rows=ROWS):
 def left_by_the_step(engine, rows=ROWS):
     """The gradients with which the optimiser steps; name -> tensor."""
     engine.attacking = engine.attack is not None
-    engine.fit_and_accumulate(rows, len(rows))
+    engine.fit_and_accumulate(rows)
     return {name: weight.grad for name, weight in engine.model.named_parameters() if weight.grad is not None}
 
 
@@ -338,7 +337,7 @@ def test_surer_rows_weigh_more_and_one_on_average_over_the_training_rows(loss, t
     weight = 1 / (error**2 + (error[1::2] ** 2).mean())
     weight /= weight[1::2].mean()
     np.testing.assert_allclose(engine.weights, weight, rtol=1e-5)
-    engine.fit_and_accumulate(ROWS, 8)
+    engine.fit_and_accumulate(ROWS)
     raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
     errors = (raw - engine.targets[ROWS].numpy()[:, 0]) ** 2
     assert engine.mean.item() == pytest.approx((errors * weight[ROWS]).mean(), rel=1e-5)
@@ -348,7 +347,7 @@ def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkey
     engine = begun_with_errors(tiny, label_noise=2.0)
     draws, draw = [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: draws.append(draw(x)) or draws[-1])
-    engine.fit_and_accumulate(ROWS, 8)
+    engine.fit_and_accumulate(ROWS)
     noise = 2 * np.linspace(0, 0.6, 24)[ROWS] * draws[0].numpy()[:, 0]
     raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
     expected = ((raw - engine.targets[ROWS].numpy()[:, 0] - noise) ** 2).mean()

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or short of memory, and what becomes of them. tools/stress.py has the real kills."""
+"""Runs that are killed, stopped or short of memory, and what becomes of them. tools/dev/stress.py really kills."""
 
 import json
 import linecache
@@ -19,13 +19,9 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT, padded_mask, train_frame
+from conftest import ROOT, Killed, kill, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
-
-
-class Killed(BaseException):
-    """Ends a run as abruptly as an exception can; no code of ours catches it."""
 
 
 def start(cfg, test=None):
@@ -43,10 +39,6 @@ def at_step(monkeypatch, number, act):
         return step(*arguments)
 
     monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", counting)
-
-
-def kill():
-    raise Killed
 
 
 def content(run):
@@ -81,30 +73,28 @@ def whole():
     return run
 
 
-VARIANTS = {
+VARIANTS = {  # each part of a run's state that is saved is in one of these
     "dropout": NOISY,
-    "the best weights": NOISY | dict(keep="best", evals_per_epoch=3, lr=0.02),
-    "float16 and its scaler": NOISY | dict(precision="fp16"),
-    "bfloat16, small micro-batches": NOISY | dict(precision="bf16", micro_batch_size=3),
-    "multi-sample dropout, decay, frozen and new layers": NOISY
-    | dict(dropout_samples=3, llrd=0.8, freeze_layers=1, reinit_layers=1, schedule="linear"),
-    "a recurrent head": NOISY | dict(head="bilstm", rnn_size=8),
-    "padded rows": NOISY | dict(attention="eager"),
-    "static shapes": NOISY | dict(micro_batch_size=3),
-    "adversarial weights and a running average": NOISY
-    | dict(awp=0.1, adversarial_start=1, ema=0.9, micro_batch_size=3),
+    "the best weights, padded rows": NOISY | dict(keep="best", evals_per_epoch=3, lr=0.02, attention="eager"),
+    "adversarial weights and a running average in float16": NOISY
+    | dict(awp=0.1, adversarial_start=1, ema=0.9, precision="fp16"),
+    "noise and weights by standard error in bfloat16, small micro-batches": NOISY
+    | dict(error_column="standard_error", label_noise=1.0, error_weights=True)
+    | dict(precision="bf16", micro_batch_size=3),
+    "a recurrent head, multi-sample dropout, decay, frozen and new layers": NOISY
+    | dict(head="bilstm", rnn_size=8, dropout_samples=3, llrd=0.8)
+    | dict(freeze_layers=1, reinit_layers=1, schedule="linear"),
+    "static shapes": NOISY | dict(awp=0.1, adversarial_start=1, ema=0.9, micro_batch_size=3),
     "adversarial embeddings and an equal average": NOISY
-    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, keep="best", evals_per_epoch=3, llrd=0.8),
-    "adversarial weights in float16": NOISY | dict(awp=0.1, adversarial_start=1, ema=0.9, precision="fp16"),
+    | dict(fgm=0.5, adversarial_start=0.5, swa_start=1, llrd=0.8)
+    | dict(keep="best", evals_per_epoch=3),
     "two passes, mixed weights": NOISY | dict(rdrop=1.0, mixout=0.5, precision="fp16"),
-    "noise and weights by standard error": NOISY
-    | dict(error_column="standard_error", label_noise=1.0, error_weights=True, precision="bf16"),
     "8-bit moments": NOISY | dict(optimizer="adamw8bit"),
 }
 
 
-PLACES = [("dropout", step) for step in (1, 2, 7, 10)]  # of nine steps a fold: the first, inside, in the next fold
-PLACES += [(variant, 14) for variant in VARIANTS]
+PLACES = [("dropout", step) for step in (1, 7)]  # of nine steps a fold: the first, inside
+PLACES += [(variant, 14) for variant in VARIANTS]  # in the next fold
 
 
 @pytest.mark.parametrize(("variant", "step"), PLACES)
@@ -164,6 +154,7 @@ def test_the_last_two_checkpoints_are_kept_and_none_of_a_finished_fold_or_run(ti
     assert not (run / "checkpoints").exists() and not (run / ".lock").exists()
 
 
+@pytest.mark.plots
 def test_a_complete_run_is_not_trained_again(tiny, whole, monkeypatch, capsys):
     cfg = tiny(run_name="r", **NOISY)
     run = start(cfg)
@@ -294,7 +285,7 @@ def test_functions_of_a_notebook_are_told_apart_by_their_source(monkeypatch):
     def prints(share):
         source = f"@ku.metric('gap', 'lower', ('regression',))\ndef gap(target, prediction):\n    return {share}\n"
         monkeypatch.setitem(ku.METRICS, "gap", run_cell(source)["gap"])
-        return ku._source_prints(ku.Config(metric="gap", loss="mse"))
+        return ku._source_digests(ku.Config(metric="gap", loss="mse"))
 
     monkeypatch.setitem(ku.METRICS, "gap", ku.METRICS["rmse"])
     del ku.METRICS["gap"]
@@ -474,8 +465,7 @@ def stop_by(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [4, 9, 13])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 4), (signal.SIGTERM, 9), (signal.SIGINT, 13)])
 def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_bytes(
     step, number, tiny, whole, monkeypatch
 ):
@@ -499,7 +489,7 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
 def test_a_signal_that_was_ignored_stays_ignored(tiny, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup has it
     at_step(monkeypatch, 2, stop_by(signal.SIGINT))
-    assert ku._read_record(start(tiny(run_name="r")))["status"] == "complete"
+    assert ku.RunFolder(start(tiny(run_name="r"))).read_record()["status"] == "complete"
 
 
 def test_a_second_signal_acts_at_once(tiny, monkeypatch):
@@ -571,6 +561,7 @@ def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_th
     assert not off.due(True)
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize(("step", "folds"), [(4, [0]), (13, [0])])
 def test_a_stopped_run_predicts_with_what_is_trained_where_that_is_asked_for(step, folds, tiny, whole, monkeypatch):
     """With a fold that is finished, by that alone; else by the one that was stopped."""
@@ -699,9 +690,10 @@ def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
         start(tiny(run_name="r"))
 
 
+@pytest.mark.plots
 def test_steps_that_float16_skips_are_counted_and_do_not_end_a_run(tiny, monkeypatch):
     wrong_from(monkeypatch, 3, until=5)
-    record = ku._read_record(start(tiny(run_name="r", precision="fp16", **NOISY)))
+    record = ku.RunFolder(start(tiny(run_name="r", precision="fp16", **NOISY))).read_record()
     assert [fold["skipped_steps"] for fold in record["folds"]] == [2, 0]
     log = pd.read_json(ku.Path(record["settings"]["output_dir"]) / "r" / "log.jsonl", lines=True)
     assert len(log[log["loss"].isna() & log["rmse"].isna()]) == 2
@@ -719,8 +711,11 @@ def test_float16_that_skips_too_many_steps_in_a_row_stops_with_advice(tiny, monk
 # The disk
 
 
-@pytest.mark.parametrize("code", [ku.errno.ENOSPC, ku.errno.EIO, ku.errno.EROFS])
-@pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])
+@pytest.mark.disk
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("fsync", ku.errno.EIO), ("replace", ku.errno.ENOSPC), ("mkdir", ku.errno.EROFS)],
+)
 def test_a_disk_that_fails_is_an_error_with_the_path_and_the_run_goes_on_later(
     call, code, tiny, often, whole, monkeypatch
 ):

@@ -1,4 +1,4 @@
-"""The quick form of tools/stress.py finds nothing in the kit, and finds a kit that is broken on purpose."""
+"""The quick form of tools/dev/stress.py finds nothing in the kit, and finds a kit that is broken on purpose."""
 
 import os
 import subprocess
@@ -9,13 +9,14 @@ import pytest
 
 from conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def python(folder, *arguments):
     """A process of its own: what runs in pytest must not fork. What it keeps is below `folder`."""
     command, environment = [sys.executable, *map(str, arguments)], os.environ | {"TMPDIR": str(folder)}
-    return subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, timeout=600)
+    tools = ROOT / "tools" / "dev"
+    return subprocess.run(command, cwd=tools, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

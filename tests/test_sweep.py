@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 import re
 import signal
 import subprocess
@@ -17,9 +19,10 @@ import sweep
 
 from conftest import ROOT
 
-# argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves
+# argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves. One that
+# takes long has a process of its own, as papermill has the kernel.
 STUB = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 notebook, text, run, settings, seconds = sys.argv[1:]
 pathlib.Path(notebook).write_text(text)
 if "error" in text:
@@ -27,10 +30,13 @@ if "error" in text:
 run, record = pathlib.Path(run), {"status": "running", "settings": json.loads(settings)}
 run.mkdir(exist_ok=True)
 (run / "record.json").write_text(json.dumps(record))
-(run / "fold0").mkdir()
+(run / "fold0").mkdir(exist_ok=True)
 (run / "fold0" / "model.safetensors").write_text("weights")
 (run / "environment.json").write_text(json.dumps(dict(os.environ)))
-print("the log of", run.name)
+(run / "oof.csv").write_text("id")
+print("the log of", run.name, flush=True)
+if float(seconds) > 100:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 time.sleep(float(seconds))
 oof = {"metric": "rmse", "last": 0.5, "best": 0.25}
 record |= {"status": "complete", "oof": oof, "rows_per_second": 10.0, "seconds": {"total": 8.0, "train": 4.0}}
@@ -45,6 +51,12 @@ def notebook_text(error=""):
     return json.dumps({"cells": [{"outputs": [lines] if error else []}]})
 
 
+def stub_command(cell, notebook, text, seconds):
+    settings = json.dumps(ku.Config.from_dict(cell.settings).to_dict())
+    run = Path(cell.settings["output_dir"]) / cell.name
+    return [sys.executable, "-c", STUB, str(notebook), text, str(run), settings, str(seconds)]
+
+
 @pytest.fixture
 def stub(monkeypatch):
     """Names of the cells that a stub of papermill ran, for `stub.seconds`; `stub.errors` says which fail with what."""
@@ -57,10 +69,8 @@ def stub(monkeypatch):
 
     def command(cell, notebook):
         started.append(cell.name)
-        settings = json.dumps(ku.Config.from_dict(cell.told).to_dict())
-        run = Path(cell.told["output_dir"]) / cell.name
         text = notebook_text(started.errors.get(cell.name, ""))
-        return [sys.executable, "-c", STUB, str(notebook), text, str(run), settings, str(started.seconds)]
+        return stub_command(cell, notebook, text, started.seconds)
 
     monkeypatch.setattr(sweep, "command", command)
     monkeypatch.setattr(sweep, "POLL", 0.05)
@@ -137,9 +147,9 @@ def test_a_recipe_in_the_grid_gives_what_the_grid_does_not_even_if_that_is_the_d
     monkeypatch.setattr(sys, "argv", ["sweep.py", *base(epochs=None), "--grid", "recipe=quick,max", "--set", "ema=0"])
     quick, most = sweep.make_cells(sweep.parse())
     assert (quick.name, most.name) == ("recipe=quick+seed=0", "recipe=max+seed=0")
-    assert quick.told["epochs"] == ku.RECIPES["quick"]["epochs"]
-    assert most.told["pseudo_dir"] == ku.RECIPES["max"]["pseudo_dir"]
-    assert most.told["ema"] == 0 and ku.Config.from_dict(most.told).ema == 0
+    assert quick.settings["epochs"] == ku.RECIPES["quick"]["epochs"]
+    assert most.settings["pseudo_dir"] == ku.RECIPES["max"]["pseudo_dir"]
+    assert most.settings["ema"] == 0 and ku.Config.from_dict(most.settings).ema == 0
 
 
 def test_cells_of_two_blocks_that_are_the_same_run_are_one_under_the_first_name(call, stub, tmp_path):
@@ -174,7 +184,7 @@ def test_the_grid_files_that_come_with_the_kit_are_valid_settings(file):
     cells = [ku.Config.from_dict(settings) for _, settings in sweep.combinations(asked)]
     blocks = tomllib.loads(file.read_text())["grid"]
     seeds = tomllib.loads(file.read_text())["seeds"]
-    count = sum(len(seeds) * sweep.math.prod(len(values) for values in block.values()) for block in blocks)
+    count = sum(len(seeds) * math.prod(len(values) for values in block.values()) for block in blocks)
     expected = {"article": 57, "article_cpu": 24, "effects": 48, "lr": 5, "recipes": 9}
     assert len(set(cells)) == count == expected[file.stem]
     assert len({cfg.epochs * cfg.evals_per_epoch for cfg in cells}) == 1  # or compare.ipynb refuses them
@@ -209,7 +219,7 @@ def test_a_fold_that_is_not_there_is_one_message(call, stub):
         ("seeds = 3", "seeds must be a list of values, got 3"),
         ("[grid]\nhead = ['cls']", "grid must be tables [[grid]]"),
         ("[[grid]]\nhead = 'cls'", "head must be a list of values, got 'cls'"),
-        ("seeds = [1]\n[[grid]]\nseed = [1]", "seeds and the setting seed are given"),
+        ("seeds = [1]\n[[grid]]\nseed = [1]", "seed is given by the grid file and by seeds"),
         ("[settings]\nrun_name = 'a'", "run_name is made by this tool"),
         ("seeds = [", "g.toml: "),
     ],
@@ -222,9 +232,9 @@ def test_a_grid_file_that_is_wrong_is_named_with_what_was_expected(call, stub, t
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--grid", "epochs=1,2"], "epochs is in --set and in the grid"),
-        (["--grid", "head=cls", "--grid", "head=max"], "--grid head is given twice"),
-        (["--folds", "0", "--grid", "run_folds=0"], "--folds and the setting run_folds are given"),
+        (["--grid", "epochs=1,2"], "epochs is given by --set and by --grid"),
+        (["--grid", "head=cls", "--grid", "head=max"], "head is given by --grid and by --grid"),
+        (["--folds", "0", "--grid", "run_folds=0"], "run_folds is given by --grid and by --folds"),
         (["--grid", "output_dir=a"], "output_dir is made by this tool"),
     ],
 )
@@ -403,23 +413,18 @@ def test_a_dry_run_whose_probe_fails_says_that_the_time_cannot_be_estimated(call
     assert code == 0 and "the time cannot be estimated" in shown
 
 
-def test_the_work_of_a_cell_is_its_training_rows_and_its_log_says_how_much_is_done(base, monkeypatch, tmp_path, output):
-    arguments = ["sweep.py", *base(), "--set", "n_folds=4", "--set", "evals_per_epoch=2", "--folds", "1"]
-    monkeypatch.setattr(sys, "argv", arguments)
+def test_the_work_of_a_cell_is_its_training_rows(base, monkeypatch):
+    arguments = ["--set", "n_folds=4", "--set", "epochs=2", "--folds", "1"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *base(epochs=None), *arguments])
     (cell,) = sweep.make_cells(sweep.parse())
-    assert cell.work == 30 and cell.evaluations == 2  # 40 rows in 4 folds, one epoch
-    log = output / cell.name / "log.jsonl"
-    assert sweep.rows_so_far(cell, output, 0) == 0
-    log.parent.mkdir(parents=True)
-    log.write_text('{"step": 1, "loss": 0.5}\n{"step": 1, "rmse": 0.5}\n{"step": 2, "rm')
-    assert sweep.rows_so_far(cell, output, 0) == 15
-    assert sweep.rows_so_far(cell, output, time.time() + 60) == 0  # what a killed run left
+    assert cell.rows == 60  # 40 rows in 4 folds, two epochs
 
 
 # Side by side
 
 
 def test_slots_are_spread_over_the_gpus_and_share_the_cores_of_a_cpu(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environments = [sweep.slot_environment(slot, 4, ["0", "GPU-ab"]) for slot in range(4)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["0", "GPU-ab", "0", "GPU-ab"]
     monkeypatch.setattr(sweep, "cores", lambda: 8)
@@ -448,6 +453,7 @@ def test_more_runs_than_the_gpus_take_are_refused(monkeypatch):
 
 
 def test_runs_side_by_side_see_their_share_of_the_cores(call, stub, monkeypatch, output):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "cores", lambda: 6)
     stub.seconds = 0.3
     assert call("--grid", "head=cls,max,mean", "--jobs", "2")[0] == 0
@@ -466,12 +472,28 @@ def test_a_missing_ray_is_said_with_how_to_install_it(call, stub, monkeypatch, o
     assert code == 1 and "pip install ray" in shown and not output.exists()
 
 
-# The real notebook
+# Sweeps that are a process of their own
 
 
-def start(base, *arguments):
-    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *base, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+# argv: of sweep.py; a cell takes so many seconds by its epochs, or longer than any test
+WITH_STUB = """
+import sweep, test_sweep
+sweep.POLL = 0.05
+text = test_sweep.notebook_text()
+def command(cell, notebook):
+    seconds = {1: 0, 2: 5}.get(cell.settings["epochs"], 600)
+    return test_sweep.stub_command(cell, notebook, text, seconds)
+sweep.command = command
+sweep.main()
+"""
+
+
+def start(program, *arguments):
+    paths = [str(ROOT / folder) for folder in ("kernel_utils", "tools", "tests")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = [sys.executable, *program, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
 
 
 def wait_for(condition, seconds=120):
@@ -495,72 +517,80 @@ def fingerprint(run):
     return stat.st_ino, stat.st_mtime_ns, (run / "oof.csv").read_bytes()
 
 
-def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, output):
-    first, second = output / "head=cls+seed=0", output / "head=max+seed=0"
-    process = start(base(epochs=40), "--grid", "head=cls,max")  # long enough to be killed
-    wait_for((first / "record.json").is_file)
-    papermill_of("head=cls+seed=0", psutil.Process(process.pid)).kill()
-    shown = process.communicate()[0]
-    assert process.returncode == 1 and "head=cls+seed=0: failed: papermill was ended by SIGKILL" in shown
-    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
-    assert ku.RunFolder(first).read_record()["status"] == "running"
-    before = fingerprint(second)
-    process = start(base(epochs=40), "--grid", "head=cls,max")
-    shown = process.communicate()[0]
-    assert len(ku.RunFolder(first).read_record()["sessions"]) == 2  # it went on
-    assert process.returncode == 0 and "1 finished now, 1 before" in shown and fingerprint(second) == before
-    runs = [folder for folder in output.iterdir() if folder.name != "notebooks"]
-    assert sorted(runs) == [first, second] and ku.RunFolder(first).read_record()["status"] == "complete"
-    executed = json.loads((output / "notebooks" / "head=cls+seed=0.ipynb").read_text())
+SWEEP = [str(ROOT / "tools" / "sweep.py")]
+
+
+def test_real_notebooks_that_fail_or_are_stopped_are_reported_and_the_next_call_goes_on(base, call, output):
+    run, settings = output / "lr=0.0001+seed=0", dict(epochs=40)  # long enough to be stopped
+    process = start(SWEEP, *base(**settings), "--grid", "lr=1e30,1e-4")
+    wait_for((run / "log.jsonl").is_file)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped: 0 of 2 runs are complete and kept" in shown
+    failed = r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb"
+    assert re.search(failed, shown) and psutil.wait_procs(descendants, timeout=10)[1] == []
+    code, shown = call("--grid", "lr=1e-4", **settings)
+    assert code == 0 and "1 finished now, 0 before" in shown
+    assert len(ku.RunFolder(run).read_record()["sessions"]) == 2  # it went on
+    executed = json.loads((output / "notebooks" / f"{run.name}.ipynb").read_text())
     assert executed["metadata"]["papermill"]["exception"] is None
+    before = fingerprint(run)
+    code, shown = call("--grid", "lr=1e-4", **settings)
+    assert code == 0 and "0 finished now, 1 before" in shown and fingerprint(run) == before
 
 
-def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, output):
+def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, call, stub, output):
+    first, second = (f"epochs={n}+seed=0" for n in (5000, 1))
+    process = start(["-c", WITH_STUB], *base(epochs=None), "--grid", "epochs=5000,1")
+    wait_for((output / first / "oof.csv").is_file)
+    worker = papermill_of(first, psutil.Process(process.pid))
+    for process_of_it in (*worker.children(), worker):
+        process_of_it.kill()
+    shown = process.communicate()[0]
+    assert process.returncode == 1
+    assert f"{first}: failed: papermill was ended by SIGKILL" in shown
+    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
+    before = fingerprint(output / second)
+    code, shown = call("--grid", "epochs=5000,1", epochs=None)
+    assert code == 0 and "1 finished now, 1 before" in shown
+    assert stub == [first] and fingerprint(output / second) == before
+
+
+def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, call, stub, output):
     run = output / "head=cls+seed=0"
-    process = start(base(), "--grid", "head=cls")
-    wait_for((run / "record.json").is_file)
+    process = start(["-c", WITH_STUB], *base(epochs=2), "--grid", "head=cls")
+    wait_for((run / "oof.csv").is_file)
     papermill = papermill_of(run.name, psutil.Process(process.pid))
-    asleep = [papermill, *papermill.children(recursive=True)]  # or the run could be over before the second call looks
-    for worker in asleep:
-        worker.suspend()
+    papermill.suspend()  # or the run could be over before the second call looks
     try:
         process.kill()
         process.communicate()
-        inode = (run / "log.jsonl").stat().st_ino if (run / "log.jsonl").exists() else None
-        other = start(base(), "--grid", "head=cls")
-        shown = other.communicate()[0]
+        code, shown = call("--grid", "head=cls", epochs=2)
     finally:
-        for worker in asleep:
-            worker.resume()
-    assert other.returncode == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
-    psutil.wait_procs([papermill], timeout=120)
-    assert ku.RunFolder(run).read_record()["status"] == "complete" and inode in (None, (run / "log.jsonl").stat().st_ino)
+        papermill.resume()
+    assert code == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    psutil.wait_procs([papermill], timeout=60)
     before = fingerprint(run)
-    process = start(base(), "--grid", "head=cls")
-    assert "0 finished now, 1 before" in process.communicate()[0]
-    assert process.returncode == 0 and fingerprint(run) == before
+    code, shown = call("--grid", "head=cls", epochs=2)
+    assert code == 0 and "0 finished now, 1 before" in shown
+    assert stub == [] and fingerprint(run) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(base, output, number):
-    process = start(base(epochs=None), "--grid", "epochs=1,5000,6000")
-    wait_for((output / "epochs=5000+seed=0" / "record.json").is_file)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
+    grid = ["--grid", "epochs=1,5000,6000"]
+    process = start(["-c", WITH_STUB], *base(epochs=None), *grid)
+    children = psutil.Process(process.pid).children
+    descendants = wait_for(lambda: len(found := children(recursive=True)) == 2 and found)
     before = fingerprint(output / "epochs=1+seed=0")
     process.send_signal(number)
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "stopped: 1 of 3 runs are complete and kept" in shown
     assert psutil.wait_procs(descendants, timeout=10)[1] == []
-    assert fingerprint(output / "epochs=1+seed=0") == before and not (output / "epochs=6000+seed=0").exists()
-
-
-def test_a_loss_that_is_not_finite_is_reported_beside_the_runs_that_succeed(base, output):
-    process = start(base(), "--grid", "lr=1e-4,1e30", "--jobs", "2")
-    shown = process.communicate()[0]
-    assert process.returncode == 1 and "2 runs: 1 finished now, 0 before, 1 failed" in shown
-    assert re.search(r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb", shown)
-    assert ku.RunFolder(output / "lr=0.0001+seed=0").read_record()["status"] == "complete"
+    assert fingerprint(output / "epochs=1+seed=0") == before
+    assert not (output / "epochs=6000+seed=0").exists()
 
 
 @pytest.fixture
@@ -588,14 +618,13 @@ def raylets(output):
     return found
 
 
-def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, output, cluster):
-    process = start(base(), "--grid", "head=cls,max", "--ray", cluster)
-    wait_for(lambda: len(raylets(output)) == 2)  # both run at once, each under the daemon of another node
+def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, call, output, cluster):
+    process = start(SWEEP, *base(), "--grid", "head=cls,max", "--ray", cluster)
+    wait_for(lambda: len(raylets(output)) == 2)  # both at once, each under the daemon of another node
     shown = process.communicate()[0]
     assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown
     runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]
     before = [fingerprint(run) for run in runs]
-    for arguments in (["--ray", cluster], []):
-        process = start(base(), "--grid", "head=cls,max", *arguments)
-        assert "0 finished now, 2 before" in process.communicate()[0] and process.returncode == 0
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 0 and "0 finished now, 2 before" in shown
     assert [fingerprint(run) for run in runs] == before

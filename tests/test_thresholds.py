@@ -24,8 +24,17 @@ def test_kappa_is_that_of_scikit_learn():
     target, prediction, _ = simulated(80, 0)
     labels = np.rint(prediction)
     expected = sklearn.metrics.cohen_kappa_score(target.astype(int), labels.astype(int), weights="quadratic")
-    assert ku._quadratic_kappa(target, labels) == pytest.approx(expected)
+    assert ku._quadratic_kappa(target, labels) == pytest.approx(expected, abs=1e-12)
+    assert ku.METRICS["qwk"](target[:, None], prediction[:, None]) == pytest.approx(expected, abs=1e-12)
     assert ku._quadratic_kappa(target, target) == 1 and ku._quadratic_kappa(np.ones(4), np.ones(4)) == 0
+
+
+def test_kappa_counts_a_level_that_no_row_has():
+    target, labels = np.array([1.0, 2, 2, 5, 5, 1]), np.array([1.0, 2, 5, 5, 2, 2])
+    expected = sklearn.metrics.cohen_kappa_score(
+        target.astype(int), labels.astype(int), labels=np.arange(1, 6), weights="quadratic"
+    )
+    assert ku.METRICS["qwk"](target[:, None], labels[:, None]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_prediction_that_reaches_a_threshold_belongs_above_it():

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from conftest import make_texts, padded_mask, train_frame
+from conftest import QUIET, make_texts, padded_mask, train_frame
 
 CPU = torch.device("cpu")
-QUIET = {"say": lambda text: None}
 
 
 def fold_data(cfg, frame=None, n_outputs=1):
@@ -328,6 +327,7 @@ def test_a_fold_trained_alone_equals_the_fold_of_a_whole_run(tiny):
     pd.testing.assert_frame_equal(alone, whole[whole["fold"] == 1].reset_index(drop=True))
 
 
+@pytest.mark.plots
 def test_a_run_folder_holds_what_the_design_says(tiny):
     folder, record, oof = run(tiny(run_name="run"))
     names = {path.name for path in folder.iterdir()}
@@ -390,6 +390,7 @@ def task_frame(name):
     return frame.assign(a=(rank > 30).astype(int), b=(rank % 2 == 0).astype(int)).drop(columns="target")
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_from_the_table_to_a_submission(task, tiny, competition):
     settings, suffixes, _ = TASKS[task]
@@ -445,12 +446,12 @@ def finished(tiny):
     cfg = tiny(run_name="run", run_folds="0")
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
-    return ku._load_run(folder), test["id"], np.arange(10.0)[:, None], sample
+    return ku._open_bundle(folder), test["id"], np.arange(10.0)[:, None], sample
 
 
 def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_path):
     loaded, ids, predictions, sample = finished
-    ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+    ku.write_submission(loaded, ids.to_frame(), predictions, sample, tmp_path / "s.csv")
     written = pd.read_csv(tmp_path / "s.csv", dtype={"id": str})
     assert list(written.columns) == ["id", "target"] and list(written["id"]) == list(sample["id"])
     assert list(written["target"]) == [predictions[list(ids).index(i), 0] for i in sample["id"]]
@@ -469,7 +470,7 @@ def test_a_submission_that_does_not_fit_is_refused_and_leaves_the_old_file(spoil
     (tmp_path / "s.csv").write_text("old")
     ids, predictions, sample = spoil(*rest)
     with pytest.raises(ku.DataError, match=message):
-        ku.write_submission(tmp_path / "s.csv", ids, predictions, loaded, sample)
+        ku.write_submission(loaded, ids.to_frame(), predictions, sample, tmp_path / "s.csv")
     assert (tmp_path / "s.csv").read_text() == "old"
 
 

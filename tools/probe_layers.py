@@ -1,34 +1,42 @@
-"""What each layer of a frozen backbone knows of the target: a ridge regression on the states of every layer.
+"""What each layer of a frozen backbone knows of the target: a ridge regression on its states.
 
     python tools/probe_layers.py -o results/probe --set data_dir=path/to/clear
-    python tools/probe_layers.py -o probe --set backbone=microsoft/deberta-v3-base --set max_length=512
+    python tools/probe_layers.py -o probe --set backbone=microsoft/deberta-v3-base
 
-Linear probes: Alain & Bengio 2016, arXiv:1610.01644. One forward pass over train.csv with the weights as they were
-loaded; the settings of data, folds, texts, backbone and precision count, those of training do not. Of every layer (0 is
-the embeddings) two features are probed: `cls`, the token that the head `cls` reads, and `mean`, the mean of the tokens.
-Each fold is predicted from the others: features in standard deviations of the training rows, alpha chosen by
-leave-one-out among them. `constant` is the mean of the training rows. The features stay in memory, 8 (L + 1) H bytes a
+Linear probes: Alain & Bengio 2016, arXiv:1610.01644. One forward pass over train.csv with the
+weights as they were loaded; the settings of data, folds, texts, backbone and precision count, those
+of training do not. Of every layer (0 is the embeddings) two features are probed: `cls`, the token
+that the head `cls` reads, and `mean`, the mean of the tokens. Each fold is predicted from the
+others: features in standard deviations of the training rows, alpha chosen by leave-one-out among
+them. `constant` is the mean of the training rows. The features stay in memory, 8 (L + 1) H bytes a
 row: `--set max_rows=20000` draws fewer rows of a large set.
 
-The score is the RMSE over all rows in regression. For classes and labels the ridge predicts 0/1 indicators, and the
-score is their R2, which is no accuracy. R2 is 1 - squared error / squared error of `constant`, summed over all outputs.
+The score is the RMSE over all rows in regression. For classes and labels the ridge predicts 0/1
+indicators, and the score is their R2, which is no accuracy. R2 is 1 - squared error / squared error
+of `constant`, summed over all outputs.
 
-A layer knows less than the best one if its fold scores are worse on average, with p < 0.05 in the corrected resampled
-t-test over the paired folds (Nadeau & Bengio 2003). Where all layers above one do, they are candidates for
-reinit_layers; where the last layer does not, it is as good as any. The best layer is chosen on the rows it is scored
-on, and training changes the states: a probe is a hint what to try, not evidence.
+A layer knows less than the best one if its fold scores are worse on average, with p < 0.05 in the
+corrected resampled t-test over the paired folds (Nadeau & Bengio 2003). Where all layers above one
+do, they are candidates for reinit_layers; where the last layer does not, it is as good as any. The
+best layer is chosen on the rows it is scored on, and training changes the states: a probe is a hint
+what to try, not evidence.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import comparison
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.linear_model import RidgeCV
-from sweep import assignment, ku
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernel_utils"))
+import comparison
+from sweep import assignment
+
+import kernel_utils as ku
 
 FEATURES = {"cls": "classification token", "mean": "mean of the tokens"}
 ALPHAS = 10.0 ** np.arange(-1, 6.5, 0.5)
@@ -39,7 +47,7 @@ ALPHAS = 10.0 ** np.arange(-1, 6.5, 0.5)
 
 
 def load(cfg):
-    """(model in evaluation mode with the backbone's own weights, tokens, training rows with their fold)."""
+    """(model in evaluation mode with the backbone's own weights, tokens, rows with their fold)."""
     folder = ku._find_backbone(cfg.backbone)
     ku._check_no_foreign_code(folder / "config.json", ku._HARMLESS_KEYS)
     frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
@@ -47,15 +55,13 @@ def load(cfg):
     new = ku._add_prefix_tokens(tokenizer, frame, cfg)
     tokens = ku._tokenize_frame(frame, tokenizer, cfg)
     ku._check_vocabulary(tokens, tokenizer)
-    ku._check_token_ids(
-        tokens, tokenizer.convert_tokens_to_ids(new), ku._load_config(folder, cfg)[0], folder
-    )
+    config = ku._load_config(folder, cfg)[0]
+    ku._check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, folder)
     ku._seed_everything(cfg.seed)  # embeddings of new tokens
     backbone = ku._load_backbone(folder, cfg, len(tokenizer))
     ku._check_max_length(backbone, cfg)
-    model = ku.TextModel(
-        cfg, backbone, ku.MseLoss(cfg, 1), ku._cls_is_last(tokenizer)
-    )  # its output is not read
+    loss = ku.MseLoss(cfg, 1)  # its output is not read
+    model = ku.TextModel(cfg, backbone, loss, ku._cls_is_last(tokenizer))
     return model.to(ku._pick_device()).eval(), tokens, frame
 
 
@@ -64,28 +70,19 @@ def pool_layers(model, tokens, cfg):
     """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
     device = next(model.parameters()).device
     dtype = ku._pick_dtype(cfg.precision, device)
-    packed = ku._takes_packed_rows(model, tokens, dtype)
-    if not packed:
+    make_batch = tokens.packed
+    if not ku._takes_packed_rows(model, tokens, dtype):
         ku._check_padding(model, tokens, dtype)
-    pooled = np.empty(
-        (
-            model.encoder_info.num_hidden_states,
-            len(FEATURES),
-            len(tokens),
-            model.encoder_info.hidden_size,
-        ),
-        np.float32,
-    )
-    for rows in ku._progress(
-        ku._plan_prediction_batches(tokens.lengths, cfg.batch_tokens or 4096), "read the texts"
-    ):
+        make_batch = tokens.batch
+    shape = model.shape
+    pooled = np.empty((shape.n_states, len(FEATURES), len(tokens), shape.width), np.float32)
+    plan = ku._plan_prediction_batches(tokens.lengths, cfg.batch_tokens or 4096)
+    for rows in ku._progress(plan, "read the texts"):
         with ku._autocast(device, dtype):
-            states, mask = model.encode(**(tokens.packed if packed else tokens.batch)(rows, device))
-        pairs = [
-            (ku.cls_token(state, mask, model.shape), ku.masked_mean(state, mask))
-            for state in states
-        ]
-        pooled[:, :, rows] = torch.stack([torch.stack(pair) for pair in pairs]).cpu().numpy()
+            states, mask = model.encode(**make_batch(rows, device))
+        for layer, state in enumerate(states):
+            pooled[layer, 0, rows] = ku.cls_token(state, mask, shape).cpu()
+            pooled[layer, 1, rows] = ku.masked_mean(state, mask).cpu()
     return pooled
 
 
@@ -93,11 +90,11 @@ def make_targets(frame, cfg):
     """Targets (N, K) of a regression, else 0/1 indicators; of two classes that of the second."""
     classes = ku._class_labels(frame, cfg)
     targets = ku._encode_targets(frame, cfg, classes)
-    targets = np.eye(len(classes))[targets] if cfg.task == "multiclass" else targets
+    if cfg.task == "multiclass":
+        targets = np.eye(len(classes))[targets]
     if not np.ptp(targets, axis=0).any():
-        raise ku.DataError(
-            f"train.csv: {ku._comma_join(cfg.targets)} is the same in every row; there is nothing to probe"
-        )
+        same = f"{ku._comma_join(cfg.targets)} is the same in every row"
+        raise ku.DataError(f"train.csv: {same}; there is nothing to probe")
     return targets
 
 
@@ -106,11 +103,12 @@ def make_targets(frame, cfg):
 
 
 def standardise(x, training):
-    """All rows in standard deviations of the training rows (a mask) from their mean. What is constant among these but
-    for rounding becomes 0: scaled up, rounding would tell the length of a text by its batch."""
+    """All rows in standard deviations of the training rows (a mask) from their mean. What is
+    constant among these but for rounding becomes 0: scaled up, rounding would tell the length of a
+    text by its batch."""
     mean, sd = x[training].mean(0), x[training].std(0)
-    constant = sd <= 1e-5 * np.median(abs(x[training]))
-    return np.where(constant, 0, x - mean) / np.where(constant, 1, sd)
+    is_constant = sd <= 1e-5 * np.median(abs(x[training]))
+    return np.where(is_constant, 0, x - mean) / np.where(is_constant, 1, sd)
 
 
 def predict_folds(x, targets, folds):
@@ -148,8 +146,9 @@ def score_row(targets, predictions, folds, metric):
         "metric": metric,
         "score": score(slice(None)),
         "sd over folds": np.std([*of_folds.values()], ddof=1),
+        "r2": r2(targets, predictions, constant),
     }
-    return row | {"r2": r2(targets, predictions, constant)} | of_folds
+    return row | of_folds
 
 
 def probe_layers(pooled, targets, folds, metric):
@@ -159,16 +158,11 @@ def probe_layers(pooled, targets, folds, metric):
     for layer, features in enumerate(ku._progress(pooled, "probe the layers")):
         for feature, x in zip(FEATURES, features, strict=True):
             predictions, alphas = predict_folds(x, targets, folds)
-            row = {"layer": layer, "feature": feature} | score_row(
-                targets, predictions, folds, metric
-            )
-            rows.append(
-                row
-                | {
-                    f"alpha fold {fold}": a
-                    for fold, a in zip(np.unique(folds), alphas, strict=True)
-                }
-            )
+            row = {"layer": layer, "feature": feature}
+            row |= score_row(targets, predictions, folds, metric)
+            for fold, alpha in zip(np.unique(folds), alphas, strict=True):
+                row[f"alpha fold {fold}"] = alpha
+            rows.append(row)
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 
@@ -177,121 +171,94 @@ def probe_layers(pooled, targets, folds, metric):
 
 
 def layers_of(table, feature):
-    """The rows of a feature by layer, how much higher is worse (1, or -1 where higher is better), the best layer."""
+    """(rows of a feature by layer, 1 if higher is worse and -1 if it is better, the best layer)."""
     rows = table[table["feature"] == feature].sort_values("layer").reset_index(drop=True)
     sign = 1 if rows["metric"][0] == "rmse" else -1
     return rows, sign, int((sign * rows["score"]).argmin())
 
 
 def hint(table, feature):
-    """The best layer of a feature, and which of the layers above it know less, by the rule at the top."""
+    """The best layer of a feature, and which of the layers above it know less, by the rule at the
+    top."""
     rows, sign, best = layers_of(table, feature)
-    scores = sign * rows.filter(like="score fold").to_numpy()  # (L + 1, F)
-    behind, last = scores - scores[best], len(rows) - 1
-    share = 1 / (scores.shape[1] - 1)  # rows of a fold by those that it is predicted from
-    less = [b.mean() > 0 and comparison.corrected_t(b, share) < 0.05 for b in behind]
-    top = max(layer for layer in range(len(rows)) if not less[layer])
-    text = f"{feature}: best at layer {best} ({rows['metric'][0]} {rows['score'][best]:.4f})"
+    last, scores = len(rows) - 1, rows["score"]
+    of_folds = sign * rows.filter(like="score fold").to_numpy()  # (L + 1, F)
+    share = 1 / (of_folds.shape[1] - 1)  # rows of a fold by those that it is predicted from
+    top = last
+    while top > best:
+        behind = of_folds[top] - of_folds[best]
+        if behind.mean() <= 0 or comparison.corrected_t(behind, share) >= 0.05:
+            break
+        top -= 1
+    text = f"{feature}: best at layer {best} ({rows['metric'][0]} {scores[best]:.4f})"
     if best < last:
-        text += f", the last one, {last}, is {abs(rows['score'][last] - rows['score'][best]):.4f} behind"
+        text += f", the last one, {last}, is {abs(scores[last] - scores[best]):.4f} behind"
     if top == last:
         return f"{text}; the last layer is as good as any"
-    return f"{text}; layers above {top} know less than layer {best}: candidates for reinit_layers {last - top}"
+    layers = f"layers above {top} know less than layer {best}"
+    return f"{text}; {layers}: candidates for reinit_layers {last - top}"
 
 
 def plot_layers(table, path, title):
-    """The score of every layer with the spread over folds; a ring marks the best layer of a feature."""
+    """The score of every layer with the spread over folds; a ring marks the best of a feature."""
     figure = ku._new_figure(8, 5)
     axis = figure.subplots()
     (constant,) = table["score"][table["feature"] == "constant"]
-    axis.axhline(
-        constant,
-        color=comparison.GREY,
-        linestyle="--",
-        linewidth=1,
-        label="mean of the training rows",
-    )
+    dashed = dict(color=comparison.GREY, linestyle="--", linewidth=1)
+    axis.axhline(constant, label="mean of the training rows", **dashed)
     for feature, color, marker, aside in (
         ("cls", comparison.RED, "s", -0.04),
         ("mean", comparison.BLUE, "o", 0.04),
     ):
         rows, sign, best = layers_of(table, feature)
-        layers, style = (
-            np.arange(len(rows)),
-            dict(color=color, marker=marker, markersize=5, capsize=3),
-        )
-        axis.errorbar(
-            layers + aside, rows["score"], rows["sd over folds"], label=FEATURES[feature], **style
-        )
-        axis.plot(
-            best + aside,
-            rows["score"][best],
-            marker="o",
-            markersize=14,
-            fillstyle="none",
-            color=color,
-        )
+        places, scores = np.arange(len(rows)) + aside, rows["score"]
+        style = dict(color=color, marker=marker, markersize=5, capsize=3, label=FEATURES[feature])
+        axis.errorbar(places, scores, rows["sd over folds"], **style)
+        ring = dict(color=color, marker="o", markersize=14, fillstyle="none")
+        axis.plot(places[best], scores[best], **ring)
+    layers = range(len(rows))
     axis.set_xticks(layers, ["0\nembeddings", *map(str, layers[1:])])
-    what = (
-        "out-of-fold RMSE (lower is better)"
-        if sign == 1
-        else "out-of-fold R² of the indicators (higher is better)"
-    )
-    axis.set(xlabel="layer", ylabel=what)
-    told = dict(
-        title="bars: sd over folds; ring: best layer", title_fontsize="small", fontsize="small"
-    )
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, **told)
+    score = "RMSE (lower is better)" if sign == 1 else "R² of the indicators (higher is better)"
+    axis.set(xlabel="layer", ylabel=f"out-of-fold {score}")
+    note = dict(title="bars: sd over folds; ring: best layer", title_fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small", **note)
     figure.suptitle(title, fontsize="medium")
     ku._save_figure(figure, path)
 
 
+def probe(cfg, folder):
+    """Write probe.csv and probe.png of a configuration to a folder. Returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokens, frame = load(cfg)
+    targets, folds = make_targets(frame, cfg), frame["fold"].to_numpy()
+    metric = "rmse" if cfg.task == "regression" else "r2"
+    table = probe_layers(pool_layers(model, tokens, cfg), targets, folds, metric)
+    name, n_folds = ku._short_name(cfg.backbone), len(set(folds))
+    table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku._device_name())
+    write = dict(index=False, float_format="%.6g")
+    ku._write_atomic(folder / "probe.csv", lambda path: table.to_csv(path, **write))
+    title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.targets))}"
+    title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
+    plot_layers(table, folder / "probe.png", title)
+    return table
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "-o",
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of probe.csv and probe.png",
-    )
-    add(
-        "--set",
-        metavar="NAME=VALUE",
-        type=assignment,
-        action="append",
-        default=[],
-        help="a setting of train.ipynb",
-    )
-    asked = parser.parse_args()
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add, setting = parser.add_argument, dict(metavar="NAME=VALUE", help="a setting of train.ipynb")
+    files = "folder of probe.csv and probe.png"
+    add("-o", "--output", required=True, type=Path, metavar="DIR", help=files)
+    add("--set", type=assignment, action="append", default=[], **setting)
+    args = parser.parse_args()
     try:
-        cfg = ku.Config.from_dict(dict(asked.set))
-        asked.output.mkdir(parents=True, exist_ok=True)
-        model, tokens, frame = load(cfg)
-        targets, folds = make_targets(frame, cfg), frame["fold"].to_numpy()
-        pooled = pool_layers(model, tokens, cfg)
-        table = probe_layers(pooled, targets, folds, "rmse" if cfg.task == "regression" else "r2")
-        name, n_folds = ku._short_name(cfg.backbone), len(set(folds))
-        table = table.assign(
-            rows=len(frame), folds=n_folds, backbone=name, device=ku._device_name()
-        )
-        ku._write_atomic(
-            asked.output / "probe.csv",
-            lambda path: table.to_csv(path, index=False, float_format="%.6g"),
-        )
-        title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.targets))}"
-        title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
-        plot_layers(table, asked.output / "probe.png", title)
+        table = probe(ku.Config.from_dict(dict(args.set)), args.output)
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
-    print("\n".join(hint(table, feature) for feature in FEATURES))
-    print(
-        "a linear probe of frozen states (Alain & Bengio 2016, arXiv:1610.01644) is a hint, not evidence: compare runs"
-    )
+    for feature in FEATURES:
+        print(hint(table, feature))
+    source = "a linear probe of frozen states (Alain & Bengio 2016, arXiv:1610.01644)"
+    print(f"{source} is a hint, not evidence: compare runs")
 
 
 if __name__ == "__main__":

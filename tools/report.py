@@ -1,4 +1,4 @@
-"""An executed notebook as one HTML page that opens without internet: images inside, no script from elsewhere.
+"""An executed notebook as one HTML page that opens without internet: no image or script elsewhere.
 
 python tools/report.py compare.out.ipynb -o compare.html
 """
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import nbformat
 
+SCRIPTS = ["require_js_url", "mathjax_url", "jquery_url", "mermaid_js_url"]
+SCRIPTS += ["mermaid_layout_elk_js_url", "widget_renderer_url"]
+
 
 def report(path):
     """The page as text."""
@@ -16,27 +19,22 @@ def report(path):
 
     notebook = nbformat.read(path, 4)
     notebook.metadata.pop("widgets", None)  # their scripts would be loaded
-    nothing = "require_js_url mathjax_url jquery_url mermaid_js_url mermaid_layout_elk_js_url widget_renderer_url"
-    page, _ = HTMLExporter(
-        embed_images=True, **dict.fromkeys(nothing.split(), "")
-    ).from_notebook_node(notebook)
-    return page
+    exporter = HTMLExporter(embed_images=True, **dict.fromkeys(SCRIPTS, ""))
+    return exporter.from_notebook_node(notebook)[0]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("notebook", type=Path, help="executed notebook")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file of the page")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        page = report(asked.notebook)
+        page = report(args.notebook)
     except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-        sys.exit(
-            f"{asked.notebook}: expected an executed notebook ({type(error).__name__}: {str(error)[:200]})"
-        )
-    asked.output.write_text(page, encoding="utf-8")
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        sys.exit(f"{args.notebook}: expected an executed notebook ({problem})")
+    args.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

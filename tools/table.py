@@ -1,10 +1,11 @@
-"""Table of finished runs: one line for each run folder under the folders given, best last-checkpoint score first.
+"""Table of finished runs: one line for each run folder under those given, best last score first.
 
-    python tools/table.py runs/heads                              # Markdown
-    python tools/table.py runs/heads -o results/sample_heads.csv  # and a CSV file
+    python tools/table.py runs/heads                     # Markdown
+    python tools/table.py runs/heads -o heads.csv        # and a CSV file
 
-Scores are out-of-fold over all validated rows; `sd over folds` is the spread of the fold scores of the last
-checkpoint. One run of each says nothing about differences smaller than the noise between seeds.
+Scores are out-of-fold over all validated rows; `sd over folds` is the spread of the fold scores of
+the last checkpoint. One run of each says nothing about differences smaller than the noise between
+seeds.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import pandas as pd
 
 
 def finished(folders):
-    """Records of the complete runs under the folders."""
+    """Records of the complete runs under the folders, by run name."""
     paths = sorted({path for folder in folders for path in Path(folder).rglob("record.json")})
-    records = [(path.parent, json.loads(path.read_text())) for path in paths]
-    return [(folder.name, record) for folder, record in records if record["status"] == "complete"]
+    records = [(path.parent.name, json.loads(path.read_text())) for path in paths]
+    return [(name, record) for name, record in records if record["status"] == "complete"]
 
 
 def row(name, record):
@@ -44,36 +45,29 @@ def row(name, record):
 
 
 def markdown(table):
-    lines = [
-        list(table.columns),
-        ["---"] * table.shape[1],
-        *table.astype(object).where(table.notna(), "").values.tolist(),
-    ]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    cells = table.astype(object).where(table.notna(), "")
+    lines = [list(table.columns), ["---"] * len(table.columns), *cells.values.tolist()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("folders", nargs="+", help="run folders, or folders that hold some")
-    parser.add_argument("-o", "--output", help="also write the table to this CSV file")
-    arguments = parser.parse_args()
-    runs = finished(arguments.folders)
+    parser.add_argument("-o", "--output", type=Path, help="also write the table to this CSV file")
+    args = parser.parse_args()
+    runs = finished(args.folders)
     if not runs:
-        sys.exit(f"no complete run under {', '.join(arguments.folders)}")
-    kinds = {(record["oof"]["metric"], record["oof"]["better"]) for _, record in runs}
-    if len(kinds) > 1:
-        sys.exit(
-            f"the runs have different metrics: {', '.join(sorted(metric for metric, _ in kinds))}"
-        )
-    ((metric, better),) = kinds
-    table = pd.DataFrame([row(*run) for run in runs]).sort_values(
-        f"{metric} last", ascending=better == "lower"
-    )
-    if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(arguments.output, index=False)
+        sys.exit(f"no complete run under {', '.join(args.folders)}")
+    metrics = sorted({record["oof"]["metric"] for _, record in runs})
+    if len(metrics) > 1:
+        sys.exit(f"the runs have different metrics: {', '.join(metrics)}")
+    is_ascending = runs[0][1]["oof"]["better"] == "lower"
+    table = pd.DataFrame([row(name, record) for name, record in runs])
+    table = table.sort_values(f"{metrics[0]} last", ascending=is_ascending)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(args.output, index=False)
     print(markdown(table))
 
 

@@ -1,30 +1,32 @@
-"""Break training in every way a process or a disk can break, give the same call again, and compare byte for byte.
+"""Break training in every way a process or a disk can break, give the same call again, and compare.
 
-    python tools/stress.py --trainer -o results/stress.csv
-    python tools/stress.py --quick --only kills,damage
-    python tools/stress.py --only boundaries --case 17
+    python tools/dev/stress.py --trainer -o results/stress.csv
+    python tools/dev/stress.py --quick --only kills,damage
+    python tools/dev/stress.py --only boundaries --case 17
 
-A tiny BERT with dropout is trained on a made competition, 2 folds of 8 steps, a checkpoint after each, once without
-interruption. What every other run leaves must equal that: oof.csv, golden.json, log.jsonl, all weights, and the scores
-in record.json, and the names of all files. Each attempt is a fork of this process. The groups:
+A tiny BERT with dropout is trained on a made competition, 2 folds of 8 steps, a checkpoint after
+each, once without interruption. What every other run leaves must equal that byte for byte: oof.csv,
+golden.json, log.jsonl, all weights, the scores in record.json, and the names of all files. Each
+attempt is a fork of this process. The groups:
 
     kills       SIGKILL at random moments, every other time several in a row
-    boundaries  SIGKILL before each call that opens a file to write, makes, renames, syncs or removes one
+    boundaries  SIGKILL before each call that opens a file to write, makes, renames, syncs, removes
     bytes       death inside write(2), in native code too, where a file reaches a random size
-    errors      each such call fails with no space, an I/O error or a read-only disk; once, or from then on
+    errors      each such call fails: no space, I/O error, read-only disk; once, or from then on
     limits      write(2) fails where a file reaches a random size
     restarts    a run killed, and the next killed or its disk failing soon after it began
-    damage      files of a checkpoint and of a finished fold missing, cut, empty or changed, and partial folders
+    damage      files of a checkpoint and of a finished fold missing, cut, empty or changed
     flips       one bit in every region of every such file; is it noticed?
     signals     SIGTERM and Ctrl-C at random moments
     notebook    papermill killed, and its kernel (not with --quick)
 
-`--trainer` does kills and damage to the Trainer of transformers as well: one fold of 12 steps, a checkpoint after each.
-In the table `resumed` are the cases that went on from the newest good checkpoint with at most the step under way lost,
-`began anew` those of them that started at the first step, because nothing good was there; `detected` those where a
-message said what was wrong. `silently different` is another result without a word. The exit code is 0 only if all of
-ours resumed, were equal, and were detected where something was wrong. A case that fails is kept, and can be repeated:
-where it depends on the time, not to the instant.
+`--trainer` does kills and damage to the Trainer of transformers as well: one fold of 12 steps, a
+checkpoint after each. In the table `resumed` are the cases that went on from the newest good
+checkpoint with at most the step under way lost, `began anew` those of them that started at the
+first step, because nothing good was there; `detected` those where a message said what was wrong.
+`silently different` is another result without a word. The exit code is 0 only if all of ours
+resumed, were equal, and were detected where something was wrong. A case that fails is kept, and can
+be repeated: where it depends on the time, not to the instant.
 """
 
 import argparse
@@ -54,14 +56,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # One thread, or forks would hang; the CPU, where runs are exact; before libraries are imported
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
-import matplotlib.backends.backend_agg  # imported here, or every fork would do so by itself
+import matplotlib.backends.backend_agg  # here, or every fork would do so by itself
 import matplotlib.figure  # noqa: F401
 import pandas as pd
 import psutil
@@ -73,26 +71,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from transformers.trainer_utils import get_last_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernel_utils"))
 import kernel_utils as ku
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # or a bar starts a thread
-tqdm.set_lock(
-    threading.RLock()
-)  # its own lock is shared with forks, and stays locked where one is killed
+tqdm.set_lock(threading.RLock())  # its own stays locked where a fork is killed
 ku._MAX_SAVE_FRACTION = math.inf
 
 GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
 COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
-DONE, CRASHED, KIT_ERROR, STOPPED, INTERRUPTED = ENDS = (
-    "done",
-    "crashed",
-    "KitError",
-    "Stopped",
-    "KeyboardInterrupt",
-)
+DONE, CRASHED, KIT_ERROR = "done", "crashed", "KitError"
+STOPPED, INTERRUPTED = "Stopped", "KeyboardInterrupt"
+ENDS = [DONE, CRASHED, KIT_ERROR, STOPPED, INTERRUPTED]
 KILLED, OVERSIZED = "SIGKILL", "SIGXFSZ"  # other ends of a process
 PATIENCE = 120  # seconds until a process counts as hung
 
@@ -103,7 +95,8 @@ PATIENCE = 120  # seconds until a process counts as hung
 ROWS, BATCH, EPOCHS, FOLDS = 32, 4, 2, 2
 FOLD_STEPS = ROWS // FOLDS // BATCH * EPOCHS
 TRAINER_STEPS = 12  # one and a half epochs of all rows
-WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why".split()
+WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river".split()
+WORDS += "slowly quickly why".split()
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 SETTINGS = dict(
@@ -124,23 +117,22 @@ def make_task(folder):
     rng, data, bert = random.Random(0), folder / "data", folder / "bert"
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) for _ in range(ROWS)]
     shares = [text.split().count("cat") / len(text.split()) for text in texts]
+    frame = pd.DataFrame({"id": range(ROWS), "excerpt": texts, "target": shares})
     data.mkdir()
-    frame = pd.DataFrame(
-        {"id": range(ROWS), "excerpt": texts, "target": shares, "standard_error": 0.5}
-    )
-    frame.to_csv(data / "train.csv", index=False)
-
+    frame.assign(standard_error=0.5).to_csv(data / "train.csv", index=False)
     vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     marks = [(word, vocabulary[word]) for word in ("<s>", "</s>")]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=marks
-    )
+    template = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=marks)
+    tokenizer.post_processor = template
     names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(bert)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(bert)
     torch.manual_seed(0)
-    BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **SIZES)).save_pretrained(bert)
+    config = transformers.BertConfig(vocab_size=len(vocabulary), **SIZES)
+    BertModel(config).save_pretrained(bert)
 
 
 # ---------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ class Attempt(NamedTuple):
 
 
 def run_here(job, fault, steps, output):
-    """Run a job in this fork, its output into a pipe. Whatever happens, it ends here and not in the parent's code."""
+    """Run a job in this fork, its output into a pipe. It never returns to the parent's code."""
     end = CRASHED
     try:
         os.dup2(output, sys.stdout.fileno())
@@ -182,7 +174,8 @@ def run_here(job, fault, steps, output):
         end = DONE
     except BaseException as error:
         traceback.print_exc()
-        end = next((kind.__name__ for kind in type(error).mro() if kind.__name__ in ENDS), CRASHED)
+        names = [kind.__name__ for kind in type(error).mro()]
+        end = next((name for name in names if name in ENDS), CRASHED)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -190,7 +183,7 @@ def run_here(job, fault, steps, output):
 
 
 def listen(pipe, child, moment, number):
-    """What a child prints until its end. At `moment` it is sent a signal, and killed if it then hangs."""
+    """What a child prints until its end. At `moment` it is sent a signal; if it hangs, killed."""
     parts = []
     while True:
         ready, _, _ = select.select([pipe], [], [], max(0, moment - time.perf_counter()))
@@ -203,8 +196,12 @@ def listen(pipe, child, moment, number):
             return b"".join(parts).decode(errors="replace")
 
 
-def attempt(job, fault=lambda: None, after=PATIENCE, number=signal.SIGKILL):
-    """Call `job()` in a fork after `fault()`, and send it a signal when it still runs `after` so many seconds."""
+def no_fault():
+    pass
+
+
+def attempt(job, fault=no_fault, after=PATIENCE, number=signal.SIGKILL):
+    """Call `job()` in a fork after `fault()`. It is sent a signal if it runs `after` seconds."""
     steps, (reader, writer) = Tally(), os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -236,26 +233,30 @@ def after_step(number, action):
     if not number:
         return action
     steps = itertools.count(1)
-    return lambda: register_optimizer_step_post_hook(
-        lambda *_: action() if next(steps) == number else None
-    )
+
+    def act(*_):
+        if next(steps) == number:
+            action()
+
+    return lambda: register_optimizer_step_post_hook(act)
 
 
 def written(event, arguments, folder):
-    """The path that an audited call is about to change below `folder`, or None. Calls by a descriptor of a folder, as
-    shutil.rmtree makes them, have a relative path."""
-    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+    """The path that an audited call is about to change below `folder`, or None. Calls by a
+    descriptor of a folder, as shutil.rmtree makes them, have a relative path."""
+    is_change = event in WRITES
+    if event == "open":
+        is_change = arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if not is_change or not isinstance(arguments[0], (str, Path)):
         return None
-    path = arguments[0] if event == "open" or event in WRITES else None
-    inside = isinstance(path, (str, Path)) and (
-        Path(path).is_relative_to(folder) or not os.path.isabs(path)
-    )
-    return path if inside else None
+    path = arguments[0]
+    is_inside = Path(path).is_relative_to(folder) or not os.path.isabs(path)
+    return path if is_inside else None
 
 
 def at_writes(folder, numbers, action):
-    """Fault: `action(path)` before those of the calls that change something in `folder` whose numbers are asked for;
-    os.fsync has no path."""
+    """Fault: `action(path)` before those of the calls that change something in `folder` whose
+    numbers are asked for; os.fsync has no path."""
     calls, sync = itertools.count(1), os.fsync
 
     def audit(event, arguments):
@@ -277,7 +278,8 @@ def at_writes(folder, numbers, action):
 
 def fail(number, path):
     """Raise what the operating system raises."""
-    raise OSError(number, os.strerror(number), *([path] if path else []))
+    more = [path] if path else []
+    raise OSError(number, os.strerror(number), *more)
 
 
 def limit_files(size, action):
@@ -329,35 +331,40 @@ def add_file(folder):
 
 
 def make_damages(run, folder, last):
-    """Every file of a folder damaged in four ways, and four folders as an interrupted copy leaves them. `last` is the
-    file that is written last."""
+    """Every file of a folder damaged in four ways, and four folders as an interrupted copy leaves
+    them. `last` is the file that is written last."""
+
+    def damage(label, function, *arguments):
+        return Damage(folder, label, functools.partial(function, *arguments))
+
     sizes = {path.name: path.stat().st_size for path in sorted((run / folder).iterdir())}
     for name, size in sizes.items():
-        yield Damage(folder, f"{name} missing", functools.partial(remove, [name]))
-        yield Damage(folder, f"{name} cut in half", functools.partial(cut, name, size // 2))
-        yield Damage(folder, f"{name} empty", functools.partial(cut, name, 0))
-        yield Damage(folder, f"{name} with a flipped bit", functools.partial(flip, name, size // 2))
+        yield damage(f"{name} missing", remove, [name])
+        yield damage(f"{name} cut in half", cut, name, size // 2)
+        yield damage(f"{name} empty", cut, name, 0)
+        yield damage(f"{name} with a flipped bit", flip, name, size // 2)
     others = [name for name in sizes if name != last]
-    yield Damage(folder, f"{last} alone", functools.partial(remove, others))
-    yield Damage(folder, f"{others[0]} alone", functools.partial(remove, [*others[1:], last]))
+    yield damage(f"{last} alone", remove, others)
+    yield damage(f"{others[0]} alone", remove, [*others[1:], last])
     yield Damage(folder, "an extra file", add_file)
-    yield Damage(folder, "no file", functools.partial(remove, sizes))
+    yield damage("no file", remove, sizes)
 
 
 def regions(path):
-    """A position in every region of a file: in safetensors all of the length, and the first, middle and last byte of
-    every tensor; fiftieths of the header, and of other files."""
+    """A position in every region of a file: in safetensors all of the length, and the first, middle
+    and last byte of every tensor; fiftieths of the header, and of other files."""
     size = path.stat().st_size
     if path.suffix != ".safetensors":
         return {size * part // 50 for part in range(50)}
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    positions = {*range(8), *(8 + length * part // 50 for part in range(50))}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            first, end = (8 + length + offset for offset in tensor["data_offsets"])
-            positions |= {first, (first + end) // 2, end - 1} if end > first else set()
+    positions = set(range(8)) | {8 + length * part // 50 for part in range(50)}
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        first, end = (8 + length + offset for offset in tensor["data_offsets"])
+        if end > first:
+            positions |= {first, (first + end) // 2, end - 1}
     return positions
 
 
@@ -365,11 +372,8 @@ def make_flips(run, folder):
     """One bit in every region of every file of a folder."""
     for path in sorted((run / folder).iterdir()):
         for position in sorted(regions(path)):
-            yield Damage(
-                folder,
-                f"{path.name} bit in byte {position}",
-                functools.partial(flip, path.name, position),
-            )
+            label = f"{path.name} bit in byte {position}"
+            yield Damage(folder, label, functools.partial(flip, path.name, position))
 
 
 # ---------------------------------------------------------------------------------------
@@ -380,7 +384,7 @@ class Subject(NamedTuple):
     """A way to train whose result must not depend on interruptions."""
 
     name: str
-    train: Callable  # (folder, save): trains there, or goes on, with a checkpoint after each step or none
+    train: Callable  # (folder, save): trains there or goes on; checkpoints after each step or none
     steps: int  # of a whole run
     result: Callable  # of a run folder: name -> what must be equal
     progress: Callable  # of a run folder: steps that its good checkpoints hold
@@ -400,26 +404,20 @@ def train_kit(task, folder, save=True):
         checkpoint_minutes=1e-9 if save else 0,
         **SETTINGS,
     )
-    ku.train(
-        ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg), cfg
-    )
+    frame = ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv"))
+    ku.train(ku.make_folds(frame, cfg), cfg)
 
 
 def kit_result(folder):
-    record = ku.RunFolder(folder).read_record()
-    names = [
-        "oof.csv",
-        "golden.json",
-        "log.jsonl",
-        *(f"fold{fold}/model.safetensors" for fold in range(FOLDS)),
-    ]
-    result = {
-        name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names
-    }
-    result |= {f"{name} of the record": record.get(name) for name in ("status", "folds", "oof")}
-    return result | {
-        "names of files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    }
+    record, result = ku.RunFolder(folder).read_record(), {}
+    weights = [f"fold{fold}/model.safetensors" for fold in range(FOLDS)]
+    for name in ["oof.csv", "golden.json", "log.jsonl", *weights]:
+        path = folder / name
+        result[name] = path.read_bytes() if path.is_file() else b""
+    for name in ("status", "folds", "oof"):
+        result[f"{name} of the record"] = record.get(name)
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return result | {"names of files": paths}
 
 
 def is_good(folder):
@@ -437,6 +435,10 @@ def kit_progress(folder):
     return FOLD_STEPS * len(finished) + max(steps)
 
 
+def names_damage(text, name):
+    return any(name in line and "damaged" in line for line in text.splitlines())
+
+
 def kit_subject(task):
     return Subject(
         name="kernel_utils",
@@ -447,24 +449,20 @@ def kit_subject(task):
         stop=FOLD_STEPS + 6,
         saved=["checkpoints/fold1-step5", "fold0"],
         last="manifest.json",
-        says=lambda text, name: any(
-            name in line and "damaged" in line for line in text.splitlines()
-        ),
+        says=names_damage,
         again=0.5,
     )
 
 
 def train_trainer(task, folder, save=True):
-    """As its documentation has it, and as a careful user would: on from the last checkpoint if there is one."""
+    """As its documentation has it, and as a careful user would: on from the last checkpoint if
+    there is one."""
     transformers.set_seed(0)
     frame = pd.read_csv(task / "data" / "train.csv")
     tokenizer = AutoTokenizer.from_pretrained(task / "bert")
     tokens = tokenizer(list(frame["excerpt"]), padding=True, return_tensors="pt")
-    labels = torch.tensor(frame["target"], dtype=torch.float32)
-    rows = [
-        {"labels": label} | {name: tokens[name][row] for name in tokens}
-        for row, label in enumerate(labels)
-    ]
+    tokens = dict(tokens) | {"labels": torch.tensor(frame["target"], dtype=torch.float32)}
+    rows = [{name: values[row] for name, values in tokens.items()} for row in range(len(frame))]
     config = AutoConfig.from_pretrained(task / "bert", num_labels=1)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -492,9 +490,14 @@ def trainer_progress(folder):
     return int(newest.rpartition("-")[2]) if newest else 0
 
 
+def complains(text, name):
+    return re.search("missing|corrupt|damaged|not found|not find", text.lower()) is not None
+
+
 def trainer_subject(task):
     if importlib.util.find_spec("accelerate") is None:
-        raise ku.KitError("--trainer needs the package accelerate: pip install accelerate==1.15.0")
+        needed = "--trainer needs the package accelerate"
+        raise ku.KitError(f"{needed}: pip install accelerate==1.15.0")
     import accelerate  # noqa: F401  imported here, or every fork would do so by itself
 
     return Subject(
@@ -506,9 +509,7 @@ def trainer_subject(task):
         stop=9,
         saved=["checkpoint-8"],
         last="trainer_state.json",
-        says=lambda text, name: (
-            re.search("missing|corrupt|damaged|not found|not find", text.lower()) is not None
-        ),
+        says=complains,
         again=0.0,
     )
 
@@ -527,33 +528,29 @@ class Lab(NamedTuple):
 
 
 def prepare(subject, task, folder):
-    """Runs without interruption, with and without checkpoints, and one that is stopped in the middle."""
-    plain, saving, short, stopped = (
-        folder / name for name in ("reference", "saving", "short", "stopped")
-    )
+    """Runs without interruption, with and without checkpoints, and one stopped in the middle."""
     folder.mkdir()
+    plain, saving, stopped = folder / "reference", folder / "saving", folder / "stopped"
     writes = Tally()
     count = at_writes(saving, range(sys.maxsize), writes.add)
     ends = [
         attempt(functools.partial(subject.train, plain, save=False)),
         attempt(functools.partial(subject.train, saving), count),
-        attempt(functools.partial(subject.train, short), after_step(1, die)),
+        attempt(functools.partial(subject.train, folder / "short"), after_step(1, die)),
         attempt(functools.partial(subject.train, stopped), after_step(subject.stop, die)),
     ]
     if [done.end for done in ends] != [DONE, DONE, KILLED, KILLED]:
-        raise ku.KitError(
-            [f"{subject.name} does not train undisturbed:", *(done.text for done in ends)]
-        )
+        texts = [done.text for done in ends]
+        raise ku.KitError([f"{subject.name} does not train undisturbed:", *texts])
     reference = subject.result(plain)
     if subject.result(saving) != reference:
         raise ku.KitError(f"{subject.name}: a run with checkpoints differs from one without")
-    if missing := [name for name in subject.saved if not (stopped / name).is_dir()]:
-        raise ku.KitError(
-            f"{subject.name}: a run stopped at step {subject.stop} lacks {ku._comma_join(missing)}"
-        )
-    return Lab(
-        subject, task, folder, reference, ends[2].seconds, ends[1].seconds, writes.value, stopped
-    )
+    missing = [name for name in subject.saved if not (stopped / name).is_dir()]
+    if missing:
+        where = f"a run stopped at step {subject.stop}"
+        raise ku.KitError(f"{subject.name}: {where} lacks {ku._comma_join(missing)}")
+    times = dict(first=ends[2].seconds, seconds=ends[1].seconds)
+    return Lab(subject, task, folder, reference, writes=writes.value, stopped=stopped, **times)
 
 
 # ---------------------------------------------------------------------------------------
@@ -570,8 +567,9 @@ class Case:
         self.rng = random.Random(f"{seed} {self.name}")
         self.counts, self.notes, self.kept = Counter(cases=1), [], True
 
-    def attempt(self, fault=lambda: None, after=PATIENCE, number=signal.SIGKILL):
-        """Call the training once. `kept` stays true while no step is lost but the one under way at a sudden end."""
+    def attempt(self, fault=no_fault, after=PATIENCE, number=signal.SIGKILL):
+        """Call the training once. `kept` stays true while no step is lost but the one under way at
+        a sudden end."""
         subject = self.lab.subject
         before = subject.progress(self.folder)
         done = attempt(functools.partial(subject.train, self.folder), fault, after, number)
@@ -579,42 +577,48 @@ class Case:
         least = done.steps if done.end in (DONE, STOPPED) else max(0, done.steps - 1)
         self.kept &= before + least <= now <= before + done.steps
         why = f" ({done.text.splitlines()[-1]})" if done.end == CRASHED else ""
-        self.notes.append(
-            f"{done.end} after {done.steps} steps{why}, {before} saved before, {now} after"
-        )
+        saved = f"{before} saved before, {now} after"
+        self.notes.append(f"{done.end} after {done.steps} steps{why}, {saved}")
         with open(self.folder.with_name("output.txt"), "a") as file:
             file.write(done.text)
         return done
 
     def moment(self):
         """Random seconds into a run, four times in five after its first step."""
-        return self.rng.uniform(self.rng.choice([0, *4 * [self.lab.first]]), self.lab.seconds)
+        first = self.lab.first
+        return self.rng.uniform(self.rng.choice([0, first, first, first, first]), self.lab.seconds)
 
     def go_on(self, name=""):
-        """Give the same call again, without a fault, and count how it ends. Returns whether it completed and said that
-        the folder called `name` is damaged."""
+        """Give the same call again, without a fault, and count how it ends. Returns whether it
+        completed and said that the folder called `name` is damaged."""
         subject, last = self.lab.subject, self.attempt()
-        complete = last.end == DONE and subject.progress(self.folder) == subject.steps
-        said = last.end == DONE and subject.says(last.text, name)
-        found = subject.result(self.folder) if last.end == DONE else {}
-        different = [part for part in found if found[part] != self.lab.reference[part]]
+        if last.end != DONE:
+            self.counts["crashed"] += 1
+            return False
+        is_complete = subject.progress(self.folder) == subject.steps
+        is_said = subject.says(last.text, name)
+        result, reference = subject.result(self.folder), self.lab.reference
+        different = [part for part in result if result[part] != reference[part]]
+        self.counts["resumed"] += is_complete and self.kept
+        self.counts["began anew"] += is_complete and last.steps == subject.steps
         if different:
             self.notes.append(f"not equal: {', '.join(different)}")
-        self.counts["resumed"] += complete and self.kept
-        self.counts["began anew"] += complete and last.steps == subject.steps
-        self.counts["equal"] += bool(found) and not different
-        self.counts["silently different"] += bool(different) and not said
-        self.counts["crashed"] += last.end != DONE
-        return said
+            self.counts["silently different"] += not is_said
+        else:
+            self.counts["equal"] += 1
+        return is_said
 
 
 def kill(case):
     """A chain of kills counts as so many cases. A run that was faster is none."""
-    hits, more = 0, True
-    while more:
+    hits = 0
+    while True:
         done = case.attempt(after=case.moment())
-        hits += done.end == KILLED
-        more = done.end == KILLED and case.rng.random() < case.lab.subject.again
+        if done.end != KILLED:
+            break
+        hits += 1
+        if case.rng.random() >= case.lab.subject.again:
+            break
     if done.end == DONE and not hits:
         case.counts.clear()
         return
@@ -630,7 +634,7 @@ def kill_at_write(case):
 
 
 def limit_at_random(case, action):
-    """Attempt in which no file may grow beyond a size, below that of some file, from some step on."""
+    """Attempt in which from some step on no file may grow beyond a size below that of some file."""
     sizes = [path.stat().st_size for path in sorted(case.lab.stopped.rglob("*")) if path.is_file()]
     size = case.rng.randrange(case.rng.choice(sizes) or 1)
     step = case.rng.randrange(case.lab.subject.steps)
@@ -643,31 +647,29 @@ def kill_in_write(case):
     case.go_on()
 
 
-def explained(case, done, number):
-    """Whether an attempt ended with an error for the user that names a path and the reason, or completed unharmed, as
-    where a file that is gone already could not be removed."""
+def is_explained(case, done, number):
+    """Whether an attempt ended with an error for the user that names a path and the reason, or
+    completed unharmed, as where a file that is gone already could not be removed."""
     if done.end == DONE:
         return case.lab.subject.result(case.folder) == case.lab.reference
-    return (
-        done.end == KIT_ERROR and str(case.folder) in done.text and os.strerror(number) in done.text
-    )
+    has_path, has_reason = str(case.folder) in done.text, os.strerror(number) in done.text
+    return done.end == KIT_ERROR and has_path and has_reason
 
 
 def fail_at_write(case):
     call, kind = divmod(case.number, len(FULL_DISKS))
-    forever = case.rng.random() < 0.5
-    calls, number = range(call + 1, sys.maxsize if forever else call + 2), FULL_DISKS[kind]
-    case.notes.append(
-        f"{os.strerror(number)} at call {call + 1}{' and all after it' if forever else ''}"
-    )
+    number, calls, more = FULL_DISKS[kind], range(call + 1, call + 2), ""
+    if case.rng.random() < 0.5:
+        calls, more = range(call + 1, sys.maxsize), " and all after it"
+    case.notes.append(f"{os.strerror(number)} at call {call + 1}{more}")
     done = case.attempt(at_writes(case.folder, calls, functools.partial(fail, number)))
-    case.counts["detected"] += explained(case, done, number)
+    case.counts["detected"] += is_explained(case, done, number)
     case.go_on()
 
 
 def fail_in_write(case):
     done = limit_at_random(case, signal.SIG_IGN)
-    case.counts["detected"] += explained(case, done, errno.EFBIG)
+    case.counts["detected"] += is_explained(case, done, errno.EFBIG)
     case.go_on()
 
 
@@ -676,7 +678,8 @@ def break_restart(case):
     actions = [die, *(functools.partial(fail, number) for number in FULL_DISKS)]
     first, call = case.rng.randrange(1, case.lab.subject.steps), case.rng.randrange(1, 40)
     case.attempt(after_step(first, die))
-    done = case.attempt(at_writes(case.folder, range(call, sys.maxsize), case.rng.choice(actions)))
+    calls, action = range(call, sys.maxsize), case.rng.choice(actions)
+    done = case.attempt(at_writes(case.folder, calls, action))
     case.kept &= done.end in (KILLED, KIT_ERROR, DONE)
     case.go_on()
 
@@ -700,16 +703,18 @@ def look_at_flip(flips, case):
 
 
 def stop(case):
-    """Signals that came before the first step or after the last are no cases: those end the process at once."""
+    """Signals that came before the first step or after the last are no cases: those end the process
+    at once."""
     number = (signal.SIGTERM, signal.SIGINT)[case.number % 2]
     done = case.attempt(after=case.moment(), number=number)
-    at_once = done.end in (number.name, INTERRUPTED) and done.steps in (0, case.lab.subject.steps)
-    if at_once or done.end == DONE:
+    is_outside = done.steps in (0, case.lab.subject.steps)
+    if done.end == DONE or (is_outside and done.end in (number.name, INTERRUPTED)):
         case.counts.clear()
         return
-    case.counts["detected"] += (
+    is_stopped = (
         done.end == STOPPED and ku.RunFolder(case.folder).read_record()["status"] == "stopped"
     )
+    case.counts["detected"] += is_stopped
     case.go_on()
 
 
@@ -718,17 +723,15 @@ NOTEBOOK_EPOCHS = 40  # seconds for a fold, so that there is time to kill
 
 def start_papermill(lab, folder):
     """A process that runs train.ipynb into a run folder."""
-    settings = SETTINGS | dict(
-        data_dir=lab.task / "data", backbone=lab.task / "bert", epochs=NOTEBOOK_EPOCHS
-    )
-    settings |= dict(output_dir=folder.parent, run_name=folder.name)
+    settings = SETTINGS | dict(data_dir=lab.task / "data", backbone=lab.task / "bert")
+    settings |= dict(output_dir=folder.parent, run_name=folder.name, epochs=NOTEBOOK_EPOCHS)
     notebook, executed = ROOT / "notebooks" / "train.ipynb", folder.with_name("train.ipynb")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, executed]
-    command += [part for name, value in settings.items() for part in ("-p", name, str(value))]
+    for name, value in settings.items():
+        command += ["-p", name, str(value)]
     with open(folder.with_name("output.txt"), "a") as output:
-        return psutil.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        return psutil.Popen(command, cwd=ROOT, **streams)
 
 
 def notebook_reference(lab):
@@ -741,8 +744,8 @@ def notebook_reference(lab):
 
 
 def kill_papermill(case):
-    """In the second fold kill papermill, whose kernel must then end by itself, or the kernel, without which papermill
-    must end; then the same command again. The first fold must stay as it is."""
+    """In the second fold kill papermill, whose kernel must then end by itself, or the kernel,
+    without which papermill must end; then the same command again. The first fold must stay."""
     reference, first = notebook_reference(case.lab), case.folder / "fold0"
     process = start_papermill(case.lab, case.folder)
     while process.poll() is None and not first.is_dir():
@@ -750,17 +753,17 @@ def kill_papermill(case):
     if process.poll() is not None:
         case.counts["crashed"] += 1
         return
-    both = [process, *process.children()]
-    both[case.number].kill()
-    _, alive = psutil.wait_procs(both, PATIENCE)
+    processes = [process, *process.children()]
+    processes[case.number].kill()
+    _, alive = psutil.wait_procs(processes, PATIENCE)
     for one in alive:
         one.kill()
-    case.notes.append(
-        f"{len(alive)} of {len(both)} processes still there {PATIENCE} s after one was killed"
-    )
-    made, complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
+    left = f"{len(alive)} of {len(processes)} processes still there"
+    case.notes.append(f"{left} {PATIENCE} s after one was killed")
+    made, was_complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
     case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
-    case.counts["resumed"] += not alive and not complete and first.stat().st_mtime_ns == made
+    is_kept = first.stat().st_mtime_ns == made
+    case.counts["resumed"] += is_kept and not alive and not was_complete
     case.counts["equal"] += kit_result(case.folder) == reference
 
 
@@ -782,7 +785,8 @@ WORDED = ("resumed", "equal", "detected")
 
 
 def damage_group(damages, required=WORDED):
-    return Group(functools.partial(go_on_damaged, damages), range(len(damages)), 12, required)
+    test = functools.partial(go_on_damaged, damages)
+    return Group(test, range(len(damages)), 12, required)
 
 
 def trainer_groups(lab, kills):
@@ -795,15 +799,15 @@ def trainer_groups(lab, kills):
 
 def kit_groups(lab, kills):
     saved, last = lab.subject.saved, lab.subject.last
-    flips = [damage for folder in saved for damage in make_flips(lab.stopped, folder)]
-    damages = [damage for folder in saved for damage in make_damages(lab.stopped, folder, last)]
-    damages = [
-        damage for damage in damages if damage.apply is not add_file
-    ]  # it does no harm, and stays
-    damages.append(
-        Damage(saved[0], "all checkpoints with a flipped bit", functools.partial(flip_all, last))
-    )
+    flips, damages = [], []
+    for folder in saved:
+        flips += make_flips(lab.stopped, folder)
+        damages += make_damages(lab.stopped, folder, last)
+    damages = [damage for damage in damages if damage.apply is not add_file]  # it does no harm
+    every = functools.partial(flip_all, last)
+    damages.append(Damage(saved[0], "all checkpoints with a flipped bit", every))
     damages += random.Random(0).sample(flips, 20)
+    look = functools.partial(look_at_flip, flips)
     return {
         "kills": Group(kill, range(10 * kills), kills, enough=kills),
         "boundaries": Group(kill_at_write, range(1, lab.writes + 1), 20),
@@ -812,132 +816,120 @@ def kit_groups(lab, kills):
         "limits": Group(fail_in_write, range(100), 5, WORDED),
         "restarts": Group(break_restart, range(100), 8),
         "damage": damage_group(damages),
-        "flips": Group(
-            functools.partial(look_at_flip, flips), range(len(flips)), 100, ("detected",)
-        ),
+        "flips": Group(look, range(len(flips)), 100, ("detected",)),
         "signals": Group(stop, range(1000), 4, WORDED, 100),
         "notebook": Group(kill_papermill, range(2), 0),
     }
 
 
-def choose(name, group, asked):
+def choose(name, group, args):
     """Numbers of the cases to run, in order, and how many of them are enough."""
-    if asked.case is not None:
-        if asked.case not in group.numbers:
-            raise ku.KitError(
-                f"--case {asked.case}: the cases of {name} are {group.numbers[0]} to {group.numbers[-1]}"
-            )
-        return [asked.case], 1
-    order = random.Random(f"{asked.seed} {name}").sample(group.numbers, len(group.numbers))
-    return order, group.quick if asked.quick else group.enough or len(order)
+    numbers = group.numbers
+    if args.case is not None:
+        if args.case not in numbers:
+            cases = f"the cases of {name} are {numbers[0]} to {numbers[-1]}"
+            raise ku.KitError(f"--case {args.case}: {cases}")
+        return [args.case], 1
+    order = random.Random(f"{args.seed} {name}").sample(numbers, len(numbers))
+    return order, group.quick if args.quick else group.enough or len(order)
 
 
 def report(case, required):
     """What is wrong with a case in one line, or nothing."""
     wrong = [word for word in ("crashed", "silently different") if case.counts[word]]
     wrong += [f"not {word}" for word in required if case.counts[word] < case.counts["cases"]]
-    return (
-        f"{case.lab.subject.name} {case.name}: {', '.join(wrong)} ({'; '.join(case.notes)})"
-        if wrong
-        else ""
-    )
+    if not wrong:
+        return ""
+    return f"{case.lab.subject.name} {case.name}: {', '.join(wrong)} ({'; '.join(case.notes)})"
 
 
-def run_group(lab, name, group, asked, failed):
+def run_group(lab, name, group, args, failed):
     """A row of the table. What failed of ours is kept, and listed in `failed`."""
-    total, began, every = Counter(), time.perf_counter(), 1 if sys.stderr.isatty() else 30
-    order, enough = choose(name, group, asked)
-    with tqdm(
-        total=enough, desc=f"{lab.subject.name} {name}", unit=" cases", mininterval=every
-    ) as bar:
+    total, began = Counter(), time.perf_counter()
+    order, enough = choose(name, group, args)
+    every = 1 if sys.stderr.isatty() else 30
+    label = f"{lab.subject.name} {name}"
+    with tqdm(total=enough, desc=label, unit=" cases", mininterval=every) as bar:
         for number in order:
             if total["cases"] >= enough:
                 break
-            case = Case(lab, name, number, asked.seed)
+            case = Case(lab, name, number, args.seed)
             group.test(case)
             total += case.counts
             bar.update(case.counts["cases"])
-            if line := report(case, group.required):
-                bar.write(line)
-            if line and group.required:
+            problem = report(case, group.required)
+            if problem:
+                bar.write(problem)
+            if problem and group.required:
                 failed.append(case)
-                again = f"{'--quick ' if asked.quick else ''}--only {name} --seed {asked.seed} --case {number}"
-                bar.write(f"  kept in {case.folder.parent}; again: python tools/stress.py {again}")
+                words = f"--only {name} --seed {args.seed} --case {number}"
+                words = f"--quick {words}" if args.quick else words
+                again = f"python tools/dev/stress.py {words}"
+                bar.write(f"  kept in {case.folder.parent}; again: {again}")
             else:
                 shutil.rmtree(case.folder.parent)
     counts = {column: total[column] for column in COLUMNS}
-    return (
-        {"subject": lab.subject.name, "group": name}
-        | counts
-        | {"seconds": round(time.perf_counter() - began)}
-    )
+    seconds = round(time.perf_counter() - began)
+    return {"subject": lab.subject.name, "group": name, **counts, "seconds": seconds}
 
 
-def stress(asked, folder, failed):
+def stress(args, folder, failed):
     """The table, a row for each subject and group."""
     task = folder / "task"
     task.mkdir()
     sides = [(kit_subject(task), kit_groups)]
-    sides += [(trainer_subject(task), trainer_groups)] if asked.trainer else []
+    if args.trainer:
+        sides.append((trainer_subject(task), trainer_groups))
     attempt(functools.partial(make_task, task))
-    if asked.quick:
-        ku._plot_curves = ku._plot_oof = lambda run: None
+    if args.quick:
+        ku._plot_curves = ku._plot_oof = lambda *_: None
     rows = []
     for subject, make_groups in sides:
         lab = prepare(subject, task, folder / subject.name)
-        for name, group in make_groups(lab, asked.kills).items():
-            if name in asked.only and (group.quick or not asked.quick):
-                rows.append(run_group(lab, name, group, asked, failed))
+        for name, group in make_groups(lab, args.kills).items():
+            if name in args.only and (group.quick or not args.quick):
+                rows.append(run_group(lab, name, group, args, failed))
     return pd.DataFrame(rows)
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help="a sample of every group, without plots: about a minute",
-    )
-    add(
-        "--kills",
-        type=int,
-        help="kills that must hit a running process; default 200, with --quick 12",
-    )
-    add("--trainer", action="store_true", help="also the Trainer of transformers; needs accelerate")
-    add(
-        "--only",
-        type=lambda text: text.split(","),
-        default=GROUPS,
-        help=f"groups to run, of {','.join(GROUPS)}",
-    )
+    groups = dict(default=GROUPS, help=f"groups to run, of {','.join(GROUPS)}")
+    kills = "kills that must hit a running process; default 200, with --quick 12"
+    trainer = "also the Trainer of transformers; needs accelerate"
+    add("--quick", action="store_true", help="a sample of every group, without plots")
+    add("--kills", type=int, help=kills)
+    add("--trainer", action="store_true", help=trainer)
+    add("--only", type=lambda text: text.split(","), **groups)
     add("--seed", type=int, default=0, help="of all that is random")
     add("--case", type=int, help="run this case of the group in --only alone")
     add("-o", "--output", type=Path, help="write the table to this CSV file")
-    asked = parser.parse_args()
-    if unknown := set(asked.only) - set(GROUPS):
-        parser.error(f"there is no group {', '.join(sorted(unknown))}, only {', '.join(GROUPS)}")
-    if asked.case is not None and len(asked.only) > 1:
+    args = parser.parse_args()
+    unknown = sorted(set(args.only) - set(GROUPS))
+    if unknown:
+        parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(GROUPS)}")
+    if args.case is not None and len(args.only) > 1:
         parser.error("--case needs one group in --only")
-    asked.kills = asked.kills or (12 if asked.quick else 200)
-    return asked
+    args.kills = args.kills or (12 if args.quick else 200)
+    return args
 
 
 def main():
-    asked, folder, failed = parse(), Path(tempfile.mkdtemp(prefix="stress-")), []
+    args, failed = parse(), []
+    folder = Path(tempfile.mkdtemp(prefix="stress-"))
     try:
-        table = stress(asked, folder, failed)
+        table = stress(args, folder, failed)
     except ku.KitError as error:
         sys.exit(str(error))
     finally:
         if not failed:
             shutil.rmtree(folder)
     print(table.to_string(index=False))
-    if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(asked.output, index=False)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(args.output, index=False)
     sys.exit(f"{len(failed)} cases failed" if failed else 0)
 
 
