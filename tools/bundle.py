@@ -1,23 +1,25 @@
-"""Pack finished runs, or the module and a backbone, into one flat folder that Kaggle takes and that verifies itself.
+"""Pack finished runs, or the modules and a backbone, into one flat folder that Kaggle takes and
+that verifies itself.
 
-    python tools/bundle.py runs/conv1d runs/lstm -o dist/my-bundle --id me/my-bundle --title "My bundle"
-    python tools/bundle.py runs/conv1d runs/lstm --blend blend/blend.json -o dist/my-bundle --id ... --title ...
-    python tools/bundle.py --starter --backbone path/to/deberta -o dist/my-kit --id me/my-kit --title "My kit"
+    python tools/bundle.py runs/conv1d runs/lstm -o dist/my-bundle --id me/my-bundle \\
+        --title "My bundle"                               # --blend blend/blend.json
+    python tools/bundle.py --starter --backbone path/to/deberta -o dist/my-kit --id me/my-kit \\
+        --title "My kit"
     python tools/bundle.py --check dist/my-bundle
 
-Several runs make an ensemble, the mean of their predictions or, with the blend.json of blend.ipynb, their blend.
-Everything is validated before anything is written where you asked for it: the runs, their files and predictions, and
-what Kaggle wants of names and metadata; one message lists every problem. The folder is built elsewhere and moved; the
-same runs give the same bytes. A bundle holds the texts of four training rows a fold, on which infer.ipynb proves its
-predictions: keep it private where they are.
+Several runs make an ensemble, the mean of their predictions or, with the blend.json of
+blend.ipynb, their blend. Everything is checked before anything is written where you asked for it:
+the runs, their files and predictions, and what Kaggle wants of names and metadata; one message
+lists every problem. The folder is built elsewhere and moved; the same runs give the same bytes. A
+bundle holds the texts of four training rows a fold, on which infer.ipynb proves its predictions:
+keep it private where they are.
 """
 
 import argparse
-import ast
 import contextlib
-import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,36 +41,21 @@ from report import report
 import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
-SIBLINGS = [MODULE.parent / name for name in ("pretraining.py", "comparison.py", "blending.py")]
-PLAIN = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".codes",
-)  # what a tokenizer's files may be: no code, no pickle
-BACKBONE = (
-    "config.json",
-    pretraining.PRETRAIN_RECORD,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-)
-BACKBONE += ("bpe.codes", *ku._VOCABULARY_FILES, "*.safetensors", "*.safetensors.index.json")
-# Imports that Kaggle's GPU image satisfies (as of August 2026), and what wheels for it must fit.
-IMAGE = """IPython PIL accelerate datasets huggingface_hub joblib lightgbm matplotlib numpy optuna pandas peft psutil
-    requests safetensors scipy sentence_transformers sentencepiece sklearn tensorboard tiktoken tokenizers torch tqdm
-    transformers triton wandb yaml""".split()
-OPTIONAL = {"bitsandbytes": "adamw8bit"}  # import -> setting that needs it
-IMAGE_TAGS = [
-    "--python-version",
-    "3.12",
-    "--platform",
-    "manylinux_2_28_x86_64",
-    "--platform",
-    "manylinux2014_x86_64",
-]
+MODULE_FILES = sorted(MODULE.parent.glob("*.py"))  # of a starter; a bundle of runs has MODULE alone
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")  # no code, no pickle
+BACKBONE_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "bpe.codes"]
+BACKBONE_FILES += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+BACKBONE_FILES += ["vocab.json", *ku._VOCABULARY_FILES, pretraining.PRETRAIN_RECORD]
+
+# Kaggle's image: Python 3.12 on Ubuntu 22.04, whose glibc is 2.35. pip takes each tag by its name.
+WHEEL_TAGS = ["manylinux2014_x86_64", *(f"manylinux_2_{n}_x86_64" for n in range(17, 36))]
+INSTALL = """import glob, subprocess, sys
+
+mounts = ("*", "d/*/*", "datasets/*/*")  # of a dataset under /kaggle/input
+files = [file for mount in mounts for file in glob.glob(f"/kaggle/input/{mount}/*.whl")]
+wheels = {file.split("/")[-1]: file for file in files}.values()
+install = [sys.executable, *"-m pip install --no-index --no-deps".split()]
+subprocess.run([*install, *wheels], check=True)"""
 
 
 class Refused(ku.KitError):
@@ -78,14 +65,14 @@ class Refused(ku.KitError):
 
 
 # ---------------------------------------------------------------------------------------
-# What is wrong with files
+# Problems of files
 
 
-def plain_files(folder, names, links=False):
+def plain_file_problems(paths, may_be_links=False):
     """Problems of files that must be plain and not empty, with no link on the way."""
     problems = []
-    for path in (folder / name for name in names):
-        if not links and (path.is_symlink() or path.parent.is_symlink()):
+    for path in paths:
+        if not may_be_links and (path.is_symlink() or path.parent.is_symlink()):
             problems.append(f"{path}: a symbolic link; expected the file itself")
         elif not path.is_file():
             problems.append(f"{path}: missing, or no plain file")
@@ -94,348 +81,255 @@ def plain_files(folder, names, links=False):
     return problems
 
 
+def weight_problems(path, half=False):
+    """Problems of a safetensors file: broken, or with values that are not finite."""
+    limit = torch.finfo(torch.float16 if half else torch.float32).max
+    bad = []
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and tensor.numel():
+                    largest = tensor.abs().max().float()
+                    bad += [] if largest <= limit else [name]  # NaN too
+    except (SafetensorError, OSError) as error:
+        return [f"{path}: not a sound safetensors file ({error})"]
+    finite = "finite in fp16" if half else "finite"
+    return [f"{path}: values that are not {finite} in {ku._comma_join(bad[:3])}"] if bad else []
+
+
+def vocabulary_problems(folder):
+    """Without its vocabulary, transformers loads another tokenizer in silence."""
+    if any(path for name in ku._VOCABULARY_FILES for path in folder.glob(name)):
+        return []
+    return [f"{folder}: no vocabulary; expected one of {ku._comma_join(ku._VOCABULARY_FILES)}"]
+
+
+def kit_error_problems(function, *arguments):
+    """The problems of the KitError that a call raises, or none."""
+    try:
+        function(*arguments)
+    except ku.KitError as error:
+        return error.problems
+    return []
+
+
+# ---------------------------------------------------------------------------------------
+# Problems of a run
+
+
 def json_problems(path):
-    """Problems of a file that must hold a JSON object, and of a config that could run code from elsewhere."""
+    """Problems of a file that must hold a JSON object, and of a config that could run code."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return [f"{path}: not a JSON file ({error})"]
     if not isinstance(content, dict):
         return [f"{path}: expected a JSON object, got {type(content).__name__}"]
-    keys = (
-        ku._foreign_code_keys(content)
-        if path.name in ("config.json", "tokenizer_config.json")
-        else []
-    )
-    return [
-        f"{path}: {key} could make transformers run code from elsewhere; delete it" for key in keys
-    ]
+    if path.name not in ("config.json", "tokenizer_config.json"):
+        return []
+    keys = ku._foreign_code_keys(content)
+    return [f"{path}: {k} could make transformers run code from elsewhere; delete it" for k in keys]
 
 
-def weight_problems(path, half=False):
-    """Problems of a safetensors file: broken, or values that are not finite, in fp16 if they will be stored so."""
-    limit, bad = torch.finfo(torch.float16 if half else torch.float32).max, []
+def setting_problems(folder, settings):
+    """Problems of settings: parts that a notebook cell defined, or what `Config` refuses."""
+    problems = []
+    for field, table in ku._REGISTRIES.items():
+        if settings[field] not in table:
+            part = f"{field} {settings[field]!r} was defined in a notebook cell"
+            problems.append(f"{folder}: {part}; put it into {MODULE} and pack again")
+    if problems:
+        return problems
+    wrong = kit_error_problems(ku.Config.from_dict, settings)
+    return [f"{folder}/record.json: {problem}" for problem in wrong]
+
+
+def run_problems(folder, half):
+    """(record, problems) of a run folder; all is looked at but what it predicts."""
+    run = ku.RunFolder(folder)
+    problems = plain_file_problems([run.record]) or json_problems(run.record)
+    if problems:
+        return None, problems
+    record = run.read_record()
+    if record.get("status") != "complete" or not record.get("folds"):
+        status = f"status {record.get('status')!r} in record.json"
+        return None, [f"{folder}: the run did not finish ({status})"]
     try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                tensor = file.get_tensor(name)
-                if (
-                    tensor.is_floating_point()
-                    and tensor.numel()
-                    and not tensor.abs().max().float() <= limit
-                ):  # NaN too
-                    bad.append(name)
-    except (SafetensorError, OSError) as error:
-        return [f"{path}: not a sound safetensors file ({error})"]
-    return (
-        [f"{path}: values that are not finite{' in fp16' * half} in {ku._comma_join(bad[:3])}"]
-        if bad
-        else []
-    )
-
-
-def vocabulary_problems(folder):
-    """Without its vocabulary, transformers loads another tokenizer in silence."""
-    there = any(next(folder.glob(name), None) for name in ku._VOCABULARY_FILES)
-    return (
-        []
-        if there
-        else [f"{folder}: no vocabulary; expected one of {ku._comma_join(ku._VOCABULARY_FILES)}"]
-    )
+        problems = setting_problems(folder, record["settings"] | record["resolved"])
+        folds = [int(fold["fold"]) for fold in record["folds"]]
+        ku._summary("", record)
+        [record[key] for key in ("outputs", "classes", "versions", "precision")]
+    except (KeyError, TypeError, ValueError) as error:
+        return None, [f"{run.record}: malformed ({type(error).__name__}: {error})"]
+    configs = [run.config(fold) for fold in folds]
+    weights = [run.weights(fold) for fold in folds]
+    tokenizer = [path for path in sorted(run.tokenizer.glob("*")) if not path.is_dir()]
+    needed = [run.golden, run.tokenizer / "tokenizer_config.json", *configs, *weights]
+    bad = plain_file_problems(dict.fromkeys([*needed, *tokenizer]))
+    bad += vocabulary_problems(run.tokenizer)
+    for path in tokenizer:
+        if path.suffix not in TOKENIZER_SUFFIXES:
+            bad.append(f"{path}: expected {ku._comma_join(TOKENIZER_SUFFIXES)}")
+    if bad:
+        return record, problems + bad
+    for path in [run.golden, *configs, *tokenizer]:
+        problems += json_problems(path) if path.suffix == ".json" else []
+    for path in weights:
+        problems += weight_problems(path, half)
+    for path in configs:
+        if path.read_bytes() != configs[0].read_bytes():
+            problems.append(f"{path}: expected the content of fold{folds[0]}/config.json")
+    return record, problems
 
 
 # ---------------------------------------------------------------------------------------
 # Runs
 
 
-def setting_problems(folder, settings):
-    """Problems of the settings of a run: parts that a notebook cell defined, or what `Config` refuses."""
-    own = [
-        f"{field} {settings[field]!r}"
-        for field, table in ku._REGISTRIES.items()
-        if settings[field] not in table
-    ]
-    if own:
-        return [
-            f"{folder}: {part} was defined in a notebook cell; put it into {MODULE} and pack again"
-            for part in own
-        ]
-    try:
-        ku.Config.from_dict(settings)
-    except ku.ConfigError as error:
-        return [f"{folder}/record.json: {problem}" for problem in error.problems]
-    return []
-
-
-def run_problems(folder, half):
-    """(record, problems) of a run folder; all is looked at but what it predicts."""
-    path = folder / "record.json"
-    if problems := plain_files(folder, [path.name]) or json_problems(path):
-        return None, problems
-    record = ku.RunFolder(folder).read_record()
-    if record.get("status") != "complete" or not record.get("folds"):
-        return None, [
-            f"{folder}: the run did not finish (status {record.get('status')!r} in record.json)"
-        ]
-    try:
-        problems = setting_problems(folder, record["settings"] | record["resolved"])
-        folds = [f"fold{int(fold['fold'])}" for fold in record["folds"]]
-        (
-            ku._summary("", record),
-            record["outputs"],
-            record["classes"],
-            record["versions"],
-            record["precision"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        return None, [f"{path}: malformed ({type(error).__name__}: {error})"]
-    configs, weights = (
-        [f"{fold}/{name}" for fold in folds] for name in ("config.json", "model.safetensors")
-    )
-    tokenizer = [
-        f"tokenizer/{file.name}" for file in sorted(folder.glob("tokenizer/*")) if not file.is_dir()
-    ]
-    needed = ["golden.json", "tokenizer/tokenizer_config.json", *configs, *weights]
-    bad = plain_files(folder, dict.fromkeys([*needed, *tokenizer])) + vocabulary_problems(
-        folder / "tokenizer"
-    )
-    bad += [
-        f"{folder}/{name}: expected {ku._comma_join(PLAIN)}"
-        for name in tokenizer
-        if Path(name).suffix not in PLAIN
-    ]
-    if bad:
-        return record, problems + bad
-    for name in ["golden.json", *configs, *tokenizer]:
-        problems += json_problems(folder / name) if name.endswith(".json") else []
-    for name in weights:
-        problems += weight_problems(folder / name, half)
-    different = [
-        name
-        for name in configs
-        if (folder / name).read_bytes() != (folder / configs[0]).read_bytes()
-    ]
-    return record, problems + [
-        f"{folder / name}: expected the content of {configs[0]}" for name in different
-    ]
-
-
-def alike_problems(records):
-    """Problems between runs, {folder: record}: two of one name, or predictions that cannot be averaged."""
+def ensemble_problems(records):
+    """Problems between runs, {folder: record}: one name twice, predictions of different things."""
     problems, names = [], set()
-    (first, one), *_ = records.items()
+    first = next(iter(records))
     for folder, record in records.items():
         if folder.name.lower() in names:
             problems.append(f"{folder}: two runs are called {folder.name}; rename one folder")
         names.add(folder.name.lower())
         for what in ("task", "id_column", "target_columns", "outputs", "classes"):
-            ours, theirs = ((r | r["settings"])[what] for r in (one, record))
-            if ours != theirs:
-                problems.append(f"{folder}: {what} must be as in {first}, {ours!r}; got {theirs!r}")
+            expected = (records[first] | records[first]["settings"])[what]
+            value = (record | record["settings"])[what]
+            if value != expected:
+                must = f"{what} must be as in {first}, {expected!r}"
+                problems.append(f"{folder}: {must}; got {value!r}")
     return problems
 
 
-def blend_problems(path, folders):
-    """What is wrong with a blend.json for run folders with a record."""
-    if problems := plain_files(path.parent, [path.name]):
-        return problems
+def predict_golden(run, opened, precision):
+    """Predictions (n, K) of the golden rows of a run; `opened` is its tokenizer and model."""
+    (predictions,) = ku._golden_predictions(run, *opened, [precision]).values()
+    return predictions
+
+
+def prove(run):
+    """The tokenizer and model of a run; Refused where its golden rows are not predicted as in
+    training. Warns of a run that a T4, where precision auto means fp16, would refuse."""
     try:
-        ku._read_blend(path, {folder.name: folder / "record.json" for folder in folders})
-    except ku.KitError as error:
-        return error.problems
-    return []
-
-
-def half_weights(path, target):
-    """Store the weights of a fold as fp16. No metadata: safetensors would write them in any order."""
-    tensors = load_file(path)
-    save_file(
-        {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target
-    )
-
-
-def warn_of_fp16(run, tokenizer, model):
-    """A T4 takes precision auto for float16, which the machines of training and packing may never have tried."""
-    try:
-        (predictions,) = ku._golden_predictions(run, tokenizer, model, ["fp16"]).values()
-        ku._check_gaps(run, predictions, "float16")
-    except ku.KitError as error:
-        print(f"warning: a T4 will refuse {run.name}, train it with precision fp32: {error}")
-
-
-def prove(run, half, staging):
-    """(the run with weights and golden rows as they are packed, what the manifest says of the proof).
-
-    Refused where its golden rows are not predicted as in training. Rounded to fp16, its weights predict others, which
-    become the golden ones.
-    """
-    try:
-        tokenizer, model = ku._open_run(run)
-        ku._check_probes(run, tokenizer)
-        (full,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        ku._check_gaps(run, full, "float32")
+        opened = ku._open_run(run)
+        ku._check_probes(run, opened[0])
+        ku._check_gaps(run, predict_golden(run, opened, "fp32"), "float32")
         if run.cfg.precision != "fp32":
-            warn_of_fp16(run, tokenizer, model)
+            in_fp16 = predict_golden(run, opened, "fp16")
+            for problem in kit_error_problems(ku._check_gaps, run, in_fp16, "float16"):
+                advice = f"a T4 will refuse {run.name}, train it with precision fp32"
+                print(f"warning: {advice}: {problem}")
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
         raise Refused(f"{run.name}: does not predict what training predicted: {error}") from error
-    told = {"half": half}
-    if half:
-        originals, run = (
-            run.weights,
-            run._replace(weights={f: staging / f"{run.name}.{f}" for f in run.weights}),
-        )
-        for fold, path in run.weights.items():
-            half_weights(originals[fold], path)
-        (rounded,) = ku._golden_predictions(run, tokenizer, model, ["fp32"]).values()
-        told["golden_moved_by_half"] = gap = float(ku._golden_gaps(run, rounded, full).max())
-        if not gap <= (allowed := ku._GOLDEN_TOLERANCES["float16"]):
-            raise Refused(
-                f"{run.name}: fp16 weights move a golden prediction by {gap:.2g}, {allowed:g} is allowed"
-            )
-        print(f"{run.name}: fp16 weights move the golden predictions by {gap:.1e} at most")
-        rows = zip(run.golden["rows"], rounded.tolist(), strict=True)
-        run = run._replace(
-            golden=run.golden | {"rows": [row | {"prediction": new} for row, new in rows]}
-        )
-    return run, told
+    return opened
 
 
-def flat_names(run):
-    """Names of the parts of a run in a bundle, as its manifest tells them."""
-    return {
+def save_half(path, target):
+    """Store weights as fp16. No metadata: safetensors would write them in any order."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+    save_file(tensors, target)
+
+
+def rounded_to_half(run, opened, folder):
+    """(the run with weights in fp16, how far this moves a golden prediction at most). What the
+    rounded weights predict becomes golden."""
+    rounded = run._replace(weights={fold: folder / f"{run.name}.{fold}" for fold in run.weights})
+    for fold, path in run.weights.items():
+        save_half(path, rounded.weights[fold])
+    predictions = predict_golden(rounded, opened, "fp32")
+    moved = ku._check_gaps(rounded, predictions, "float16")
+    print(f"{run.name}: fp16 weights move the golden predictions by {moved:.1e} at most")
+    pairs = zip(run.golden["rows"], predictions.tolist(), strict=True)
+    rows = [row | {"prediction": prediction} for row, prediction in pairs]
+    return rounded._replace(golden=run.golden | {"rows": rows}), moved
+
+
+def run_files(folder, run):
+    """(names of the parts of a run, as the manifest lists them, [(name, source)])."""
+    names = {
         "record": f"{run.name}.record.json",
         "config": f"{run.name}.config.json",
         "tokenizer": {name: f"{run.name}.{name}" for name in run.tokenizer},
         "weights": {str(fold): f"{run.name}.fold{fold}.safetensors" for fold in run.weights},
     }
-
-
-def run_sources(folder, run):
-    """[(file name, source)] of the parts of a run."""
-    names = flat_names(run)
-    sources = [(names["record"], folder / "record.json"), (names["config"], run.config)]
-    sources += [(names["tokenizer"][name], path) for name, path in run.tokenizer.items()]
-    return sources + [(names["weights"][str(fold)], path) for fold, path in run.weights.items()]
-
-
-def manifest_entry(run, told):
-    """What the manifest says of a run."""
-    keys = ("settings", "resolved", "versions", "oof", "pretrained")
-    record = {key: run.record[key] for key in keys if key in run.record}
-    return flat_names(run) | record | told | {"golden": run.golden}
+    files = [(names["record"], folder / "record.json"), (names["config"], run.config)]
+    files += zip(names["tokenizer"].values(), run.tokenizer.values(), strict=True)
+    files += zip(names["weights"].values(), run.weights.values(), strict=True)
+    return names, files
 
 
 def backbone_sources(folder):
-    """([(file name, source)], problems) of a backbone with its tokenizer. Links are followed: hub caches have them."""
-    names = sorted(
-        {path.name for pattern in BACKBONE for path in folder.glob(pattern)} | {"config.json"}
-    )
-    problems = plain_files(folder, names, links=True) + vocabulary_problems(folder)
-    weights = [name for name in names if name.endswith(".safetensors")]
+    """([(name in the bundle, source)], problems) of a backbone with its tokenizer. It may consist
+    of links: hub caches do."""
+    names = {path.name for pattern in BACKBONE_FILES for path in folder.glob(pattern)}
+    files = [folder / name for name in sorted(names | {"config.json"})]
+    weights = [path.name for path in files if path.suffix == ".safetensors"]
+    problems = plain_file_problems(files, may_be_links=True) + vocabulary_problems(folder)
     if not weights:
-        problems.append(
-            f"{folder}: no *.safetensors; pickles are not packed, save the model with save_pretrained"
-        )
+        remedy = "pickles are not packed, save the model with save_pretrained"
+        problems.append(f"{folder}: no *.safetensors; {remedy}")
     if problems:
         return [], problems
-    for name in names:
-        problems += json_problems(folder / name) if name.endswith(".json") else []
-        problems += weight_problems(folder / name) if name.endswith(".safetensors") else []
+    for path in files:
+        problems += json_problems(path) if path.suffix == ".json" else []
+        problems += weight_problems(path) if path.suffix == ".safetensors" else []
     for index in folder.glob("*.safetensors.index.json") if not problems else []:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) - set(weights)
-        problems += [
-            f"{folder / shard}: missing, though {index.name} names it" for shard in sorted(shards)
-        ]
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        for shard in sorted({*shards} - {*weights}):
+            problems.append(f"{folder / shard}: missing, though {index.name} names it")
     try:
         ku._load_tokenizer(folder)
     except (ku.KitError, OSError) as error:
         problems.append(str(error))
-    return [(name, folder / name) for name in names], problems
+    return [(path.name, path) for path in files], problems
 
 
 # ---------------------------------------------------------------------------------------
 # Wheels
 
 
-def lacking(records, module=MODULE):
-    """Distributions that the module imports and Kaggle's image lacks, as `name==version` of what is installed here;
-    those that a setting asks for only where a run has that setting."""
-    nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    names = {name.split(".")[0] for name in names} - {*IMAGE, *sys.stdlib_module_names}
-    asked = {
-        value
-        for record in records
-        for value in record["settings"].values()
-        if isinstance(value, str)
-    }
-    names -= {name for name, setting in OPTIONAL.items() if setting not in asked}
-    there = importlib.metadata.packages_distributions()
-    found = {there[name][0] for name in names if name in there}
-    if unknown := sorted(name for name in names if name not in there):
-        raise Refused(f"{module}: imports {ku._comma_join(unknown)}, which is not installed here")
-    return sorted(f"{name}=={importlib.metadata.version(name)}" for name in found)
-
-
-def download_wheels(requirements, folder):
-    """[(file name, path)] of wheels of the requirements that fit Kaggle's image, without what they depend on."""
-    if not requirements:
-        print("no wheels: Kaggle's image has all that the module imports")
-        return []
-    command = [
-        sys.executable,
-        *"-m pip --disable-pip-version-check download --no-deps --only-binary=:all: -d".split(),
-        str(folder),
-        *IMAGE_TAGS,
-    ]
-    done = subprocess.run([*command, *requirements], capture_output=True, text=True)
+def download_wheels(packages, folder):
+    """([(file name, path)], problems) of wheels of the packages, not of what they depend on, that
+    fit Kaggle's image."""
+    requirement = "[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!]+)?"
+    bad = [name for name in packages if not re.fullmatch(requirement, name)]
+    if bad:  # such as a run behind --wheels
+        expected = "expected packages as name or name==version, after the runs"
+        return [], [f"--wheels {ku._comma_join(bad)}: {expected}"]
+    platforms = [word for tag in WHEEL_TAGS for word in ("--platform", tag)]
+    options = "--disable-pip-version-check download --no-deps --only-binary=:all:".split()
+    target = ["--python-version", "3.12", *platforms, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", *options, *target, *packages]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Refused(
-            f"no wheels of {ku._comma_join(requirements)}: {done.stderr.strip().splitlines()[-1]}"
-        )
-    return [(path.name, path) for path in sorted(folder.glob("*.whl"))]
-
-
-INSTALL = """import glob, subprocess, sys
-
-wheels = {path.split("/")[-1]: path for path in glob.glob("/kaggle/input/**/*.whl", recursive=True)}
-subprocess.run([sys.executable, *"-m pip install --no-index --no-deps".split(), *wheels.values()], check=True)"""
+        reason = [*done.stderr.strip().splitlines(), "pip said nothing"][-1]
+        return [], [f"no wheels of {ku._comma_join(packages)}: {reason}"]
+    return [(path.name, path) for path in sorted(folder.glob("*.whl"))], []
 
 
 # ---------------------------------------------------------------------------------------
 # The folder
 
 
-def manifest_of(runs, dataset, wheels):
-    """The content of manifest.json, but the files."""
-    content = {
-        "format": ku._BUNDLE_FORMAT,
-        "version": ku.__version__,
-        "versions": ku._versions(),
-        "dataset": dataset,
-        "runs": runs,
-    }
-    return content | ({"wheels": wheels, "install": INSTALL} if wheels else {})
-
-
-def write_folder(folder, sources, manifest):
+def write_folder(folder, files, manifest):
     """Copy the files and write manifest.json and dataset-metadata.json."""
-    files = {}
-    for name, source in sources:
-        shutil.copyfile(source, folder / name)
-        files[name] = {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": ku._file_sha256(folder / name),
-        }
+    entries = {}
+    for name, source in files:
+        path = folder / name
+        shutil.copyfile(source, path)
+        entries[name] = {"bytes": path.stat().st_size, "sha256": ku._file_sha256(path)}
     (folder / ku._DATASET_METADATA).write_bytes(ku._dump_manifest(manifest["dataset"]))
-    (folder / ku._MANIFEST).write_bytes(
-        ku._dump_manifest(ku._with_checksum(manifest | {"files": files}))
-    )
+    sealed = ku._with_checksum(manifest | {"files": entries})
+    (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(sealed))
 
 
 def put_in_place(built, target):
-    """Move what is built to where it was asked for. What was there is moved aside and comes back if that fails."""
+    """Move what is built to where it was asked for. What was there comes back if that fails."""
     aside = built.with_name(f"{built.name}.old")  # it goes with the temporary folder
     try:
         if target.exists():
@@ -448,34 +342,29 @@ def put_in_place(built, target):
 
 
 def target_problems(target, kernel_id=None):
-    """[] where a folder may be made: nothing is there, or what this tool made before and nobody added to."""
-    names = (
-        {path.name for path in target.iterdir()}
-        if target.is_dir()
-        else {""}
-        if target.exists()
-        else set()
-    )
-    try:
-        made = (
-            {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
-            if ku._MANIFEST in names
-            else set()
-        )
-    except ku.BundleError:
-        made = set()
+    """Only what is not there, or what this tool made and nobody added to, may be replaced."""
+    if not target.exists():
+        return []
+    refusal = f"{target}: exists and is not what this tool made; delete it or choose another name"
+    if not target.is_dir():
+        return [refusal]
+    names = {path.name for path in target.iterdir()}
     if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
         metadata = json.loads((target / kaggle_metadata.KERNEL_FILE).read_text(encoding="utf-8"))
-        made = names if metadata.get("id") == kernel_id else made
-    if names <= made:
-        return []
-    return [f"{target}: exists and is not what this tool made; delete it or choose another name"]
+        return [] if metadata.get("id") == kernel_id else [refusal]
+    try:
+        made = {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
+    except ku.BundleError:
+        made = set()
+    return [] if names <= made else [refusal]
 
 
 def check(folder):
-    """Verify a bundle as infer.ipynb will, and its metadata; KitError with every problem. False if its predictions
-    could not be checked, since it has another module than this clone: running that one is for its owner to decide."""
-    manifest, problems = ku._read_bundle_manifest(folder), kaggle_metadata.folder_problems(folder)
+    """Verify a bundle as infer.ipynb will, and its metadata; KitError with every problem. False if
+    its predictions could not be checked, since it has another module than this clone: running that
+    one is for its owner to decide."""
+    manifest = ku._read_bundle_manifest(folder)
+    problems = kaggle_metadata.folder_problems(folder)
     metadata = folder / ku._DATASET_METADATA
     if metadata.is_file() and metadata.read_bytes() != ku._dump_manifest(manifest["dataset"]):
         problems.append(f"{metadata}: not as it was packed; pack again to change it")
@@ -483,9 +372,8 @@ def check(folder):
     if problems:
         raise ku.BundleError([f"{folder}", *problems])
     if ku._file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
-        print(
-            f"predictions not checked: {MODULE} is not the module of the bundle, version {manifest['version']}"
-        )
+        other = f"{MODULE} is not the module of the bundle, version {manifest['version']}"
+        print(f"predictions not checked: {other}")
         return False
     if manifest["runs"]:
         ku.check_golden(ku._open_bundle(folder))
@@ -497,42 +385,36 @@ def check(folder):
 
 
 def notebook_with(name, settings):
-    """A notebook of the clone with values in its settings cell; one that the cell lacks becomes a line of its own."""
+    """A notebook of the clone with values in its settings cell; one that it lacks gets a line."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    lines = []
+    missing, lines = dict(settings), []
     for line in cell.source.splitlines():
         setting = line.partition(":")[0]
-        value = f"= {settings[setting]!r}" if setting in settings else ""
-        lines.append(
-            re.sub(r"= .*?(?=  #|$)", lambda _, v=value: v, line, count=1) if value else line
-        )
-    there = {line.partition(":")[0] for line in lines}
-    cell.source = "\n".join(
-        [*lines, *(f"{name} = {value!r}" for name, value in settings.items() if name not in there)]
-    )
+        if setting in missing:
+            declaration = line.partition(" = ")[0]
+            comment = "".join(line.partition("  #")[1:])
+            line = f"{declaration} = {missing.pop(setting)!r}{comment}"
+        lines.append(line)
+    lines += [f"{setting} = {value!r}" for setting, value in missing.items()]
+    cell.source = "\n".join(lines)
     return notebook
 
 
 def train_settings(record, backbone):
-    """What train.ipynb must be set to for a run to be trained again on Kaggle with that backbone."""
+    """What train.ipynb must be set to for a run to be trained again on Kaggle."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = (
-        "data_dir",
-        "output_dir",
-        "run_name",
-        "backbone",
-        *(["precision"] if run["precision"] == "bf16" else []),
-    )
-    return {"backbone": backbone} | {
-        k: v for k, v in run.items() if v != default[k] and k not in local
-    }
+    local = {"data_dir", "output_dir", "run_name", "backbone"}
+    if run["precision"] == "bf16":  # a T4 has none
+        local.add("precision")
+    changed = {name: run[name] for name in run if name not in local and run[name] != default[name]}
+    return {"backbone": backbone} | changed
 
 
-def write_kernel(folder, name, notebook, dataset, competition, internet=False, models=()):
-    """A folder that `kaggle kernels push` takes: a notebook on a T4 x2, private, with its sources."""
-    owner, slug = dataset["id"].split("/")
-    metadata = {
+def kernel_metadata(name, dataset_id, competition, internet, models):
+    """Of a private notebook on a T4 x2 that reads the bundle and the competition."""
+    owner, slug = dataset_id.split("/")
+    return {
         "id": f"{owner}/{slug}-{name}",
         "title": f"{slug} {name}".replace("-", " "),  # Kaggle makes the slug from the title again
         "code_file": f"{name}.ipynb",
@@ -543,324 +425,291 @@ def write_kernel(folder, name, notebook, dataset, competition, internet=False, m
         "enable_tpu": False,
         "enable_internet": internet,  # never left out: the client takes that for true
         "machine_shape": "NvidiaTeslaT4",
-        "dataset_sources": [dataset["id"]],
+        "dataset_sources": [dataset_id],
         "competition_sources": [competition],
         "kernel_sources": [],
-        "model_sources": list(models),
+        "model_sources": models,
     }
-    folder.mkdir(parents=True)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-    (folder / "kernel-metadata.json").write_bytes(ku._dump_manifest(metadata))
 
 
-def train_backbone(asked, dataset, run, record):
-    """(what train.ipynb must set as backbone, model sources, problems) to train a run again.
-
-    It is the backbone of the starter; the model source that is alone or has its name; or, with the internet, itself.
-    """
-    if asked.backbone:
-        return dataset["id"].split("/")[1], [], []
-    backbone, sources = ku.Config.from_dict(record["settings"]).backbone, asked.model_source
-    if len(asked.runs) > 1 or len(sources) > 1:
-        name = ku._short_name(backbone)
-        sources = [source for source in sources if name in map(ku._short_name, source.split("/"))]
-    if len(sources) == 1:
-        return sources[0].split("/")[1], sources, []
-    if asked.model_source:
-        return (
-            backbone,
-            [],
-            [
-                f"{run}: {len(sources)} of the --model-source have the name of its backbone {backbone}"
-            ],
-        )
-    path, was = Path(backbone).expanduser(), record.get("backbone", "")
-    if path.is_absolute() or path.is_dir() or was.startswith("/kaggle/input"):
-        return (
-            backbone,
-            [],
-            [f"{run}: backbone {backbone} is in no hub; attach it with --model-source"],
-        )
-    return backbone, [], []
+# ---------------------------------------------------------------------------------------
+# Packing
 
 
-def write_kernels(folder, asked, dataset, records, wheels):
-    """Folders to infer, where there are runs, and to train each run again, or a first one with a starter; problems."""
-    problems, notebooks = [], {}
-    if records:
-        notebooks["infer"] = (notebook_with("infer", {}), False, [])
-    for number, (run, record) in enumerate(
-        records.items() or [("the starter", {"settings": {}})], 1
-    ):
-        backbone, sources, bad = train_backbone(asked, dataset, run, record)
-        problems += bad
-        notebook, attached = (
-            notebook_with("train", train_settings(record, backbone)),
-            bool(sources or asked.backbone),
-        )
-        notebooks["train" if len(records) < 2 else f"train-{number}"] = (
-            notebook,
-            not attached,
-            sources,
-        )
-    for name, (notebook, internet, sources) in notebooks.items():
-        if wheels:
-            notebook.cells.insert(3, nbformat.v4.new_code_cell(INSTALL, id="wheels"))
-        write_kernel(folder / name, name, notebook, dataset, asked.competition, internet, sources)
-        problems += [
-            f"--kernels {name}: {problem}"
-            for problem in kaggle_metadata.folder_problems(folder / name)
-        ]
-        problems += target_problems(Path(asked.kernels, name), f"{dataset['id']}-{name}")
-    return problems
+class Packing:
+    """What one command line packs: all of it is checked, then made in temporary folders."""
+
+    def __init__(self, args, folder, kernels):
+        self.args = args
+        self.folder = folder  # temporary, for the bundle and what goes into it
+        self.kernels = kernels  # temporary, for the kernels
+        licenses = [{"name": args.license}]
+        self.dataset = {"id": args.id, "title": args.title, "licenses": licenses}
+        self.problems = []
+        self.records = {}  # folder of a run -> its record
+        self.runs = {}  # folder of a sound run -> `ku._Run`
+        self.files = []  # (name in the bundle, source), of all but the runs
+        self.wheels = []
+
+    def build(self):
+        """Check, prove, write, and verify what is written; Refused with every problem."""
+        self.check_options()
+        can_write_kernels = self.args.kernels and not self.problems
+        self.check_runs()
+        self.add_files()
+        if can_write_kernels and len(self.runs) == len(self.args.runs):
+            self.write_kernels()
+        self.refuse_problems()
+        entries = self.prove_runs()
+        self.refuse_problems()
+        manifest = {"format": ku._BUNDLE_FORMAT, "version": ku.__version__}
+        manifest |= {"versions": ku._versions(), "dataset": self.dataset, "runs": entries}
+        if self.wheels:
+            manifest |= {"wheels": [name for name, _ in self.wheels], "install": INSTALL}
+        bundle = self.folder / "bundle"
+        bundle.mkdir()
+        write_folder(bundle, self.files, manifest)
+        check(bundle)
+        if self.args.report:
+            (self.folder / "report.html").write_text(report(self.args.report), encoding="utf-8")
+
+    def refuse_problems(self):
+        if self.problems:
+            raise Refused(self.problems)
+
+    def check_options(self):
+        args, target = self.args, Path(self.args.output).resolve()
+        self.problems += kaggle_metadata.dataset_problems(self.dataset) + target_problems(target)
+        sources = kaggle_metadata.source_problems("model_sources", args.model_source)
+        self.problems += [f"--model-source {problem}" for problem in sources]
+        if args.kernels:
+            kernels = Path(args.kernels).resolve()
+            if target.is_relative_to(kernels) or kernels.is_relative_to(target):
+                both = f"--kernels {kernels} and -o {target}"
+                self.problems.append(f"{both} must not lie in each other")
+            if not args.competition:
+                needed = "--competition, the slug of what the kernels read"
+                self.problems.append(f"--kernels needs {needed}")
+        if args.report:
+            try:
+                nbformat.read(args.report, 4)
+            except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
+                reason = str(error)[:200]
+                self.problems.append(f"--report: {args.report} is not a notebook ({reason})")
+        if args.push:
+            try:
+                kaggle_push.find_client()
+            except kaggle_push.PushError as error:
+                self.problems.append(str(error))
+
+    def check_runs(self):
+        folders = [Path(run).resolve() for run in self.args.runs]
+        for folder in dict.fromkeys(folders):
+            if folders.count(folder) > 1:
+                self.problems.append(f"{folder}: given twice")
+            record, problems = run_problems(folder, self.args.half)
+            self.problems += problems
+            if record:
+                self.records[folder] = record
+            if not problems:
+                self.runs[folder] = ku._load_run(folder)
+        if self.records:
+            self.problems += ensemble_problems(self.records)
+
+    def add_files(self):
+        """Everything beside the runs: modules, blend, backbone, wheels; and check all names."""
+        args = self.args
+        modules = MODULE_FILES if args.starter else [MODULE]
+        self.files += [(path.name, path) for path in modules]
+        if args.blend:
+            blend = Path(args.blend).resolve()
+            records = {folder.name: folder / "record.json" for folder in self.records}
+            problems = plain_file_problems([blend])
+            self.problems += problems or kit_error_problems(ku._read_blend, blend, records)
+            self.files.append((ku._BLEND_FILE, blend))
+        if args.backbone:
+            try:
+                files, problems = backbone_sources(ku._find_backbone(args.backbone))
+                self.files += files
+                self.problems += problems
+            except ku.KitError as error:
+                self.problems += error.problems
+        if args.wheels and not self.problems:
+            self.wheels, self.problems = download_wheels(args.wheels, self.folder)
+            self.files += self.wheels
+        files = [*self.files]
+        for folder, run in self.runs.items():
+            files += run_files(folder, run)[1]
+        names = [name for name, _ in files] + [ku._MANIFEST]
+        for name in sorted(set(names)):
+            if names.count(name) > 1:
+                self.problems.append(f"{name}: two files would have this name")
+        sizes = {name: source.stat().st_size for name, source in files if source.is_file()}
+        self.problems += kaggle_metadata.file_problems(sizes)
+
+    def prove_runs(self):
+        """What the manifest says of each run; its files, as they are packed, come to the others."""
+        entries = {}
+        for folder, run in self.runs.items():
+            entry = {"half": self.args.half}
+            try:
+                opened = prove(run)
+                if self.args.half:
+                    run, moved = rounded_to_half(run, opened, self.folder)
+                    entry["golden_moved_by_half"] = moved
+            except ku.KitError as error:
+                self.problems += error.problems
+                continue
+            names, files = run_files(folder, run)
+            self.files += files
+            keys = ("settings", "resolved", "versions", "oof", "pretrained")
+            record = {key: run.record[key] for key in keys if key in run.record}
+            entries[run.name] = names | record | entry | {"golden": run.golden}
+        return entries
+
+    def write_kernels(self):
+        """A notebook to infer, where there are runs, and one to train each run, or a starter's."""
+        if self.records:
+            self.write_kernel("infer", notebook_with("infer", {}), internet=False, models=[])
+        starter = {"the starter": {"settings": {}}}
+        for number, (run, record) in enumerate((self.records or starter).items(), 1):
+            name = "train" if len(self.records) < 2 else f"train-{number}"
+            backbone, models = self.train_backbone(run, record)
+            notebook = notebook_with("train", train_settings(record, backbone))
+            is_attached = bool(models or self.args.backbone)
+            self.write_kernel(name, notebook, not is_attached, models)
+
+    def train_backbone(self, run, record):
+        """(what train.ipynb must set as backbone, model sources) to train a run again: the backbone
+        of the starter; the model source that is alone or has its name; or the one of a hub."""
+        if self.args.backbone:
+            return self.args.id.split("/")[1], []
+        backbone = ku.Config.from_dict(record["settings"]).backbone
+        sources = self.args.model_source
+        if len(self.args.runs) > 1 or len(sources) > 1:
+            sources = [source for source in sources if names_backbone(source, backbone)]
+        if len(sources) == 1:
+            return sources[0].split("/")[1], sources
+        path, was = Path(backbone).expanduser(), record.get("backbone", "")
+        if self.args.model_source:
+            have = f"{len(sources)} of the --model-source have the name of its backbone"
+            self.problems.append(f"{run}: {have} {backbone}")
+        elif path.is_absolute() or path.is_dir() or was.startswith("/kaggle/input"):
+            remedy = "is in no hub; attach it with --model-source"
+            self.problems.append(f"{run}: backbone {backbone} {remedy}")
+        return backbone, []
+
+    def write_kernel(self, name, notebook, internet, models):
+        """A folder that `kaggle kernels push` takes."""
+        if self.wheels:
+            first = next(i for i, cell in enumerate(notebook.cells) if cell.metadata.get("tags"))
+            cell = nbformat.v4.new_code_cell(INSTALL, id="wheels")
+            notebook.cells.insert(first + 1, cell)
+        args, folder = self.args, self.kernels / name
+        metadata = kernel_metadata(name, args.id, args.competition, internet, models)
+        folder.mkdir(parents=True)
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+        (folder / kaggle_metadata.KERNEL_FILE).write_bytes(ku._dump_manifest(metadata))
+        problems = kaggle_metadata.folder_problems(folder)
+        self.problems += [f"--kernels {name}: {problem}" for problem in problems]
+        self.problems += target_problems(Path(args.kernels, name), metadata["id"])
+
+
+def names_backbone(source, backbone):
+    """Whether a part of owner/model/framework/variation/version is the name of the backbone."""
+    return ku._short_name(backbone) in [ku._short_name(part) for part in source.split("/")]
+
+
+def pack(args):
+    """Build beside the targets, then move what is built to its place, the bundle last. Returns the
+    folders made."""
+    target, kernels = Path(args.output), Path(args.kernels or args.output)
+    made = []
+    with contextlib.ExitStack() as stack:
+        temporary = []
+        for place in (target, kernels):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=".bundle-", dir=place.parent)
+            temporary.append(Path(stack.enter_context(folder)))
+        Packing(args, *temporary).build()
+        for kernel in sorted(temporary[1].iterdir()):
+            kernels.mkdir(exist_ok=True)
+            put_in_place(kernel, kernels / kernel.name)
+            made.append(kernels / kernel.name)
+        if args.report:
+            page = target.with_name(f"{target.name}.html")
+            (temporary[0] / "report.html").replace(page)
+        put_in_place(temporary[0] / "bundle", target)
+    return [target, *made]
 
 
 # ---------------------------------------------------------------------------------------
 # The command line
 
-
-def option_problems(asked, dataset):
-    """Problems of what was asked for, runs and backbone aside."""
-    target = Path(asked.output).resolve()
-    problems = kaggle_metadata.dataset_problems(dataset, target) + target_problems(target)
-    sources = kaggle_metadata.KERNEL_FIELDS["model_sources"](asked.model_source, None)
-    problems += [f"--model-source {problem}" for problem in sources]
-    if asked.kernels:
-        kernels = Path(asked.kernels).resolve()
-        if target.is_relative_to(kernels) or kernels.is_relative_to(target):
-            problems.append(f"--kernels {kernels} and -o {target} must not lie in each other")
-        if not asked.competition:
-            problems.append("--kernels needs --competition, the slug of what the kernels read")
-    if asked.report:
-        try:
-            nbformat.read(asked.report, 4)
-        except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
-            problems.append(f"--report: {asked.report} is not a notebook ({str(error)[:200]})")
-    if asked.push:
-        try:
-            kaggle_push.find_client()
-        except kaggle_push.PushError as error:
-            problems.append(str(error))
-    return problems
-
-
-def validate(asked, dataset, kernels):
-    """({run folder: run}, other sources, wheels wanted), or Refused with all that is known without predicting.
-
-    Kernels are written into their temporary folder, to be checked there.
-    """
-    problems = option_problems(asked, dataset)
-    records, runs, sources = {}, {}, [("kernel_utils.py", MODULE)]
-    if asked.starter:
-        sources += [(path.name, path) for path in SIBLINGS]
-    can_write = not problems
-    folders = [Path(run).resolve() for run in asked.runs]
-    problems += [
-        f"{folder}: given twice" for folder in dict.fromkeys(folders) if folders.count(folder) > 1
-    ]
-    for folder in dict.fromkeys(folders):
-        record, bad = run_problems(folder, asked.half)
-        problems += bad
-        records |= {folder: record} if record else {}
-        runs |= {} if bad else {folder: ku._load_run(folder)}
-    problems += alike_problems(records) if records else []
-    if asked.blend:
-        problems += (bad := blend_problems(path := Path(asked.blend).resolve(), records))
-        sources += [] if bad else [(ku._BLEND_FILE, path)]
-    wheels = []
-    try:
-        if asked.backbone:
-            backbone, bad = backbone_sources(ku._find_backbone(asked.backbone))
-            sources, problems = sources + backbone, problems + bad
-        if (wheels := lacking(records.values())) and not asked.wheels:
-            problems.append(
-                f"{MODULE} imports what Kaggle's image lacks, {ku._comma_join(wheels)}; add --wheels"
-            )
-    except ku.KitError as error:
-        problems += error.problems
-    everything = sources + [
-        source for folder, run in runs.items() for source in run_sources(folder, run)
-    ]
-    names = [name for name, _ in everything] + [ku._MANIFEST]
-    problems += [
-        f"{name}: two files would have this name"
-        for name in sorted(set(names))
-        if names.count(name) > 1
-    ]
-    problems += kaggle_metadata.file_problems(
-        {name: source.stat().st_size for name, source in everything}
-    )
-    if asked.kernels and can_write and len(runs) == len(asked.runs):
-        problems += write_kernels(kernels, asked, dataset, records, wheels)
-    if problems:
-        raise Refused(problems)
-    return runs, sources, wheels
-
-
-def build(asked, dataset, staging, kernels):
-    """Make everything in temporary folders and verify it there: the bundle, the kernels, the report."""
-    runs, sources, wanted = validate(asked, dataset, kernels)
-    entries, problems = {}, []
-    for folder, run in runs.items():
-        try:
-            packed, told = prove(run, asked.half, staging)
-        except Refused as error:
-            problems += error.problems
-        else:
-            sources += run_sources(folder, packed)
-            entries[run.name] = manifest_entry(packed, told)
-    if problems:
-        raise Refused(problems)
-    wheels = download_wheels(wanted, staging) if asked.wheels else []
-    bad = kaggle_metadata.file_problems({name: path.stat().st_size for name, path in wheels})
-    if bad:
-        raise Refused(bad)
-    (staging / "bundle").mkdir()
-    manifest = manifest_of(entries, dataset, [name for name, _ in wheels])
-    write_folder(staging / "bundle", sources + wheels, manifest)
-    check(staging / "bundle")
-    if asked.report:
-        (staging / "report.html").write_text(report(asked.report), encoding="utf-8")
-
-
-def pack(asked):
-    """Build beside the targets, then move what is built to its place, the bundle last. Returns the folders made."""
-    target, kernels = Path(asked.output), Path(asked.kernels) if asked.kernels else None
-    dataset = {"id": asked.id, "title": asked.title, "licenses": [{"name": asked.license}]}
-    with contextlib.ExitStack() as stack:
-        staging = []
-        for place in filter(None, (target, kernels)):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(prefix=".bundle-", dir=place.parent)
-            staging.append(Path(stack.enter_context(folder)))
-        build(asked, dataset, staging[0], staging[-1])
-        made = []
-        for kernel in sorted(staging[1].iterdir()) if kernels else []:
-            kernels.mkdir(exist_ok=True)
-            put_in_place(kernel, kernels / kernel.name)
-            made.append(kernels / kernel.name)
-        if asked.report:
-            (staging[0] / "report.html").replace(target.with_name(f"{target.name}.html"))
-        put_in_place(staging[0] / "bundle", target)
-    return [target, *made]
-
-
-OPTIONS = (  # flag, keywords of argparse
-    ("--output", dict(metavar="DIR", help="folder to make; a bundle that is there is replaced")),
-    ("--id", dict(metavar="OWNER/SLUG", help="the dataset on Kaggle")),
-    ("--title", dict(help="its title, 6 to 50 characters")),
-    ("--license", dict(default="other", help="one of Kaggle's licence names (default: other)")),
-    (
-        "--half",
-        dict(
-            action="store_true",
-            help="store weights as fp16: half the size, predictions move a little",
-        ),
-    ),
-    (
-        "--blend",
-        dict(
-            metavar="FILE",
-            help="blend.json of these runs: infer.ipynb blends by it instead of the mean",
-        ),
-    ),
-    (
-        "--starter",
-        dict(
-            action="store_true",
-            help="pack the modules, and a backbone if given, for training kernels",
-        ),
-    ),
-    (
-        "--backbone",
-        dict(
-            metavar="DIR",
-            help="with --starter: folder of a backbone, or a name that train.ipynb takes",
-        ),
-    ),
-    (
-        "--wheels",
-        dict(
-            action="store_true",
-            help="add wheels of what the module imports and Kaggle's image lacks",
-        ),
-    ),
-    (
-        "--kernels",
-        dict(
-            metavar="DIR",
-            help="also make folders that `kaggle kernels push` takes: infer and train",
-        ),
-    ),
-    ("--competition", dict(metavar="SLUG", help="competition that the kernels read")),
-    (
-        "--model-source",
-        dict(
-            action="append",
-            default=[],
-            help="Kaggle model with the backbone, for the train kernels",
-        ),
-    ),
-    (
-        "--report",
-        dict(
-            metavar="NOTEBOOK", help="executed train.ipynb, for a page DIR.html beside the bundle"
-        ),
-    ),
-    (
-        "--push",
-        dict(
-            action="store_true",
-            help="upload the bundle and the kernel that uses it, with the kaggle client",
-        ),
-    ),
-    ("--check", dict(metavar="DIR", help="verify a bundle: files, metadata, predictions")),
-)
+OPTIONS = {  # flag -> keywords of argparse
+    "--output": dict(metavar="DIR", help="folder to make; a bundle that is there is replaced"),
+    "--id": dict(metavar="OWNER/SLUG", help="the dataset on Kaggle"),
+    "--title": dict(help="its title, 6 to 50 characters"),
+    "--license": dict(default="other", help="one of Kaggle's licence names (default: other)"),
+    "--half": dict(action="store_true", help="store weights as fp16: half the size"),
+    "--blend": dict(metavar="FILE", help="blend.json of these runs, to blend by, not the mean"),
+    "--starter": dict(action="store_true", help="pack the modules, to train on Kaggle"),
+    "--backbone": dict(metavar="DIR", help="for a starter: a folder, or a name for train.ipynb"),
+    "--wheels": dict(nargs="+", metavar="PACKAGE", help="also pack wheels of these packages"),
+    "--kernels": dict(metavar="DIR", help="also make folders for `kaggle kernels push`"),
+    "--competition": dict(metavar="SLUG", help="competition that the kernels read"),
+    "--model-source": dict(action="append", default=[], help="Kaggle model with the backbone"),
+    "--report": dict(metavar="NOTEBOOK", help="executed train.ipynb, for a page DIR.html"),
+    "--push": dict(action="store_true", help="upload the bundle and the kernel that uses it"),
+    "--check": dict(metavar="DIR", help="verify a bundle: files, metadata, predictions"),
+}
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="folder of a finished run; several make an ensemble"
-    )
-    for flag, keywords in OPTIONS:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run")
+    for flag, keywords in OPTIONS.items():
         parser.add_argument(*(["-o"] if flag == "--output" else []), flag, **keywords)
-    asked = parser.parse_args()
-    if asked.check:
-        return asked
-    if bool(asked.runs) == asked.starter:
+    args = parser.parse_args()
+    if args.check:
+        return args
+    if bool(args.runs) == args.starter:
         parser.error("give runs, or --starter")
-    if asked.backbone and not asked.starter:
+    if args.backbone and not args.starter:
         parser.error("--backbone goes with --starter: a bundle of runs has its weights already")
-    if asked.blend and asked.starter:
+    if args.blend and args.starter:
         parser.error("--blend goes with runs")
-    if missing := [name for name in ("output", "id", "title") if not getattr(asked, name)]:
+    missing = [name for name in ("output", "id", "title") if not getattr(args, name)]
+    if missing:
         parser.error(f"--{' and --'.join(missing)} must be given")
-    return asked
+    return args
+
+
+def pack_and_push(args):
+    """Pack, print the commands that upload and submit, and run the former if asked to."""
+    target, *kernels = pack(args)
+    # Training again takes hours of a weekly quota: only a starter's kernel is pushed unnamed
+    used = [folder for folder in kernels if args.starter or folder.name == "infer"]
+    print(f"made {ku._comma_join([target, *kernels])}; to upload and submit:")
+    print("", *kaggle_push.commands([target, *used]), sep="\n  ")
+    if used and args.runs:
+        submit = f"submit {shlex.quote(args.competition)} -k {args.id}-infer -f submission.csv"
+        print(f"  kaggle competitions {submit} -v 1 -m 'a note'  # -v: version of the notebook")
+    if args.push:
+        kaggle_push.push([target, *used], f"kernel_utils {ku.__version__}", 1800)
 
 
 def main():
-    asked = parse()
+    args = parse()
     try:
-        if asked.check:
-            print(
-                f"{asked.check}: sound"
-                if check(Path(asked.check))
-                else f"{asked.check}: files and metadata are sound"
-            )
-            return
-        target, *kernels = pack(asked)
-        # training again takes hours of a weekly quota: only a starter's kernel is pushed without being named
-        used = [folder for folder in kernels if asked.starter or folder.name == "infer"]
-        print(f"made {ku._comma_join([target, *kernels])}; to upload and submit:")
-        print("", *kaggle_push.commands([target, *used]), sep="\n  ")
-        if used and asked.runs:
-            submit = f"{asked.competition} -k {asked.id}-infer -f submission.csv -v VERSION -m NOTE"
-            print(f"  kaggle competitions submit {submit}")
-        if asked.push:
-            kaggle_push.push([target, *used], f"kernel_utils {ku.__version__}", 1800)
+        if not args.check:
+            pack_and_push(args)
+        elif check(Path(args.check)):
+            print(f"{args.check}: sound")
+        else:
+            print(f"{args.check}: files and metadata are sound")
     except (ku.KitError, kaggle_push.PushError, OSError) as error:
         sys.exit(str(error))
 

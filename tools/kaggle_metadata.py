@@ -2,421 +2,181 @@
 
     python tools/kaggle_metadata.py FOLDER [FOLDER ...]
 
-A folder holds dataset-metadata.json (and the files of the dataset) or kernel-metadata.json (and the code file), or
-both. Prints every problem of every folder, or "FOLDER: fine". Exit code 0 only if all are fine.
+A folder holds dataset-metadata.json and the files of the dataset, or kernel-metadata.json and a
+notebook. Prints every problem of every folder, or "FOLDER: fine". Exit code 0 only if all are fine.
 
-The rules are what Kaggle's command-line client refuses or crashes on (kaggle 2.2.5), what only the server refuses, as
-far as its messages are known, what goes up without an error but not as meant, and what this kit wants to be explicit.
+Checked is what tools/bundle.py writes: what Kaggle's client (2.2.5) or its server refuses, and
+what goes up without an error but not as meant. Other fields of Kaggle's are left to the client,
+which refuses before it uploads.
 """
 
 import argparse
-import codecs
-import difflib
 import json
 import os
 import re
 import sys
-import unicodedata
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 DATASET_FILE, KERNEL_FILE = "dataset-metadata.json", "kernel-metadata.json"
 MAX_FILES = 1000  # the server: "The file count exceeds the maximum of 1000"
-MAX_BYTES = 200 * 10**9  # the limit that Kaggle states for a person's private datasets; unverified
-MAX_CODE_BYTES = (
-    10**6
-)  # with outputs, though the client leaves them out; reported by users in 2021, unverified
+MAX_BYTES = 200 * 10**9  # Kaggle's limit for a person's private datasets; unverified
+MAX_CODE_BYTES = 10**6  # of a notebook; reported by users in 2021, unverified
 
-LICENSES = tuple(
-    "CC0-1.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CC-BY-NC-SA-4.0 GPL-2.0 ODbL-1.0 DbCL-1.0 copyright-authors other unknown "
-    "CC-BY-4.0 CC-BY-NC-4.0 PDDL CC-BY-3.0 CC-BY-3.0-IGO US-Government-Works CC-BY-NC-SA-3.0-IGO CDLA-Permissive-1.0 "
-    "CDLA-Sharing-1.0 CC-BY-ND-4.0 CC-BY-NC-ND-4.0 ODC-BY-1.0 LGPL-3.0 AGPL-3.0 FDL-1.3 EU-ODP-Legal-Notice "
-    "apache-2.0 GPL-3.0".split()
-)
-MACHINE_SHAPES = {  # name -> which of enable_gpu and enable_tpu it stands for
-    **dict.fromkeys(
-        "NvidiaTeslaT4 NvidiaTeslaT4Highmem NvidiaTeslaA100 NvidiaL4 NvidiaL4X1".split(), "gpu"
-    ),
-    **dict.fromkeys("NvidiaH100 NvidiaRtxPro6000".split(), "gpu"),
-    **dict.fromkeys("TpuV5E8 TpuV6E8".split(), "tpu"),
-}
-REFUSED_SHAPES = {  # in lower case -> why; the client only warns, and of the last two not even that
-    "nvidiateslap100": "is retired, the session gets another GPU: use NvidiaTeslaT4",
-    "tpuv38": "is retired, the session gets another TPU: use TpuV5E8",
-    "tpu1vmv38": "is retired, the session gets another TPU: use TpuV5E8",
-    "tpuv232": "is retired, the session runs on a CPU: use TpuV5E8",
-    "tpuv2256": "is retired, the session runs on a CPU: use TpuV5E8",
-    "gpu": "names no machine, though `kernels pull` writes it: use NvidiaTeslaT4",
-    "none": "is a text, though `kernels pull` writes it: leave the field out for a CPU",
-}
+LICENSES = """CC0-1.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CC-BY-NC-SA-4.0 GPL-2.0 ODbL-1.0 DbCL-1.0
+    copyright-authors other unknown CC-BY-4.0 CC-BY-NC-4.0 PDDL CC-BY-3.0 CC-BY-3.0-IGO
+    US-Government-Works CC-BY-NC-SA-3.0-IGO CDLA-Permissive-1.0 CDLA-Sharing-1.0 CC-BY-ND-4.0
+    CC-BY-NC-ND-4.0 ODC-BY-1.0 LGPL-3.0 AGPL-3.0 FDL-1.3 EU-ODP-Legal-Notice apache-2.0
+    GPL-3.0""".split()
 
 SLUG = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*"
 VERSION = "[1-9][0-9]{0,8}"
-MODEL_PART = (
-    "[A-Za-z0-9][A-Za-z0-9._-]*"  # names of models and variations do have underscores and dots
-)
-PLACEHOLDER = re.compile("INSERT_[A-Z_]+_HERE")  # what `datasets init` and `kernels init` write
-
-COLUMN_TEXTS = ("name", "title", "description", "type")  # of a column in the schema of a resource
-HINTS = {  # added where the field is missing or unknown
-    "enable_internet": ": without it Kaggle's client turns the internet on",
-    "isPrivate": ": a dataset is private unless it is created with --public",
+MODEL = "[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*){3}"  # has underscores, dots
+SOURCES = {  # field of a kernel -> (what an entry is, its pattern)
+    "dataset_sources": ("owner/slug or owner/slug/version", f"{SLUG}/{SLUG}(?:/{VERSION})?"),
+    "kernel_sources": (
+        "owner/slug or owner/slug/version, the slug of 5 characters or more",
+        f"{SLUG}/(?=[^/]{{5}}){SLUG}(?:/{VERSION})?",
+    ),
+    "competition_sources": ("the name in the competition's address, not the address", SLUG),
+    "model_sources": ("owner/model/framework/variation/version", f"{MODEL}/{VERSION}"),
 }
+FILE_NAME = "(?=.{1,100}$)[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
+ARCHIVES = tuple(".zip .7z .rar .tar .gz .tgz .bz2 .tbz2 .xz .txz .zst".split())
+NOT_UPLOADED = (DATASET_FILE, KERNEL_FILE, "datapackage.json", "model-metadata.json")
+NOT_UPLOADED += ("model-instance-metadata.json", "dataset-cover-image.")  # beginnings of names
 
 
-# ---- 1. Parts of messages ----
+# ---- Fields
 
 
 def shown(value):
-    """A JSON value for a message: one short line of ASCII, whatever came."""
-    if isinstance(value, (dict, list)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = json.dumps(value, default=repr)
+    """A JSON value for a message: one short line of ASCII."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def nearest(value, names):
-    """' (did you mean X?)' where a known name is near, else nothing."""
-    known = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(value).lower(), known, n=1)
-    case = " upper and lower case count" if near and near[0] == str(value).lower() else ""
-    return f" (did you mean {known[near[0]]}?{case})" if near else ""
+def id_problems(value, shortest):
+    """The owner's capitals stay, the slug is what Kaggle makes of a title: lower case."""
+    owner, _, slug = value.partition("/") if isinstance(value, str) else ("", "", "")
+    is_sound = re.fullmatch(SLUG, owner) and re.fullmatch(SLUG, slug) and slug == slug.lower()
+    if is_sound and shortest <= len(slug) <= 50:
+        return []
+    expected = f"owner/slug, the slug of {shortest} to 50 lower-case letters, digits and hyphens"
+    return [f"id must be {expected}, hyphens single and inside, got {shown(value)}"]
 
 
-# ---- 2. Checkers of one field: (value, folder) -> problems, worded to follow the name of the field ----
+def title_problems(value, shortest):
+    is_line = isinstance(value, str) and value.isprintable() and value == value.strip()
+    if is_line and shortest <= len(value) <= 50:
+        return []
+    expected = f"one line of {shortest} to 50 characters without spaces at its ends"
+    return [f"title must be {expected}, got {shown(value)}"]
 
 
-def of(kind, name):
-    """Decorator of a checker: values of another type are refused before it sees them."""
-
-    def decorate(check):
-        return lambda value, folder: (
-            check(value, folder)
-            if isinstance(value, kind)
-            else [f"must be {name}, got {shown(value)}"]
-        )
-
-    return decorate
-
-
-def anything(value, folder):
-    return ()
-
-
-text = of(str, "text")(anything)
-flag = of(bool, "true or false without quotes")(
-    anything
-)  # the client takes "true" too, and crashes on 1 and null
-
-
-def number(value, folder):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        yield f"must be a whole number from 1, got {shown(value)}"
-
-
-@of(str, "text")
-def subtitle(value, folder):
-    if value and not 20 <= len(value) <= 80:
-        yield f"must be empty or have 20 to 80 characters, got {len(value)}: {shown(value)}"
-
-
-def or_null(check):
-    return lambda value, folder: () if value is None else check(value, folder)
-
-
-def one_of(*names):
-    def check(value, folder):
-        if value not in names:
-            yield f"must be one of {', '.join(names)}, got {shown(value)}{nearest(value, names)}"
-
-    return check
-
-
-def title(low, high=50, underscore=True):
-    @of(str, "text")
-    def check(value, folder):
-        if not low <= len(value) <= high:
-            yield f"must have {low} to {high} characters, got {len(value)}: {shown(value)}"
-        if not value.isprintable() or value != value.strip():
-            yield f"must be one line without spaces at its ends, got {shown(value)}"
-        if "_" in value and not underscore:
-            yield f"must have no underscore, got {shown(value)}"
-
-    return check
-
-
-def identifier(low, high=50):
-    """Id of something of one's own. The owner's capitals stay, the slug is what Kaggle makes of a title: lower case."""
-
-    def check(value, folder):
-        owner, _, slug = value.partition("/") if isinstance(value, str) else ("", "", "")
-        if not owner or not slug or "/" in slug:
-            yield f"must be owner/slug without a version, got {shown(value)}"
-            return
-        if not re.fullmatch(SLUG, owner):
-            yield f"must have an owner of letters, digits and single hyphens inside, got {shown(owner)}"
-        if not re.fullmatch(SLUG, slug) or slug != slug.lower():
-            yield f"must have a slug of lower-case letters, digits and single hyphens inside, got {shown(slug)}"
-        if not low <= len(slug) <= high:
-            yield f"must have a slug of {low} to {high} characters, got {len(slug)}: {shown(slug)}"
-
-    return check
-
-
-def list_of(form, pattern):
-    @of(list, "a list in square brackets")
-    def check(value, folder):
-        for place, item in enumerate(value):
-            if not isinstance(item, str) or not re.fullmatch(pattern, item):
-                yield f"[{place}] must be {form}, got {shown(item)}"
-            elif item in value[:place]:
-                yield f"[{place}] is in the list twice: {shown(item)}"
-
-    return check
-
-
-@of(str, "text")
-def file_inside(value, folder):
-    path = PureWindowsPath(value)  # knows both kinds of slash, and drives
-    here, there = os.path.realpath(folder), os.path.join(folder, value)
-    if not value or path.anchor or ".." in path.parts:
-        yield f"must be a path inside the folder, got {shown(value)}"
-    elif not os.path.isfile(there):
-        yield f"must be a file in the folder, but there is no {shown(value)}"
-    elif os.path.realpath(there) != os.path.join(here, os.path.normpath(value)):
-        yield f"must be a file and not a symbolic link, got {shown(value)}"
-
-
-def machine_shape(value, folder):
-    reason = REFUSED_SHAPES.get(value.strip().lower()) if isinstance(value, str) else None
-    if reason:
-        yield f"{shown(value)} {reason}"
-    elif value not in (None, ""):
-        yield from one_of(*MACHINE_SHAPES)(value, folder)
-
-
-def licenses(value, folder):
+def license_problems(value):
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
-        yield f'must be a list of exactly one {{"name": ...}}, got {shown(value)}'
-    else:
-        yield from one_of(*LICENSES)(value[0].get("name"), folder)
+        return [f'licenses must be a list of exactly one {{"name": ...}}, got {shown(value)}']
+    name = value[0].get("name")
+    if name in LICENSES:
+        return []
+    return [f"licenses must be one of {', '.join(LICENSES)}, got {shown(name)}"]
 
 
-@of(list, "a list in square brackets")
-def resources(value, folder):
-    paths = [item.get("path") if isinstance(item, dict) else None for item in value]
-    for place, (item, path) in enumerate(zip(value, paths, strict=True)):
-        yield from (f"[{place}] {problem}" for problem in resource(item, folder))
-        if path is not None and path in paths[:place]:
-            yield f"[{place}] path is in the list twice: {shown(path)}"
+def source_problems(field, value):
+    """Problems of a list of sources, worded to follow its name."""
+    entry, pattern = SOURCES[field]
+    if not isinstance(value, list):
+        return [f"must be a list in square brackets, got {shown(value)}"]
+    problems = []
+    for place, item in enumerate(value):
+        if not isinstance(item, str) or not re.fullmatch(pattern, item):
+            problems.append(f"[{place}] must be {entry}, got {shown(item)}")
+    return problems
 
 
-@of(dict, "an object")
-def resource(value, folder):
-    path, schema = value.get("path"), value.get("schema", {})
-    yield from (f"path {problem}" for problem in file_inside(path, folder))
-    if (
-        isinstance(path, str) and "/" in path
-    ):  # the client compares it with the names at the top of the folder
-        yield f"path must be a plain file name, got {shown(path)}"
-    yield from (
-        f"description {problem}" for problem in or_null(text)(value.get("description"), folder)
-    )
-    fields = schema.get("fields", []) if isinstance(schema, dict) else None
-    if not isinstance(fields, list) or not all(
-        isinstance(field, dict) and "name" in field for field in fields
-    ):
-        yield f'schema must be {{"fields": [{{"name": ...}}, ...]}}, got {shown(schema)}'
-    elif not all(isinstance(field.get(key, ""), str) for field in fields for key in COLUMN_TEXTS):
-        yield f"schema fields must have texts as {', '.join(COLUMN_TEXTS)}"
-
-
-# ---- 3. The two metadata files ----
-
-KEYWORDS = list_of("text", r".*\S.*")
-DATASET_FIELDS = {
-    "id": identifier(6),
-    "id_no": or_null(number),
-    "title": title(
-        6, underscore=False
-    ),  # the server answers an underscore with a bare "400 - Bad Request"
-    "subtitle": or_null(subtitle),
-    "description": or_null(text),
-    "licenses": licenses,
-    "keywords": KEYWORDS,
-    "resources": or_null(resources),
-    # read by `datasets metadata --update` only
-    "expectedUpdateFrequency": or_null(text),
-    "userSpecifiedSources": or_null(text),
-    "image": or_null(text),
-}
-KERNEL_FIELDS = {
-    "id": identifier(5),
-    "id_no": or_null(number),
-    "title": title(5),
-    "code_file": file_inside,
-    "language": one_of("python", "r", "rmarkdown"),
-    "kernel_type": one_of("script", "notebook"),
-    **dict.fromkeys(("is_private", "enable_gpu", "enable_tpu", "enable_internet"), flag),
-    "machine_shape": machine_shape,
-    "keywords": KEYWORDS,
-    "dataset_sources": list_of("owner/slug or owner/slug/version", f"{SLUG}/{SLUG}(?:/{VERSION})?"),
-    "kernel_sources": list_of(
-        "owner/slug or owner/slug/version with a slug of 5 characters or more",
-        f"{SLUG}/(?=[^/]{{5}}){SLUG}(?:/{VERSION})?",
-    ),
-    "competition_sources": list_of("the name in the competition's address, not the address", SLUG),
-    "model_sources": list_of(
-        "owner/model/framework/variation/version", f"(?:{MODEL_PART}/){{4}}{VERSION}"
-    ),
-    "docker_image": or_null(text),
-    "docker_image_pinning_type": or_null(one_of("original", "latest")),
-}
-DATASET_REQUIRED = ("id", "title", "licenses")
-KERNEL_REQUIRED = ("id", "title", "code_file", "language", "kernel_type", "enable_internet")
-
-
-def field_problems(metadata, fields, required, folder):
-    """Problems of a parsed metadata file, field by field."""
-    if not isinstance(metadata, dict):
-        yield f"must hold one object in curly brackets, got {shown(metadata)}"
-        return
-    yield from (
-        f"{name} is missing{HINTS.get(name, '')}" for name in required if name not in metadata
-    )
-    for name, value in metadata.items():
-        if name not in fields:
-            yield f"{shown(name)} is no field{HINTS.get(name) or nearest(name, fields)}"
-        elif isinstance(value, str) and PLACEHOLDER.search(value):
-            yield f"{name} still has the placeholder of the template: {shown(value)}"
-        else:
-            yield from (f"{name} {problem}" for problem in fields[name](value, folder))
-
-
-def slug_of(words):
-    """What Kaggle makes of a title. Exact for ASCII; its client also transliterates other scripts."""
-    plain = "".join(
-        c for c in unicodedata.normalize("NFKD", words).lower() if not unicodedata.combining(c)
-    )
-    return re.sub("[^a-z0-9]+", "-", re.sub("(?<=[0-9]),(?=[0-9])", "", plain)).strip("-")
-
-
-def titles_agree(metadata, folder):
-    """Kaggle makes the slug of a new notebook from its title: with another id the next push makes a second notebook."""
-    words, name = metadata.get("title"), metadata.get("id")
-    if (
-        isinstance(words, str)
-        and not list(identifier(1)(name, folder))
-        and slug_of(words) != name.split("/")[1]
-    ):
-        yield f"title must become the slug of id, {name}, but {shown(words)} becomes {slug_of(words)}"
-
-
-def accelerators_agree(metadata, folder):
-    given = {kind: metadata.get(f"enable_{kind}") for kind in ("gpu", "tpu")}
-    shape = metadata.get("machine_shape")
-    stands_for = MACHINE_SHAPES.get(shape) if isinstance(shape, str) else None
-    for kind, value in given.items():
-        if stands_for and isinstance(value, bool) and value != (kind == stands_for):
-            yield f"enable_{kind} is {shown(value)}, but machine_shape {shape} is a {stands_for.upper()}"
-    if given == {"gpu": True, "tpu": True}:
-        yield "enable_gpu and enable_tpu are both true, but a session has one of them"
-
-
-def code_problems(metadata, folder):
-    """Problems with the content of the code file, if there is one."""
-    name, kind = metadata.get("code_file"), metadata.get("kernel_type")
-    if list(file_inside(name, folder)):
-        return
-    path = Path(folder, name)
-    if path.stat().st_size >= MAX_CODE_BYTES:
-        yield f"code_file {shown(name)} must be below {MAX_CODE_BYTES} bytes, has {path.stat().st_size}"
-    if kind in ("script", "notebook") and (kind == "notebook") != (path.suffix.lower() == ".ipynb"):
-        yield f"code_file {shown(name)} does not fit kernel_type {kind}: a notebook, and nothing else, ends in .ipynb"
+def code_problems(name, folder):
+    """Problems of the notebook that a kernel runs."""
+    path = os.path.join(folder, str(name))
+    if os.path.basename(path) != name or not os.path.isfile(path) or os.path.islink(path):
+        return [f"code_file must be the name of a file in the folder, got {shown(name)}"]
+    problems = []
+    size = os.path.getsize(path)
+    if size >= MAX_CODE_BYTES:
+        problems.append(f"code_file {name} must be below {MAX_CODE_BYTES} bytes, has {size}")
+    if not name.endswith(".ipynb"):
+        problems.append(f"code_file {name} must be a notebook, a file that ends in .ipynb")
     try:
-        content = read_json(path) if kind == "notebook" else read_text(path)
-    except (OSError, ValueError) as error:
-        yield f"code_file {shown(name)} {error}"
-    else:
-        if kind == "notebook" and not is_notebook(content):
-            yield f'code_file {shown(name)} must be a notebook: "cells", each with "cell_type" and "source"'
+        for cell in read_json(path)["cells"]:
+            "".join([cell["cell_type"], *cell["source"]])  # as the client reads it
+    except ValueError as error:
+        problems.append(f"code_file {name} {error}")
+    except (KeyError, TypeError):
+        cells = '"cells", each with "cell_type" and "source"'
+        problems.append(f"code_file {name} must be a notebook: {cells}")
+    return problems
 
 
-def is_notebook(content):
-    cells = content.get("cells") if isinstance(content, dict) else None
-    return isinstance(cells, list) and all(
-        isinstance(cell, dict)
-        and isinstance(cell.get("cell_type"), str)
-        and isinstance(cell.get("source"), (str, list))
-        and all(isinstance(line, str) for line in cell["source"])
-        for cell in cells
-    )
+# ---- The two metadata files
 
 
-def dataset_problems(metadata, folder):
-    """Problems of the parsed content of dataset-metadata.json, for the dataset in the folder."""
-    found = field_problems(metadata, DATASET_FIELDS, DATASET_REQUIRED, folder)
-    return [f"{DATASET_FILE}: {problem}" for problem in found]
+def dataset_problems(metadata):
+    """Problems of the parsed content of dataset-metadata.json."""
+    if not isinstance(metadata, dict):
+        return [f"{DATASET_FILE}: must hold one object, got {shown(metadata)}"]
+    title = metadata.get("title")
+    problems = id_problems(metadata.get("id"), shortest=6) + title_problems(title, shortest=6)
+    if "_" in str(title):  # the server answers with a bare "400 - Bad Request"
+        problems.append(f"title must have no underscore, got {shown(title)}")
+    problems += license_problems(metadata.get("licenses"))
+    return [f"{DATASET_FILE}: {problem}" for problem in problems]
 
 
 def kernel_problems(metadata, folder):
-    """Problems of the parsed content of kernel-metadata.json, and of the code file in the folder."""
-    found = list(field_problems(metadata, KERNEL_FIELDS, KERNEL_REQUIRED, folder))
-    if isinstance(metadata, dict):
-        for rule in (titles_agree, accelerators_agree, code_problems):
-            found += rule(metadata, folder)
-    return [f"{KERNEL_FILE}: {problem}" for problem in found]
+    """Problems of the parsed content of kernel-metadata.json, and of the notebook in the folder."""
+    if not isinstance(metadata, dict):
+        return [f"{KERNEL_FILE}: must hold one object, got {shown(metadata)}"]
+    name, title = metadata.get("id"), metadata.get("title")
+    problems = id_problems(name, shortest=5) + title_problems(title, shortest=5)
+    if not problems:  # Kaggle makes the slug from the title; another one makes a second notebook
+        slug = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+        if slug != name.split("/")[1]:
+            becomes = f"but {shown(title)} becomes {slug}"
+            problems.append(f"title must become the slug of id, {name}, {becomes}")
+    for field, expected in (("language", "python"), ("kernel_type", "notebook")):
+        if metadata.get(field) != expected:
+            problems.append(f"{field} must be {expected}, got {shown(metadata.get(field))}")
+    internet = metadata.get("enable_internet")
+    if not isinstance(internet, bool):  # Kaggle's client turns it on where the field is missing
+        problems.append(f"enable_internet must be true or false, got {shown(internet)}")
+    for field in SOURCES:
+        wrong = source_problems(field, metadata.get(field, []))
+        problems += [f"{field} {problem}" for problem in wrong]
+    problems += code_problems(metadata.get("code_file"), folder)
+    return [f"{KERNEL_FILE}: {problem}" for problem in problems]
 
 
-# ---- 4. The files of a dataset ----
-
-ARCHIVES = tuple(".zip .7z .rar .tar .gz .tgz .bz2 .tbz2 .xz .txz .zst".split())
-METADATA_FILES = {
-    DATASET_FILE,
-    KERNEL_FILE,
-    "datapackage.json",
-    "model-metadata.json",
-    "model-instance-metadata.json",
-}
-DEVICES = {
-    "CON",
-    "PRN",
-    "AUX",
-    "NUL",
-    *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10)),
-}
-NAME_RULES = {  # what is wrong -> has a name that?
-    "has no name": lambda name: not name,
-    "is an absolute path": lambda name: PureWindowsPath(name).anchor,
-    "leads out of the folder": lambda name: ".." in PureWindowsPath(name).parts,
-    "lies in a sub-folder, which Kaggle's client drops by default": lambda name: "/" in name,
-    "is hidden by the dot at its start": lambda name: any(
-        part.startswith(".") for part in name.split("/")
-    ),
-    "must have a name of ASCII letters, digits, '.', '_' and '-' that begins with a letter or digit and does not end "
-    "in a dot": lambda name: (
-        not re.fullmatch("[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", os.path.basename(name))
-    ),
-    "is an archive, which Kaggle unpacks": lambda name: name.lower().endswith(ARCHIVES),
-    "must have a name of at most 100 characters": lambda name: len(name) > 100,
-    "has the name of a device on Windows": lambda name: (
-        os.path.basename(name).split(".")[0].upper() in DEVICES
-    ),
-    "is metadata or the cover image, which is not uploaded as a file": lambda name: (
-        name.lower() in METADATA_FILES or name.lower().startswith("dataset-cover-image.")
-    ),
-}
+# ---- The files of a dataset, and folders
 
 
 def file_problems(sizes):
-    """Names and sizes {name in the dataset's folder: bytes} that Kaggle or its client refuses, loses or changes."""
-    problems = [
-        f"file {name!a} {wrong}" for name in sizes for wrong, has in NAME_RULES.items() if has(name)
-    ]
-    problems += [f"file {name!a} is empty: 0 bytes" for name, size in sizes.items() if size == 0]
-    first = {}
-    for name in sizes:
-        if first.setdefault(name.lower(), name) != name:
-            problems.append(f"files {first[name.lower()]!a} and {name!a} differ only by case")
+    """Names and sizes, {name: bytes}, that Kaggle or its client refuses, loses or changes."""
+    problems, names = [], {}
+    for name, size in sizes.items():
+        if not re.fullmatch(FILE_NAME, name):
+            allowed = "1 to 100 ASCII letters, digits, '.', '_' and '-'"
+            ends = "begins with a letter or digit and does not end in a dot"
+            problems.append(f"file {name!a} must have a name of {allowed} that {ends}")
+        if name.lower().endswith(ARCHIVES):
+            problems.append(f"file {name!a} is an archive, which Kaggle unpacks")
+        if name.lower().startswith(NOT_UPLOADED):
+            problems.append(f"file {name!a} has a name of metadata, which is not uploaded")
+        if size == 0:
+            problems.append(f"file {name!a} is empty: 0 bytes")
+        first = names.setdefault(name.lower(), name)
+        if first != name:
+            problems.append(f"files {first!a} and {name!a} differ only by case")
     if len(sizes) > MAX_FILES:
         problems.append(f"a dataset can have {MAX_FILES} files, got {len(sizes)}")
     if sum(sizes.values()) > MAX_BYTES:
@@ -424,84 +184,54 @@ def file_problems(sizes):
     return problems
 
 
-# ---- 5. A folder ----
-
-
-def read_text(path):
-    """Text of a file; what is wrong with it is a ValueError."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("must be a regular file")
-    raw = path.read_bytes()
-    if raw.startswith(codecs.BOM_UTF8):
-        raise ValueError("begins with a byte order mark: save it as UTF-8 without one")
-    if not raw.strip():
-        raise ValueError("is empty")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"must be UTF-8: {error}") from error
-
-
-def unique_keys(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):  # JSON readers keep the last and say nothing
-        raise ValueError(f"has {shown(max(names, key=names.count))} twice in one object")
-    return dict(pairs)
-
-
 def read_json(path):
-    content = read_text(path)
+    """The content of a JSON file; what is wrong with it is a ValueError."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        raise ValueError("must be a regular file")
     try:
-        return json.loads(content, object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"must be JSON: {error}") from error
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"must be JSON in UTF-8: {error}") from error
 
 
 def dataset_file_problems(folder):
-    """Problems of what lies beside the metadata."""
+    """Problems of what lies beside dataset-metadata.json."""
     sizes, problems = {}, []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_symlink():
-            problems.append(f"file {entry.name!a} is a symbolic link: put the file itself here")
-        elif entry.is_dir():
-            problems.append(
-                f"folder {entry.name!a} is a sub-folder, which Kaggle's client drops by default"
-            )
-        elif not entry.is_file():
-            problems.append(f"file {entry.name!a} is no regular file")
-        elif entry.name not in (DATASET_FILE, KERNEL_FILE):
-            sizes[entry.name] = entry.stat().st_size
-    return problems + file_problems(sizes) + ([] if sizes else ["there is no file to upload"])
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            problems.append(f"file {path.name!a} is no regular file: put the file itself here")
+        elif path.is_dir():
+            problems.append(f"folder {path.name!a} is a sub-folder, which Kaggle's client drops")
+        elif path.name != DATASET_FILE:
+            sizes[path.name] = path.stat().st_size
+    if not sizes:
+        problems.append("there is no file to upload")
+    return problems + file_problems(sizes)
 
 
 def folder_problems(folder):
     """Problems of a folder that is to be uploaded as a dataset or a notebook."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return ["must be a folder"]
-    rules = {DATASET_FILE: dataset_problems, KERNEL_FILE: kernel_problems}
-    present = [name for name in rules if os.path.lexists(folder / name)]
-    problems = [] if present else [f"must hold {DATASET_FILE} or {KERNEL_FILE}, has neither"]
-    for name in present:
-        try:
-            metadata = read_json(folder / name)
-        except (OSError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-        else:
-            problems += rules[name](metadata, folder)
-    return problems + (dataset_file_problems(folder) if DATASET_FILE in present else [])
+    present = [name for name in (DATASET_FILE, KERNEL_FILE) if os.path.lexists(folder / name)]
+    if len(present) != 1:
+        return [f"must be a folder with either {DATASET_FILE} or {KERNEL_FILE}"]
+    try:
+        metadata = read_json(folder / present[0])
+    except ValueError as error:
+        return [f"{present[0]}: {error}"]
+    if present == [DATASET_FILE]:
+        return dataset_problems(metadata) + dataset_file_problems(folder)
+    return kernel_problems(metadata, folder)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="folder as it would be uploaded"
-    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="as it would be uploaded")
     problems = {folder: folder_problems(folder) for folder in parser.parse_args().folders}
     for folder, found in problems.items():
-        print("\n".join(f"{folder}: {problem}" for problem in found or ["fine"]))
+        print(*[f"{folder}: {problem}" for problem in found or ["fine"]], sep="\n")
     sys.exit(1 if any(problems.values()) else 0)
 
 
