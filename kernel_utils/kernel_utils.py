@@ -1309,7 +1309,12 @@ class RunFolder:
         """Why nothing can be predicted with the run, as texts; none for one that is sound."""
         if not self.record.is_file():
             return ["expected a run folder, no record.json"]
-        record = self.read_record()
+        try:
+            return self._record_problems(self.read_record())
+        except KitError as error:  # a file that is no JSON object
+            return error.problems
+
+    def _record_problems(self, record):
         status = record.get("status")
         is_complete = status == "complete"
         is_partial = status == "stopped" and "oof" in record

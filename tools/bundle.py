@@ -132,17 +132,15 @@ def json_problems(path):
     return [f"{path}: {k} could make transformers run code from elsewhere; delete it" for k in keys]
 
 
-def setting_problems(folder, settings):
-    """Problems of settings: parts that a notebook cell defined, or what `Config` refuses."""
+def notebook_part_problems(folder, record):
+    """Heads, losses, metrics and schedules of a run that a notebook cell defined."""
+    settings = record.get("settings", {}) | record.get("resolved", {})
     problems = []
     for field, table in ku._REGISTRIES.items():
-        if settings[field] not in table:
+        if settings.get(field, "") not in ("", *table):
             part = f"{field} {settings[field]!r} was defined in a notebook cell"
             problems.append(f"{folder}: {part}; put it into {MODULE} and pack again")
-    if problems:
-        return problems
-    wrong = kit_error_problems(ku.Config.from_dict, settings)
-    return [f"{folder}/record.json: {problem}" for problem in wrong]
+    return problems
 
 
 def run_problems(folder, half):
@@ -155,13 +153,12 @@ def run_problems(folder, half):
     if record.get("status") != "complete" or not record.get("folds"):
         status = f"status {record.get('status')!r} in record.json"
         return None, [f"{folder}: the run did not finish ({status})"]
+    problems = notebook_part_problems(folder, record)
+    unsound = [] if problems else [f"{folder}: {problem}" for problem in run.problems()]
     try:
-        problems = setting_problems(folder, record["settings"] | record["resolved"])
         folds = [int(fold["fold"]) for fold in record["folds"]]
-        ku._summary("", record)
-        [record[key] for key in ("outputs", "classes", "versions", "precision")]
-    except (KeyError, TypeError, ValueError) as error:
-        return None, [f"{run.record}: malformed ({type(error).__name__}: {error})"]
+    except (KeyError, TypeError, ValueError):
+        return None, unsound
     configs = [run.config(fold) for fold in folds]
     weights = [run.weights(fold) for fold in folds]
     tokenizer = [path for path in sorted(run.tokenizer.glob("*")) if not path.is_dir()]
@@ -173,7 +170,8 @@ def run_problems(folder, half):
             bad.append(f"{path}: expected {ku._comma_join(TOKENIZER_SUFFIXES)}")
     if bad:
         return record, problems + bad
-    for path in [run.golden, *configs, *tokenizer]:
+    problems += unsound
+    for path in [*configs, *tokenizer]:
         problems += json_problems(path) if path.suffix == ".json" else []
     for path in weights:
         problems += weight_problems(path, half)
@@ -404,7 +402,7 @@ def notebook_with(name, settings):
 def train_settings(record, backbone):
     """What train.ipynb must be set to for a run to be trained again on Kaggle."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = {"data_dir", "output_dir", "run_name", "backbone"}
+    local = {*ku.Config.names("place"), "data_dir", "backbone"} - {"run_folds"}
     if run["precision"] == "bf16":  # a T4 has none
         local.add("precision")
     changed = {name: run[name] for name in run if name not in local and run[name] != default[name]}
