@@ -1,9 +1,11 @@
 """Packing runs into a bundle, verifying it, and everything that must be refused."""
 
+import ast
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -145,7 +147,7 @@ def test_fp16_weights_halve_the_bundle_stay_the_same_bytes_and_say_how_far_predi
         (a["prediction"][0], b["prediction"][0]) for a, b in zip(trained_rows, told["golden"]["rows"], strict=True)
     ]
     spread = json.loads((runs / "one" / "record.json").read_text())["oof"]["target_sd"]
-    moved = max(abs(a - b) / spread for a, b in pairs)
+    moved = max(abs(a - b) for a, b in pairs) / spread
     assert 0 < moved < 1e-2 and told["golden_moved_by_half"] == pytest.approx(moved, abs=1e-5)
     assert "fp16 weights move the golden predictions by" in out
     ku.check_golden(ku.load_bundle(tmp_path / "a"))
@@ -728,10 +730,15 @@ def settings_of(notebook):
 
 
 def test_kernels_are_ready_to_push_with_internet_off_and_the_settings_of_the_run(call, runs, tmp_path):
-    call(
-        runs / "one", "-o", tmp_path / "dist", *NAMES, "--kernels", tmp_path / "kernels", "--competition", "commonlit",
-        "--model-source", "google/bert/transformers/tiny/1",
-    )  # fmt: skip
+    target, competition = tmp_path / "the bundle's", ["--competition", "commonlit"]
+    kernels = ["--kernels", tmp_path / "kernels", *competition, *MODEL]
+    printed = call(runs / "one", "-o", target, *NAMES, *kernels)
+    lines = [line for line in printed.splitlines() if line.startswith("  kaggle ")]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    uploads = [command[4] for command in commands if command[3:4] == ["-p"]]
+    assert uploads == [str(target)] * 2 + [str(tmp_path / "kernels" / "infer")]
+    submit = "kaggle competitions submit commonlit -k me/my-bundle-infer -f submission.csv -v 1 -m"
+    assert commands[-1] == [*submit.split(), "a note"]
     infer, train = (
         json.loads((tmp_path / "kernels" / k / "kernel-metadata.json").read_text()) for k in ("infer", "train")
     )
@@ -752,7 +759,7 @@ def test_a_setting_that_the_cell_lacks_becomes_a_line_and_a_text_with_quotes_sta
     scope = {}
     exec(notebook.cells[2].source, scope)
     assert (scope["head"], scope["prefix"], scope["conv_kernels"]) == ("gem", 'it\'s "{genre}"  # ', (3, 3))
-    assert "a name in ku.HEADS" in notebook.cells[2].source
+    assert "\nhead: str = 'gem'  # " in notebook.cells[2].source
 
 
 def test_a_train_kernel_without_its_backbone_is_refused(refused, runs, tmp_path):
@@ -807,61 +814,88 @@ def test_the_report_opens_without_internet_and_holds_its_images(call, runs, tmp_
     assert loads == [] and not re.search("unpkg|cdnjs|jsdelivr|googleapis", page)
 
 
-def wheel(folder, name, version="1.0"):
-    """The smallest wheel that pip takes."""
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
-        file.writestr(f"{name}.py", "")
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+def wheel(folder, version, tag):
+    """The smallest wheel that pip takes, of the package rarepackage."""
+    info = f"rarepackage-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"rarepackage-{version}-{tag}.whl", "w") as file:
+        file.writestr("rarepackage.py", "")
+        file.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: rarepackage\nVersion: {version}\n"
+        )
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         file.writestr(f"{info}/RECORD", "")
 
 
-def test_the_module_imports_nothing_that_the_image_of_kaggle_lacks():
-    assert bundle.lacking([]) == []
-
-
-def test_wheels_of_what_the_image_lacks_are_packed_with_the_line_that_installs_them(
-    call, refused, runs, tmp_path, monkeypatch
-):
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """pip finds these wheels and nothing else; 1.2 is the newest that fits Kaggle's image."""
     (tmp_path / "wheels").mkdir()
-    wheel(tmp_path / "wheels", "rarepackage")
-    monkeypatch.setattr(bundle, "lacking", lambda records: ["rarepackage==1.0"])
+    for version, tag in (
+        ("1.0", "py3-none-any"),
+        ("1.1", "cp312-cp312-manylinux2014_x86_64"),
+        ("1.2", "py3-none-manylinux_2_24_x86_64"),
+        ("1.3", "cp313-cp313-manylinux2014_x86_64"),
+        ("1.4", "py3-none-macosx_11_0_arm64"),
+        ("1.5", "py3-none-manylinux_2_39_x86_64"),
+    ):
+        wheel(tmp_path / "wheels", version, tag)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    arguments = [runs / "two", "-o", tmp_path / "dist", *NAMES]
-    assert "rarepackage==1.0; add --wheels" in refused(*arguments)
-    more = [
-        "--kernels",
-        tmp_path / "k",
-        "--competition",
-        "commonlit",
-        "--model-source",
-        "google/bert/transformers/tiny/1",
-    ]
-    call(*arguments, "--wheels", *more)
+
+
+def test_wheels_that_are_named_are_packed_with_the_line_that_installs_them(
+    call, runs, wheels, tmp_path
+):
+    more = ["--kernels", tmp_path / "k", "--competition", "commonlit", *MODEL]
+    call(runs / "two", "-o", tmp_path / "dist", *NAMES, *more, "--wheels", "rarepackage")
     manifest = json.loads((tmp_path / "dist" / "manifest.json").read_text())
-    assert manifest["wheels"] == ["rarepackage-1.0-py3-none-any.whl"] and manifest["wheels"][0] in manifest["files"]
+    assert manifest["wheels"] == ["rarepackage-1.2-py3-none-manylinux_2_24_x86_64.whl"]
+    assert manifest["wheels"][0] in manifest["files"]
+    assert "sound" in call("--check", tmp_path / "dist")
     for name in ("infer", "train"):
-        cells = [cell.source for cell in nbformat.read(tmp_path / "k" / name / f"{name}.ipynb", 4).cells]
+        notebook = nbformat.read(tmp_path / "k" / name / f"{name}.ipynb", 4)
+        cells = [cell.source for cell in notebook.cells]
         position = cells.index(manifest["install"])
-        assert "--no-index" in cells[position] and "import kernel_utils" in "".join(cells[position + 1 :])
-        assert "import kernel_utils" not in "".join(cells[:position])
+        assert cells[position - 1].startswith("# Settings")
+        assert "kernel_utils" in "".join(cells[position + 1 :])
 
 
-def test_a_wheel_that_cannot_be_had_is_said(refused, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "lacking", lambda records: ["rarepackage==1.0"])
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert "no wheels of rarepackage==1.0" in refused(runs / "one", "-o", tmp_path / "dist", *NAMES, "--wheels")
+@pytest.mark.parametrize("mount", ["my-bundle", "d/me/my-bundle", "datasets/me/my-bundle"])
+def test_the_line_installs_wheels_from_any_mount_point_of_a_dataset_once(
+    mount, tmp_path, monkeypatch
+):
+    for folder in (mount, "datasets/me/same"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "rarepackage-1.0-py3-none-any.whl").touch()
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    exec(bundle.INSTALL.replace("/kaggle/input", str(tmp_path)), {})
+    ((python, *words, path),) = commands
+    assert python == sys.executable
+    assert words == "-m pip install --no-index --no-deps".split()
+    assert Path(path).is_file() and path.endswith("rarepackage-1.0-py3-none-any.whl")
 
 
-def test_imports_are_compared_with_the_image_by_distribution_and_installed_version(tmp_path):
-    module = tmp_path / "module.py"
-    module.write_text("import json, torch.nn\nfrom pytest import mark\ndef f():\n    import nbformat\n")
-    assert bundle.lacking([], module) == [f"nbformat=={nbformat.__version__}", f"pytest=={pytest.__version__}"]
-    module.write_text("import no_such_package")
-    with pytest.raises(bundle.Refused, match="imports no_such_package, which is not installed here"):
-        bundle.lacking([], module)
+def test_wheels_that_cannot_be_had_are_said(refused, runs, wheels, tmp_path):
+    arguments = ["--starter", "-o", tmp_path / "dist", *NAMES, "--wheels"]
+    assert "no wheels of rarepackage==7: ERROR: No matching" in refused(*arguments, "rarepackage==7")
+    said = refused(*arguments, "rarepackage", runs / "one")
+    assert f"--wheels {runs / 'one'}: expected packages as name or name==version" in said
+    assert not (tmp_path / "dist").exists()
+
+
+# Packages of Kaggle's GPU image (as of August 2026) that the module may import
+IMAGE = "IPython matplotlib numpy pandas peft psutil requests safetensors scipy sentencepiece sklearn tokenizers torch"
+IMAGE += " tqdm transformers triton wandb huggingface_hub accelerate"
+
+
+def test_the_module_imports_nothing_that_the_image_of_kaggle_lacks():
+    nodes = list(ast.walk(ast.parse((ROOT / "kernel_utils" / "kernel_utils.py").read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert {"torch", "transformers"} <= packages
+    assert packages - {*IMAGE.split()} <= {"bitsandbytes"}  # the optimiser adamw8bit asks for it
 
 
 @pytest.mark.slow
@@ -899,11 +933,3 @@ def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_trai
         done = call("dist", runs / "two", *NAMES, *model)
         assert done.returncode == 1 and "two.fold1.safetensors" in done.stderr
         assert len(kaggle.kernels["me/my-bundle-infer"]) == 2
-
-
-def test_a_package_that_a_setting_asks_for_is_wanted_only_by_runs_with_that_setting(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    plain, asking = ({"settings": {"optimizer": name, "lr": 0.1}} for name in ("adamw", "adamw8bit"))
-    assert bundle.lacking([plain]) == []
-    (found,) = bundle.lacking([plain, asking])
-    assert found.startswith("bitsandbytes==")

@@ -305,7 +305,7 @@ def download_wheels(packages, folder):
     command = [sys.executable, "-m", "pip", *options, *target, *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = [*done.stderr.strip().splitlines(), "pip said nothing"][-1]
+        reason = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
         return [], [f"no wheels of {ku._comma_join(packages)}: {reason}"]
     return [(path.name, path) for path in sorted(folder.glob("*.whl"))], []
 
