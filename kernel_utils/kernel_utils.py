@@ -3883,72 +3883,84 @@ class NumericError(KitError):
 
 
 class TimeBudget:
-    """What ends a run early, and when a checkpoint is due; it knows what a step, an evaluation and a save take.
+    """Decides when a run has to stop, and when a checkpoint is due.
 
-    Inside its `with` block the first SIGTERM or Ctrl-C is noted, for the loop to end well at the next step; a second
-    one acts at once.
+    It is told what a step, an evaluation and a save take. Inside its `with` block the first SIGTERM
+    or Ctrl-C is noted, for the loop to end well at the next step; a second one acts at once.
     """
 
     def __init__(self, cfg, test_rows=0):
-        self.began = self.saved = time.perf_counter()
-        self.limit, self.every = 60 * cfg.max_minutes or math.inf, 60 * cfg.checkpoint_minutes
-        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
-        self.models, self.signal = 1, ""
-        self.build_seconds = self.step_seconds = self.save_seconds = 0.0
-        self.row_seconds = None  # of evaluation; until it is known, half of what training takes
+        self.began = self.last_save = time.perf_counter()
+        self.max_seconds = 60 * cfg.max_minutes or math.inf
+        self.checkpoint_seconds = 60 * cfg.checkpoint_minutes
         self.batch_size = cfg.batch_size
+        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
+        self.models = 1
+        self.build_seconds = 0.0  # from the end of a fold to the first step of the next
+        self.step_seconds = 0.0
+        self.save_seconds = 0.0
+        self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.restored = 0.0  # seconds that earlier sessions spent
-        self.peak = 0  # bytes, the largest peak of memory of other processes
+        self.peak_memory = 0  # bytes, the largest of other processes
+        self.signal_name = ""
+        self.handlers = {}  # signal -> what handled it before
 
     def __enter__(self):
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other hears signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
+                    handler = signal.signal(number, self.on_signal)
+                    self.handlers[number] = handler or signal.SIG_DFL
         return self
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.handlers = {}
 
-    def note(self, number, _):
-        self.signal = self.signal or signal.Signals(number).name
+    def on_signal(self, number, _):
+        self.signal_name = self.signal_name or signal.Signals(number).name
         self.__exit__()
 
-    def left(self):
-        """Seconds that are left of max_minutes."""
-        return self.limit - (time.perf_counter() - self.began)
+    def seconds_left(self):
+        return self.max_seconds - (time.perf_counter() - self.began)
 
-    def told(self):
-        """The minutes that are left, as text, where there is a limit."""
-        return f", {max(0, self.left()) / 60:.0f} min left" if self.limit < math.inf else ""
+    def remaining_text(self):
+        """The minutes that are left, where there is a limit, to be put at the end of a line."""
+        if self.max_seconds == math.inf:
+            return ""
+        return f", {max(0, self.seconds_left()) / 60:.0f} min left"
 
-    def stop(self, rows):
-        """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
-        if self.signal:
-            return self.signal
-        row = (
-            self.step_seconds / self.batch_size / 2
-            if self.row_seconds is None
-            else self.row_seconds
-        )
-        rows += self.test_rows * self.models
-        needed = (
-            1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds)
-            + _FINISH_SECONDS
-        )
-        told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
-        return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
+    def stop_reason(self, n_eval_rows):
+        """Why no further step may begin, or None. The rows to be evaluated have to fit as well."""
+        if self.signal_name:
+            return self.signal_name
+        needed = self.seconds_needed(n_eval_rows + self.test_rows * self.models)
+        left = self.seconds_left()
+        if left >= needed:
+            return None
+        limit = f"max_minutes {self.max_seconds / 60:g}, {max(0, left):.0f} s are left"
+        return f"{limit}, evaluating, saving and predicting take about {needed:.0f}"
+
+    def seconds_needed(self, n_rows):
+        """Of another step and of all that comes after it, with a margin of a fifth."""
+        row_seconds = self.row_seconds
+        if row_seconds is None:
+            row_seconds = self.step_seconds / self.batch_size / 2
+        seconds = self.build_seconds + self.step_seconds + row_seconds * n_rows
+        return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
+
+    def should_save(self, evaluated):
+        """Whether a checkpoint is due: often enough, and at evaluations, but not too costly."""
+        if not self.checkpoint_seconds:
+            return False
+        elapsed = time.perf_counter() - self.last_save
+        is_due = evaluated or elapsed >= self.checkpoint_seconds
+        return is_due and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
 
     def note_save(self, seconds):
-        self.save_seconds, self.saved = seconds, time.perf_counter()
-
-    def due(self, evaluated):
-        """Whether to save a checkpoint now: often enough, and at evaluations, but within its share of the time."""
-        elapsed = time.perf_counter() - self.saved
-        timely = evaluated or elapsed >= self.every
-        return bool(self.every) and timely and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
+        self.save_seconds = seconds
+        self.last_save = time.perf_counter()
 
 
 @dataclasses.dataclass
@@ -4688,20 +4700,20 @@ def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, e
     stopped = ""
     bar = _progress(training.batches(), f"fold {fold}", training.total, state.step)
     for rows in bar:
-        if stopped := watch.stop(len(training.rows)):
+        if stopped := watch.stop_reason(len(training.rows)):
             break
         values = engine.optimizer_step(state.step, rows)
         state.step += 1
         measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
         training.steps.append(_LoggedStep(state.step, rows, measures))
         evaluated = state.step in training.when
-        due = checkpoints and watch.due(evaluated)
+        due = checkpoints and watch.should_save(evaluated)
         if evaluated or due or len(training.steps) == _LOG_STEPS or not watch.step_seconds:
             training.flush()
         if evaluated:
             better, score = training.validate(), state.last["score"]
             training.note({cfg.metric: score, "best": better})
-            bar.set_postfix_str(f"{cfg.metric} {score:.4f}{watch.told()}", refresh=False)
+            bar.set_postfix_str(f"{cfg.metric} {score:.4f}{watch.remaining_text()}", refresh=False)
         if due:
             training.save()
     if stopped and state.step:
@@ -5543,7 +5555,7 @@ def _train_and_save(data, fold, cfg, run, log, say, watch, engine):
 def _print_fold(result, cfg, watch):
     scores = ", ".join(f"{result[kind]['score']:.4f} {kind}" for kind in ("last", "best"))
     best = f"step {result['best']['step']} of {result['steps']}"
-    print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.told()}")
+    print(f"fold {result['fold']}: {cfg.metric} {scores} ({best}){watch.remaining_text()}")
     for name, numbers in result["acted"].items():
         print(f"  {name}: {', '.join(f'{what} {number:.4g}' for what, number in numbers.items())}")
 
@@ -5678,8 +5690,10 @@ def _rebuild_data(told, backbone, tokenizer):
 
 def _watch_parent(watch):
     """Have the watch stop the run where the process that started this one says why, or is gone."""
-    watch.signal = (
-        os.read(0, 100).decode() or watch.signal or "the process that started this one has ended"
+    watch.signal_name = (
+        os.read(0, 100).decode()
+        or watch.signal_name
+        or "the process that started this one has ended"
     )
 
 
@@ -5809,8 +5823,8 @@ def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
         running = True
         while running:
             running = any(process.poll() is None for process in workers.processes)
-            if watch.signal and not workers.stopped:
-                workers.stop(watch.signal)
+            if watch.signal_name and not workers.stopped:
+                workers.stop(watch.signal_name)
             codes = [process.poll() for process in workers.processes]
             if any(codes) and not workers.stopped:
                 workers.stop("another process has failed")
@@ -5819,9 +5833,9 @@ def _train_side_by_side(data, folds, finished, cfg, run, watch, lock, count):
                 if fold not in results:
                     told = _read_state(path)
                     results[fold] = told["result"]
-                    watch.restored, watch.peak = (
+                    watch.restored, watch.peak_memory = (
                         watch.restored + told["restored"],
-                        max(watch.peak, told["peak"]),
+                        max(watch.peak_memory, told["peak"]),
                     )
                     if not results[fold]["stopped"]:
                         _print_fold(results[fold], cfg, watch)
@@ -5882,7 +5896,7 @@ def _finish_record(record, results, data, cfg, watch):
         "oof": _oof_scores(results, data.targets, cfg),
         "rows_per_second": rows / seconds["train"],
         "tokens_per_second": tokens / seconds["train"],
-        "peak_memory_bytes": max(_peak_memory(), watch.peak),
+        "peak_memory_bytes": max(_peak_memory(), watch.peak_memory),
         "seconds": record["seconds"] | seconds | {"total": total},
     }
 

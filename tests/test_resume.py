@@ -548,10 +548,11 @@ def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
     needed = 1.2 * (4 + 2 + 0.1 * (100 + 3000) + 10) + ku._FINISH_SECONDS
     for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
-        assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)
-    assert "min left" in watch.told() and ku.TimeBudget(ku.Config()).told() == "" == ku.TimeBudget(ku.Config()).stop(
-        10**9
-    )
+        reason = watch.stop_reason(100)
+        assert reason is None if spare > 0 else reason.startswith("max_minutes 10, ")
+    assert "min left" in watch.remaining_text()
+    unlimited = ku.TimeBudget(ku.Config())
+    assert unlimited.remaining_text() == "" and unlimited.stop_reason(10**9) is None
 
 
 def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_their_share_of_the_time():
@@ -564,11 +565,11 @@ def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_th
         (601, 10.0, False, False),
         (700, 10.0, True, True),
     ):
-        watch.saved, watch.save_seconds = time.perf_counter() - ago, cost
-        assert watch.due(evaluated) is due, (ago, cost, evaluated)
+        watch.last_save, watch.save_seconds = time.perf_counter() - ago, cost
+        assert watch.should_save(evaluated) is due, (ago, cost, evaluated)
     off = ku.TimeBudget(ku.Config(checkpoint_minutes=0))
-    off.saved -= 10**6
-    assert not off.due(True)
+    off.last_save -= 10**6
+    assert not off.should_save(True)
 
 
 @pytest.mark.parametrize(("step", "folds"), [(4, [0]), (13, [0])])
