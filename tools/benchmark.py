@@ -427,7 +427,7 @@ class Kit:
     def __init__(self, lab, **settings):
         self.lab, self.cfg, self.step = lab, dataclasses.replace(lab.cfg, **settings), 0
         self.engine = ku.OptimizerStep(lab.data, self.cfg)
-        self.engine.begin(0, lambda text: None)
+        self.engine.setup_fold(0, lambda text: None)
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
     def arrange(self, batches, rng):
@@ -440,22 +440,26 @@ class Kit:
                 rows[batch]
                 for batch in ku._epoch_batches(lengths[rows], 0, cfg, engine.length_bucket)
             ]
-            if not engine.static or max(lengths[batch].sum() for batch in mine) <= max(
-                engine.budgets
+            if not engine.has_static_shapes or max(lengths[batch].sum() for batch in mine) <= max(
+                engine.capture_sizes
             ):
                 return mine
 
     def slots(self, batch):
         """Token slots of a batch, padding included."""
         total, engine = int(self.lab.tokens.lengths[batch].sum()), self.engine
-        if not engine.packed:
+        if not engine.is_packed:
             return len(batch) * int(self.lab.tokens.lengths[batch].max())
-        return next(n for n in engine.budgets if n >= total) if engine.static else total
+        return (
+            next(n for n in engine.capture_sizes if n >= total)
+            if engine.has_static_shapes
+            else total
+        )
 
     def make(self, batches):
         kept = []
         for rows in batches:
-            kept.append(torch.stack(self.engine.optimizer_step(self.step, rows)))
+            kept.append(self.engine(self.step, rows).values)
             self.step += 1
             if len(kept) == LOG_STEPS:
                 torch.stack(kept).tolist()
@@ -870,7 +874,9 @@ def measure_load(asked, folder, load, names):
         np.random.default_rng(asked.seed),
         [each for each in contenders.values() if isinstance(each, Kit)],
     )
-    planner = max(kits, key=lambda each: each.engine.static)  # whose batches all kits can take
+    planner = max(
+        kits, key=lambda each: each.engine.has_static_shapes
+    )  # whose batches all kits can take
     trained, windows = first_steps(lab, contenders, planner.arrange(lab.deal(PARITY_STEPS), rng))
     start = {name: window.first + window.seconds for name, window in windows.items()}
     if asked.start:
@@ -902,7 +908,7 @@ def measure_load(asked, folder, load, names):
         "row_tokens": spread(used) | {"mean": float(used.mean())},
         "work": work | {"training_flops_per_token": lab.work.flops(used) / int(used.sum())},
         "precision": lab.precision,
-        "packed": bool(kit.engine.packed),
+        "packed": bool(kit.engine.is_packed),
         "attention": lab.model.backbone.config._attn_implementation,
         "parity": parity | {"after_first_steps": trained},
         "training": training,
@@ -917,7 +923,7 @@ def usable(names, asked, folder):
     if not {"kit-eager", "kit-compile"} & set(wanted):
         return list(wanted)
     lab = Lab(dataclasses.replace(asked, steps=1, rounds=1, start=0), folder, "narrow")
-    if Kit(lab).engine.packed:
+    if Kit(lab).engine.is_packed:
         return list(wanted)
     print("rows are padded for this backbone: kit-eager and kit-compile are left out")
     return [name for name in wanted if name not in ("kit-eager", "kit-compile")]
