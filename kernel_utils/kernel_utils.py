@@ -4057,9 +4057,14 @@ class _RandomStates:
     """The random states of Python, NumPy and PyTorch, as one part of a checkpoint."""
 
     def state_dict(self):
-        state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
-        state |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        return state | {"torch": torch.get_rng_state()}
+        state = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
 
     def load_state_dict(self, state):
         random.setstate(state["python"])
@@ -4070,74 +4075,80 @@ class _RandomStates:
 
 
 class _Checkpoints:
-    """The checkpoints of a fold in `run/checkpoints`. The last two good ones are kept, until the fold is finished.
+    """The last two checkpoints of a fold, in `run/checkpoints` until it is finished.
 
-    Their content is a dictionary of parts with `state_dict` and `load_state_dict`, as PyTorch calls them.
+    Each holds the states of a dictionary of `stateful` objects: of what has `state_dict` and
+    `load_state_dict`, as PyTorch calls them.
     """
 
     def __init__(self, run, fold):
-        self.folder, self.fold, self.good = run / "checkpoints", fold, []
+        self.folder = run / "checkpoints"
+        self.fold = fold
+        self.kept = []  # folders that this process has saved or loaded, the newest last
 
-    def found(self):
-        """Folders of the checkpoints, newest first."""
-        steps = {
-            path: path.name.partition("-step")[2]
-            for path in self.folder.glob(f"fold{self.fold}-step*")
-        }
-        return sorted(
-            (path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])
-        )
+    def paths(self):
+        """Folders of the checkpoints, the newest first."""
+        steps = {}
+        for path in self.folder.glob(f"fold{self.fold}-step*"):
+            step = path.name.partition("-step")[2]
+            if step.isdecimal():
+                steps[path] = int(step)
+        return sorted(steps, key=steps.get, reverse=True)
 
-    def load(self, parts):
-        """Load the newest sound checkpoint into the parts; False where there is none. Damage is said aloud."""
-        for rest in self.folder.glob(f".fold{self.fold}-*.tmp"):
-            shutil.rmtree(rest)
-        for folder in self.found():
-            if problems := _folder_problems(folder):
+    def load(self, stateful):
+        """Load the newest sound checkpoint; False where there is none. Damage is said aloud."""
+        for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
+            shutil.rmtree(temporary)
+        for folder in self.paths():
+            problems = _folder_problems(folder)
+            if problems:
                 print(f"{folder} is damaged and not used: {problems[0]}")
                 continue
-            state = _read_state(folder)
-            for name, part in parts.items():
-                if state[name]:  # that of a scaler is empty where it was off
-                    part.load_state_dict(state[name])
-            self.good = [folder]
+            states = _read_state(folder)
+            for name, part in stateful.items():
+                if states[name]:  # that of a scaler is empty where it was off
+                    part.load_state_dict(states[name])
+            self.kept = [folder]
             return True
         return False
 
-    def save(self, step, parts):
+    def save(self, step, stateful):
         """Write a checkpoint, then delete all but the last two."""
-        if self.good and _free_bytes(self.folder) < sum(
-            path.stat().st_size for path in self.good[-1].iterdir()
-        ):
-            self.prune(1)  # better one at a time than none
         folder = self.folder / f"fold{self.fold}-step{step}"
-        if folder in self.good:  # nothing has happened since
+        if self.kept and _free_bytes(self.folder) < self.size(self.kept[-1]):
+            self.prune(1)  # better one at a time than none
+        if folder in self.kept:  # nothing has happened since
             return
-        _save_folder(
-            folder,
-            lambda temporary: _write_state(
-                temporary, {n: p.state_dict() for n, p in parts.items()}
-            ),
-        )
-        self.good.append(folder)
+
+        def write(temporary):
+            _write_state(temporary, {name: part.state_dict() for name, part in stateful.items()})
+
+        _save_folder(folder, write)
+        self.kept.append(folder)
         self.prune(2)
 
-    def prune(self, keep):
-        """Delete all but the last so many that this process has saved or loaded."""
-        self.good = self.good[len(self.good) - keep :] if keep else []
+    def size(self, folder):
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    def prune(self, count):
+        """Delete all but the last `count` that this process has saved or loaded."""
+        self.kept = self.kept[-count:] if count else []
         with _wrap_write_errors(self.folder):
-            for folder in self.found():
-                if folder not in self.good:
+            for folder in self.paths():
+                if folder not in self.kept:
                     shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold
+# 15. Training, one fold: rows and batches
 
 
 class _TrainingData(NamedTuple):
-    """What all folds of a run share. After the N training rows come the M extra texts, if there are any, which belong
-    to no fold: each fold has labels of its own for them."""
+    """What all folds of a run share.
+
+    After the N training rows come the M extra texts, if there are any. They belong to no fold: each
+    fold has labels of its own for them.
+    """
 
     tokens: Tokens  # of N + M texts
     targets: np.ndarray  # (N, K), or (N,) class numbers
@@ -4147,22 +4158,28 @@ class _TrainingData(NamedTuple):
     n_outputs: int
     ids: np.ndarray  # (N + M,)
     errors: np.ndarray | None = None  # (N,) standard errors of the targets
-    pseudo: dict = {}  # noqa: RUF012  # fold -> pseudo-labels (M, K), NaN where a text must not be used for the fold
+    # fold -> pseudo-labels (M, K), NaN where a text must not be used for the fold
+    pseudo: dict = {}  # noqa: RUF012
 
     def training_rows(self, fold):
         """Rows that a model which validates on `fold` may be trained on."""
-        usable = self.folds != fold
+        is_usable = self.folds != fold
         if self.pseudo:
-            usable[len(self.targets) :] = np.isfinite(self.pseudo[fold]).all(1)
-        return np.flatnonzero(usable)
+            is_usable[len(self.targets) :] = np.isfinite(self.pseudo[fold]).all(1)
+        return np.flatnonzero(is_usable)
 
     def training_targets(self, fold):
-        """Targets of all rows for that model: as they are, or (N + M, K) floats with pseudo-labels, where class numbers
-        become probabilities of 0 and 1."""
+        """Targets of all rows for that model.
+
+        As they are, or with pseudo-labels (N + M, K) floats: class numbers become probabilities of
+        0 and 1.
+        """
         if not self.pseudo:
             return self.targets
-        hard = np.eye(self.n_outputs)[self.targets] if self.targets.ndim == 1 else self.targets
-        return np.concatenate([hard, self.pseudo[fold]])
+        targets = self.targets
+        if targets.ndim == 1:
+            targets = np.eye(self.n_outputs)[targets]
+        return np.concatenate([targets, self.pseudo[fold]])
 
 
 class _Stage(NamedTuple):
@@ -4178,604 +4195,25 @@ class _Stage(NamedTuple):
 
 
 def _make_stages(data, fold, cfg):
-    """The stages of a fold, mostly one. With `pseudo_epochs` there is one of pseudo-labelled texts before it."""
-    rows, epochs = data.training_rows(fold), range(cfg.epochs)
-    parts = [(rows, epochs)]
-    if cfg.pseudo_epochs:
-        extra, more = data.folds[rows] < 0, range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
-        parts = [(rows[extra], more), (rows[~extra], epochs)]
-    return [_Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts]
-
-
-_LOG_STEPS = (
-    50  # steps after which losses are copied from the device, checked and logged, at the latest
-)
-_MAX_SKIPPED_STEPS = (
-    20  # steps in a row that fp16's loss scaling may leave out: from 65,536 down to 1 / 16
-)
-_FINISH_SECONDS = 5.0  # seconds for the record and the plots of a run that is stopped
-
-
-class TimeBudget:
-    """What ends a run early, and when a checkpoint is due; it knows what a step, an evaluation and a save take.
-
-    Inside its `with` block the first SIGTERM or Ctrl-C is noted, for the loop to end well at the next step; a second
-    one acts at once.
-    """
-
-    def __init__(self, cfg, test_rows=0):
-        self.began = self.saved = time.perf_counter()
-        self.limit, self.every = 60 * cfg.max_minutes or math.inf, 60 * cfg.checkpoint_minutes
-        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
-        self.models, self.signal = 1, ""
-        self.build_seconds = self.step_seconds = self.save_seconds = 0.0
-        self.row_seconds = None  # of evaluation; until it is known, half of what training takes
-        self.batch_size = cfg.batch_size
-        self.restored = 0.0  # seconds that earlier sessions spent
-        self.peak = 0  # bytes, the largest peak of memory of other processes
-
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # no other hears signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def note(self, number, _):
-        self.signal = self.signal or signal.Signals(number).name
-        self.__exit__()
-
-    def left(self):
-        """Seconds that are left of max_minutes."""
-        return self.limit - (time.perf_counter() - self.began)
-
-    def told(self):
-        """The minutes that are left, as text, where there is a limit."""
-        return f", {max(0, self.left()) / 60:.0f} min left" if self.limit < math.inf else ""
-
-    def stop(self, rows):
-        """Why the run has to stop before the next step, where `rows` are left to be evaluated at its end; else ''."""
-        if self.signal:
-            return self.signal
-        row = (
-            self.step_seconds / self.batch_size / 2
-            if self.row_seconds is None
-            else self.row_seconds
-        )
-        rows += self.test_rows * self.models
-        needed = (
-            1.2 * (self.build_seconds + self.step_seconds + row * rows + 2 * self.save_seconds)
-            + _FINISH_SECONDS
-        )
-        told = f"{max(0, self.left()):.0f} s are left, evaluating, saving and predicting take about {needed:.0f}"
-        return f"max_minutes {self.limit / 60:g}, {told}" if self.left() < needed else ""
-
-    def note_save(self, seconds):
-        self.save_seconds, self.saved = seconds, time.perf_counter()
-
-    def due(self, evaluated):
-        """Whether to save a checkpoint now: often enough, and at evaluations, but within its share of the time."""
-        elapsed = time.perf_counter() - self.saved
-        timely = evaluated or elapsed >= self.every
-        return bool(self.every) and timely and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
-
-
-@dataclasses.dataclass
-class _FoldState:
-    """Where the training of a fold stands, beside its model, optimiser and random states: a part of a checkpoint."""
-
-    step: int = 0
-    skipped: int = 0  # steps that fp16's loss scaling left out, and of them the last ones in a row
-    in_a_row: int = 0
-    best: dict | None = None  # evaluations: predictions, score, step
-    last: dict | None = None
-    best_weights: dict | None = None
-    seconds: dict = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(("train", "evaluate", "save"), 0.0)
-    )
-    lines: list = dataclasses.field(default_factory=list)  # of the log
-
-    def __post_init__(self):
-        self.mark = time.perf_counter()
-
-    def state_dict(self):
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
-    def spend(self, what):
-        """Book the seconds since `mark`, and move it to now."""
-        spent = time.perf_counter() - self.mark
-        self.seconds[what] += spent
-        self.mark += spent
-        return spent
-
-
-class _CaptureError(Exception):
-    """Why a function cannot be captured in a CUDA graph."""
-
-
-class _CudaGraphs:
-    """CUDA graphs of functions of tensors, which launch all their kernels at once.
-
-    Each of the named functions runs as it is at its first call and under watch for waiting at the next ones. When all
-    have had two, they are captured, in the order of `names`, and replayed from then on: no call has to be undone, none
-    is made but those that are asked for, and memory is not needed for captured and other steps at once. Whatever a
-    function reads or changes besides its inputs must stay at its place in memory.
-    """
-
-    def __init__(self, names):
-        self.pool, self.calls, self.last, self.made = (
-            torch.cuda.graph_pool_handle(),
-            dict.fromkeys(names, 0),
-            {},
-            {},
-        )
-
-    def __call__(self, name, function, *inputs):
-        """`function(*inputs)`, a tuple of tensors. The inputs have the same shapes whenever `name` is the same."""
-        if not self.made and min(self.calls.values()) >= 2:
-            self.made = {known: self.capture(*self.last[known]) for known in self.calls}
-            self.last.clear()
-        if self.made:
-            graph, places, outputs = self.made[name]
-            for place, tensor in zip(places, inputs, strict=True):
-                place.copy_(tensor)
-            graph.replay()
-            return tuple(output.clone() for output in outputs)
-        self.calls[name] += 1
-        self.last[name] = (function, *inputs)
-        return function(*inputs) if self.calls[name] == 1 else self.watched(function, *inputs)
-
-    def watched(self, function, *inputs):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return function(*inputs)
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            raise _CaptureError("the model, its head or its loss waits for the GPU") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
-    def capture(self, function, *inputs):
-        graph, places = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        try:
-            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
-                outputs = function(*places)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise _CaptureError(textwrap.shorten(str(error), 200)) from error
-        return graph, places, outputs
-
-
-def _capture_sizes(totals, count=4):
-    """At most `count` numbers of token slots, multiples of 64, into which batches of so many tokens fit."""
-    edges = np.quantile(totals, np.arange(1, count + 1) / count)
-    return sorted({64 * math.ceil(edge / 64) for edge in edges})
-
-
-_STEP_METRICS = (
-    "adversarial_loss",
-    "perturbation",
-    "rdrop",
-    "label_noise",
-)  # what steps tell of regularisers, so that it shows they act
-
-
-class OptimizerStep:
-    """What makes optimiser steps: a model with its optimiser and loss scaler on the device, and the way of rows there.
-
-    Rows are packed where the model takes that. Captured or compiled code needs static shapes, a few numbers of token
-    slots, and reads the memory it was made with, so that the next fold begins in the same model.
-    """
-
-    def __init__(self, data, cfg):
-        self.data, self.cfg = data, cfg
-        self.device = _pick_device()
-        self.dtype = _pick_dtype(cfg.precision, self.device)
-        self.targets = None  # of the fold
-        self.errors = torch.zeros(len(data.folds), device=self.device)
-        if data.errors is not None:
-            self.errors[: len(data.errors)] = _to_device(
-                data.errors.astype(np.float32), self.device
-            )
-        self.weights = _to_device(
-            np.where(data.folds < 0, cfg.pseudo_weight, 1).astype(np.float32), self.device
-        )
-        if (
-            cfg.cuda_graphs and self.device.type == "cuda"
-        ):  # what the default stream does cannot be captured
-            torch.cuda.set_stream(torch.cuda.Stream())
-        self.mean = torch.zeros((), device=self.device)  # loss of the rows of a step so far
-        self.clean = torch.zeros(
-            (), device=self.device
-        )  # of an adversarial step, before the attack
-        self.meters = {name: torch.zeros((), device=self.device) for name in _STEP_METRICS}
-        self.attack, self.attacking, self.average = None, False, None
-        self.micro = (
-            cfg.micro_batch_size or cfg.batch_size
-        )  # rows of a forward pass; halved where memory is too small
-        self.model, self.graphs, self.captured, self.compiled = None, None, False, False
-        self.found = {}  # of what models can take packed rows, as in `TextModel`
-
-    def begin(self, fold, say=print):
-        """A fresh model and optimiser for a fold; `say` is told what is the same in each."""
-        data, cfg = self.data, self.cfg
-        resident = self.model is not None and self.static and not self.scaler.is_enabled()
-        if not resident:
-            self.model = self.optimizer = self.graphs = (
-                None  # or two would be in memory while the next is built
-            )
-        _seed_everything(cfg.seed, fold)
-        stages = _make_stages(data, fold, cfg)
-        rows = np.concatenate([stage.rows for stage in stages])
-        targets = torch.from_numpy(data.training_targets(fold))
-        targets = targets.float() if targets.is_floating_point() else targets
-        self.targets = (
-            targets.to(self.device) if self.targets is None else self.targets.copy_(targets)
-        )
-        loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
-        groups = parameter_groups(fresh, cfg)
-        self.schedule(stages, groups)
-        attacked, self.attacking = self.attacking, False
-        if cfg.error_weights:
-            self.weigh(rows)
-        if resident:
-            self.model.load_state_dict(fresh.state_dict())
-            self.model.loss = fresh.loss
-            if self.average:
-                self.average.load_state_dict(fresh.state_dict())
-            if attacked:
-                self.place()
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()
-            return
-        say(_group_table(groups))
-        fresh.packing_errors |= self.found
-        self.found = fresh.packing_errors
-        self.model = fresh.to(self.device)
-        for weight in (
-            self.model.parameters()
-        ):  # a checkpoint's come back contiguous, fused AdamW wants one layout
-            weight.data = weight.data.contiguous()
-        self.rates = torch.zeros(len(groups), device=self.device)
-        self.attack = _AdversarialPerturbation(self.model, cfg) if cfg.awp or cfg.fgm else None
-        self.average = _WeightAverage(self.model) if cfg.ema or cfg.swa_start else None
-        self.average_rate = torch.zeros((), device=self.device)
-        self.optimizer = _make_optimizer(groups, cfg)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.packed = _takes_packed_rows(self.model, data.tokens, self.dtype, gradients=True)
-        if not self.packed:
-            _check_padding(self.model.eval(), data.tokens, self.dtype)
-        wanted = {
-            "compile": cfg.compile,
-            "cuda_graphs": cfg.cuda_graphs and self.device.type == "cuda",
-        }
-        why = self.unfit()
-        for name in wanted:
-            if wanted[name] and why:
-                say(f"{name} is left out: {why}")
-        self.compiled, self.captured = (
-            wanted[name] and not why for name in ("compile", "cuda_graphs")
-        )
-        if self.compiled:
-            self.model.backbone.compile(dynamic=False)
-        self.place()
-        if self.static:
-            ways = "compiled, " * self.compiled + (
-                "in CUDA graphs" if self.graphs else "no CUDA graphs"
-            )
-            say(f"steps are {ways}, for {', '.join(map(str, self.budgets))} token slots")
-
-    def schedule(self, stages, groups):
-        """What changes from step to step of a fold: rates of the groups and of the average, and the first attack."""
-        self.depths = [group["depth"] for group in groups]
-        self.table = np.concatenate(
-            [_learning_rates(groups, stage.steps, self.cfg) for stage in stages]
-        )
-        self.rates_to_come = _to_device(self.table.astype(np.float32), self.device)  # (steps, G)
-        first, per_epoch = len(self.table) - stages[-1].steps, stages[-1].per_epoch
-        self.attack_from = first + round(self.cfg.adversarial_start * per_epoch)
-        self.average_table = _average_rates(len(self.table), per_epoch, self.cfg, first)
-        self.average_rates = _to_device(
-            self.average_table.astype(np.float32), self.device
-        )  # (steps,)
-
-    def weigh(self, rows):
-        """Weigh rows by 1 / (e^2 + mean of e^2), e their standard errors, one on average over the training rows among
-        `rows`; pseudo-labelled ones keep their weight."""
-        own, n = rows[self.data.folds[rows] >= 0], len(self.data.targets)
-        weights = 1 / (self.errors**2 + (self.errors[own] ** 2).mean())
-        self.weights[:n] = (weights / weights[own].mean())[:n]
-
-    def unfit(self):
-        """Why steps can be neither compiled nor captured, or ''."""
-        if not self.packed:
-            return "padded rows have no fixed shape"
-        return "" if self.cfg.optimizer == "adamw" else "8-bit AdamW counts its steps in Python"
-
-    def place(self):
-        """Bind the rates to the optimiser, choose budgets, forget graphs: after something has moved in memory."""
-        if self.cfg.optimizer == "adamw":
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group |= {"lr": rate, "capturable": self.captured}
-        if self.static:
-            self.budgets = _capture_sizes(self.micro_totals())
-        names = [("accumulate", slots) for slots in reversed(self.budgets)] if self.captured else []
-        names += ["perturb", "restore"] if self.attacking else []
-        self.graphs = _CudaGraphs([*names, "update"]) if self.captured else None
-
-    def micro_totals(self):
-        """Tokens of every micro-batch of all folds, so that the budgets are the same in each."""
-        data = self.data
-        batches = (
-            data.tokens.lengths[rows]
-            for fold in data.pseudo or np.unique(data.folds)
-            for rows in _stage_batches(data, fold, self.cfg, self.length_bucket)
-        )
-        return [
-            n.sum()
-            for batch in batches
-            for n in np.split(batch, range(self.micro, len(batch), self.micro))
-        ]
-
-    @property
-    def static(self):
-        """Whether shapes and places in memory must stay as they are."""
-        return self.compiled or self.captured
-
-    @property
-    def length_bucket(self):
-        """Packed rows need no neighbours of their length."""
-        return self.cfg.length_bucket or (1 if self.packed else 4)
-
-    def state_dict(self):
-        return {"micro": self.micro}
-
-    def load_state_dict(self, state):
-        """To be called after the other parts, which may move what `place` binds."""
-        self.micro = state["micro"]
-        self.place()
-
-    @property
-    def told(self):
-        """Names of the meters that steps tell."""
-        on = {"adversarial_loss": self.attacking, "perturbation": self.attacking}
-        on |= {"rdrop": self.cfg.rdrop, "label_noise": self.cfg.label_noise}
-        return [name for name in _STEP_METRICS if on[name]]
-
-    def swap_average(self, step):
-        """Exchange the weights and their average, if there is one after so many steps."""
-        if self.average and self.average_table[:step].any():
-            self.average.swap()
-
-    def rates_at(self, step):
-        return dict(zip(self.depths, self.table[step].tolist(), strict=True))
-
-    def backward(self, inputs, rows, count):
-        """Add the gradient of the share that `rows` (B,) have in the mean loss of the `count` rows of a step."""
-        loss = self.model.loss
-        with _autocast(self.device, self.dtype):
-            passes = [self.model(**inputs) for _ in range(2 if self.cfg.rdrop else 1)]
-        passes = [raw if raw.dim() == 3 else raw[None] for raw in passes]  # (S, B, K) each
-        real, index = rows >= 0, rows.clamp(min=0)
-        target, error = self.targets[index], self.errors[index]
-        if self.cfg.label_noise:
-            noise = self.cfg.label_noise * error[:, None] * torch.randn_like(target)
-            self.meters["label_noise"] += self.share(noise.abs().mean(1)[None], rows, count)
-            target = target + noise
-        extras = {
-            name: value
-            for name, value in (("target_std", error), ("valid_mask", real))
-            if name in loss.extra_inputs
-        }
-        values = torch.stack([loss(sample, target, **extras) for raw in passes for sample in raw])
-        if values.shape[1:] != rows.shape:
-            raise KitError(
-                f"loss {self.cfg.loss} must give a value for each of {len(rows)} rows, gave {tuple(values.shape[1:])}"
-            )
-        share = self.share(values, rows, count)
-        if self.cfg.rdrop:
-            apart = torch.stack([loss.distance(*pair) for pair in zip(*passes, strict=True)])
-            apart = self.share(apart, rows, count)
-            self.meters["rdrop"] += apart.detach()
-            share = share + self.cfg.rdrop * apart
-        self.scaler.scale(share).backward()
-        self.mean += share.detach()
-        return ()
-
-    def share(self, values, rows, count):
-        """What `values` (S, B) of the real rows have, with their weights, in a mean over `count` rows."""
-        weighted = values.mean(0) * self.weights[rows.clamp(min=0)]
-        return (weighted.masked_fill(rows < 0, 0) / count).sum()
-
-    def accumulate(self, part, count):
-        """`backward` for the rows of a micro-batch."""
-        tokens, lengths = self.data.tokens, self.data.tokens.lengths[part]
-        if not self.packed:
-            return self.backward(
-                tokens.batch(part, self.device), _to_device(part, self.device), count
-            )
-        slots, longest, fill = int(lengths.sum()), int(lengths.max()), []
-        if self.static:
-            slots = next(n for n in self.budgets if n >= slots)
-            longest = 8 * math.ceil(tokens.lengths.max() / 8)  # aligned for the kernels of a GPU
-            fill = [-1] * (self.micro - len(part))
-
-        def pack_and_backward(sent):
-            rows, count = sent[:-1], sent[-1]
-            return self.backward(tokens.pack(rows, slots, longest, self.static), rows, count)
-
-        return self.call(
-            ("accumulate", slots),
-            pack_and_backward,
-            _to_device(np.array([*part, *fill, count]), self.device),
-        )
-
-    def call(self, name, function, *inputs):
-        return self.graphs(name, function, *inputs) if self.graphs else function(*inputs)
-
-    def perturb(self):
-        """Move the weights to where the loss of this batch is larger; AWP wants the gradients there alone."""
-        self.clean.copy_(self.mean)
-        self.meters["perturbation"].copy_(self.attack.perturb())
-        if self.cfg.awp:
-            self.optimizer.zero_grad(set_to_none=False)
-            self.mean.zero_()
-        return ()
-
-    def restore(self):
-        self.attack.restore()
-        return ()
-
-    def accumulate_all(self, rows):
-        """`accumulate` rows, `micro` at a time; in an adversarial step again at perturbed weights."""
-        parts = [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
-        for part in parts:
-            self.accumulate(part, len(rows))
-        if self.attacking:
-            self.call("perturb", self.perturb)
-            try:
-                for part in parts:
-                    self.accumulate(part, len(rows))
-            finally:
-                self.call("restore", self.restore)
-
-    def fit_and_accumulate(self, rows):
-        """`accumulate_all` in micro-batches that fit into memory: `micro` is halved where they do not, and all rows are
-        tried again from the same random state. KitError where one row alone does not fit."""
-        states = _RandomStates()
-        before = states.state_dict()
-        while True:
-            size = min(self.micro, len(rows))
-            try:
-                return self.accumulate_all(rows)
-            except _CaptureError as error:
-                self.captured, why = False, f"CUDA graphs are off: {error}"
-            except torch.OutOfMemoryError as error:
-                full = str(error).strip().splitlines()[0]
-                why = f"out of memory with {size} rows of {self.data.tokens.lengths[rows].max()} tokens"
-                self.micro = size // 2
-            self.optimizer.zero_grad(
-                set_to_none=True
-            )  # here, where the failed pass has let go of its memory
-            self.reset()
-            if not self.micro:
-                raise KitError(
-                    f"a row of {self.data.tokens.lengths[rows].max()} tokens does not fit into the memory of "
-                    f"{_device_name()} in training: set gradient_checkpointing True, a smaller max_length or backbone, "
-                    f"or freeze_layers ({full})"
-                )
-            self.place()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            tqdm.write(f"{why}: on with {self.micro} at a time, same step")
-            states.load_state_dict(before)
-
-    def update(self):
-        """Step the optimiser with the gradients so far, and return loss, gradient norm and meters."""
-        outer, both = (
-            self.model.loss.reduce,
-            self.attacking and self.cfg.fgm,
-        )  # FGM adds clean and adversarial gradients
-        mean = (self.mean / 2 if both else self.mean.clone()).requires_grad_()
-        gradients, loss = [p.grad for p in self.model.parameters()], outer(mean)
-        if loss is not mean:  # chain rule: the gradients so far are those of the mean
-            (slope,) = torch.autograd.grad(loss, mean)
-            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm or math.inf)
-        self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=not self.graphs)
-        if self.average:
-            # an equal average counts a step that fp16 skips once more, or its first would leave what it began with
-            moved = norm.isfinite() if self.cfg.ema else True
-            self.average.update(self.average_rate * moved)
-        if self.attacking:
-            self.meters["adversarial_loss"].copy_(
-                outer(self.mean - self.clean if both else self.mean)
-            )
-            loss = outer(self.clean).clone()
-        told = [self.meters[name].clone() for name in self.told]
-        self.reset()
-        return loss.detach(), norm, *told
-
-    def reset(self):
-        """Forget what the step has summed up."""
-        for total in (self.mean, *self.meters.values()):
-            total.zero_()
-
-    def optimizer_step(self, step, rows):
-        """Optimiser step number `step`, from 0, with a batch of rows. Returns loss, gradient norm and the meters that
-        `told` names, on the device.
-
-        Micro-batches accumulate gradients of the mean over all rows of the batch, whatever their own size.
-        """
-        self.rates.copy_(self.rates_to_come[step])
-        if self.average:
-            self.average_rate.copy_(self.average_rates[step])
-        if self.attack and self.attacking != (step >= self.attack_from):
-            self.attacking = not self.attacking
-            self.place()
-        if self.cfg.optimizer != "adamw":
-            for group, rate in zip(self.optimizer.param_groups, self.table[step], strict=True):
-                group["lr"] = float(rate)
-        self.fit_and_accumulate(rows)
-        try:
-            return self.call("update", self.update)
-        except _CaptureError as error:
-            tqdm.write(f"CUDA graphs are off: {error}")
-            self.captured = False
-            if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
-                self.scaler._per_optimizer_states.clear()
-            self.place()
-            return self.update()
-
-
-class _LoggedStep(NamedTuple):
-    """What is known of an optimiser step."""
-
-    number: int
-    rows: np.ndarray
-    measures: dict  # name -> tensor, still on the device: loss, grad_norm, meters
-
-
-def _evaluation_steps(per_epoch, cfg):
-    """Optimiser steps after which to evaluate: every `eval_steps`, or `evals_per_epoch` times; the last always."""
-    total = per_epoch * cfg.epochs
-    if cfg.eval_steps:
-        return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
-    return {
-        round(i * per_epoch / cfg.evals_per_epoch)
-        for i in range(1, cfg.epochs * cfg.evals_per_epoch + 1)
-    } - {0}
-
-
-def _epochs_after(stages, step):
-    """Epochs, of all stages together, in so many steps."""
-    done = 0
-    for stage in stages[:-1]:
-        if step < stage.steps:
-            return done + step / stage.per_epoch
-        done, step = done + len(stage.epochs), step - stage.steps
-    return done + step / stages[-1].per_epoch
+    """The stages of a fold: mostly one; with `pseudo_epochs` one of pseudo-labelled texts first."""
+
+    def stage(rows, epochs):
+        return _Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size))
+
+    rows = data.training_rows(fold)
+    epochs = range(cfg.epochs)
+    if not cfg.pseudo_epochs:
+        return [stage(rows, epochs)]
+    is_extra = data.folds[rows] < 0
+    pseudo_epochs = range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
+    return [stage(rows[is_extra], pseudo_epochs), stage(rows[~is_extra], epochs)]
 
 
 def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
-    """Row numbers of every optimiser batch of a fold, in all epochs or those with the numbers `epochs`. Each has a
-    generator of its own."""
+    """Row numbers of every optimiser batch of a fold, in all epochs or in `epochs`, their numbers.
+
+    Each epoch has a random generator of its own.
+    """
     for epoch in epochs or range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
         yield from _plan_batches(lengths, cfg.batch_size, rng, length_bucket)
@@ -4789,254 +4227,1019 @@ def _stage_batches(data, fold, cfg, length_bucket):
             yield stage.rows[batch]
 
 
-def _evaluate(model, data, rows, cfg, step):
-    """Predictions for the validation rows, their score and the step they were made at."""
-    predictions = predict(model, data.tokens, cfg, rows)
-    bad = np.flatnonzero(~np.isfinite(predictions).all(1))
-    if len(bad):
-        names, place = (
-            _comma_join(data.ids[rows[bad[:5]]]),
-            f"fold {data.folds[rows[0]]}, step {step}",
-        )
-        raise NumericError(
-            f"{place}: {len(bad)} predictions are not finite (rows {names}): lower lr"
-        )
-    return dict(
-        predictions=predictions,
-        score=float(METRICS[cfg.metric](data.targets[rows], predictions)),
-        step=step,
+def _evaluation_steps(per_epoch, cfg):
+    """Optimiser steps after which to evaluate: as set, and always the last."""
+    total = per_epoch * cfg.epochs
+    if cfg.eval_steps:
+        return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
+    n_evaluations = cfg.epochs * cfg.evals_per_epoch
+    numbers = range(1, n_evaluations + 1)
+    return {round(i * per_epoch / cfg.evals_per_epoch) for i in numbers} - {0}
+
+
+# ---------------------------------------------------------------------------------------
+# 15. Training, one fold: time
+
+_FINISH_SECONDS = 5.0  # for the record and the plots of a run that is stopped
+
+
+class TimeBudget:
+    """Decides when a run has to stop, and when a checkpoint is due.
+
+    It is told what a step, an evaluation and a save take. Inside its `with` block the first SIGTERM
+    or Ctrl-C is noted, for the loop to end well at the next step; a second one acts at once.
+    """
+
+    def __init__(self, cfg, test_rows=0):
+        self.began = self.last_save = time.perf_counter()
+        self.max_seconds = 60 * cfg.max_minutes or math.inf
+        self.checkpoint_seconds = 60 * cfg.checkpoint_minutes
+        self.batch_size = cfg.batch_size
+        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
+        self.models = 1
+        self.build_seconds = 0.0  # from the end of a fold to the first step of the next
+        self.step_seconds = 0.0
+        self.save_seconds = 0.0
+        self.row_seconds = None  # of evaluation; until it is known, half of what training takes
+        self.restored = 0.0  # seconds that earlier sessions spent
+        self.peak_memory = 0  # bytes, the largest of other processes
+        self.signal_name = ""
+        self.handlers = {}  # signal -> what handled it before
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other hears signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    handler = signal.signal(number, self.on_signal)
+                    self.handlers[number] = handler or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_signal(self, number, _):
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.__exit__()
+
+    def seconds_left(self):
+        return self.max_seconds - (time.perf_counter() - self.began)
+
+    def remaining_text(self):
+        """The minutes that are left, where there is a limit, to be put at the end of a line."""
+        if self.max_seconds == math.inf:
+            return ""
+        return f", {max(0, self.seconds_left()) / 60:.0f} min left"
+
+    def stop_reason(self, n_eval_rows):
+        """Why no further step may begin, or None. The rows to be evaluated have to fit as well."""
+        if self.signal_name:
+            return self.signal_name
+        needed = self.seconds_needed(n_eval_rows + self.test_rows * self.models)
+        left = self.seconds_left()
+        if left >= needed:
+            return None
+        limit = f"max_minutes {self.max_seconds / 60:g}, {max(0, left):.0f} s are left"
+        return f"{limit}, evaluating, saving and predicting take about {needed:.0f}"
+
+    def seconds_needed(self, n_rows):
+        """Of another step and of all that comes after it, with a margin of a fifth."""
+        row_seconds = self.row_seconds
+        if row_seconds is None:
+            row_seconds = self.step_seconds / self.batch_size / 2
+        seconds = self.build_seconds + self.step_seconds + row_seconds * n_rows
+        return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
+
+    def should_save(self, evaluated):
+        """Whether a checkpoint is due: often enough, and at evaluations, but not too costly."""
+        if not self.checkpoint_seconds:
+            return False
+        elapsed = time.perf_counter() - self.last_save
+        is_due = evaluated or elapsed >= self.checkpoint_seconds
+        return is_due and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
+
+    def note_save(self, seconds):
+        self.save_seconds = seconds
+        self.last_save = time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------
+# 15. Training, one fold: CUDA graphs
+
+
+class _CaptureError(Exception):
+    """Why a function cannot be captured in a CUDA graph."""
+
+
+class _CudaGraphs:
+    """Calls functions and captures them in CUDA graphs, which launch all their kernels at once.
+
+    It is called as `_plain_call` is, with the same result. The functions return a tensor or None.
+    Each of the calls in `keys` runs as it is the first time, and checked for waiting the next ones.
+    When all have had two, they are captured, in the order of `keys`, and replayed from then on: no
+    call has to be undone, none is made but those that are asked for, and memory is not needed for
+    captured and other steps at once. Whatever a function reads or changes besides the tensors that
+    it is given must stay at its place in memory.
+    """
+
+    def __init__(self, keys):
+        self.pool = torch.cuda.graph_pool_handle()
+        self.counts = dict.fromkeys(keys, 0)
+        self.last_calls = {}
+        self.captured = {}
+
+    @staticmethod
+    def key(function, *arguments):
+        """What a graph is for: a function and, of its arguments, those that are no tensors."""
+        numbers = [value for value in arguments if not isinstance(value, torch.Tensor)]
+        return (function.__name__, *numbers)
+
+    def __call__(self, function, *arguments):
+        key = self.key(function, *arguments)
+        if not self.captured and min(self.counts.values()) >= 2:
+            self.captured = {key: self.capture(*self.last_calls[key]) for key in self.counts}
+            self.last_calls.clear()
+        if self.captured:
+            return self.replay(key, arguments)
+        self.counts[key] += 1
+        self.last_calls[key] = (function, *arguments)
+        if self.counts[key] == 1:
+            return function(*arguments)
+        return self.run_checked(function, *arguments)
+
+    def run_checked(self, function, *arguments):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*arguments)
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise _CaptureError("the model, its head or its loss waits for the GPU") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def capture(self, function, *arguments):
+        graph = torch.cuda.CUDAGraph()
+        places = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
+        try:
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+                output = function(*places)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _CaptureError(textwrap.shorten(str(error), 200)) from error
+        return graph, places, output
+
+    def replay(self, key, arguments):
+        graph, places, output = self.captured[key]
+        for place, value in zip(places, arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                place.copy_(value)
+        graph.replay()
+        return None if output is None else output.clone()
+
+
+def _plain_call(function, *arguments):
+    return function(*arguments)
+
+
+def _capture_sizes(totals, count=4):
+    """At most `count` numbers of tokens, multiples of 64, to hold batches of `totals` tokens."""
+    edges = np.quantile(totals, np.arange(1, count + 1) / count)
+    return sorted({64 * math.ceil(edge / 64) for edge in edges})
+
+
+# ---------------------------------------------------------------------------------------
+# 15. Training, one fold: the optimiser step
+
+# What steps measure of regularisers, so that it shows they act
+_STEP_METRICS = ("adversarial_loss", "perturbation", "rdrop", "label_noise")
+
+
+class StepResult(NamedTuple):
+    """What one optimiser step measured. The values stay on the device until the log is written."""
+
+    names: tuple  # loss, grad_norm, and `active_metrics`
+    values: torch.Tensor  # one for each name
+
+    @property
+    def loss(self):
+        return self.values[0]
+
+    @property
+    def grad_norm(self):
+        return self.values[1]
+
+
+class OptimizerStep:
+    """Makes optimiser steps: the gradient of a batch in micro-batches, clipped and applied.
+
+    It holds the model of a fold, its optimiser and loss scaler, and the targets on the device. It
+    reads in the order in which things happen: `__call__` sets the learning rates, `accumulate` sums
+    up gradients (`forward_backward`), `update` clips, steps and averages.
+
+    Where to change it: gradient noise goes into `update`, between unscaling and clipping; a
+    schedule of two stages into `set_schedule`, whose table has learning rates for every step;
+    another optimiser into `_make_optimizer`.
+
+    Rows are packed where the model takes that. Compiled code and CUDA graphs need static shapes, a
+    few numbers of tokens, and read the memory they were made with: buffers at fixed places, and for
+    the next fold the same model.
+    """
+
+    def __init__(self, data, cfg):
+        self.data = data
+        self.cfg = cfg
+        self.device = _pick_device()
+        self.dtype = _pick_dtype(cfg.precision, self.device)
+        self.should_capture = cfg.cuda_graphs and self.device.type == "cuda"
+        self.model = self.optimizer = self.scaler = None  # until `setup_fold`
+        self.adversary = self.average = None
+        self.is_packed = self.is_compiled = self.is_captured = False
+        self.is_adversarial = False  # now, in a fold where adversarial steps begin later
+        self.packing_errors = {}  # as `TextModel` has them, to be found once for all folds
+        self.run = _plain_call  # or an object that captures what it is given as CUDA graphs
+        # rows of a forward pass; halved where memory is too small
+        self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
+        self.max_seqlen = 8 * math.ceil(data.tokens.lengths.max() / 8)  # aligned for GPU kernels
+        self.make_buffers()
+        if self.should_capture:  # what the default stream does cannot be captured
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def make_buffers(self):
+        """What steps read and write, at fixed places on the device."""
+        n_rows = len(self.data.folds)
+        self.targets = None  # (n_rows, K) or (n_rows,), of the fold
+        self.target_std = torch.zeros(n_rows, device=self.device)
+        if self.data.errors is not None:
+            errors = _to_device(self.data.errors.astype(np.float32), self.device)
+            self.target_std[: len(errors)] = errors
+        weights = np.where(self.data.folds < 0, self.cfg.pseudo_weight, 1)
+        self.sample_weights = _to_device(weights.astype(np.float32), self.device)
+        self.rows_in_step = torch.ones((), device=self.device)
+        self.mean_loss = torch.zeros((), device=self.device)  # of the step, as far as it has come
+        self.clean_loss = torch.zeros((), device=self.device)  # before the adversarial pass
+        self.average_rate = torch.zeros((), device=self.device)
+        self.metrics = {name: torch.zeros((), device=self.device) for name in _STEP_METRICS}
+
+    # The start of a fold
+
+    def setup_fold(self, fold, say=print):
+        """A fresh model and optimiser for a fold; `say` prints what is the same in each."""
+        data, cfg = self.data, self.cfg
+        can_reuse = self.has_static_shapes and not self.scaler.is_enabled()
+        if not can_reuse:  # or two models would be in memory while the next is built
+            self.model = self.optimizer = self.adversary = self.average = None
+            self.run = _plain_call
+        _seed_everything(cfg.seed, fold)
+        stages = _make_stages(data, fold, cfg)
+        rows = np.concatenate([stage.rows for stage in stages])
+        targets = torch.from_numpy(data.training_targets(fold))
+        if targets.is_floating_point():
+            targets = targets.float()
+        if self.targets is None:
+            self.targets = targets.to(self.device)
+        self.targets.copy_(targets)
+        loss = LOSSES[cfg.loss](cfg, data.n_outputs)
+        fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
+        groups = parameter_groups(fresh, cfg)
+        self.set_schedule(stages, groups)
+        if cfg.error_weights:
+            self.set_sample_weights(rows)
+        if can_reuse:
+            self._reuse_model(fresh)
+        else:
+            say(_group_table(groups))
+            self._new_model(fresh, groups)
+            self._print_setup(say)
+
+    def set_schedule(self, stages, groups):
+        """What changes from step to step of a fold.
+
+        Learning rates (steps, G) of the groups, rates (steps,) of the average of weights, and the
+        first adversarial step.
+        """
+        per_stage = [_learning_rates(groups, stage.steps, self.cfg) for stage in stages]
+        self.learning_rate_table = np.concatenate(per_stage)
+        self.group_depths = [group["depth"] for group in groups]
+        n_steps, per_epoch = len(self.learning_rate_table), stages[-1].per_epoch
+        first = n_steps - stages[-1].steps  # of the last stage
+        self.first_adversarial_step = first + round(self.cfg.adversarial_start * per_epoch)
+        self.average_table = _average_rates(n_steps, per_epoch, self.cfg, first)
+        # on the device, from where a step takes its own without waiting
+        rates = self.learning_rate_table.astype(np.float32)
+        self.device_learning_rates = _to_device(rates, self.device)
+        average_rates = self.average_table.astype(np.float32)
+        self.device_average_rates = _to_device(average_rates, self.device)
+
+    def set_sample_weights(self, rows):
+        """Weigh rows by 1 / (e^2 + mean of e^2), where e are the standard errors of their targets.
+
+        The weights are one on average over the training rows among `rows`; pseudo-labelled ones
+        keep theirs.
+        """
+        own_rows = rows[self.data.folds[rows] >= 0]
+        n = len(self.data.targets)
+        weights = 1 / (self.target_std**2 + (self.target_std[own_rows] ** 2).mean())
+        self.sample_weights[:n] = (weights / weights[own_rows].mean())[:n]
+
+    def _reuse_model(self, fresh):
+        """The weights of a fresh model and moments of 0, in the memory of the old ones."""
+        self.model.load_state_dict(fresh.state_dict())
+        self.model.loss = fresh.loss
+        if self.average:
+            self.average.load_state_dict(fresh.state_dict())
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        if self.is_adversarial:
+            self.is_adversarial = False
+            self.bind_buffers()
+
+    def _new_model(self, fresh, groups):
+        cfg, tokens = self.cfg, self.data.tokens
+        fresh.unpackable |= self.packing_errors
+        self.packing_errors = fresh.unpackable
+        self.model = fresh.to(self.device)
+        # a checkpoint's weights come back contiguous, and fused AdamW wants one layout
+        for weight in self.model.parameters():
+            weight.data = weight.data.contiguous()
+        self.learning_rates = torch.zeros(len(groups), device=self.device)
+        self.is_adversarial = False
+        if cfg.awp or cfg.fgm:
+            self.adversary = _AdversarialPerturbation(self.model, cfg)
+        if cfg.ema or cfg.swa_start:
+            self.average = _WeightAverage(self.model)
+        self.optimizer = _make_optimizer(groups, cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.is_packed = _takes_packed_rows(self.model, tokens, self.dtype, gradients=True)
+        if not self.is_packed:
+            _check_padding(self.model.eval(), tokens, self.dtype)
+        can_be_static = self.static_shape_blocker() is None
+        self.is_compiled = cfg.compile and can_be_static
+        self.is_captured = self.should_capture and can_be_static
+        if self.is_compiled:
+            self.model.backbone.compile(dynamic=False)
+        self.bind_buffers()
+
+    def _print_setup(self, say):
+        blocker = self.static_shape_blocker()
+        if blocker and self.cfg.compile:
+            say(f"compile is left out: {blocker}")
+        if blocker and self.should_capture:
+            say(f"cuda_graphs is left out: {blocker}")
+        if self.has_static_shapes:
+            compiled = "compiled, " if self.is_compiled else ""
+            graphs = "in CUDA graphs" if self.is_captured else "no CUDA graphs"
+            sizes = ", ".join(map(str, self.capture_sizes))
+            say(f"steps are {compiled}{graphs}, for {sizes} token slots")
+
+    def static_shape_blocker(self):
+        """Why steps can be neither compiled nor captured, or None."""
+        if not self.is_packed:
+            return "padded rows have no fixed shape"
+        if self.cfg.optimizer != "adamw":
+            return "8-bit AdamW counts its steps in Python"
+        return None
+
+    @property
+    def has_static_shapes(self):
+        """Whether shapes and places in memory must stay as they are."""
+        return self.is_compiled or self.is_captured
+
+    @property
+    def length_bucket(self):
+        """Packed rows need no neighbours of their length."""
+        return self.cfg.length_bucket or (1 if self.is_packed else 4)
+
+    def bind_buffers(self):
+        """After a move in memory: bind the learning rates to the optimiser, forget graphs."""
+        if self.cfg.optimizer == "adamw":
+            groups = self.optimizer.param_groups
+            for group, learning_rate in zip(groups, self.learning_rates, strict=True):
+                group["lr"] = learning_rate
+                group["capturable"] = self.is_captured
+        if self.has_static_shapes:
+            self.capture_sizes = _capture_sizes(self.micro_batch_tokens())
+        self.run = _CudaGraphs(self.calls_to_capture()) if self.is_captured else _plain_call
+
+    def micro_batch_tokens(self):
+        """Tokens of every micro-batch of all folds, so that the sizes are the same in each."""
+        totals = []
+        for fold in self.data.pseudo or np.unique(self.data.folds):
+            for rows in _stage_batches(self.data, fold, self.cfg, self.length_bucket):
+                for start in range(0, len(rows), self.micro_batch_size):
+                    micro_batch = rows[start : start + self.micro_batch_size]
+                    totals.append(self.data.tokens.lengths[micro_batch].sum())
+        return totals
+
+    def calls_to_capture(self):
+        """Keys of what `_CudaGraphs` is to capture; the largest first, which needs most memory."""
+        sizes = reversed(self.capture_sizes)
+        keys = [("forward_backward_packed", size, self.max_seqlen) for size in sizes]
+        if self.is_adversarial:
+            keys += [("perturb",), ("restore",)]
+        return [*keys, ("update",)]
+
+    # A step
+
+    def __call__(self, step, rows):
+        """Optimiser step number `step`, from 0, with a batch of rows. Returns a `StepResult`.
+
+        Micro-batches sum up the gradients of the mean over all rows of the batch, whatever their
+        own size.
+        """
+        self.set_learning_rates(step)
+        self.set_adversarial(step)
+        self.accumulate_with_oom_retry(rows)
+        values = self.update_with_capture_retry()
+        return StepResult(("loss", "grad_norm", *self.active_metrics), values)
+
+    def set_learning_rates(self, step):
+        self.learning_rates.copy_(self.device_learning_rates[step])  # those of AdamW, by binding
+        self.average_rate.copy_(self.device_average_rates[step])
+        if self.cfg.optimizer != "adamw":
+            groups, rates = self.optimizer.param_groups, self.learning_rate_table[step]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = float(rate)
+
+    def set_adversarial(self, step):
+        is_adversarial = self.adversary is not None and step >= self.first_adversarial_step
+        if is_adversarial != self.is_adversarial:
+            self.is_adversarial = is_adversarial
+            self.bind_buffers()
+
+    def accumulate_with_oom_retry(self, rows):
+        """`accumulate`, with half as many rows at a time until they fit into memory.
+
+        All are tried again from the same random state. KitError where one row does not fit.
+        """
+        random_states = _RandomStates()
+        before = random_states.state_dict()
+        while True:
+            try:
+                self.accumulate(rows)
+                return
+            except _CaptureError as error:
+                self.is_captured = False
+                reason = f"CUDA graphs are off: {error}"
+            except torch.OutOfMemoryError as error:
+                reason = self.halve_micro_batch(rows, error)
+            # here, where the failed pass has let go of its memory
+            self.optimizer.zero_grad(set_to_none=True)
+            self.zero_sums()
+            self.bind_buffers()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tqdm.write(f"{reason}: on with {self.micro_batch_size} at a time, same step")
+            random_states.load_state_dict(before)
+
+    def halve_micro_batch(self, rows, error):
+        """Returns what did not fit, as text."""
+        n_rows = min(self.micro_batch_size, len(rows))
+        max_tokens = self.data.tokens.lengths[rows].max()
+        if n_rows == 1:
+            detail = str(error).strip().splitlines()[0]
+            raise KitError(
+                f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "
+                "training: set gradient_checkpointing True, a smaller max_length or backbone, or "
+                f"freeze_layers ({detail})"
+            ) from None
+        self.micro_batch_size = n_rows // 2
+        return f"out of memory with {n_rows} rows of {max_tokens} tokens"
+
+    def accumulate(self, rows):
+        """Sums up the gradient of the mean loss of `rows`.
+
+        In an adversarial step there is a second pass where the loss is larger: AWP takes the
+        gradient there, FGM adds it.
+        """
+        self.rows_in_step.fill_(len(rows))
+        self.accumulate_micro_batches(rows)
+        if self.is_adversarial:
+            self.run(self.perturb)
+            try:
+                self.accumulate_micro_batches(rows)
+            finally:
+                self.run(self.adversary.restore)
+
+    def accumulate_micro_batches(self, rows):
+        for start in range(0, len(rows), self.micro_batch_size):
+            micro_batch = rows[start : start + self.micro_batch_size]
+            if self.is_packed:
+                self.run_packed(micro_batch)
+            else:
+                inputs = self.data.tokens.batch(micro_batch, self.device)
+                self.forward_backward(inputs, _to_device(micro_batch, self.device))
+
+    def run_packed(self, micro_batch):
+        """`forward_backward` over packed rows; in static shapes fillers, -1, make up the number."""
+        lengths = self.data.tokens.lengths[micro_batch]
+        num_tokens, max_seqlen = int(lengths.sum()), int(lengths.max())
+        if self.has_static_shapes:
+            num_tokens = next(size for size in self.capture_sizes if size >= num_tokens)
+            max_seqlen = self.max_seqlen
+            n_fillers = self.micro_batch_size - len(micro_batch)
+            micro_batch = np.pad(micro_batch, (0, n_fillers), constant_values=-1)
+        rows = _to_device(micro_batch, self.device)
+        self.run(self.forward_backward_packed, rows, num_tokens, max_seqlen)
+
+    def forward_backward_packed(self, rows, num_tokens, max_seqlen):
+        tokens = self.data.tokens
+        inputs = tokens.pack(rows, num_tokens, max_seqlen, self.has_static_shapes)
+        self.forward_backward(inputs, rows)
+
+    def forward_backward(self, inputs, rows):
+        """Adds the part that `rows` (B,) have in the loss of the step, and its gradient."""
+        n_passes = 2 if self.cfg.rdrop else 1
+        with _autocast(self.device, self.dtype):
+            passes = [self.model(**inputs) for _ in range(n_passes)]
+        loss = self.loss_of_passes(passes, rows)
+        self.scaler.scale(loss).backward()
+        self.mean_loss += loss.detach()
+
+    def loss_of_passes(self, passes, rows):
+        """The part that `rows` (B,) have in the mean loss of a step.
+
+        `passes` are logits (B, K), or (S, B, K) of S dropout samples.
+        """
+        loss_function = self.model.loss
+        passes = [logits if logits.dim() == 3 else logits[None] for logits in passes]
+        index = rows.clamp(min=0)
+        target, target_std = self.targets[index], self.target_std[index]
+        if self.cfg.label_noise:
+            noise = self.cfg.label_noise * target_std[:, None] * torch.randn_like(target)
+            noise_size = noise.abs().mean(1)[None]
+            self.metrics["label_noise"] += self.weighted_mean(noise_size, rows)
+            target = target + noise
+        extras = {"target_std": target_std, "valid_mask": rows >= 0}
+        extras = {name: extras[name] for name in extras if name in loss_function.extra_inputs}
+        samples = [sample for logits in passes for sample in logits]
+        row_losses = [loss_function(sample, target, **extras) for sample in samples]
+        row_losses = torch.stack(row_losses)  # (S, B)
+        if row_losses.shape[1:] != rows.shape:
+            expected = f"must give a value for each of {len(rows)} rows"
+            shape = tuple(row_losses.shape[1:])
+            raise KitError(f"loss {self.cfg.loss} {expected}, gave {shape}")
+        loss = self.weighted_mean(row_losses, rows)
+        if self.cfg.rdrop:
+            pairs = zip(*passes, strict=True)
+            distances = torch.stack([loss_function.distance(one, other) for one, other in pairs])
+            distance = self.weighted_mean(distances, rows)
+            self.metrics["rdrop"] += distance.detach()
+            loss = loss + self.cfg.rdrop * distance
+        return loss
+
+    def weighted_mean(self, values, rows):
+        """The part that `values` (S, B) of `rows` (B,) have, by weight, in a mean of the step."""
+        weighted = values.mean(0) * self.sample_weights[rows.clamp(min=0)]
+        return (weighted.masked_fill(rows < 0, 0) / self.rows_in_step).sum()
+
+    def perturb(self):
+        """Move the weights to where the loss of this batch is larger."""
+        self.clean_loss.copy_(self.mean_loss)
+        self.metrics["perturbation"].copy_(self.adversary.perturb())
+        if self.cfg.awp:
+            self.optimizer.zero_grad(set_to_none=False)
+            self.mean_loss.zero_()
+
+    def update_with_capture_retry(self):
+        try:
+            return self.run(self.update)
+        except _CaptureError as error:
+            tqdm.write(f"CUDA graphs are off: {error}")
+            self.is_captured = False
+            if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
+                self.scaler._per_optimizer_states.clear()
+            self.bind_buffers()
+            return self.update()
+
+    def update(self):
+        """Clips, steps, averages: what is left to do once all gradients are there.
+
+        Returns the values of a `StepResult`.
+        """
+        loss = self.reduce_loss()
+        self.scaler.unscale_(self.optimizer)
+        max_norm = self.cfg.max_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=not self.is_captured)
+        if self.average:
+            self.update_average(grad_norm)
+        values = self.measure(loss, grad_norm)
+        self.zero_sums()
+        return values
+
+    def reduce_loss(self):
+        """The loss as a function of the mean over rows; gradients follow by the chain rule."""
+        mean = self.mean_loss.clone()
+        if self.is_adversarial and self.cfg.fgm:  # of the clean and the adversarial pass together
+            mean = mean / 2
+        mean.requires_grad_()
+        loss = self.model.loss.reduce(mean)
+        if loss is not mean:
+            (slope,) = torch.autograd.grad(loss, mean)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, slope)
+        return loss.detach()
+
+    def update_average(self, grad_norm):
+        rate = self.average_rate
+        if self.cfg.ema:
+            # not at a step that fp16 skips; an equal average counts the weights then once more, or
+            # the first skip would leave in it what it began with
+            rate = rate * grad_norm.isfinite()
+        self.average.update(rate)
+
+    def measure(self, loss, grad_norm):
+        """Loss, norm of the gradient and `active_metrics` as one tensor."""
+        if self.is_adversarial:
+            reduce = self.model.loss.reduce
+            adversarial_loss = self.mean_loss
+            if self.cfg.fgm:
+                adversarial_loss = adversarial_loss - self.clean_loss
+            self.metrics["adversarial_loss"].copy_(reduce(adversarial_loss))
+            loss = reduce(self.clean_loss)
+        return torch.stack([loss, grad_norm, *map(self.metrics.get, self.active_metrics)])
+
+    @property
+    def active_metrics(self):
+        """Names of what steps measure now beside loss and norm of the gradient."""
+        is_active = {
+            "adversarial_loss": self.is_adversarial,
+            "perturbation": self.is_adversarial,
+            "rdrop": self.cfg.rdrop,
+            "label_noise": self.cfg.label_noise,
+        }
+        return [name for name in _STEP_METRICS if is_active[name]]
+
+    def zero_sums(self):
+        """Forget what the step has summed up."""
+        for total in (self.mean_loss, *self.metrics.values()):
+            total.zero_()
+
+    # Between steps
+
+    def swap_average(self, step):
+        """Exchange the weights and their average, if there is one after so many steps."""
+        if self.average and self.average_table[:step].any():
+            self.average.swap()
+
+    def learning_rates_at(self, step):
+        """The depth of each group -> its learning rate."""
+        return dict(zip(self.group_depths, self.learning_rate_table[step].tolist(), strict=True))
+
+    def state_dict(self):
+        return {"micro_batch_size": self.micro_batch_size}
+
+    def load_state_dict(self, state):
+        """To be called after the other parts, which may move what `bind_buffers` binds."""
+        self.micro_batch_size = state["micro_batch_size"]
+        self.bind_buffers()
+
+
+# ---------------------------------------------------------------------------------------
+# 15. Training, one fold: the loop
+
+_LOG_STEPS = 50  # after so many steps, at the latest, losses are copied from the device and logged
+_MAX_SKIPPED_STEPS = 20  # in a row that fp16's loss scaling may leave out: from 65,536 to 1 / 16
+
+
+@dataclasses.dataclass
+class _FoldState:
+    """Where the training of a fold stands, beside its model, optimiser and random states."""
+
+    step: int = 0
+    skipped: int = 0  # steps that fp16's loss scaling left out
+    skipped_in_a_row: int = 0
+    best: dict | None = None  # evaluations: predictions, score, step
+    last: dict | None = None
+    best_weights: dict | None = None
+    seconds: dict = dataclasses.field(
+        default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "save": 0.0}
     )
+    lines: list = dataclasses.field(default_factory=list)  # of the log
+
+    def __post_init__(self):
+        self.mark = time.perf_counter()
+
+    def state_dict(self):
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+    def spend(self, activity):
+        """Book the seconds since `mark`, and move it to now."""
+        spent = time.perf_counter() - self.mark
+        self.seconds[activity] += spent
+        self.mark += spent
+        return spent
 
 
-def _keep_best(model, state, cfg):
-    """Whether the last evaluation is the best so far; it is then kept, with its weights where `checkpoint` asks."""
-    better = state.best is None or _improves(cfg.metric, state.last["score"], state.best["score"])
-    if better:
-        state.best = state.last
-        if cfg.keep == "best":
-            state.best_weights = {
-                name: w.detach().cpu().clone() for name, w in model.state_dict().items()
-            }
-    return better
+class _PendingStep(NamedTuple):
+    """An optimiser step that is not in the log yet."""
+
+    number: int  # from 1
+    rows: np.ndarray
+    result: StepResult
 
 
 class FoldTrainer:
-    """The training of one fold by an engine: its state, its log, its evaluations and its checkpoints."""
+    """Trains one fold: the loop, its log, its evaluations, its checkpoints."""
 
-    def __init__(self, engine, fold, log, watch, checkpoints):
-        self.engine, self.data, self.cfg, self.fold = engine, engine.data, engine.cfg, fold
-        self.log, self.watch, self.checkpoints = log, watch, checkpoints
-        self.rows, self.stages = (
-            np.flatnonzero(self.data.folds == fold),
-            _make_stages(self.data, fold, self.cfg),
-        )
+    def __init__(self, optimizer_step, fold, write_log, budget, checkpoints=None):
+        self.optimizer_step = optimizer_step
+        self.model = optimizer_step.model
+        self.data = optimizer_step.data
+        self.cfg = optimizer_step.cfg
+        self.fold = fold
+        self.write_log = write_log  # is called with the dictionary of a line
+        self.budget = budget
+        self.checkpoints = checkpoints
+        self.valid_rows = np.flatnonzero(self.data.folds == fold)
+        self.stages = _make_stages(self.data, fold, self.cfg)
         last = self.stages[-1]
-        self.first = sum(stage.steps for stage in self.stages[:-1])  # steps before the last stage
-        self.total = self.first + last.steps
-        self.when = {self.first + step for step in _evaluation_steps(last.per_epoch, self.cfg)}
-        self.state, self.steps = _FoldState(), []  # steps since the last `flush`
-        # all that has a state, which a checkpoint saves; the engine is loaded after what it binds
-        self.parts = dict(model=engine.model, optimizer=engine.optimizer, scaler=engine.scaler)
-        self.parts |= dict(average=engine.average) if engine.average else {}
-        self.parts |= dict(engine=engine, fold=self.state, random=_RandomStates())
+        self.total_steps = sum(stage.steps for stage in self.stages)
+        self.pseudo_steps = self.total_steps - last.steps  # before the last stage
+        steps = _evaluation_steps(last.per_epoch, self.cfg)
+        self.eval_steps = {self.pseudo_steps + step for step in steps}
+        self.state = _FoldState()
+        self.first_step = 0  # of this session
+        self.pending = []  # steps since the last `flush`
+        self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
+            "model": self.model,
+            "optimizer": optimizer_step.optimizer,
+            "scaler": optimizer_step.scaler,
+            "optimizer_step": optimizer_step,
+            "fold": self.state,
+            "random": _RandomStates(),
+        }
+        if optimizer_step.average:
+            self.stateful["average"] = optimizer_step.average
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
-        if self.checkpoints and self.checkpoints.load(self.parts):
-            print(f"fold {self.fold} goes on after step {self.state.step} of {self.total}")
-            self.watch.restored += sum(self.state.seconds.values())
-            for line in self.state.lines:
-                self.log(json.loads(line))
-        self.begun, self.state.mark = self.state.step, time.perf_counter()
+        state = self.state
+        if self.checkpoints and self.checkpoints.load(self.stateful):
+            print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
+            self.budget.restored += sum(state.seconds.values())
+            for line in state.lines:
+                self.write_log(json.loads(line))
+        self.first_step = state.step
+        state.mark = time.perf_counter()
+
+    def train(self):
+        """Trains to the end, or until the budget stops it; what `_train_fold` returns."""
+        state, budget = self.state, self.budget
+        if not budget.save_seconds:  # a guess, until the first save is measured
+            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
+        stop_reason = None
+        self.model.train()
+        bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
+        for rows in bar:
+            stop_reason = budget.stop_reason(len(self.valid_rows))
+            if stop_reason:
+                break
+            # learning rates, forward, loss, backward, clip, step, average
+            result = self.optimizer_step(state.step, rows)
+            state.step += 1
+            self.pending.append(_PendingStep(state.step, rows, result))
+            should_evaluate = state.step in self.eval_steps
+            should_save = self.checkpoints and budget.should_save(should_evaluate)
+            if should_evaluate or should_save or self.should_flush():
+                self.flush()
+            if should_evaluate:
+                is_best = self.evaluate()
+                score = state.last["score"]
+                self.log(state.step, {self.cfg.metric: score, "best": is_best})
+                text = f"{self.cfg.metric} {score:.4f}{budget.remaining_text()}"
+                bar.set_postfix_str(text, refresh=False)
+            if should_save:
+                self.save_checkpoint()
+        if stop_reason and state.step:
+            self.stop_early(stop_reason)
+        regularisers = self.regularizer_report()
+        self.load_final_weights()
+        return self.model, self.result(stop_reason, regularisers)
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        batches = _stage_batches(self.data, self.fold, self.cfg, self.engine.length_bucket)
+        length_bucket = self.optimizer_step.length_bucket
+        batches = _stage_batches(self.data, self.fold, self.cfg, length_bucket)
         return itertools.islice(batches, self.state.step, None)
 
-    def note(self, entry):
-        epoch = _epochs_after(self.stages, self.state.step)
-        entry = {"fold": self.fold, "step": self.state.step, "epoch": epoch} | entry
-        self.state.lines.append(json.dumps(entry))
-        self.log(entry)
+    # Evaluations and checkpoints
 
-    def problem(self, step, what):
-        """The NumericError of a step, with its rows and rates and what helps."""
-        names = (
-            f"{_comma_join(self.data.ids[step.rows[:5]])}{', ...' if len(step.rows) > 5 else ''}"
-        )
-        told = ", ".join(
-            f"{depth} {rate:.2g}" for depth, rate in self.engine.rates_at(step.number - 1).items()
-        )
-        advice, dtype = "lower lr or head_lr, raise warmup_ratio", self.engine.dtype
-        if dtype == torch.float16:
-            told += f"; loss scale {self.engine.scaler.get_scale():g}"
-            advice = "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or fp32 on a T4"
-        elif dtype == torch.bfloat16:
-            advice += ", or set precision fp32"
-        place = f"fold {self.fold}, step {step.number}"
-        return NumericError(f"{place}: {what} (rows {names}; learning rates {told}): {advice}")
+    def evaluate(self):
+        """Score the model as it is, or its average; whether that is the best so far."""
+        state = self.state
+        self.optimizer_step.swap_average(state.step)
+        predictions = predict(self.model, self.data.tokens, self.cfg, self.valid_rows)
+        self.check_predictions(predictions)
+        metric = METRICS[self.cfg.metric]
+        score = float(metric(self.data.targets[self.valid_rows], predictions))
+        state.last = {"predictions": predictions, "score": score, "step": state.step}
+        self.budget.row_seconds = state.spend("evaluate") / len(self.valid_rows)
+        is_best = state.best is None or _improves(self.cfg.metric, score, state.best["score"])
+        if is_best:
+            state.best = state.last
+        if is_best and self.cfg.keep == "best":
+            weights = self.model.state_dict().items()
+            state.best_weights = {name: w.detach().cpu().clone() for name, w in weights}
+        self.optimizer_step.swap_average(state.step)
+        return is_best
 
-    def check(self, step, loss, norm):
-        """Raise NumericError at a loss or gradient that is not finite. In fp16, where the scaler skips such a step,
-        count them, and raise after too many in a row."""
-        if self.engine.dtype == torch.float16:
-            skipped = not math.isfinite(norm)
-            self.state.skipped, self.state.in_a_row = (
-                self.state.skipped + skipped,
-                (self.state.in_a_row + 1) * skipped,
+    def check_predictions(self, predictions):
+        bad = np.flatnonzero(~np.isfinite(predictions).all(1))
+        if len(bad):
+            names = _comma_join(self.data.ids[self.valid_rows[bad[:5]]])
+            raise NumericError(
+                f"fold {self.fold}, step {self.state.step}: {len(bad)} predictions are not finite "
+                f"(rows {names}): lower lr"
             )
-            if self.state.in_a_row == _MAX_SKIPPED_STEPS:
-                raise self.problem(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
-            return
-        for what, value in (("loss", loss), ("norm of the gradient", norm)):
-            if not math.isfinite(value):
-                raise self.problem(step, f"the {what} is {value}")
+
+    def save_checkpoint(self):
+        self.checkpoints.save(self.state.step, self.stateful)
+        self.budget.note_save(self.state.spend("save"))
+
+    def stop_early(self, reason):
+        """Save and evaluate a fold that ends before its last step."""
+        step, last = self.state.step, self.state.last
+        print(f"{reason}: saving and evaluating at step {step}; Ctrl-C ends it at once")
+        self.flush()
+        if self.checkpoints and self.cfg.checkpoint_minutes:
+            self.save_checkpoint()
+        if last is None or last["step"] < step:  # of the end alone, not in the log
+            self.evaluate()
+
+    # The log
+
+    def should_flush(self):
+        """Seldom: it waits for the device. The first steps tell the budget what a step takes."""
+        return len(self.pending) == _LOG_STEPS or not self.budget.step_seconds
 
     def flush(self):
         """Log the steps since the last time, with one copy from the device for all."""
-        steps, self.steps = self.steps, []
+        steps, self.pending = self.pending, []
         if steps:
-            values = iter(
-                torch.stack([value for step in steps for value in step.measures.values()]).tolist()
+            values = [step.result.values for step in steps]
+            # the adversarial steps begin on the way, with more values
+            table = nn.utils.rnn.pad_sequence(values, batch_first=True)  # (steps, M)
+            for step, row in zip(steps, table.tolist(), strict=True):
+                self.log_step(step, dict(zip(step.result.names, row, strict=False)))
+        seconds = self.state.spend("train")
+        # the first step of a session loads kernels and asks for memory: no measure
+        if self.state.step > self.first_step + 1:
+            self.budget.step_seconds = seconds / max(1, len(steps))
+
+    def log_step(self, step, measures):
+        rates = self.optimizer_step.learning_rates_at(step.number - 1)
+        self.log(step.number, measures | {"lr": rates})
+        self.check_finite(step, measures)
+        if measures.get("rdrop") == 0:
+            raise KitError(
+                "rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout"
             )
-            for step in steps:
-                entry = {"step": step.number, "epoch": _epochs_after(self.stages, step.number)}
-                measures = dict(
-                    zip(step.measures, itertools.islice(values, len(step.measures)), strict=True)
-                )
-                self.note(entry | measures | {"lr": self.engine.rates_at(step.number - 1)})
-                self.check(step, measures["loss"], measures["grad_norm"])
-                if measures.get("rdrop") == 0:
-                    raise KitError(
-                        "rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout"
-                    )
-        spent = self.state.spend("train")
-        if (
-            self.state.step > self.begun + 1
-        ):  # the first of a session loads kernels and asks for memory: no measure
-            self.watch.step_seconds = spent / max(1, len(steps))
 
-    def validate(self):
-        """Evaluate the model as it is; whether it is the best so far."""
-        self.engine.swap_average(self.state.step)
-        self.state.last = _evaluate(
-            self.engine.model, self.data, self.rows, self.cfg, self.state.step
-        )
-        self.watch.row_seconds = self.state.spend("evaluate") / len(self.rows)
-        better = _keep_best(self.engine.model, self.state, self.cfg)
-        self.engine.swap_average(self.state.step)
-        return better
+    def log(self, step, entry):
+        line = {"fold": self.fold, "step": step, "epoch": self.epochs_after(step)} | entry
+        self.state.lines.append(json.dumps(line))
+        self.write_log(line)
 
-    def save(self):
-        self.checkpoints.save(self.state.step, self.parts)
-        self.watch.note_save(self.state.spend("save"))
+    def epochs_after(self, step):
+        """Epochs, of all stages together, in so many steps."""
+        epochs = 0
+        for stage in self.stages[:-1]:
+            if step < stage.steps:
+                return epochs + step / stage.per_epoch
+            epochs += len(stage.epochs)
+            step -= stage.steps
+        return epochs + step / self.stages[-1].per_epoch
 
-    def stop(self, why):
-        """Save and evaluate a fold that ends early."""
-        print(f"{why}: saving and evaluating at step {self.state.step}; Ctrl-C ends it at once")
-        self.flush()
-        if self.checkpoints and self.cfg.checkpoint_minutes:
-            self.save()
-        if (
-            self.state.last is None or self.state.last["step"] < self.state.step
-        ):  # of the end alone, not in the log
-            self.validate()
+    def check_finite(self, step, measures):
+        """Raise NumericError at a loss or gradient that is not finite.
 
+        In fp16, where the scaler skips such a step, count them, and raise after too many in a row.
+        """
+        if self.optimizer_step.dtype == torch.float16:
+            self.count_skipped(step, not math.isfinite(measures["grad_norm"]))
+            return
+        for text, name in (("loss", "loss"), ("norm of the gradient", "grad_norm")):
+            if not math.isfinite(measures[name]):
+                raise self.numeric_error(step, f"the {text} is {measures[name]}")
 
-def _regularizer_report(engine, state):
-    """What the regularisers of a fold did: means over the steps, and distances of weights from the final ones."""
-    cfg, acted = engine.cfg, {}
-    steps = pd.DataFrame([line for line in map(json.loads, state.lines) if "loss" in line])
-    if "perturbation" in steps:
-        attacked = steps.dropna(subset="perturbation")
-        acted["awp" if cfg.awp else "fgm"] = {
-            "steps": len(attacked),
-            "perturbation": attacked["perturbation"].mean(),
-            "loss": attacked["loss"].mean(),
-            "adversarial_loss": attacked["adversarial_loss"].mean(),
+    def count_skipped(self, step, is_skipped):
+        if not is_skipped:
+            self.state.skipped_in_a_row = 0
+            return
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        if self.state.skipped_in_a_row == _MAX_SKIPPED_STEPS:
+            raise self.numeric_error(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
+
+    def numeric_error(self, step, problem):
+        """The NumericError of a step, with its rows and rates and what helps."""
+        dots = ", ..." if len(step.rows) > 5 else ""
+        rows = _comma_join(self.data.ids[step.rows[:5]]) + dots
+        rates = self.optimizer_step.learning_rates_at(step.number - 1)
+        state = ", ".join(f"{depth} {rate:.2g}" for depth, rate in rates.items())
+        remedy = "lower lr or head_lr, raise warmup_ratio"
+        if self.optimizer_step.dtype == torch.float16:
+            state += f"; loss scale {self.optimizer_step.scaler.get_scale():g}"
+            remedy = (
+                "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or "
+                "fp32 on a T4"
+            )
+        elif self.optimizer_step.dtype == torch.bfloat16:
+            remedy += ", or set precision fp32"
+        where = f"fold {self.fold}, step {step.number}"
+        return NumericError(f"{where}: {problem} (rows {rows}; learning rates {state}): {remedy}")
+
+    # The end
+
+    def load_final_weights(self):
+        """The best ones, if those are kept; else the ones that were evaluated last."""
+        if self.state.best_weights is not None:
+            self.model.load_state_dict(self.state.best_weights)
+        elif self.state.last:
+            self.optimizer_step.swap_average(self.state.step)
+
+    def result(self, stop_reason, regularisers):
+        """What `_train_fold` returns beside the model."""
+        state = self.state
+        is_pseudo = self.data.folds[self.data.training_rows(self.fold)] < 0
+        return {
+            "fold": self.fold,
+            "rows": self.valid_rows,
+            "steps": self.total_steps,
+            "stopped": stop_reason,
+            "micro": self.optimizer_step.micro_batch_size,
+            "pseudo_rows": int(is_pseudo.sum()),
+            "pseudo_steps": self.pseudo_steps,
+            "step": state.step,
+            "skipped": state.skipped,
+            "best": state.best,
+            "last": state.last,
+            "seconds": state.seconds,
+            "lines": state.lines,
+            "acted": regularisers,
         }
-    if "rdrop" in steps:
-        acted["rdrop"] = {"distance": steps["rdrop"].mean()}
-    if "label_noise" in steps:
-        acted["label_noise"] = {"mean_size": steps["label_noise"].mean()}
-    if mixed := [layer for layer in engine.model.modules() if isinstance(layer, _MixoutLinear)]:
-        pretrained = [layer.pretrained for layer in mixed]
-        acted["mixout"] = {
-            "layers": len(mixed),
-            "distance": _relative_l2([layer.weight for layer in mixed], pretrained),
-        }
-    if engine.average:
-        means = engine.average.means.values()
-        acted["ema" if cfg.ema else "swa"] = {
-            "distance": _relative_l2(engine.average.weights.values(), means)
-        }
-    return acted
+
+    def regularizer_report(self):
+        """What the regularisers did: means over the steps, distances of weights from the final ones."""
+        cfg, average = self.cfg, self.optimizer_step.average
+        lines = [json.loads(line) for line in self.state.lines]
+        steps = pd.DataFrame([line for line in lines if "loss" in line])
+        report = {}
+        if "perturbation" in steps:
+            attacked = steps.dropna(subset="perturbation")
+            names = ["perturbation", "loss", "adversarial_loss"]
+            means = {name: attacked[name].mean() for name in names}
+            report["awp" if cfg.awp else "fgm"] = {"steps": len(attacked)} | means
+        if "rdrop" in steps:
+            report["rdrop"] = {"distance": steps["rdrop"].mean()}
+        if "label_noise" in steps:
+            report["label_noise"] = {"mean_size": steps["label_noise"].mean()}
+        mixed = [layer for layer in self.model.modules() if isinstance(layer, _MixoutLinear)]
+        if mixed:
+            weights = [layer.weight for layer in mixed]
+            distance = _relative_l2(weights, [layer.pretrained for layer in mixed])
+            report["mixout"] = {"layers": len(mixed), "distance": distance}
+        if average:
+            distance = _relative_l2(average.weights.values(), average.means.values())
+            report["ema" if cfg.ema else "swa"] = {"distance": distance}
+        return report
 
 
-def _train_fold(data, fold, cfg, log, say=print, watch=None, checkpoints=None, engine=None):
-    """Train on the other folds, validate on `fold`. Returns the model, with the last weights or those that
-    `checkpoint` says, and a dictionary: `fold`, validation `rows`, `step` of how many `steps`, why it `stopped` if it
-    did, `seconds` spent, `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16,
-    `pseudo_rows` trained on and `pseudo_steps` on them alone, and for the `best` and the `last` evaluation its
-    `predictions`, `score` and `step` (None where it stopped before the first step).
+def _train_fold(
+    data, fold, cfg, log, say=print, budget=None, checkpoints=None, optimizer_step=None
+):
+    """Train on the other folds, validate on `fold`. Returns (model, result).
 
-    It goes on from the newest of the `checkpoints`, and saves to them as `watch` says. `engine` is that of the fold
-    before. `log(dictionary)` is called for every optimiser step and evaluation, `say(text)` for what is the same in
-    each fold. Raises NumericError at a loss, gradient or prediction that is not finite.
+    The model has the last weights or those that `keep` says. The result is a dictionary: `fold`,
+    validation `rows`, `step` of how many `steps`, why it `stopped` or None, `seconds` spent, `lines`
+    of the log, the `micro` batch that fits, steps `skipped` in fp16, `pseudo_rows` trained on and
+    `pseudo_steps` on them alone, how regularisers `acted`, and for the `best` and the `last`
+    evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
+
+    It goes on from the newest of the `checkpoints`, and saves to them as `budget` says.
+    `optimizer_step` is that of the fold before. `log(dictionary)` is called for every step and
+    evaluation, `say(text)` for what is the same in each fold. Raises NumericError at a loss,
+    gradient or prediction that is not finite.
     """
-    watch, engine, began = (
-        watch or TimeBudget(cfg),
-        engine or OptimizerStep(data, cfg),
-        time.perf_counter(),
-    )
-    engine.begin(fold, say)
-    model, training = engine.model, FoldTrainer(engine, fold, log, watch, checkpoints)
-    training.resume()
-    state = training.state
-    watch.save_seconds = (
-        watch.save_seconds or 12 * _num_parameters(model) / 3e8
-    )  # a guess, until the first is measured
-    watch.build_seconds = state.mark - began  # the next fold takes as long before its first step
-    model.train()
-    stopped = ""
-    bar = _progress(training.batches(), f"fold {fold}", training.total, state.step)
-    for rows in bar:
-        if stopped := watch.stop(len(training.rows)):
-            break
-        values = engine.optimizer_step(state.step, rows)
-        state.step += 1
-        measures = dict(zip(("loss", "grad_norm", *engine.told), values, strict=True))
-        training.steps.append(_LoggedStep(state.step, rows, measures))
-        evaluated = state.step in training.when
-        due = checkpoints and watch.due(evaluated)
-        if evaluated or due or len(training.steps) == _LOG_STEPS or not watch.step_seconds:
-            training.flush()
-        if evaluated:
-            better, score = training.validate(), state.last["score"]
-            training.note({cfg.metric: score, "best": better})
-            bar.set_postfix_str(f"{cfg.metric} {score:.4f}{watch.told()}", refresh=False)
-        if due:
-            training.save()
-    if stopped and state.step:
-        training.stop(stopped)
-    acted = _regularizer_report(engine, state)
-    if state.best_weights is not None:
-        model.load_state_dict(state.best_weights)
-    elif engine.average and state.last:  # the weights that were evaluated last
-        engine.swap_average(state.step)
-    kept = {
-        name: getattr(state, name)
-        for name in ("step", "skipped", "best", "last", "seconds", "lines")
-    }
-    told = dict(
-        fold=fold, rows=training.rows, steps=training.total, stopped=stopped, micro=engine.micro
-    )
-    told |= dict(
-        pseudo_rows=int((data.folds[data.training_rows(fold)] < 0).sum()),
-        pseudo_steps=training.first,
-    )
-    return model, told | kept | dict(acted=acted)
+    budget = budget or TimeBudget(cfg)
+    optimizer_step = optimizer_step or OptimizerStep(data, cfg)
+    began = time.perf_counter()
+    optimizer_step.setup_fold(fold, say)
+    trainer = FoldTrainer(optimizer_step, fold, log, budget, checkpoints)
+    trainer.resume()
+    budget.build_seconds = trainer.state.mark - began  # the next fold takes as long to begin
+    return trainer.train()
 
 
 # ---------------------------------------------------------------------------------------
@@ -5393,7 +5596,7 @@ class _FoldsInTurn:
         fold, last, best = result["fold"], result["last"], result["best"]
         scores = f"{last['score']:.4f} last, {best['score']:.4f} best"
         place = f"step {best['step']} of {result['steps']}"
-        print(f"fold {fold}: {self.cfg.metric} {scores} ({place}){self.budget.told()}")
+        print(f"fold {fold}: {self.cfg.metric} {scores} ({place}){self.budget.remaining_text()}")
         for regularizer, numbers in result["acted"].items():
             effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
             print(f"  {regularizer}: {', '.join(effects)}")
@@ -5544,7 +5747,7 @@ def _train_job(path):
     budget.began -= time.time() - job["began"]
 
     def stop(number, _):  # not as by `with budget`: a signal may come from several sides
-        budget.signal = signal.Signals(number).name
+        budget.signal_name = signal.Signals(number).name
 
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
@@ -5601,7 +5804,7 @@ class _FoldProcesses:
             if not failures:  # who is told to stop before it listens ends by the signal
                 bad = {i: code for i, code in enumerate(codes) if code}
                 failures = {i: code for i, code in bad.items() if code != -signal.SIGTERM}
-            if (budget.signal or failures) and not is_stopping:
+            if (budget.signal_name or failures) and not is_stopping:
                 is_stopping = True
                 for process in self.processes:
                     process.terminate()
@@ -6251,8 +6454,8 @@ class _TrainingRun:
 
     def _describe_stop(self, stopped, n_finished):
         # a process side by side may have been stopped before it began a fold
-        reason = self.budget.signal or "SIGTERM"
-        if stopped and not self.budget.signal:
+        reason = self.budget.signal_name or "SIGTERM"
+        if stopped and not self.budget.signal_name:
             reason = stopped[0]["stopped"]
         states = []
         for result in stopped:

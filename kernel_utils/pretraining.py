@@ -458,7 +458,7 @@ class _Pretraining:
 
 
 def _run_pretraining(training, checkpoints, watch):
-    """Pre-train to the end, or until the watch stops it; why it did, or ''."""
+    """Pre-train to the end, or until the watch stops it; why it did, or None."""
     state = training.state
     if checkpoints.load(training.parts):
         print(f"goes on after step {state.step} of {training.total}")
@@ -474,18 +474,18 @@ def _run_pretraining(training, checkpoints, watch):
 
     if not state.held_out:
         print(f"before the first step: {training.evaluate()}")
-    stopped, mark = "", time.perf_counter()
+    stopped, mark = None, time.perf_counter()
     bar = ku._progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
-        stopped = watch.stop(len(training.rows))
+        stopped = watch.stop_reason(len(training.rows))
         if stopped:
             training.flush()
-            if watch.every:
+            if watch.checkpoint_seconds:
                 save()
             break
         training.step(rows)
         evaluated = state.step % training.per_epoch == 0
-        due = watch.due(evaluated)
+        due = watch.should_save(evaluated)
         n_pending = len(training.pending)
         if evaluated or due or n_pending == ku._LOG_STEPS or not watch.step_seconds:
             training.flush()
@@ -493,7 +493,7 @@ def _run_pretraining(training, checkpoints, watch):
             mark = time.perf_counter()
         if evaluated:
             epoch = state.step // training.per_epoch
-            bar.write(f"epoch {epoch}: {training.evaluate()}{watch.told()}")
+            bar.write(f"epoch {epoch}: {training.evaluate()}{watch.remaining_text()}")
             watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
         if due:
             save()
@@ -570,7 +570,9 @@ def _train_in(run, training, tokenizer, record, watch):
     if stopped:
         why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
         ku._write_json(path, record | {"status": "stopped", "stopped": why})
-        place = "from there" if watch.every else "from the beginning (checkpoint_minutes is 0)"
+        place = "from there"
+        if not watch.checkpoint_seconds:
+            place = "from the beginning (checkpoint_minutes is 0)"
         raise ku.Stopped([why, f"the same command goes on {place}"])
     _plot_pretraining(run, training.state)
     _save_pretrained(training.model, tokenizer, run)

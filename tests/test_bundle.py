@@ -819,9 +819,7 @@ def wheel(folder, version, tag):
     info = f"rarepackage-{version}.dist-info"
     with zipfile.ZipFile(folder / f"rarepackage-{version}-{tag}.whl", "w") as file:
         file.writestr("rarepackage.py", "")
-        file.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: rarepackage\nVersion: {version}\n"
-        )
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: rarepackage\nVersion: {version}\n")
         file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         file.writestr(f"{info}/RECORD", "")
 
@@ -843,9 +841,7 @@ def wheels(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
 
 
-def test_wheels_that_are_named_are_packed_with_the_line_that_installs_them(
-    call, runs, wheels, tmp_path
-):
+def test_wheels_that_are_named_are_packed_with_the_line_that_installs_them(call, runs, wheels, tmp_path):
     more = ["--kernels", tmp_path / "k", "--competition", "commonlit", *MODEL]
     call(runs / "two", "-o", tmp_path / "dist", *NAMES, *more, "--wheels", "rarepackage")
     manifest = json.loads((tmp_path / "dist" / "manifest.json").read_text())
@@ -861,9 +857,7 @@ def test_wheels_that_are_named_are_packed_with_the_line_that_installs_them(
 
 
 @pytest.mark.parametrize("mount", ["my-bundle", "d/me/my-bundle", "datasets/me/my-bundle"])
-def test_the_line_installs_wheels_from_any_mount_point_of_a_dataset_once(
-    mount, tmp_path, monkeypatch
-):
+def test_the_line_installs_wheels_from_any_mount_point_of_a_dataset_once(mount, tmp_path, monkeypatch):
     for folder in (mount, "datasets/me/same"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "rarepackage-1.0-py3-none-any.whl").touch()

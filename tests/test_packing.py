@@ -299,7 +299,7 @@ def test_saved_folds_do_not_name_our_attention(tiny, build):
 
 def static(monkeypatch):
     """Static shapes and a resident model, as graphs and compiled code have them."""
-    monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
+    monkeypatch.setattr(ku.OptimizerStep, "has_static_shapes", property(lambda engine: engine.is_packed))
 
 
 def test_static_shapes_and_a_resident_model_train_as_if_they_were_not(tiny, monkeypatch):
@@ -319,17 +319,17 @@ def test_static_shapes_and_a_resident_model_train_as_if_they_were_not(tiny, monk
 def test_a_resident_model_begins_a_fold_with_fresh_weights_and_moments(tiny, monkeypatch):
     static(monkeypatch)
     engine, fresh = (engine_of(tiny(epochs=3)) for _ in range(2))
-    engine.begin(0, lambda text: None)
+    engine.setup_fold(0, lambda text: None)
     model, place = engine.model, next(engine.model.parameters()).data_ptr()
     for step in range(3):
-        engine.optimizer_step(step, np.arange(1, 9, 2))
-    engine.begin(1, lambda text: None)
-    fresh.begin(1, lambda text: None)
+        engine(step, np.arange(1, 9, 2))
+    engine.setup_fold(1, lambda text: None)
+    fresh.setup_fold(1, lambda text: None)
     assert engine.model is model and next(model.parameters()).data_ptr() == place and fresh.model is not model
     assert torch.equal(weights(engine), weights(fresh))
     for other in (engine, fresh):
         for step in range(3):
-            other.optimizer_step(step, np.arange(0, 8, 2))
+            other(step, np.arange(0, 8, 2))
     assert torch.equal(weights(engine), weights(fresh))
 
 
@@ -338,10 +338,10 @@ def test_a_loss_of_fillers_counts_nothing_even_where_it_is_not_finite(loss, tiny
     static(monkeypatch)
     plain, filled = engine_of(tiny(loss=loss)), engine_of(tiny(loss=loss, micro_batch_size=8))
     for engine in (plain, filled):
-        engine.begin(0, lambda text: None)
-    plain.micro = 3
-    plain.place()
-    logs = [engine.optimizer_step(0, np.array([1, 3, 5]))[0] for engine in (plain, filled)]
+        engine.setup_fold(0, lambda text: None)
+    plain.micro_batch_size = 3
+    plain.bind_buffers()
+    logs = [engine(0, np.array([1, 3, 5])).loss for engine in (plain, filled)]
     torch.testing.assert_close(logs[0], logs[1])
     torch.testing.assert_close(weights(plain), weights(filled), atol=1e-6, rtol=0)
 
@@ -396,31 +396,33 @@ def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
         settings = settings | dict(max_length=8)
     cfg = ku.dataclasses.replace(tiny(micro_batch_size=3, epochs=3, **settings), backbone=str(backbone_folder(kind)))
     engine = engine_of(cfg)
-    engine.begin(0, lambda text: None)
-    assert engine.packed, engine.model.packing_errors
+    engine.setup_fold(0, lambda text: None)
+    assert engine.is_packed, engine.model.packing_errors
     recorded, places = [], []
 
-    def record(name, function, *inputs):
+    def record(function, *arguments):
         with Recorder() as recorder:
-            outputs = function(*inputs)
-        recorded[-1].append((str(name), recorder.calls))
-        return outputs
+            output = function(*arguments)
+        recorded[-1].append((ku._CudaGraphs.key(function, *arguments), recorder.calls))
+        return output
 
-    engine.graphs, engine.captured, engine.attacking = record, True, engine.attack is not None
-    engine.budgets = [128]
+    engine.run, engine.is_captured = record, True
+    engine.is_adversarial = engine.adversary is not None
+    engine.capture_sizes = [128]
     engine.model.train()
     for step, rows in enumerate([[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]):
         recorded.append([])
-        engine.optimizer_step(step, np.array(rows))
+        engine(step, np.array(rows))
         gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
         places.append([gradient.data_ptr() for gradient in gradients])
         assert len(gradients) > 10 and not any(gradient.any() for gradient in gradients)
     assert places[0] == places[1] == places[2]
     first, second = recorded[1:]  # the first step makes the state of the optimiser
-    once = ["('accumulate', 128)"] * 2
-    assert [name for name, _ in first] == once + ["perturb", *once, "restore"] * engine.attacking + ["update"]
-    for (name, calls), (_, others) in zip(first, second, strict=True):
-        assert len(calls) > (0 if name == "restore" else 10) and calls == others
+    once = [("forward_backward_packed", 128, engine.max_seqlen)] * 2
+    second_pass = [("perturb",), *once, ("restore",)] if engine.is_adversarial else []
+    assert [key for key, _ in first] == once + second_pass + [("update",)]
+    for (key, calls), (_, others) in zip(first, second, strict=True):
+        assert len(calls) > (0 if key == ("restore",) else 10) and calls == others
         assert not [call for call, _ in calls if any(word in call for word in WAITING)]
 
 
@@ -439,16 +441,20 @@ def test_the_recorder_finds_what_waits_and_what_would_be_frozen():
 class Replayed:
     """Stands in for a captured graph: what a replay computes, in the places that were captured."""
 
-    def __init__(self, function, *inputs):
-        self.function, self.places, self.outputs = function, [tensor.clone() for tensor in inputs], []
+    def __init__(self, function, *arguments):
+        self.function, self.output = function, None
+        self.places = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
 
     def replay(self):
-        self.outputs[:] = self.function(*self.places)
+        self.output = self.function(*self.places)
+
+    def clone(self):
+        return self.output
 
 
-def capture(graphs, function, *inputs):
-    graph = Replayed(function, *inputs)
-    return graph, graph.places, graph.outputs
+def capture(graphs, function, *arguments):
+    graph = Replayed(function, *arguments)
+    return graph, graph.places, graph
 
 
 REPLAYED = [
@@ -465,23 +471,23 @@ def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings
     """Without a GPU: the order of calls, the places of inputs, the budgets. The memory that graphs freeze needs one."""
     watched = []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(ku._CudaGraphs, "watched", lambda graphs, function, *x: watched.append(1) or function(*x))
+    monkeypatch.setattr(ku._CudaGraphs, "run_checked", lambda graphs, function, *x: watched.append(1) or function(*x))
     monkeypatch.setattr(ku._CudaGraphs, "capture", capture)
     cfg = tiny(epochs=12, batch_size=4, lr=1e-2, warmup_ratio=0.3, **settings)
     engines = [engine_of(cfg) for _ in range(2)]
     for engine, captured in zip(engines, (False, True), strict=True):
-        engine.begin(0, lambda text: None)
-        engine.captured = captured
-        engine.place()
+        engine.setup_fold(0, lambda text: None)
+        engine.is_captured = captured
+        engine.bind_buffers()
         lengths = engine.data.tokens.lengths[1::2]
         for step, batch in enumerate(ku._epoch_batches(lengths, 0, engine.cfg, 1)):
-            engine.optimizer_step(step, 2 * batch + 1)
+            engine(step, 2 * batch + 1)
     plain, replayed = engines
-    assert len(replayed.graphs.made) == len(replayed.budgets) + 1 + 2 * bool(replayed.attack) and len(watched) > len(
-        replayed.budgets
-    )
+    assert len(replayed.run.captured) == len(replayed.capture_sizes) + 1 + 2 * bool(replayed.adversary) and len(
+        watched
+    ) > len(replayed.capture_sizes)
     start = engine_of(cfg)
-    start.begin(0, lambda text: None)
+    start.setup_fold(0, lambda text: None)
     moved = (weights(plain) - weights(start)).norm()
     assert moved > 0.1 and (weights(replayed) - weights(plain)).norm() < 0.01 * moved
 
@@ -496,16 +502,16 @@ def test_a_step_that_cannot_be_captured_is_made_without_graphs_aloud(where, prec
         return function(*inputs)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(ku._CudaGraphs, "watched", refuse)
+    monkeypatch.setattr(ku._CudaGraphs, "run_checked", refuse)
     engines = [engine_of(tiny(epochs=6, precision=precision)) for _ in range(2)]
     for engine, captured in zip(engines, (False, True), strict=True):
-        engine.begin(0, lambda text: None)
-        engine.captured = captured
-        engine.place()
+        engine.setup_fold(0, lambda text: None)
+        engine.is_captured = captured
+        engine.bind_buffers()
         for step in range(6):
-            engine.optimizer_step(step, np.array([1, 3, 5, 7]))
+            engine(step, np.array([1, 3, 5, 7]))
     assert "CUDA graphs are off: it waits" in capsys.readouterr().out
-    assert engines[1].graphs is None and not engines[1].optimizer.param_groups[0]["capturable"]
+    assert not engines[1].is_captured and not engines[1].optimizer.param_groups[0]["capturable"]
     torch.testing.assert_close(weights(engines[1]), weights(engines[0]), atol=1e-5, rtol=0)
 
 
@@ -537,11 +543,11 @@ def gpu(test):
 def after_steps(cfg, steps):
     """The engine after the first steps of fold 0."""
     engine = engine_of(cfg)
-    engine.begin(0, lambda text: None)
+    engine.setup_fold(0, lambda text: None)
     engine.model.train()
     batches = ku._epoch_batches(engine.data.tokens.lengths[1::2], 0, engine.cfg, 1)
     for step, batch in zip(range(steps), batches, strict=False):
-        engine.optimizer_step(step, 2 * batch + 1)
+        engine(step, 2 * batch + 1)
     return engine
 
 
@@ -592,9 +598,9 @@ def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
 def test_steps_in_cuda_graphs_give_the_weights_of_steps_without(settings, precision, tiny):
     cfg = tiny(precision=precision, epochs=20, warmup_ratio=0.3, lr=1e-3, **settings)
     graphed, plain = (after_steps(ku.dataclasses.replace(cfg, cuda_graphs=graphs), 40) for graphs in (True, False))
-    assert graphed.graphs.made and plain.graphs is None
+    assert graphed.run.captured and not plain.is_captured
     start = engine_of(cfg)
-    start.begin(0, lambda text: None)
+    start.setup_fold(0, lambda text: None)
     moved = (weights(plain) - weights(start)).norm()
     assert (weights(graphed) - weights(plain)).norm() < (0.02 if precision == "fp32" else 0.1) * moved
 
@@ -605,24 +611,24 @@ def test_a_steady_step_never_waits_for_the_gpu(tiny):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(36, 40):
-            engine.optimizer_step(step, np.arange(1, 11, 2))
+            engine(step, np.arange(1, 11, 2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert engine.graphs.made
+    assert engine.run.captured
 
 
 @gpu
 def test_replays_draw_new_dropout_masks(tiny):
     engine = after_steps(tiny(epochs=20, head_dropout=0.5, lr=1e-9, head_lr=1e-9), 36)
-    losses = {engine.optimizer_step(36, np.arange(1, 11, 2))[0].item() for _ in range(4)}
-    assert engine.graphs.made and len(losses) == 4
+    losses = {engine(36, np.arange(1, 11, 2)).loss.item() for _ in range(4)}
+    assert engine.run.captured and len(losses) == 4
 
 
 @gpu
 def test_a_head_that_waits_switches_graphs_off_aloud_and_trains_all_the_same(tiny, capsys):
     engine = after_steps(tiny(head="lstm", epochs=10), 6)
     assert (
-        engine.graphs is None
+        not engine.is_captured
         and "CUDA graphs are off: the model, its head or its loss waits" in capsys.readouterr().out
     )
     plain = after_steps(tiny(head="lstm", epochs=10, cuda_graphs=False), 6)
@@ -632,31 +638,33 @@ def test_a_head_that_waits_switches_graphs_off_aloud_and_trains_all_the_same(tin
 @gpu
 def test_graphs_are_made_once_for_all_folds(tiny):
     engine = after_steps(tiny(epochs=20, precision="fp32"), 36)
-    made = dict(engine.graphs.made)
-    engine.begin(1, lambda text: None)
+    made = dict(engine.run.captured)
+    engine.setup_fold(1, lambda text: None)
     for step in range(4):
-        engine.optimizer_step(step, np.arange(0, 10, 2))
-    assert all(engine.graphs.made[name] is graph for name, graph in made.items())
+        engine(step, np.arange(0, 10, 2))
+    assert all(engine.run.captured[name] is graph for name, graph in made.items())
 
 
 @gpu
 def test_dropout_of_the_attention_trains_packed_rows_with_the_memory_efficient_kernel(tiny):
     engine = after_steps(tiny(epochs=20, backbone_dropout=0.1, precision="bf16"), 36)
-    assert engine.packed and engine.graphs.made and weights(engine).isfinite().all()
+    assert engine.is_packed and engine.run.captured and weights(engine).isfinite().all()
 
 
 @gpu
 def test_memory_that_runs_out_over_packed_rows_halves_the_micro_batches(tiny, monkeypatch, capsys):
-    backward = ku.OptimizerStep.backward
+    forward_backward = ku.OptimizerStep.forward_backward
 
-    def limited(engine, inputs, rows, count):
+    def limited(engine, inputs, rows):
         if len(rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return backward(engine, inputs, rows, count)
+        return forward_backward(engine, inputs, rows)
 
-    monkeypatch.setattr(ku.OptimizerStep, "backward", limited)
+    monkeypatch.setattr(ku.OptimizerStep, "forward_backward", limited)
     engine = after_steps(tiny(epochs=20, precision="fp32"), 36)
-    assert engine.micro == 4 and engine.graphs.made and "out of memory with 8 rows" in capsys.readouterr().out
+    assert (
+        engine.micro_batch_size == 4 and engine.run.captured and "out of memory with 8 rows" in capsys.readouterr().out
+    )
 
 
 @gpu
@@ -664,5 +672,5 @@ def test_memory_that_runs_out_over_packed_rows_halves_the_micro_batches(tiny, mo
 def test_a_compiled_step_in_cuda_graphs_gives_the_weights_of_plain_steps(tiny):
     cfg = tiny(precision="fp32", epochs=20, lr=1e-3)
     both, plain = (after_steps(ku.dataclasses.replace(cfg, compile=on, cuda_graphs=on), 36) for on in (True, False))
-    assert both.graphs.made
+    assert both.run.captured
     torch.testing.assert_close(weights(both), weights(plain), atol=1e-3, rtol=0)

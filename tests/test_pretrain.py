@@ -468,7 +468,7 @@ def test_a_run_that_runs_out_of_time_is_saved_says_so_and_goes_on_to_the_same_by
     cfg = settings(run_name="slow")
     with monkeypatch.context() as patch:
         asked = iter(range(100))
-        patch.setattr(ku.TimeBudget, "stop", lambda *_: "max_minutes 1" if next(asked) == 3 else "")
+        patch.setattr(ku.TimeBudget, "stop_reason", lambda *_: "max_minutes 1" if next(asked) == 3 else None)
         with pytest.raises(ku.Stopped, match=r"max_minutes 1: step 3 of 10\n.*goes on from there"):
             pretraining.pretrain(cfg)
     record = told(Path(cfg.output_dir) / "slow")

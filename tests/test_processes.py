@@ -49,7 +49,7 @@ def whole():
 
 
 SLOW = """
-_MAX_SAVE_FRACTION, _quick_step = math.inf, OptimizerStep.optimizer_step
+_MAX_SAVE_FRACTION, _quick_step = math.inf, OptimizerStep.__call__
 
 
 def _slow_step(*arguments):
@@ -57,7 +57,7 @@ def _slow_step(*arguments):
     return _quick_step(*arguments)
 
 
-OptimizerStep.optimizer_step = _slow_step
+OptimizerStep.__call__ = _slow_step
 """
 
 

@@ -296,7 +296,7 @@ class Spy:
     """What the engine was given in each step, by fold: rows, and their targets."""
 
     def __init__(self, monkeypatch):
-        self.seen, step, begin = [], ku.OptimizerStep.optimizer_step, ku.OptimizerStep.begin
+        self.seen, step, begin = [], ku.OptimizerStep.__call__, ku.OptimizerStep.setup_fold
 
         def starting(engine, fold, say=print):
             begin(engine, fold, say)
@@ -306,8 +306,8 @@ class Spy:
             self.seen.append((self.fold, number, rows, engine.targets[rows].numpy().copy()))
             return step(engine, number, rows)
 
-        monkeypatch.setattr(ku.OptimizerStep, "begin", starting)
-        monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", stepping)
+        monkeypatch.setattr(ku.OptimizerStep, "setup_fold", starting)
+        monkeypatch.setattr(ku.OptimizerStep, "__call__", stepping)
 
     def rows(self, fold):
         return np.concatenate([rows for f, _, rows, _ in self.seen if f == fold])
@@ -367,8 +367,8 @@ def test_a_first_stage_has_the_pseudo_labels_alone_and_a_schedule_of_its_own(stu
 
 def test_regularisers_that_begin_later_count_the_epochs_of_the_training_rows(student):
     engine = begun(student(epochs=2, pseudo_epochs=3, awp=0.1, adversarial_start=1, swa_start=1))
-    first = len(engine.table) - 2 * 3
-    assert engine.attack_from == first + 3
+    first = len(engine.learning_rate_table) - 2 * 3
+    assert engine.first_adversarial_step == first + 3
     assert list(np.flatnonzero(engine.average_table)) == [first + 3, first + 4, first + 5]
 
 
@@ -382,7 +382,7 @@ def begun(cfg, fold=0):
     errors = engine.data.errors if engine.data.errors is None else engine.data.errors[: len(frame)]
     data = engine.data._replace(targets=engine.data.targets[: len(frame)], errors=errors, pseudo=pseudo)
     engine = ku.OptimizerStep(data, engine.cfg)
-    engine.begin(fold, **QUIET)
+    engine.setup_fold(fold, **QUIET)
     return engine
 
 
@@ -399,21 +399,21 @@ def test_the_weight_scales_the_losses_of_pseudo_labelled_rows_alone(micro, stude
     expected = torch.autograd.grad(
         ((raw - torch.from_numpy(targets)) ** 2 * torch.from_numpy(weight)).mean(), model.output.weight
     )[0]
-    engine.fit_and_accumulate(rows, len(rows))
-    assert engine.mean.item() == pytest.approx((weight * losses).mean(), rel=1e-4)
+    engine.accumulate_with_oom_retry(rows)
+    assert engine.mean_loss.item() == pytest.approx((weight * losses).mean(), rel=1e-4)
     torch.testing.assert_close(model.output.weight.grad, expected.float(), rtol=1e-3, atol=1e-6)
 
 
 def test_standard_errors_weigh_the_training_rows_and_leave_the_weight_of_pseudo_labels(student):
     engine = begun(student(pseudo_weight=0.25, error_column="standard_error", error_weights=True))
-    engine.errors[:3] = torch.tensor([0.1, 0.2, 1.0])
-    engine.begin(0, **QUIET)
+    engine.target_std[:3] = torch.tensor([0.1, 0.2, 1.0])
+    engine.setup_fold(0, **QUIET)
     rows = engine.data.training_rows(0)
     own = rows[engine.data.folds[rows] >= 0]
-    error = engine.errors[: len(engine.data.targets)].numpy()
+    error = engine.target_std[: len(engine.data.targets)].numpy()
     expected = 1 / (error**2 + (error[own] ** 2).mean())
-    np.testing.assert_allclose(engine.weights[: len(error)], expected / expected[own].mean(), rtol=1e-5)
-    assert (engine.weights[len(error) :] == 0.25).all() and (engine.errors[len(error) :] == 0).all()
+    np.testing.assert_allclose(engine.sample_weights[: len(error)], expected / expected[own].mean(), rtol=1e-5)
+    assert (engine.sample_weights[len(error) :] == 0.25).all() and (engine.target_std[len(error) :] == 0).all()
 
 
 def test_soft_labels_and_class_numbers_become_probabilities_of_one_kind():
@@ -465,17 +465,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(settings, student, monkeypatch):
     monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
     settings = settings | dict(epochs=2, backbone_dropout=0.1, checkpoint_minutes=1e-9)
     whole = trained(student(run_name="whole", **settings))
-    step, count = ku.OptimizerStep.optimizer_step, iter(range(100))
+    step, count = ku.OptimizerStep.__call__, iter(range(100))
 
     def killed(*arguments):
         if next(count) == 3:  # in the first stage, where there are two
             raise Killed
         return step(*arguments)
 
-    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", killed)
+    monkeypatch.setattr(ku.OptimizerStep, "__call__", killed)
     with pytest.raises(Killed):
         trained(student(run_name="cut", **settings))
-    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", step)
+    monkeypatch.setattr(ku.OptimizerStep, "__call__", step)
     run = trained(student(run_name="cut", **settings))
     for name in ("oof.csv", "log.jsonl", "fold0/model.safetensors", "fold1/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
@@ -510,7 +510,7 @@ def test_folds_side_by_side_train_with_their_own_labels(student):
 
 
 def test_budgets_and_stale_memory_follow_the_labels_of_the_fold(student, monkeypatch):
-    monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
+    monkeypatch.setattr(ku.OptimizerStep, "has_static_shapes", property(lambda engine: engine.is_packed))
     engine = begun(student(micro_batch_size=4))
     place, lengths = engine.targets.data_ptr(), engine.data.tokens.lengths
     expected = [
@@ -519,8 +519,8 @@ def test_budgets_and_stale_memory_follow_the_labels_of_the_fold(student, monkeyp
         for rows in ku._stage_batches(engine.data, fold, engine.cfg, engine.length_bucket)
         for start in range(0, len(rows), 4)
     ]
-    assert engine.micro_totals() == expected
-    engine.begin(1, **QUIET)
+    assert engine.micro_batch_tokens() == expected
+    engine.setup_fold(1, **QUIET)
     assert engine.targets.data_ptr() == place
     np.testing.assert_allclose(engine.targets.numpy(), engine.data.training_targets(1), rtol=1e-6)
 

@@ -21,7 +21,7 @@ def begun(tiny):
 
     def make(**settings):
         engine = engine_of(tiny(epochs=4, lr=1e-2, **settings))
-        engine.begin(0, **QUIET)
+        engine.setup_fold(0, **QUIET)
         engine.model.train()
         return engine
 
@@ -39,8 +39,8 @@ def gradients(model, engine, rows=ROWS):
 
 def left_by_the_step(engine, rows=ROWS):
     """The gradients with which the optimiser steps; name -> tensor."""
-    engine.attacking = engine.attack is not None
-    engine.fit_and_accumulate(rows)
+    engine.is_adversarial = engine.adversary is not None
+    engine.accumulate_with_oom_retry(rows)
     return {name: weight.grad for name, weight in engine.model.named_parameters() if weight.grad is not None}
 
 
@@ -95,33 +95,33 @@ def test_a_loss_that_is_the_root_of_a_mean_takes_it_over_the_rows_that_give_the_
 ):
     squared, rooted = (begun(loss=loss, **{attack: 1.0}) for loss in ("mse", "rmse"))
     expected, taken = left_by_the_step(squared), {}
-    mean = squared.mean.item() / copies  # of squared errors: at moved weights, or there and before
+    mean = squared.mean_loss.item() / copies  # of squared errors: at moved weights, or there and before
 
     def take(parameters, _):
         taken.update({name: w.grad.clone() for name, w in rooted.model.named_parameters() if w.grad is not None})
         return torch.ones(())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", take)
-    rooted.attack_from = 0
-    loss, _, adversarial, _ = rooted.optimizer_step(0, ROWS)
+    rooted.first_adversarial_step = 0
+    loss, _, adversarial, _ = rooted(0, ROWS).values
     assert_same(taken, {name: slope / (2 * np.sqrt(mean)) for name, slope in expected.items()})
-    clean = squared.clean.item()
-    there = squared.mean.item() - clean if copies == 2 else squared.mean.item()
+    clean = squared.clean_loss.item()
+    there = squared.mean_loss.item() - clean if copies == 2 else squared.mean_loss.item()
     assert [loss.item(), adversarial.item()] == pytest.approx([np.sqrt(clean), np.sqrt(there)], rel=1e-4)
 
 
 @pytest.mark.parametrize("attack", ["awp", "fgm"])
 def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, monkeypatch):
     engine, calls = begun(**{attack: 0.5}), []
-    before, backward = weights(engine), ku.OptimizerStep.backward
+    before, forward_backward = weights(engine), ku.OptimizerStep.forward_backward
 
-    def failing(engine, inputs, rows, count):
+    def failing(engine, inputs, rows):
         calls.append(not torch.equal(weights(engine), before))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return backward(engine, inputs, rows, count)
+        return forward_backward(engine, inputs, rows)
 
-    monkeypatch.setattr(ku.OptimizerStep, "backward", failing)
+    monkeypatch.setattr(ku.OptimizerStep, "forward_backward", failing)
     with pytest.raises(KeyboardInterrupt):
         left_by_the_step(engine)
     assert calls == [False, True] and torch.equal(weights(engine), before)
@@ -130,15 +130,15 @@ def test_weights_come_back_to_the_bit_when_the_second_pass_fails(attack, begun, 
 @pytest.mark.parametrize("attack", ["awp", "fgm"])
 def test_memory_that_runs_out_in_the_second_pass_gives_the_same_gradients_in_smaller_parts(attack, begun, monkeypatch):
     expected = left_by_the_step(begun(**{attack: 0.5}))
-    engine, before, backward = begun(**{attack: 0.5}), [], ku.OptimizerStep.backward
+    engine, before, forward_backward = begun(**{attack: 0.5}), [], ku.OptimizerStep.forward_backward
 
-    def full(engine, inputs, rows, count):
+    def full(engine, inputs, rows):
         before.append(len(rows))
         if len(before) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return backward(engine, inputs, rows, count)
+        return forward_backward(engine, inputs, rows)
 
-    monkeypatch.setattr(ku.OptimizerStep, "backward", full)
+    monkeypatch.setattr(ku.OptimizerStep, "forward_backward", full)
     assert_same(left_by_the_step(engine), expected)
     assert before == [8, 8, 4, 4, 4, 4]
 
@@ -159,14 +159,14 @@ def test_a_gradient_that_is_zero_or_not_finite_moves_nothing():
 
 def test_the_scale_of_float16_does_not_change_the_attack(begun):
     engine = begun(awp=0.5)
-    engine.accumulate(ROWS, 8)
+    engine.accumulate(ROWS)
     moved = []
     for scale in (1.0, 1024.0):
         for weight in engine.model.parameters():
             weight.grad *= scale
-        engine.attack.perturb()
+        engine.adversary.perturb()
         moved.append(weights(engine))
-        engine.attack.restore()
+        engine.adversary.restore()
     torch.testing.assert_close(*moved, atol=1e-7, rtol=1e-6)
 
 
@@ -184,7 +184,7 @@ def test_adversarial_steps_begin_when_asked_and_say_what_they_did(tiny):
 
 def test_the_embeddings_must_learn_where_they_are_attacked(tiny):
     with pytest.raises(ku.ConfigError, match="fgm moves the word embeddings"):
-        engine_of(tiny(fgm=1.0, adversarial_start=0, freeze_embeddings=True)).begin(0, **QUIET)
+        engine_of(tiny(fgm=1.0, adversarial_start=0, freeze_embeddings=True)).setup_fold(0, **QUIET)
 
 
 # ---------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_the_average_equals_its_recurrence(settings, begun):
     engine = begun(**settings)
     path, expected = [weights(engine).double()], None
     for step in range(6):  # of 8, two an epoch
-        engine.optimizer_step(step, ROWS)
+        engine(step, ROWS)
         path.append(weights(engine).double())
     if "ema" in settings:
         expected = path[0]
@@ -212,10 +212,10 @@ def test_the_average_equals_its_recurrence(settings, begun):
 
 def test_a_step_that_float16_skips_does_not_move_the_running_average(begun, monkeypatch):
     engine = begun(ema=0.5)
-    engine.optimizer_step(0, ROWS)
+    engine(0, ROWS)
     before = {name: mean.clone() for name, mean in engine.average.means.items()}
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
-    engine.optimizer_step(1, ROWS)
+    engine(1, ROWS)
     assert all(torch.equal(before[name], mean) for name, mean in engine.average.means.items())
 
 
@@ -230,7 +230,7 @@ def test_an_equal_average_has_nothing_of_the_weights_before_its_start_though_flo
         )
         if skipped:
             monkeypatch.setattr(engine.scaler, "step", lambda optimizer: None)
-        engine.optimizer_step(step, ROWS)
+        engine(step, ROWS)
         monkeypatch.undo()
         path.append(weights(engine).double())
     assert torch.equal(path[4], path[3]) and not torch.equal(path[5], path[4])
@@ -258,12 +258,12 @@ def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_
 
 def test_before_its_start_the_equal_average_is_not_used(begun):
     engine = begun(swa_start=2.0)
-    engine.optimizer_step(0, ROWS)
+    engine(0, ROWS)
     before = weights(engine)
     engine.swap_average(1)
     assert torch.equal(weights(engine), before)
     for step in range(1, 6):
-        engine.optimizer_step(step, ROWS)
+        engine(step, ROWS)
     before = weights(engine)
     engine.swap_average(6)
     assert not torch.equal(weights(engine), before)
@@ -280,7 +280,7 @@ def test_r_drop_adds_the_distance_of_two_passes_to_their_mean_loss(samples, begu
     engine = begun(rdrop=3.0, head_dropout=0.5, dropout_samples=samples)
     torch.manual_seed(5)
     got = left_by_the_step(engine)
-    value = engine.mean.item()
+    value = engine.mean_loss.item()
     torch.manual_seed(5)
     model = copy.deepcopy(engine.model)
     model.zero_grad()
@@ -291,7 +291,7 @@ def test_r_drop_adds_the_distance_of_two_passes_to_their_mean_loss(samples, begu
     (mean + 3 * apart).backward()
     assert_same(got, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
     assert value == pytest.approx((mean + 3 * apart).item(), rel=1e-5)
-    assert engine.meters["rdrop"].item() == pytest.approx(apart.item(), rel=1e-4) and apart > 0
+    assert engine.metrics["rdrop"].item() == pytest.approx(apart.item(), rel=1e-4) and apart > 0
 
 
 @pytest.mark.parametrize(("loss", "task"), [("bce", "multilabel"), ("cross_entropy", "multiclass")])
@@ -325,7 +325,7 @@ def with_errors(frame):
 
 def begun_with_errors(tiny, **settings):
     engine = engine_of(tiny(error_column="standard_error", **settings), with_errors(train_frame(24)))
-    engine.begin(0, **QUIET)
+    engine.setup_fold(0, **QUIET)
     engine.model.train()
     return engine
 
@@ -336,23 +336,23 @@ def test_surer_rows_weigh_more_and_one_on_average_over_the_training_rows(loss, t
     error = np.linspace(0, 0.6, 24)
     weight = 1 / (error**2 + (error[1::2] ** 2).mean())
     weight /= weight[1::2].mean()
-    np.testing.assert_allclose(engine.weights, weight, rtol=1e-5)
-    engine.fit_and_accumulate(ROWS)
+    np.testing.assert_allclose(engine.sample_weights, weight, rtol=1e-5)
+    engine.accumulate_with_oom_retry(ROWS)
     raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
     errors = (raw - engine.targets[ROWS].numpy()[:, 0]) ** 2
-    assert engine.mean.item() == pytest.approx((errors * weight[ROWS]).mean(), rel=1e-5)
+    assert engine.mean_loss.item() == pytest.approx((errors * weight[ROWS]).mean(), rel=1e-5)
 
 
 def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkeypatch):
     engine = begun_with_errors(tiny, label_noise=2.0)
     draws, draw = [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: draws.append(draw(x)) or draws[-1])
-    engine.fit_and_accumulate(ROWS)
+    engine.accumulate_with_oom_retry(ROWS)
     noise = 2 * np.linspace(0, 0.6, 24)[ROWS] * draws[0].numpy()[:, 0]
     raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
     expected = ((raw - engine.targets[ROWS].numpy()[:, 0] - noise) ** 2).mean()
-    assert engine.mean.item() == pytest.approx(expected, rel=1e-5)
-    assert engine.meters["label_noise"].item() == pytest.approx(abs(noise).mean(), rel=1e-5)
+    assert engine.mean_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert engine.metrics["label_noise"].item() == pytest.approx(abs(noise).mean(), rel=1e-5)
 
 
 def test_validation_and_its_score_know_no_weights_and_no_noise(tiny):
@@ -401,7 +401,7 @@ def mixed_layers(model):
 def test_mixout_mixes_pretrained_weights_by_input_and_is_the_weight_on_average(begun):
     engine = begun(mixout=0.4)
     for step in range(4):
-        engine.optimizer_step(step, ROWS)
+        engine(step, ROWS)
     layer = next(iter(mixed_layers(engine.model).values()))
     w, w0 = layer.weight.detach().numpy().astype(float), layer.pretrained.numpy().astype(float)
     assert abs(w - w0).max() > 1e-3
@@ -418,7 +418,7 @@ def test_mixout_acts_in_training_alone_and_leaves_names_of_weights_as_they_are(b
     engine, plain = begun(mixout=0.4), begun()
     assert engine.model.state_dict().keys() == plain.model.state_dict().keys()
     for step in range(2):
-        engine.optimizer_step(step, ROWS)
+        engine(step, ROWS)
     inputs = engine.data.tokens.batch(ROWS, engine.device)
     assert not torch.equal(engine.model(**inputs), engine.model(**inputs))
     plain.model.load_state_dict(engine.model.state_dict())
@@ -434,27 +434,27 @@ def test_mixout_leaves_out_layers_without_pretrained_weights_and_those_that_stay
 def test_mixout_of_a_model_that_has_no_linear_layers_is_an_error(tiny, backbone_folder):
     cfg = ku.dataclasses.replace(tiny(mixout=0.1), backbone=str(backbone_folder("gpt2")))
     with pytest.raises(ku.ConfigError, match="mixout does nothing for GPT2Model"):
-        engine_of(cfg).begin(0, **QUIET)
+        engine_of(cfg).setup_fold(0, **QUIET)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "deberta-v2", "modernbert", "electra"])
 def test_mixout_reaches_the_layers_of_other_architectures(kind, tiny, backbone_folder):
     engine = engine_of(ku.dataclasses.replace(tiny(mixout=0.5, lr=1e-2), backbone=str(backbone_folder(kind))))
-    engine.begin(0, **QUIET)
+    engine.setup_fold(0, **QUIET)
     assert len(mixed_layers(engine.model)) >= 16
     engine.model.train()
-    engine.optimizer_step(0, ROWS)
+    engine(0, ROWS)
     inputs = engine.data.tokens.batch(ROWS, engine.device)
     assert not torch.equal(engine.model(**inputs), engine.model(**inputs))
 
 
 def test_checkpointed_layers_mix_the_same_weights_when_they_are_computed_again(begun):
     engines = [begun(mixout=0.5), begun(mixout=0.5, gradient_checkpointing=True)]
-    engines[0].optimizer_step(0, ROWS)  # away from the pre-trained weights
+    engines[0](0, ROWS)  # away from the pre-trained weights
     engines[1].model.load_state_dict(engines[0].model.state_dict())
     for engine in engines:
         torch.manual_seed(3)
-        engine.accumulate(ROWS, 8)
+        engine.accumulate(ROWS)
     slopes = [{name: w.grad for name, w in engine.model.named_parameters() if w.grad is not None} for engine in engines]
     assert_same(*slopes)
 

@@ -31,14 +31,14 @@ def start(cfg, test=None):
 
 def at_step(monkeypatch, number, act):
     """Call `act` before the optimiser step of this number, counted over all folds from now on."""
-    step, count = ku.OptimizerStep.optimizer_step, iter(range(1, 10**6))
+    step, count = ku.OptimizerStep.__call__, iter(range(1, 10**6))
 
     def counting(*arguments):
         if next(count) == number:
             act()
         return step(*arguments)
 
-    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", counting)
+    monkeypatch.setattr(ku.OptimizerStep, "__call__", counting)
 
 
 def content(run):
@@ -101,7 +101,7 @@ PLACES += [(variant, 14) for variant in VARIANTS]  # in the next fold
 def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whole, monkeypatch):
     settings = VARIANTS[variant]
     if variant == "static shapes":
-        monkeypatch.setattr(ku.OptimizerStep, "static", property(lambda engine: engine.packed))
+        monkeypatch.setattr(ku.OptimizerStep, "has_static_shapes", property(lambda engine: engine.is_packed))
     if variant == "8-bit moments":
         pytest.importorskip("bitsandbytes")
     expected = whole(tiny, **settings)
@@ -114,8 +114,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whol
     steps = []
     with monkeypatch.context() as patch:
         at_step(patch, 0, kill)
-        counting = ku.OptimizerStep.optimizer_step
-        patch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: steps.append(1) or counting(*rest))
+        counting = ku.OptimizerStep.__call__
+        patch.setattr(ku.OptimizerStep, "__call__", lambda *rest: steps.append(1) or counting(*rest))
         assert content(start(cfg)) == expected
     assert len(steps) == 2 * 9 - (step - 1)  # none is repeated: the killed one had not begun
 
@@ -325,7 +325,7 @@ def test_a_mistake_met_by_a_run_that_goes_on_leaves_it_as_it_is(tiny, often, who
     with monkeypatch.context() as patch, pytest.raises(ku.KitError, match="the backbone cannot be read"):
         patch.setattr(ku, "_build_model", unreadable)
         start(cfg)
-    assert [path.name for path in ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()] == [
+    assert [path.name for path in ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()] == [
         "fold0-step4",
         "fold0-step3",
     ]
@@ -358,9 +358,9 @@ def test_a_stray_file_does_not_spoil_what_was_saved(tiny, often, whole, monkeypa
     for folder in (run / "fold0", run / "checkpoints" / "fold1-step4"):
         (folder / ".DS_Store").write_text("")
     (run / "checkpoints" / "fold1-step4.bak").mkdir()
-    step = ku.OptimizerStep.optimizer_step
+    step = ku.OptimizerStep.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: steps.append(1) or step(*rest))
+        patch.setattr(ku.OptimizerStep, "__call__", lambda *rest: steps.append(1) or step(*rest))
         assert content(start(cfg)) == whole(tiny, **NOISY)
     assert len(steps) == 5
 
@@ -377,14 +377,14 @@ def test_checkpoints_are_used_where_no_more_are_asked_for(tiny, often, whole, mo
 
 def test_the_slow_first_step_of_a_session_is_no_measure_of_the_others(tiny, monkeypatch):
     with monkeypatch.context() as patch:
-        clock, step = Clock(patch), ku.OptimizerStep.optimizer_step
+        clock, step = Clock(patch), ku.OptimizerStep.__call__
         clock.step = 1.0
 
         def slow_at_first(*rest):
             clock.now += 200 if clock.now < 1 else 0
             return step(*rest)
 
-        patch.setattr(ku.OptimizerStep, "optimizer_step", slow_at_first)
+        patch.setattr(ku.OptimizerStep, "__call__", slow_at_first)
         start(tiny(run_name="r", max_minutes=30, **NOISY), test=range(3000))
 
 
@@ -517,14 +517,14 @@ class Clock:
     """A clock of which every optimiser step takes a minute, and nothing else any time."""
 
     def __init__(self, monkeypatch):
-        self.now, self.step, step = 0.0, 60.0, ku.OptimizerStep.optimizer_step
+        self.now, self.step, step = 0.0, 60.0, ku.OptimizerStep.__call__
         monkeypatch.setattr(ku.time, "perf_counter", lambda: self.now)
 
         def stepping(*arguments):
             self.now += self.step
             return step(*arguments)
 
-        monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", stepping)
+        monkeypatch.setattr(ku.OptimizerStep, "__call__", stepping)
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(3, 2), (8, 7), (14.5, 14), (100, 18)])
@@ -548,10 +548,11 @@ def test_time_for_the_evaluation_the_checkpoint_and_the_test_set_is_left():
     needed = 1.2 * (4 + 2 + 0.1 * (100 + 3000) + 10) + ku._FINISH_SECONDS
     for spare in (1, -1):
         watch.began = time.perf_counter() - 600 + needed + spare
-        assert watch.stop(100).startswith("max_minutes 10, ") is (spare < 0)
-    assert "min left" in watch.told() and ku.TimeBudget(ku.Config()).told() == "" == ku.TimeBudget(ku.Config()).stop(
-        10**9
-    )
+        reason = watch.stop_reason(100)
+        assert reason is None if spare > 0 else reason.startswith("max_minutes 10, ")
+    assert "min left" in watch.remaining_text()
+    unlimited = ku.TimeBudget(ku.Config())
+    assert unlimited.remaining_text() == "" and unlimited.stop_reason(10**9) is None
 
 
 def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_their_share_of_the_time():
@@ -564,11 +565,11 @@ def test_checkpoints_come_at_evaluations_and_after_so_many_minutes_but_within_th
         (601, 10.0, False, False),
         (700, 10.0, True, True),
     ):
-        watch.saved, watch.save_seconds = time.perf_counter() - ago, cost
-        assert watch.due(evaluated) is due, (ago, cost, evaluated)
+        watch.last_save, watch.save_seconds = time.perf_counter() - ago, cost
+        assert watch.should_save(evaluated) is due, (ago, cost, evaluated)
     off = ku.TimeBudget(ku.Config(checkpoint_minutes=0))
-    off.saved -= 10**6
-    assert not off.due(True)
+    off.last_save -= 10**6
+    assert not off.should_save(True)
 
 
 @pytest.mark.plots
@@ -671,15 +672,15 @@ def test_a_loss_that_is_not_finite_names_the_step_its_rows_and_rates_and_leaves_
     precision, tiny, often, monkeypatch
 ):
     cfg = tiny(run_name="r", precision=precision, **often, **NOISY)
-    rows, step = [], ku.OptimizerStep.optimizer_step
-    monkeypatch.setattr(ku.OptimizerStep, "optimizer_step", lambda *rest: rows.append(rest[-1]) or step(*rest))
+    rows, step = [], ku.OptimizerStep.__call__
+    monkeypatch.setattr(ku.OptimizerStep, "__call__", lambda *rest: rows.append(rest[-1]) or step(*rest))
     wrong_from(monkeypatch, 5)
     with pytest.raises(ku.NumericError, match=r"fold 0, step 5: the loss is nan \(rows .*; learning rates ") as caught:
         start(cfg)
     frame = train_frame()
     assert ", ".join(frame["id"].iloc[rows[4][:5]]) in str(caught.value)
     assert ("precision fp32" in str(caught.value)) is (precision == "bf16")
-    saved = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
+    saved = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()
     assert [path.name for path in saved] == ["fold0-step4", "fold0-step3"]
     assert all(not ku._folder_problems(path) for path in saved)
 
@@ -743,7 +744,7 @@ def test_a_disk_that_fails_is_an_error_with_the_path_and_the_run_goes_on_later(
         at_step(patch, 4, lambda: patch.setattr(os, call, failing))
         with pytest.raises(ku.KitError, match=rf"checkpoints.*could not be written: {os.strerror(code)}"):
             start(cfg)
-    found = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).found()
+    found = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()
     assert [path.name for path in found] == ["fold0-step3", "fold0-step2"]
     assert not any(map(ku._folder_problems, found)) and not list(found[0].parent.glob(".*"))
     assert content(start(cfg)) == whole(tiny, **NOISY)

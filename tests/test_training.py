@@ -54,10 +54,10 @@ def one_step(tiny, loss, steps=1, rate=0.1, **settings):
     targets = torch.from_numpy(data.targets)
     targets = targets.float() if targets.is_floating_point() else targets
     engine = ku.OptimizerStep(data, cfg)
-    engine.begin(1, **QUIET)
+    engine.setup_fold(1, **QUIET)
     engine.optimizer = torch.optim.SGD(engine.model.eval().parameters(), lr=rate)
     for _ in range(steps):
-        value, norm = engine.optimizer_step(0, np.arange(7))
+        value, norm = engine(0, np.arange(7)).values
     return value, norm, torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
 
@@ -92,7 +92,7 @@ def one_step_start(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg, train_frame(24).assign(fold=0, target=[0.0, 1.0, 0.3, 0.9] * 6))
     engine = ku.OptimizerStep(data, cfg)
-    engine.begin(1, **QUIET)
+    engine.setup_fold(1, **QUIET)
     return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
 
 
@@ -165,11 +165,11 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
     torch.manual_seed(5)
     expected = np.mean([(sample.detach().numpy() - 1) ** 2 for sample in model(**batch)])
     engine = ku.OptimizerStep(data, cfg)
-    engine.begin(1, **QUIET)
+    engine.setup_fold(1, **QUIET)
     engine.model.train().load_state_dict(model.state_dict())
     engine.targets, engine.optimizer = torch.ones(24, 1), torch.optim.SGD(engine.model.parameters(), lr=0.0)
     torch.manual_seed(5)
-    value, _ = engine.optimizer_step(0, np.arange(3))
+    value, _ = engine(0, np.arange(3)).values
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.eval()(**batch), model(**batch)) and model(**batch).shape == (3, 1)
 
@@ -557,10 +557,10 @@ def test_eight_bit_adamw_trains_with_a_quarter_of_the_moments():
     data, moved = fold_data(cfg), []
     for optimizer in ("adamw", "adamw8bit"):
         engine = ku.OptimizerStep(data, ku.dataclasses.replace(cfg, optimizer=optimizer))
-        engine.begin(0, **QUIET)
+        engine.setup_fold(0, **QUIET)
         start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
         for step in range(3):
-            engine.optimizer_step(step, np.arange(1, 9, 2))
+            engine(step, np.arange(1, 9, 2))
         moved.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in engine.model.named_parameters()]))
         states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
         size = sum(t.numel() * t.element_size() for t in states if isinstance(t, torch.Tensor) and t.numel() > 256)

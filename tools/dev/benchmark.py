@@ -343,7 +343,7 @@ class Kit:
     def __init__(self, lab, **settings):
         self.lab, self.cfg, self.step = lab, dataclasses.replace(lab.cfg, **settings), 0
         self.engine = ku.OptimizerStep(lab.data, self.cfg)
-        self.engine.begin(0, lambda text: None)
+        self.engine.setup_fold(0, lambda text: None)
         self.engine.model.output.load_state_dict(lab.model.output.state_dict())
 
     def arrange(self, batches, rng):
@@ -355,13 +355,13 @@ class Kit:
             plan = ku._epoch_batches(lengths[rows], 0, cfg, engine.length_bucket)
             batches = [rows[batch] for batch in plan]
             largest = max(lengths[batch].sum() for batch in batches)
-            if not engine.static or largest <= max(engine.budgets):
+            if not engine.has_static_shapes or largest <= max(engine.capture_sizes):
                 return batches
 
     def make_steps(self, batches):
         losses = []
         for rows in batches:
-            losses.append(torch.stack(self.engine.optimizer_step(self.step, rows)))
+            losses.append(self.engine(self.step, rows).values)
             self.step += 1
             if len(losses) == LOG_STEPS:
                 torch.stack(losses).tolist()
@@ -696,7 +696,9 @@ def measure_load(options, folder, load, names):
     contenders = {name: CONTENDERS[name](lab) for name in names}
     parity, rng = check_outputs(lab, contenders), np.random.default_rng(0)
     kits = [contender for contender in contenders.values() if isinstance(contender, Kit)]
-    planner = max(kits, key=lambda kit: kit.engine.static)  # whose batches all kits can take
+    planner = max(
+        kits, key=lambda kit: kit.engine.has_static_shapes
+    )  # whose batches all kits can take
     batches = planner.arrange(lab.deal(PARITY_STEPS), rng)
     parity["after_first_steps"] = check_first_steps(lab, contenders, batches)
     if options.start:
@@ -712,7 +714,7 @@ def measure_load(options, folder, load, names):
         "padded_to": lab.length,
         "row_tokens": spread(lab.tokens.lengths),
         "precision": lab.precision,
-        "packed": bool(contenders["kit"].engine.packed),
+        "packed": bool(contenders["kit"].engine.is_packed),
         "attention": lab.model.backbone.config._attn_implementation,
         "parity": parity,
         "training": training,
