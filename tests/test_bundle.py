@@ -843,7 +843,8 @@ def wheels(tmp_path, monkeypatch):
 
 def test_wheels_that_are_named_are_packed_with_the_line_that_installs_them(call, runs, wheels, tmp_path):
     more = ["--kernels", tmp_path / "k", "--competition", "commonlit", *MODEL]
-    call(runs / "two", "-o", tmp_path / "dist", *NAMES, *more, "--wheels", "rarepackage")
+    out = call(runs / "two", "-o", tmp_path / "dist", *NAMES, *more, "--wheels", "rarepackage")
+    assert bundle.INSTALL in out
     manifest = json.loads((tmp_path / "dist" / "manifest.json").read_text())
     assert manifest["wheels"] == ["rarepackage-1.2-py3-none-manylinux_2_24_x86_64.whl"]
     assert manifest["wheels"][0] in manifest["files"]

@@ -222,8 +222,9 @@ def test_a_keyword_that_kaggle_does_not_know_is_no_failure(bundle, answers, caps
 
 
 def test_a_version_that_was_made_although_the_client_failed_is_verified(bundle, answers, capsys):
-    answers(("status", state(None, "failed")), ("version", (1, SERVER)), ("status", state(5)))
-    answers(("files", listing(bundle)))
+    ready_in_none = ("status", state(0))  # not to be taken for the new version
+    answers(("status", state(None, "failed")), ("version", (1, SERVER)))
+    answers(ready_in_none, ready_in_none, ("status", state(5)), ("files", listing(bundle)))
     kaggle_push.push([bundle], "a note", 60)
     assert capsys.readouterr().out == f"{ALL_THERE}, whatever the client said\n"
 

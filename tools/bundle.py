@@ -695,6 +695,8 @@ def pack_and_push(args):
     if used and args.runs:
         submit = f"submit {shlex.quote(args.competition)} -k {args.id}-infer -f submission.csv"
         print(f"  kaggle competitions {submit} -v 1 -m 'a note'  # -v: version of the notebook")
+    if args.wheels:
+        print(f"lines that install the wheels without internet:\n{INSTALL}")
     if args.push:
         kaggle_push.push([target, *used], f"kernel_utils {ku.__version__}", 1800)
 
