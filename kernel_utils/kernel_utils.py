@@ -4560,8 +4560,8 @@ class OptimizerStep:
 
     def _new_model(self, fresh, groups):
         cfg, tokens = self.cfg, self.data.tokens
-        fresh.unpackable |= self.packing_errors
-        self.packing_errors = fresh.unpackable
+        fresh.packing_errors |= self.packing_errors
+        self.packing_errors = fresh.packing_errors
         self.model = fresh.to(self.device)
         # a checkpoint's weights come back contiguous, and fused AdamW wants one layout
         for weight in self.model.parameters():
