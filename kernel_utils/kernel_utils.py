@@ -4464,9 +4464,9 @@ class OptimizerStep:
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
         self.max_seqlen = 8 * math.ceil(data.tokens.lengths.max() / 8)  # aligned for GPU kernels
-        self.make_buffers()
         if self.should_capture:  # what the default stream does cannot be captured
             torch.cuda.set_stream(torch.cuda.Stream())
+        self.make_buffers()
 
     def make_buffers(self):
         """What steps read and write, at fixed places on the device."""
@@ -4823,6 +4823,7 @@ class OptimizerStep:
         """
         loss = self.reduce_loss()
         self.scaler.unscale_(self.optimizer)
+        # here the gradients are whole and of their true size: the place for gradient noise
         max_norm = self.cfg.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
@@ -5191,7 +5192,7 @@ class FoldTrainer:
         }
 
     def regularizer_report(self):
-        """What the regularisers did: means over the steps, distances of weights from the final ones."""
+        """What the regularisers did: means over steps, distances of weights from the final ones."""
         cfg, average = self.cfg, self.optimizer_step.average
         lines = [json.loads(line) for line in self.state.lines]
         steps = pd.DataFrame([line for line in lines if "loss" in line])
@@ -5222,9 +5223,9 @@ def _train_fold(
     """Train on the other folds, validate on `fold`. Returns (model, result).
 
     The model has the last weights or those that `keep` says. The result is a dictionary: `fold`,
-    validation `rows`, `step` of how many `steps`, why it `stopped` or None, `seconds` spent, `lines`
-    of the log, the `micro` batch that fits, steps `skipped` in fp16, `pseudo_rows` trained on and
-    `pseudo_steps` on them alone, how regularisers `acted`, and for the `best` and the `last`
+    validation `rows`, `step` of how many `steps`, why it `stopped` or None, `seconds` spent,
+    `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16, `pseudo_rows` trained
+    on and `pseudo_steps` on them alone, how regularisers `acted`, and for the `best` and the `last`
     evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
 
     It goes on from the newest of the `checkpoints`, and saves to them as `budget` says.
