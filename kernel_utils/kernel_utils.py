@@ -1893,23 +1893,27 @@ class _Pack(NamedTuple):
     one; what is computed there goes nowhere.
     """
 
-    starts: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
-    longest: int  # T: no segment is longer
-    positions: torch.Tensor  # (1, N), from 0 in each segment
-    places: (
+    cu_seqlens: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
+    max_seqlen: int  # T: no segment is longer
+    position_ids: torch.Tensor  # (1, N), from 0 in each segment
+    scatter_index: (
         torch.Tensor
     )  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
-    mask: torch.Tensor  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
+    attention_mask: (
+        torch.Tensor
+    )  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
 
     def pad(self, x):
         """(N, ...) -> (B, T, ...), zeros where no token is."""
-        flat = x.new_zeros(self.mask.numel() + 1, *x.shape[1:]).index_copy(0, self.places, x)
-        return flat[:-1].unflatten(0, self.mask.shape)
+        flat = x.new_zeros(self.attention_mask.numel() + 1, *x.shape[1:]).index_copy(
+            0, self.scatter_index, x
+        )
+        return flat[:-1].unflatten(0, self.attention_mask.shape)
 
     def unpad(self, x):
         """(B, T, ...) -> (N, ...), zeros in slots that are left over."""
         return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(
-            0, self.places
+            0, self.scatter_index
         )
 
 
@@ -2856,7 +2860,7 @@ class _PackingError(Exception):
 @torch.compiler.disable  # its shapes are those of the texts
 def _sdpa_per_sequence(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
-    lengths = pack.starts.diff().tolist()
+    lengths = pack.cu_seqlens.diff().tolist()
     sequences = [x.transpose(1, 2).split(lengths, dim=1) for x in (query, key, value)]
     outputs = []
     for sequence in zip(*sequences, strict=True):
@@ -2882,7 +2886,7 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if window_size >= pack.longest - 1:
+    if window_size >= pack.max_seqlen - 1:
         window_size = -1
     options = {}
     if is_causal:
@@ -2892,7 +2896,7 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
     if scale is not None and scale != query.shape[-1] ** -0.5:
         options["scale"] = scale  # torch 2.10 knows the usual scale alone
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
-    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    spans = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     return varlen_attn(q, k, v, *spans, **options)[None]
 
 
@@ -2901,10 +2905,10 @@ def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, 
 
     It runs on any GPU, in any precision and with dropout, but knows no window.
     """
-    if 0 <= window_size < pack.longest - 1:
+    if 0 <= window_size < pack.max_seqlen - 1:
         raise _PackingError("the memory-efficient kernel has no local attention")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d)
-    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    spans = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     outputs = torch.ops.aten._efficient_attention_forward(
         q, k, v, None, *spans, dropout, int(is_causal), True, scale=scale
     )
@@ -3096,7 +3100,7 @@ class _DebertaLayout:
     def get_attention_mask(self, attention_mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
         if self.pack is not None:
-            attention_mask = self.pack.mask
+            attention_mask = self.pack.attention_mask
         return (attention_mask == 0)[None, :, None]
 
     def get_rel_pos(self, hidden_states, *_):
@@ -3104,7 +3108,7 @@ class _DebertaLayout:
         the pack of packed rows."""
         if self.table is None:
             return None, self.pack
-        padded = hidden_states if self.pack is None else self.pack.mask
+        padded = hidden_states if self.pack is None else self.pack.attention_mask
         rows = _relative_position_rows(padded.shape[1], *self.table, hidden_states.device)
         return rows, self.pack
 
@@ -3112,7 +3116,7 @@ class _DebertaLayout:
         """Before the convolution, which takes two states and the mask."""
         if self.pack is None:
             return inputs
-        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.mask
+        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.attention_mask
 
     def unpad(self, _, inputs, output):
         """After the convolution."""
@@ -3696,7 +3700,7 @@ class TextModel(nn.Module):
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
-            inputs["position_ids"] = pack.positions + self.first_position
+            inputs["position_ids"] = pack.position_ids + self.first_position
         if self.layout is not None:
             self.layout.pack = pack
             inputs.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -3719,7 +3723,7 @@ class TextModel(nn.Module):
             )
 
         if pack is not None:
-            return _PaddedStates(states, pack), pack.mask
+            return _PaddedStates(states, pack), pack.attention_mask
         return tuple(state.float() for state in states), attention_mask
 
     def forward(self, *inputs, **named):
@@ -3790,7 +3794,7 @@ class _PackingTrial:
         self.first_length = tokens.lengths[rows[0]]
         self.padded = tokens.batch(rows, self.device)
         self.packed = tokens.packed(rows, self.device)
-        self.is_token = self.packed["pack"].mask.bool()  # (2, T)
+        self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
         with torch.no_grad():
             self.padded_states = self.encode(self.padded)
             self.packed_states = self.encode(self.packed)
