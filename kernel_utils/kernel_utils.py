@@ -1343,182 +1343,236 @@ class RunFolder:
 # 4. Data and folds
 
 
+def _decoded_lines(file, path):
+    """The lines of a file opened with surrogateescape; DataError where one is no text in UTF-8."""
+    for number, line in enumerate(file, 1):
+        bad = re.search("[\0\udc80-\udcff]", line)
+        if bad is None:
+            yield line
+        elif bad[0] == "\0":
+            problem = "a NUL character; the file is damaged, or in UTF-16"
+            raise DataError(f"{path}, line {number}: {problem}")
+        else:
+            byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
+            raise DataError(f"{path}, line {number}: not a CSV file in UTF-8 (byte {byte:#x})")
+
+
 def _check_csv(path):
-    """Raise DataError, with the line, for what pandas would take in its own way or not at all: other encodings, NUL
-    characters, a quote that does not close where its cell ends, a row longer than the header, a column twice."""
-    line, limit = 1, csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
+    """Raise DataError, with the line, for what pandas would take in its own way or not at all.
+
+    That is another encoding, a NUL character, a quote that does not close where its cell ends, a
+    row longer than the header, and a column that the header has twice.
+    """
+    header = []
+    row_line = 1  # where the row begins that is read next
+    old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
     try:
-        with open(path, "rb") as file:
-            for line, data in enumerate(file, 1):
-                if "\0" in data.decode("utf-8"):
-                    raise DataError(
-                        f"{path}, line {line}: a NUL character; the file is damaged, or in UTF-16"
-                    )
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader, header, line = csv.reader(file, strict=True), [], 1
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.reader(_decoded_lines(file, path), strict=True)
             for row in reader:
                 if not header and any(cell.strip() for cell in row):
                     header = row
-                if len(row) > len(header) > 0:
+                if header and len(row) > len(header):
                     hint = "; is it separated by commas?" if len(header) == 1 else ""
-                    raise DataError(
-                        f"{path}, line {line}: more cells than the header has columns{hint}"
-                    )
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {line}: not a CSV file in UTF-8 ({error})") from None
-    except (csv.Error, OSError) as error:
-        raise DataError(
-            f"{path}, line {line}: not a row of cells; is a quote not closed? ({error})"
-        ) from None
+                    problem = f"more cells than the header has columns{hint}"
+                    raise DataError(f"{path}, line {row_line}: {problem}")
+                row_line = reader.line_num + 1
+    except csv.Error as error:
+        problem = f"not a row of cells; is a quote not closed? ({error})"
+        raise DataError(f"{path}, line {row_line}: {problem}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     finally:
-        csv.field_size_limit(limit)
+        csv.field_size_limit(old_limit)
     if not header:
         raise DataError(f"{path}: not a CSV file with a header; it is empty")
-    if twice := [repr(name) for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise DataError(f"{path}: the header has {_comma_join(twice)} twice")
+    names = [name for name in header if name]
+    repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise DataError(f"{path}: the header has {_comma_join(repeated)} twice")
 
 
 def _read_table(path, columns):
-    """A CSV file with every cell as the text that stands in it. Names missing columns and broken files."""
+    """A CSV file with every cell as the text that stands in it; DataError where it is broken or
+    has not these columns.
+    """
     _check_csv(path)
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
         comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
-        raise DataError(
-            f"{path}: no column {', '.join(hints)}; there are {', '.join(frame.columns)}{comma}"
-        )
+        existing = f"there are {_comma_join(frame.columns)}{comma}"
+        raise DataError(f"{path}: no column {_comma_join(hints)}; {existing}")
     if frame.empty:
         raise DataError(f"{path}: no rows")
     return frame
 
 
-def _bad_rows(path, frame, id_column, column, bad, expected):
-    """[] or one problem that names the file, the column and the first bad rows (1 = first below the header)."""
-    rows = np.flatnonzero(bad)
+def _bad_rows(path, frame, id_column, column, is_bad, expected):
+    """[] or one problem that names file, column and the first bad rows (1 is below the header)."""
+    rows = np.flatnonzero(is_bad)
     if not len(rows):
         return []
-    ids, cells = ([str(frame[name].iloc[i])[:60] for i in rows[:3]] for name in (id_column, column))
-    shown = [
-        f"row {i + 1} (id {id}): {cell!r}" for i, id, cell in zip(rows, ids, cells, strict=False)
-    ]
-    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    return [f"{path}, column {column}: expected {expected}, got {'; '.join(shown)}{more}"]
+    examples = []
+    for row in rows[:3]:
+        row_id = str(frame[id_column].iloc[row])
+        cell = str(frame[column].iloc[row])
+        examples.append(f"row {row + 1} (id {row_id[:60]}): {cell[:60]!r}")
+    actual = "; ".join(examples)
+    if len(rows) > 3:
+        actual += f" and {len(rows) - 3} more"
+    return [f"{path}, column {column}: expected {expected}, got {actual}"]
 
 
-def _prefix_columns(cfg):
-    return re.findall(r"\{([^{}]+)\}", cfg.prefix)
+_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
 def _text_columns(cfg):
-    return [cfg.text_column] + ([cfg.pair_column] if cfg.pair_column else [])
+    columns = [cfg.text_column]
+    if cfg.pair_column:
+        columns.append(cfg.pair_column)
+    return columns
+
+
+def _input_columns(cfg):
+    """Columns of a table that make the input of the model: of texts, then of the prefix."""
+    prefix_columns = _PREFIX_COLUMN.findall(cfg.prefix)
+    return list(dict.fromkeys([*_text_columns(cfg), *prefix_columns]))
 
 
 def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
+class _TableCheck:
+    """Checks the columns of a table, each by its role, and collects what is wrong in `problems`."""
+
+    def __init__(self, path, frame, id_column):
+        self.path = path
+        self.frame = frame
+        self.id_column = id_column
+        self.problems = []
+
+    def check_ids(self):
+        is_repeated = self.frame[self.id_column].duplicated()
+        self._add_bad_rows(self.id_column, is_repeated, "each id once")
+        self.check_filled(self.id_column, "a value")
+
+    def check_filled(self, column, expected):
+        is_blank = self.frame[column].str.strip().eq("")
+        self._add_bad_rows(column, is_blank, expected)
+
+    def check_texts(self, column):
+        self.check_filled(column, "a text")
+        is_number = np.isfinite(_to_numbers(self.frame[column]))
+        if is_number.mean() > 0.5:  # the wrong column; a number among texts is a text
+            self._add_bad_rows(column, is_number, "texts, not numbers")
+
+    def read_targets(self, column, task):
+        """Targets of regression and multilabel tasks as numbers, labels as they are."""
+        if task in ("binary", "multiclass"):
+            self.check_filled(column, "a label")
+            return self.frame[column]
+        numbers = _to_numbers(self.frame[column])
+        if task == "multilabel":
+            self._add_bad_rows(column, ~np.isin(numbers, (0, 1)), "0 or 1")
+        else:
+            self._add_bad_rows(column, ~np.isfinite(numbers), "a finite number")
+        return numbers
+
+    def read_errors(self, column):
+        """Standard errors of the targets as numbers."""
+        numbers = _to_numbers(self.frame[column])
+        is_error = np.isfinite(numbers) & (numbers >= 0)
+        self._add_bad_rows(column, ~is_error, "a finite number from 0 up")
+        if not numbers.any():
+            expected = "expected an error above 0 in some row, got 0 in all"
+            self.problems.append(f"{self.path}, column {column}: {expected}")
+        return numbers
+
+    def _add_bad_rows(self, column, is_bad, expected):
+        table = (self.path, self.frame, self.id_column)
+        self.problems += _bad_rows(*table, column, is_bad, expected)
+
+
 def _class_labels(frame, cfg):
-    """Labels of a binary or multiclass task in order: as numbers where all are numbers, else as text."""
+    """Labels of a binary or multiclass task in order: as numbers where all are, else as text."""
     if cfg.task not in ("binary", "multiclass"):
         return []
-    labels = set(frame[cfg.targets[0]])
-    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
-    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
+    labels = sorted(set(frame[cfg.targets[0]]))
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
+        labels.sort(key=float)
+    return labels
 
 
 def _read_train(cfg, data_dir):
-    """train.csv of `data_dir`, checked: text as text, regression and multilabel targets as numbers, labels as text."""
+    """train.csv of `data_dir`, checked: texts and labels as text, other targets as numbers."""
     path = data_dir / "train.csv"
-    extra = [cfg.group_column] if "group" in cfg.fold_kind else []
+    groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    frame = _read_table(path, [cfg.id_column, *_input_columns(cfg), *cfg.targets, *errors, *extra])
-    check = functools.partial(_bad_rows, path, frame, cfg.id_column)
-    problems = check(cfg.id_column, frame[cfg.id_column].duplicated().to_numpy(), "each id once")
-    for column in (cfg.id_column, *extra):
-        problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a value")
+    columns = [cfg.id_column, *_input_columns(cfg), *cfg.targets]
+    frame = _read_table(path, columns + errors + groups)
+    check = _TableCheck(path, frame, cfg.id_column)
+    check.check_ids()
+    for column in groups:
+        check.check_filled(column, "a value")
     for column in _text_columns(cfg):
-        empty = frame[column].str.strip().eq("").to_numpy()
-        problems += check(column, empty, "a text")
-        numeric = np.isfinite(_to_numbers(frame[column]))
-        if numeric.mean() > 0.5:  # the wrong column; a number among texts is a text
-            problems += check(column, numeric, "texts, not numbers")
-    numbers = {}
-    for column in cfg.targets:
-        if cfg.task in ("regression", "multilabel"):
-            numbers[column] = _to_numbers(frame[column])
-            allowed = (
-                np.isfinite(numbers[column])
-                if cfg.task == "regression"
-                else np.isin(numbers[column], (0, 1))
-            )
-            problems += check(
-                column, ~allowed, "a finite number" if cfg.task == "regression" else "0 or 1"
-            )
-        else:
-            problems += check(column, frame[column].str.strip().eq("").to_numpy(), "a label")
+        check.check_texts(column)
+    values = {column: check.read_targets(column, cfg.task) for column in cfg.targets}
     for column in errors:
-        numbers[column] = _to_numbers(frame[column])
-        allowed = np.isfinite(numbers[column]) & (numbers[column] >= 0)
-        problems += check(column, ~allowed, "a finite number from 0 up")
-        if not numbers[column].any():
-            problems.append(
-                f"{path}, column {column}: expected an error above 0 in some row, got 0 in all"
-            )
-    if problems:
-        raise DataError(problems)
-    frame = frame.assign(**numbers)
-    if cfg.max_rows and cfg.max_rows < len(frame):
-        frame = frame[_id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows].reset_index(
-            drop=True
-        )
-    labels = len(_class_labels(frame, cfg))
-    if (cfg.task == "binary" and labels != 2) or (cfg.task == "multiclass" and labels < 2):
-        wanted = f"{'two' if cfg.task == 'binary' else 'two or more'} labels for task {cfg.task}"
-        raise DataError(
-            f"{path}, column {cfg.targets[0]}: expected {wanted}, got {labels} in {len(frame)} rows"
-        )
-    return frame
-
-
-def _input_columns(cfg):
-    """Columns of a table that make the input of the model."""
-    return list(dict.fromkeys([*_text_columns(cfg), *_prefix_columns(cfg)]))
+        values[column] = check.read_errors(column)
+    if check.problems:
+        raise DataError(check.problems)
+    frame = frame.assign(**values)
+    if cfg.max_rows:
+        is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
+        frame = frame[is_drawn].reset_index(drop=True)
+    n_labels = len(_class_labels(frame, cfg))
+    if cfg.task == "binary" and n_labels != 2:
+        expected = "two labels"
+    elif cfg.task == "multiclass" and n_labels < 2:
+        expected = "two or more labels"
+    else:
+        return frame
+    problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
+    raise DataError(f"{path}, column {cfg.targets[0]}: {problem}")
 
 
 def _read_test(cfg, data_dir, columns=()):
-    """test.csv and sample_submission.csv of `data_dir`, each None where there is none, checked. `columns` are needed
-    in test.csv besides those that the settings name."""
-    paths = [data_dir / "test.csv", data_dir / "sample_submission.csv"]
-    needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
-    test = _read_table(paths[0], needed) if _file_exists(paths[0]) else None
-    sample = _read_table(paths[1], [cfg.id_column]) if _file_exists(paths[1]) else None
+    """test.csv and sample_submission.csv of `data_dir`, checked; None for a file that is not there.
+
+    test.csv must have `columns` besides those that the settings name.
+    """
+    test_path = data_dir / "test.csv"
+    sample_path = data_dir / "sample_submission.csv"
+    test = sample = None
     problems = []
-    for path, frame in zip(paths, (test, sample), strict=True):
-        if frame is not None:
-            ids = frame[cfg.id_column]
-            for bad, expected in (
-                (ids.duplicated(), "each id once"),
-                (ids.str.strip().eq(""), "a value"),
-            ):
-                problems += _bad_rows(
-                    path, frame, cfg.id_column, cfg.id_column, bad.to_numpy(), expected
-                )
-    if test is not None and (
-        empty := sum(int(test[c].str.strip().eq("").sum()) for c in _text_columns(cfg))
-    ):
-        warnings.warn(
-            f"{paths[0]}: {empty} empty texts; they are predicted all the same", stacklevel=2
-        )
+    if _file_exists(test_path):
+        needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
+        test = _read_table(test_path, needed)
+        check = _TableCheck(test_path, test, cfg.id_column)
+        check.check_ids()
+        problems += check.problems
+    if _file_exists(sample_path):
+        sample = _read_table(sample_path, [cfg.id_column])
+        check = _TableCheck(sample_path, sample, cfg.id_column)
+        check.check_ids()
+        problems += check.problems
+    if test is not None:
+        texts = test[_text_columns(cfg)]
+        n_empty = texts.apply(lambda cells: cells.str.strip().eq("")).sum().sum()
+        if n_empty:
+            message = f"{test_path}: {n_empty} empty texts; they are predicted all the same"
+            warnings.warn(message, stacklevel=2)
     if test is not None and sample is not None:
-        ours, theirs = set(test[cfg.id_column]), set(sample[cfg.id_column])
-        for name, ids in ((paths[1].name, ours - theirs), (paths[0].name, theirs - ours)):
+        test_ids = set(test[cfg.id_column])
+        sample_ids = set(sample[cfg.id_column])
+        missing = {sample_path: test_ids - sample_ids, test_path: sample_ids - test_ids}
+        for path, ids in missing.items():
             if ids:
-                problems.append(
-                    f"{data_dir / name} lacks {len(ids)} ids that its counterpart has, such as {min(ids)!r}"
-                )
+                example = f"that its counterpart has, such as {min(ids)!r}"
+                problems.append(f"{path} lacks {len(ids)} ids {example}")
     if problems:
         raise DataError(problems)
     return test, sample
@@ -1535,24 +1589,23 @@ def _column_name(kind, name, names):
 
 
 def _submission_columns(sample, cfg, classes):
-    """Columns of the sample submission besides the id. DataError where a run with these settings cannot fill them.
+    """Columns of the sample submission besides the id.
 
-    One column takes any single output or the likeliest class; several must be the targets or the classes.
+    One column takes any single output or the likeliest class; several must be the targets or the
+    classes. DataError where a run with these settings cannot fill them.
     """
-    columns, names = (
-        [name for name in sample.columns if name != cfg.id_column],
-        _output_names(cfg, classes),
-    )
-    single = len(columns) == 1 and (len(names) == 1 or cfg.task == "multiclass")
-    if not single and set(columns) != set(names):
-        raise DataError(
-            f"sample_submission.csv has columns {_comma_join(columns)}; the settings predict {_comma_join(names)}"
-        )
+    columns = [name for name in sample.columns if name != cfg.id_column]
+    outputs = _output_names(cfg, classes)
+    if len(columns) == 1 and (len(outputs) == 1 or cfg.task == "multiclass"):
+        return columns
+    if set(columns) != set(outputs):
+        actual = f"sample_submission.csv has columns {_comma_join(columns)}"
+        raise DataError(f"{actual}; the settings predict {_comma_join(outputs)}")
     return columns
 
 
 def read_competition(cfg):
-    """(train, test, sample submission) frames, checked; the last two are None where there is no file.
+    """(train, test, sample submission) frames, checked; None for the last two without a file.
 
     Raises DataError, which names the file, column and rows, what was expected and what came.
     """
@@ -1568,15 +1621,22 @@ def read_competition(cfg):
 def _encode_targets(frame, cfg, classes):
     """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
     if cfg.task == "multiclass":
-        return np.array([classes.index(label) for label in frame[cfg.targets[0]]])
-    values = frame[cfg.targets].eq(classes[1]) if cfg.task == "binary" else frame[cfg.targets]
+        labels = frame[cfg.targets[0]]
+        return np.array([classes.index(label) for label in labels])
+    values = frame[cfg.targets]
+    if cfg.task == "binary":
+        values = values.eq(classes[1])
     return values.to_numpy(dtype=np.float64, copy=True)
 
 
 def _id_order(ids, seed):
     """Rank of every id in an order drawn by `seed`, the same whatever the order of the rows."""
-    digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids]
-    return np.argsort(np.argsort(np.array(digests, dtype="S32"), kind="stable"), kind="stable")
+    digests = []
+    for name in ids:
+        seeded = f"{seed}:{name}".encode()
+        digests.append(hashlib.sha256(seeded).digest())
+    order = np.argsort(np.array(digests, dtype="S32"), kind="stable")
+    return np.argsort(order, kind="stable")
 
 
 def _strata(frame, cfg):
@@ -1588,65 +1648,81 @@ def _strata(frame, cfg):
     if cfg.task in ("binary", "multiclass"):
         return values[cfg.targets[0]].to_numpy()
     if cfg.task == "multilabel":
-        sets = values.astype(int).astype(str).agg("".join, axis=1)
-        return sets.where(sets.groupby(sets).transform("size") >= cfg.n_folds, "rare").to_numpy()
+        label_sets = values.astype(int).astype(str).agg("".join, axis=1)
+        n_rows = label_sets.groupby(label_sets).transform("size")
+        return label_sets.where(n_rows >= cfg.n_folds, "rare").to_numpy()
     spread = values.std(ddof=0).replace(0, 1)
-    mean = ((values - values.mean()) / spread).mean(axis=1)
-    bins = pd.cut(mean, int(1 + math.log2(len(frame))), labels=False).to_numpy(copy=True)
+    scores = (values - values.mean()) / spread
+    n_bins = int(1 + math.log2(len(frame)))
+    bins = pd.cut(scores.mean(axis=1), n_bins, labels=False).to_numpy(copy=True)
     for b in range(bins.max()):  # upwards, then what is left at the top downwards
-        if 0 < (bins == b).sum() < cfg.n_folds:
-            bins[bins == b] = b + 1
-    top = bins.max()
-    if (bins == top).sum() < cfg.n_folds and (bins < top).any():
-        bins[bins == top] = bins[bins < top].max()
+        is_here = bins == b
+        if 0 < is_here.sum() < cfg.n_folds:
+            bins[is_here] = b + 1
+    is_top = bins == bins.max()
+    if is_top.sum() < cfg.n_folds and not is_top.all():
+        bins[is_top] = bins[~is_top].max()
     return bins
 
 
+def _given_folds(frame, cfg):
+    """The column `fold` of a frame as whole numbers; DataError where it has others."""
+    folds = _to_numbers(frame["fold"])
+    is_fold = (folds >= 0) & (folds < 2**31) & (folds == np.floor(folds))  # False for NaN
+    expected = "a fold number 0, 1, ..."
+    problems = _bad_rows("train.csv", frame, cfg.id_column, "fold", ~is_fold, expected)
+    if problems:
+        raise DataError(problems)
+    if len(set(folds)) < 2:
+        raise DataError("train.csv, column fold: expected two or more folds, got one")
+    return folds.astype(int)
+
+
+def _draw_folds(frame, cfg):
+    """A fold for every row, drawn by `fold_seed` and the ids with the splitter of `fold_kind`."""
+    has_groups = "group" in cfg.fold_kind
+    order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
+    ordered = frame.iloc[order]
+    groups = ordered[cfg.group_column].to_numpy() if has_groups else None
+    splitter_class = _FOLD_KINDS[cfg.fold_kind]
+    splitter = splitter_class(cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
+    folds = np.empty(len(frame), dtype=int)
+    try:
+        with warnings.catch_warnings():  # `make_folds` refuses a class too rare to be trained
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            splits = splitter.split(ordered, _strata(ordered, cfg), groups)
+            for fold, (_, rows) in enumerate(splits):
+                folds[order[rows]] = fold
+    except ValueError as error:
+        column = cfg.group_column if has_groups else cfg.target_columns
+        problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+        raise DataError(f"train.csv, column {column}: {problem}") from None
+    return folds
+
+
 def make_folds(frame, cfg):
-    """`frame` with a column `fold`. It depends on `fold_seed` and the ids, not on `seed` or row order.
+    """`frame` with a column `fold`. It depends on `fold_seed` and ids, not on `seed` or row order.
 
     Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. A column
     `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
     since the model that validates on it would never have seen it.
     """
     if "fold" in frame.columns:
-        folds = _to_numbers(frame["fold"])
-        bad = ~((folds >= 0) & (folds < 2**31) & (folds == np.floor(folds)))  # NaN too
-        problems = _bad_rows(
-            "train.csv", frame, cfg.id_column, "fold", bad, "a fold number 0, 1, ..."
-        )
-        if problems or len(set(folds)) < 2:
-            raise DataError(
-                problems or "train.csv, column fold: expected two or more folds, got one"
-            )
+        folds = _given_folds(frame, cfg)
         print("folds are those of the column 'fold'")
     else:
-        order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
-        ordered, folds = frame.iloc[order], np.empty(len(frame))
-        groups = ordered[cfg.group_column].to_numpy() if "group" in cfg.fold_kind else None
-        splitter = _FOLD_KINDS[cfg.fold_kind](cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
-        try:
-            with warnings.catch_warnings():  # a rare class: said below, where it cannot be trained
-                warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-                for fold, (_, rows) in enumerate(
-                    splitter.split(ordered, _strata(ordered, cfg), groups)
-                ):
-                    folds[order[rows]] = fold
-        except ValueError as error:
-            column = cfg.group_column if "group" in cfg.fold_kind else cfg.target_columns
-            raise DataError(
-                f"train.csv, column {column}: no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
-            ) from None
-    frame = frame.assign(fold=folds.astype(int))
+        folds = _draw_folds(frame, cfg)
+    frame = frame.assign(fold=folds)
     _requested_folds(frame, cfg)
+    if cfg.task == "regression":
+        return frame
     problems = []
-    for column in cfg.targets if cfg.task != "regression" else []:
-        spread = frame.groupby(column)["fold"].nunique()
-        for label in spread.index[spread < 2]:
-            rows = int((frame[column] == label).sum())
-            problems.append(
-                f"train.csv, column {column}: label {label!r} ({rows} rows) is in one fold only"
-            )
+    for column in cfg.targets:
+        n_folds_with = frame.groupby(column)["fold"].nunique()
+        for label in n_folds_with.index[n_folds_with < 2]:
+            n_rows = (frame[column] == label).sum()
+            problem = f"label {label!r} ({n_rows} rows) is in one fold only"
+            problems.append(f"train.csv, column {column}: {problem}")
     if problems:
         raise DataError(problems)
     return frame
@@ -1654,38 +1730,31 @@ def make_folds(frame, cfg):
 
 def _requested_folds(frame, cfg):
     """Numbers of the folds that `run_folds` asks for."""
-    there = sorted(set(frame["fold"]))
-    asked = there if cfg.run_folds == "all" else sorted(set(_cast(cfg.run_folds, tuple)))
-    if not set(asked) <= set(there):
-        raise ConfigError(
-            f"run_folds must be 'all' or folds among {_comma_join(there)}, got {cfg.run_folds!r}"
-        )
-    return [int(fold) for fold in asked]
+    existing = sorted(frame["fold"].unique().tolist())
+    if cfg.run_folds == "all":
+        return existing
+    requested = set(_cast(cfg.run_folds, tuple))
+    if not requested.issubset(existing):
+        expected = f"'all' or folds among {_comma_join(existing)}"
+        raise ConfigError(f"run_folds must be {expected}, got {cfg.run_folds!r}")
+    return sorted(requested)
 
 
 # ---------------------------------------------------------------------------------------
 # 5. Tokens and batches
 
-_VOCABULARY_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spm.model",
-    "spiece.model",
-    "*.bpe.model",
-)
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model")
+_VOCABULARY_FILES += ("spm.model", "spiece.model", "*.bpe.model")
 
 
 def _load_tokenizer(folder):
-    """The tokenizer of a folder. transformers 5 would make one of [UNK] alone where the vocabulary is missing."""
-    if not any(next(Path(folder).glob(name), None) for name in _VOCABULARY_FILES):
-        raise KitError(
-            f"{folder} has no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}"
-        )
-    with _wrap_read_errors(
-        f"the tokenizer of {folder} (without tokenizer.json it may need the package sentencepiece)"
-    ):
+    """The tokenizer of a folder; KitError where its vocabulary is missing or cannot be read."""
+    # transformers 5 would make a tokenizer of [UNK] alone where the vocabulary is missing
+    if not any(any(Path(folder).glob(name)) for name in _VOCABULARY_FILES):
+        expected = f"expected one of {_comma_join(_VOCABULARY_FILES)}"
+        raise KitError(f"{folder} has no vocabulary; {expected}")
+    hint = "without tokenizer.json it may need the package sentencepiece"
+    with _wrap_read_errors(f"the tokenizer of {folder} ({hint})"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -1698,34 +1767,36 @@ def _load_tokenizer(folder):
 def _to_device(array, device):
     """An array as a tensor on a device; to a GPU the copy is not waited for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
 
 
 class _Pack(NamedTuple):
-    """Where texts stand that are packed end to end into N token slots, and where in their padded form (B, T).
+    """Where texts stand that are packed end to end into N slots, and where in their padded form.
 
-    Slots that are left over are segments of their own after those of the texts, so that no kernel meets an undefined
-    one; what is computed there goes nowhere.
+    Spare slots are segments of their own after those of the texts, so that no kernel meets an
+    undefined one; what is computed there goes nowhere.
     """
 
-    starts: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
-    longest: int  # T: no segment is longer
-    positions: torch.Tensor  # (1, N), from 0 in each segment
-    places: (
-        torch.Tensor
-    )  # (N,) of each slot in the padded form, row * T + position; B * T for one that is left over
-    mask: torch.Tensor  # (B, T), 1 for a token; a filler, which is no row, has one, of zeros
+    cu_seqlens: torch.Tensor  # (S + 1,) int32, the first slot of every segment, then N
+    max_seqlen: int  # T: no segment is longer
+    position_ids: torch.Tensor  # (1, N), from 0 in each segment
+    scatter_index: torch.Tensor  # (N,), row * T + position of a token, B * T of a spare slot
+    attention_mask: torch.Tensor  # (B, T), 1 for a token; a filler row has one, of zeros
 
     def pad(self, x):
         """(N, ...) -> (B, T, ...), zeros where no token is."""
-        flat = x.new_zeros(self.mask.numel() + 1, *x.shape[1:]).index_copy(0, self.places, x)
-        return flat[:-1].unflatten(0, self.mask.shape)
+        shape = self.attention_mask.shape
+        flat = x.new_zeros(shape.numel() + 1, *x.shape[1:])  # the last takes the spare slots
+        flat = flat.index_copy(0, self.scatter_index, x)
+        return flat[:-1].unflatten(0, shape)
 
     def unpad(self, x):
-        """(B, T, ...) -> (N, ...), zeros in slots that are left over."""
-        return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(
-            0, self.places
-        )
+        """(B, T, ...) -> (N, ...), zeros in spare slots."""
+        zeros = x.new_zeros(1, *x.shape[2:])
+        flat = torch.cat([x.flatten(0, 1), zeros])
+        return flat.index_select(0, self.scatter_index)
 
 
 class Tokens:
@@ -1737,191 +1808,244 @@ class Tokens:
     def __init__(self, ids, types, pad_id):
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.ids = np.concatenate(ids).astype(np.int32) if ids else np.empty(0, np.int32)
-        self.types = np.concatenate(types).astype(np.int32) if types else None
+        self.ids = np.empty(0, np.int32)
+        self.types = None
+        if ids:
+            self.ids = np.concatenate(ids).astype(np.int32)
+        if types:
+            self.types = np.concatenate(types).astype(np.int32)
         self.pad_id = pad_id
-        self.resident = {}  # device -> what `on` gives
+        self._device_cache = {}  # device -> what `to_device_cached` returns
 
     def __len__(self):
         return len(self.lengths)
 
     def batch(self, rows, device):
-        """The rows as padded tensors (B, T) on `device`: input_ids, attention_mask and token_type_ids."""
-        mask = np.arange(self.lengths[rows].max()) < self.lengths[rows][:, None]  # (B, T)
-        spans = np.concatenate([np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows])
-        arrays = {
-            "input_ids": np.full(mask.shape, self.pad_id),
-            "attention_mask": mask.astype(np.int64),
-        }
-        arrays["input_ids"][mask] = self.ids[spans]
+        """The rows as padded tensors (B, T) on `device`.
+
+        Returns input_ids, attention_mask and token_type_ids, which may be missing.
+        """
+        lengths = self.lengths[rows]
+        is_token = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        source = np.concatenate(spans)
+        input_ids = np.full(is_token.shape, self.pad_id)
+        input_ids[is_token] = self.ids[source]
+        arrays = {"input_ids": input_ids, "attention_mask": is_token.astype(np.int64)}
         if self.types is not None:
-            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
-            arrays["token_type_ids"][mask] = self.types[spans]
+            types = np.zeros_like(input_ids)
+            types[is_token] = self.types[source]
+            arrays["token_type_ids"] = types
         return {name: _to_device(array, device) for name, array in arrays.items()}
 
-    def on(self, device):
-        """The texts as tensors that stay on `device`: ids, types (or None), offsets, lengths."""
-        if device not in self.resident:
+    def to_device_cached(self, device):
+        """Tensors that stay on `device`: ids, types (or None), offsets, lengths."""
+        if device not in self._device_cache:
             arrays = (self.ids, self.types, self.offsets, self.lengths)
-            self.resident[device] = [
+            self._device_cache[device] = [
                 None if array is None else _to_device(array, device) for array in arrays
             ]
-        return self.resident[device]
+        return self._device_cache[device]
 
-    def pack(self, rows, slots, longest, spare=False):
-        """The rows packed end to end as tensors (1, N) on the device of `rows` (B,): input_ids, token_type_ids, `pack`.
+    def pack(self, rows, num_tokens, max_seqlen, spare=False):
+        """The rows packed end to end as tensors (1, N) on the device of `rows` (B,).
 
-        N is `slots`, at least the tokens of the rows, T is `longest`, at least the tokens of a row. Everything is
-        computed on the device without waiting for it. A row of -1 is a filler. With `spare` there are segments for
-        slots that are left over; else the rows must fill all of them.
+        Returns input_ids, token_type_ids and `pack`, a `_Pack`. N is `num_tokens`, at least the
+        tokens of the rows, T is `max_seqlen`, at least the tokens of a row. Everything is computed
+        on the device without waiting for it. A row of -1 is a filler. With `spare` there are
+        segments for spare slots; else the rows must fill all of them.
         """
-        ids, types, offsets, lengths = self.on(rows.device)
+        ids, types, offsets, lengths = self.to_device_cached(rows.device)
+        n_rows = len(rows)
         texts = rows.clamp(min=0)
-        lengths = lengths[texts].masked_fill(rows < 0, 0)  # (B,)
-        ends = lengths.cumsum(0)
+        row_lengths = lengths[texts].masked_fill(rows < 0, 0)  # (B,)
+        ends = row_lengths.cumsum(0)
         if spare:
-            more = torch.arange(1, math.ceil(slots / longest) + 1, device=rows.device) * longest
-            ends = torch.cat([ends, (ends[-1] + more).clamp(max=slots)])
-        starts = F.pad(ends, (1, 0))  # (S + 1,)
-        slot = torch.arange(slots, device=rows.device)
+            n_spare = math.ceil(num_tokens / max_seqlen)
+            distances = torch.arange(1, n_spare + 1, device=rows.device) * max_seqlen
+            ends = torch.cat([ends, (ends[-1] + distances).clamp(max=num_tokens)])
+        cu_seqlens = F.pad(ends, (1, 0))  # (S + 1,)
+
+        slot = torch.arange(num_tokens, device=rows.device)
         segment = torch.searchsorted(ends, slot, right=True)  # (N,)
-        positions = slot - starts[segment]
-        used, row = segment < len(rows), segment.clamp(max=len(rows) - 1)
-        source = offsets[texts[row]] + positions.where(used, 0)
+        position = slot - cu_seqlens[segment]
+        is_token = segment < n_rows
+        row = segment.clamp(max=n_rows - 1)
+        source = offsets[texts[row]] + position.where(is_token, 0)
+        input_ids = ids[source].long().masked_fill(~is_token, self.pad_id)
+        inputs = {"input_ids": input_ids[None]}
+        if types is not None:
+            token_type_ids = types[source].long().masked_fill(~is_token, 0)
+            inputs["token_type_ids"] = token_type_ids[None]
 
-        def fill(flat, value):
-            return flat[source].long().masked_fill(~used, value)[None]
-
-        places = torch.where(used, row * longest + positions, len(rows) * longest)
-        mask = (torch.arange(longest, device=rows.device) < lengths.clamp(min=1)[:, None]).long()
-        tensors = {"input_ids": fill(ids, self.pad_id)} | (
-            {} if types is None else {"token_type_ids": fill(types, 0)}
+        padded_index = row * max_seqlen + position
+        padded_position = torch.arange(max_seqlen, device=rows.device)
+        mask = padded_position < row_lengths.clamp(min=1)[:, None]
+        inputs["pack"] = _Pack(
+            cu_seqlens=cu_seqlens.int(),
+            max_seqlen=max_seqlen,
+            position_ids=position[None],
+            scatter_index=torch.where(is_token, padded_index, n_rows * max_seqlen),
+            attention_mask=mask.long(),
         )
-        return tensors | {"pack": _Pack(starts.int(), longest, positions[None], places, mask)}
+        return inputs
 
     def packed(self, rows, device):
-        """`pack` for rows as they are, without fillers or slots left over."""
+        """`pack` for rows as they are, without fillers or spare slots."""
         lengths = self.lengths[rows]
-        return self.pack(_to_device(rows, device), int(lengths.sum()), int(lengths.max()))
+        num_tokens = int(lengths.sum())
+        max_seqlen = int(lengths.max())
+        return self.pack(_to_device(rows, device), num_tokens, max_seqlen)
 
 
-def _find_sublist(part, whole, start):
-    """Where the list `part` stands in the list `whole`, from `start` on."""
-    for i in range(start, len(whole) - len(part) + 1):
-        if whole[i : i + len(part)] == part:
-            return i
-    raise KitError(
-        f"the tokenizer changes a text when it adds special tokens: {part} is not in {whole}"
-    )
+class _SpecialSegments(NamedTuple):
+    """What a tokenizer puts around the texts of a row: before the first, then after each."""
 
+    ids: list  # of each segment
+    types: list  # of the same tokens
+    text_types: list  # of the tokens of each text
 
-def _special_segments(tokenizer, pair):
-    """What the tokenizer puts around a text (or a pair): lists of (ids, types) before, between and after,
-    and the types of the texts. Read off an encoded probe, since ids and order differ by tokenizer."""
-    probes = ["left", "right"] if pair else ["left"]
-    encoded = tokenizer(*probes, add_special_tokens=True)
-    ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids")
-    types = list(types) if types is not None else [0] * len(ids)
-    gaps, text_types, end = [], [], 0
-    for probe in probes:
-        part = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-        start = _find_sublist(part, ids, end)
-        gaps.append((ids[end:start], types[end:start]))
-        text_types.append(types[start])
-        end = start + len(part)
-    gaps.append((ids[end:], types[end:]))
-    return gaps, text_types
+    @classmethod
+    def of(cls, tokenizer, pair):
+        """Read off an encoded probe of a text or pair, since ids and order differ by tokenizer."""
+        probes = ["left", "right"] if pair else ["left"]
+        encoded = tokenizer(*probes, add_special_tokens=True)
+        ids = list(encoded["input_ids"])
+        types = list(encoded.get("token_type_ids") or [0] * len(ids))
+        segments = cls([], [], [])
+        end = 0
+        for probe in probes:
+            text = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+            start = cls._find(text, ids, end)
+            segments._add(ids[end:start], types[end:start])
+            segments.text_types.append(types[start])
+            end = start + len(text)
+        segments._add(ids[end:], types[end:])
+        return segments
+
+    @staticmethod
+    def _find(text, ids, start):
+        """Where the list `text` stands in the list `ids`, from `start` on."""
+        for i in range(start, len(ids) - len(text) + 1):
+            if ids[i : i + len(text)] == text:
+                return i
+        problem = "the tokenizer changes a text when it adds special tokens"
+        raise KitError(f"{problem}: {text} is not in {ids}")
+
+    def _add(self, ids, types):
+        self.ids.append(ids)
+        self.types.append(types)
+
+    def build_row(self, texts):
+        """(ids, types) of a row with the special tokens around its texts, each a list of ids."""
+        ids = list(self.ids[0])
+        types = list(self.types[0])
+        for number, text in enumerate(texts):
+            ids += text
+            ids += self.ids[number + 1]
+            types += [self.text_types[number]] * len(text)
+            types += self.types[number + 1]
+        return ids, types
 
 
 def _truncate(ids, room, truncation):
-    """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as in
-    Sun et al., arXiv:1905.05583."""
+    """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as
+    in Sun et al., arXiv:1905.05583.
+    """
     if len(ids) <= room:
         return ids
     head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
-    return ids[:head] + ids[len(ids) - (room - head) :]
+    tail = room - head
+    return ids[:head] + ids[len(ids) - tail :]
+
+
+def _truncate_row(texts, room, truncation):
+    """The texts of a row with at most `room` ids; of a pair the longer text is cut first."""
+    if len(texts) == 1:
+        return [_truncate(texts[0], room, truncation)]
+    first, second = texts
+    free_for_second = max(room // 2, room - len(first))
+    room_for_second = min(len(second), free_for_second)
+    return [
+        _truncate(first, room - room_for_second, truncation),
+        _truncate(second, room_for_second, truncation),
+    ]
 
 
 def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
-    """Token ids of every text (or pair), special tokens included, at most `max_length` each, as `Tokens`.
+    """`Tokens` of every text (or pair), special tokens included, at most `max_length` each.
 
-    A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is cut
-    first. A text without any token becomes one end-of-text token, so that every row has something to pool.
+    A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is
+    cut first. A text without any token becomes one end-of-text token, so that every row has
+    something to pool.
     """
-    gaps, text_types = _special_segments(tokenizer, pairs is not None)
+    segments = _SpecialSegments.of(tokenizer, pair=pairs is not None)
+    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+    columns = [encode(list(texts))["input_ids"]]
+    if pairs is not None:
+        columns.append(encode(list(pairs))["input_ids"])
+    prefix_ids = [[]] * len(texts)
+    if prefixes is not None:  # the space before a text is no token of the prefix
+        prefixes = [prefix.rstrip() for prefix in prefixes]
+        prefix_ids = encode(prefixes)["input_ids"]
+    room = cfg.max_length - sum(len(ids) for ids in segments.ids)
+    longest_prefix = max((len(ids) for ids in prefix_ids), default=0)
+    if room <= longest_prefix:
+        problem = f"leaves no room for a text after a prefix of {longest_prefix} tokens"
+        raise ConfigError(f"max_length {cfg.max_length} {problem}")
+    special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+    fallback_id = next(i for i in special_ids if i is not None)
 
-    def encode(column):
-        return tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
-
-    columns = [encode(texts)] if pairs is None else [encode(texts), encode(pairs)]
-    starts = (
-        [[]] * len(columns[0])
-        if prefixes is None
-        else encode(prefix.rstrip() for prefix in prefixes)
-    )
-    room = cfg.max_length - sum(len(ids) for ids, _ in gaps)
-    if room <= (longest := max(map(len, starts), default=0)):
-        raise ConfigError(
-            f"max_length {cfg.max_length} leaves no room for a text after a prefix of {longest} tokens"
-        )
-    spare = next((i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
     all_ids, all_types = [], []
-    for start, *row in zip(starts, *columns, strict=True):
-        rooms = [room]
-        if pairs is not None:
-            free = room - len(start)
-            second = min(len(row[1]), max(free // 2, free - len(row[0])))
-            rooms = [room - second, second]
-        ids, types = list(gaps[0][0]), list(gaps[0][1])
-        for text, space, text_type, gap in zip(row, rooms, text_types, gaps[1:], strict=True):
-            kept = [*start, *_truncate(text, space - len(start), cfg.truncation)]
-            ids += [*kept, *gap[0]]
-            types += [*([text_type] * len(kept)), *gap[1]]
-            start = []
-        all_ids.append(ids or [spare])
+    for prefix, row in zip(prefix_ids, zip(*columns, strict=True), strict=True):
+        parts = _truncate_row(row, room - len(prefix), cfg.truncation)
+        parts[0] = prefix + parts[0]
+        ids, types = segments.build_row(parts)
+        all_ids.append(ids or [fallback_id])
         all_types.append(types or [0])
-    typed = "token_type_ids" in tokenizer.model_input_names
-    return Tokens(all_ids, all_types if typed else None, tokenizer.pad_token_id or 0)
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
 
 
 def _check_vocabulary(tokens, tokenizer):
-    """Raise KitError where most tokens of the training texts are unknown: the wrong tokenizer, or a broken one."""
-    words = tokens.ids[
-        ~np.isin(tokens.ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])
-    ]
-    share = (words == tokenizer.unk_token_id).mean() if len(words) else 0
-    if share > 0.5:
-        raise KitError(
-            f"the tokenizer knows too little of the texts: {share:.0%} of the tokens are unknown"
-        )
+    """Raise KitError where most tokens of the training texts are unknown to the tokenizer."""
+    unk_id = tokenizer.unk_token_id
+    special_ids = set(tokenizer.all_special_ids) - {unk_id}
+    is_special = np.isin(tokens.ids, list(special_ids))
+    words = tokens.ids[~is_special]
+    unknown = (words == unk_id).mean() if len(words) else 0
+    if unknown > 0.5:
+        problem = f"{unknown:.0%} of the tokens are unknown"
+        raise KitError(f"the tokenizer knows too little of the texts: {problem}")
 
 
 def _check_token_ids(tokens, new, config, folder):
-    """Raise KitError where the texts have token ids without an embedding, but for the `new` ones that will get one."""
-    size = getattr(config, "vocab_size", math.inf)
-    if len(beyond := np.setdiff1d(tokens.ids[tokens.ids >= size], new)):
-        raise KitError(
-            f"{folder}: the tokenizer gives ids up to {beyond.max()}, the backbone has {size} embeddings"
-        )
+    """Raise KitError where the texts have token ids without an embedding, but for the `new` ones
+    that will get one.
+    """
+    n_embeddings = getattr(config, "vocab_size", math.inf)
+    beyond = np.setdiff1d(tokens.ids[tokens.ids >= n_embeddings], new)
+    if len(beyond):
+        problem = f"gives ids up to {beyond.max()}, the backbone has {n_embeddings} embeddings"
+        raise KitError(f"{folder}: the tokenizer {problem}")
 
 
 def _make_prefixes(frame, cfg):
     """`cfg.prefix` for every row, columns filled in."""
-    columns = _prefix_columns(cfg)
-    parts = re.split(r"\{[^{}]+\}", cfg.prefix)
-    rows = (
-        zip(*(frame[column] for column in columns), strict=True) if columns else ((),) * len(frame)
-    )
-    return ["".join(a + b for a, b in zip(parts, [*row, ""], strict=True)) for row in rows]
+    pieces = []
+    for number, piece in enumerate(_PREFIX_COLUMN.split(cfg.prefix)):
+        if number % 2:  # `split` puts the names that stood in braces between the texts
+            pieces.append(frame[piece])
+        else:
+            pieces.append([piece] * len(frame))
+    return ["".join(row) for row in zip(*pieces, strict=True)]
 
 
 def _new_prefix_tokens(tokenizer, frame, cfg):
     """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = {
-        word
-        for text in set(_make_prefixes(frame, cfg))
-        for word in re.findall(r"\[[^\[\]]+\]", text)
-    }
+    words = set()
+    for prefix in set(_make_prefixes(frame, cfg)):
+        words.update(re.findall(r"\[[^\[\]]+\]", prefix))
     return sorted(words - set(tokenizer.get_vocab()))
 
 
@@ -1929,9 +2053,8 @@ def _add_prefix_tokens(tokenizer, frame, cfg):
     """Make a special token of each of the `_new_prefix_tokens`; returns them."""
     new = _new_prefix_tokens(tokenizer, frame, cfg)
     if len(new) > 1000:
-        raise ConfigError(
-            f"prefix {cfg.prefix!r} makes {len(new)} new tokens, such as {new[0]}: at most 1000"
-        )
+        problem = f"makes {len(new)} new tokens, such as {new[0]}: at most 1000"
+        raise ConfigError(f"prefix {cfg.prefix!r} {problem}")
     tokenizer.add_tokens(new, special_tokens=True)
     return new
 
@@ -1939,38 +2062,40 @@ def _add_prefix_tokens(tokenizer, frame, cfg):
 def _tokenize_frame(frame, tokenizer, cfg):
     """`_tokenize` for the text columns of a frame, with the prefix."""
     pairs = frame[cfg.pair_column] if cfg.pair_column else None
-    return _tokenize(
-        frame[cfg.text_column],
-        tokenizer,
-        cfg,
-        pairs,
-        _make_prefixes(frame, cfg) if cfg.prefix else None,
-    )
+    prefixes = _make_prefixes(frame, cfg) if cfg.prefix else None
+    return _tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, prefixes)
 
 
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
-    """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be short.
+    """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be
+    short.
 
-    Rows are shuffled; within buckets of `length_bucket` batches they are sorted by length, so that a
-    batch pads little; then the batches are shuffled. The rows of the short batch are drawn at random.
+    Rows are shuffled; within buckets of `length_bucket` batches they are sorted by length, so that
+    a batch pads little; then the batches are shuffled. The rows of the short batch are drawn at
+    random.
     """
     lengths = np.asarray(lengths)
     rows = rng.permutation(len(lengths))
-    full = len(rows) - len(rows) % batch_size
-    batches = [rows[full:]] if full < len(rows) else []
-    for start in range(0, full, batch_size * length_bucket):
-        bucket = rows[start : min(start + batch_size * length_bucket, full)]
+    n_full = len(rows) - len(rows) % batch_size
+    full, short = rows[:n_full], rows[n_full:]
+    batches = [short] if len(short) else []
+    bucket_size = batch_size * length_bucket
+    for start in range(0, n_full, bucket_size):
+        bucket = full[start : start + bucket_size]
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
         batches += np.split(bucket, range(batch_size, len(bucket), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def _plan_prediction_batches(lengths, batch_tokens):
-    """Rows of each prediction batch, longest texts first, at most `batch_tokens` slots with padding."""
+    """Rows of each prediction batch, longest texts first, at most `batch_tokens` with padding."""
     lengths = np.asarray(lengths)
-    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        longest = max(1, int(lengths[order[start]]))
+        size = max(1, batch_tokens // longest)
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -2671,7 +2796,7 @@ class _PackingError(Exception):
 @torch.compiler.disable  # its shapes are those of the texts
 def _sdpa_per_sequence(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention of one text after another. On a CPU there is no quicker one: nothing is padded."""
-    lengths = pack.starts.diff().tolist()
+    lengths = pack.cu_seqlens.diff().tolist()
     sequences = [x.transpose(1, 2).split(lengths, dim=1) for x in (query, key, value)]
     outputs = []
     for sequence in zip(*sequences, strict=True):
@@ -2697,7 +2822,7 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if window_size >= pack.longest - 1:
+    if window_size >= pack.max_seqlen - 1:
         window_size = -1
     options = {}
     if is_causal:
@@ -2707,7 +2832,7 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
     if scale is not None and scale != query.shape[-1] ** -0.5:
         options["scale"] = scale  # torch 2.10 knows the usual scale alone
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
-    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    spans = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     return varlen_attn(q, k, v, *spans, **options)[None]
 
 
@@ -2716,10 +2841,10 @@ def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, 
 
     It runs on any GPU, in any precision and with dropout, but knows no window.
     """
-    if 0 <= window_size < pack.longest - 1:
+    if 0 <= window_size < pack.max_seqlen - 1:
         raise _PackingError("the memory-efficient kernel has no local attention")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d)
-    spans = (pack.starts, pack.starts, pack.longest, pack.longest)
+    spans = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     outputs = torch.ops.aten._efficient_attention_forward(
         q, k, v, None, *spans, dropout, int(is_causal), True, scale=scale
     )
@@ -2911,7 +3036,7 @@ class _DebertaLayout:
     def get_attention_mask(self, attention_mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
         if self.pack is not None:
-            attention_mask = self.pack.mask
+            attention_mask = self.pack.attention_mask
         return (attention_mask == 0)[None, :, None]
 
     def get_rel_pos(self, hidden_states, *_):
@@ -2919,7 +3044,7 @@ class _DebertaLayout:
         the pack of packed rows."""
         if self.table is None:
             return None, self.pack
-        padded = hidden_states if self.pack is None else self.pack.mask
+        padded = hidden_states if self.pack is None else self.pack.attention_mask
         rows = _relative_position_rows(padded.shape[1], *self.table, hidden_states.device)
         return rows, self.pack
 
@@ -2927,7 +3052,7 @@ class _DebertaLayout:
         """Before the convolution, which takes two states and the mask."""
         if self.pack is None:
             return inputs
-        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.mask
+        return self.pack.pad(inputs[0][0]), self.pack.pad(inputs[1][0]), self.pack.attention_mask
 
     def unpad(self, _, inputs, output):
         """After the convolution."""
@@ -3467,7 +3592,7 @@ def _cls_is_last(tokenizer):
     """Whether the last token stands for a text: where the tokenizer puts no classification token
     first (XLNet, T5's end of sequence, decoders).
     """
-    return tokenizer.cls_token_id not in _special_segments(tokenizer, pair=False)[0][0][0]
+    return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
 class TextModel(nn.Module):
@@ -3511,7 +3636,7 @@ class TextModel(nn.Module):
         if pack is None:
             inputs["attention_mask"] = attention_mask
         else:
-            inputs["position_ids"] = pack.positions + self.first_position
+            inputs["position_ids"] = pack.position_ids + self.first_position
         if self.layout is not None:
             self.layout.pack = pack
             inputs.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -3534,7 +3659,7 @@ class TextModel(nn.Module):
             )
 
         if pack is not None:
-            return _PaddedStates(states, pack), pack.mask
+            return _PaddedStates(states, pack), pack.attention_mask
         return tuple(state.float() for state in states), attention_mask
 
     def forward(self, *inputs, **named):
@@ -3605,7 +3730,7 @@ class _PackingTrial:
         self.first_length = tokens.lengths[rows[0]]
         self.padded = tokens.batch(rows, self.device)
         self.packed = tokens.packed(rows, self.device)
-        self.is_token = self.packed["pack"].mask.bool()  # (2, T)
+        self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
         with torch.no_grad():
             self.padded_states = self.encode(self.padded)
             self.packed_states = self.encode(self.packed)

@@ -241,7 +241,7 @@ def make_texts(n, seed=0):
 
 def padded_mask(inputs):
     """Where texts stand in [rows, longest text], of the inputs of a model with packed or with padded rows."""
-    return inputs["pack"].mask if "pack" in inputs else inputs["attention_mask"]
+    return inputs["pack"].attention_mask if "pack" in inputs else inputs["attention_mask"]
 
 
 def train_frame(n=40, seed=0):

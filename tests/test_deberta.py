@@ -66,8 +66,8 @@ def make_pack(lengths):
 
 def batch(lengths, typed):
     pack = make_pack(list(lengths))
-    ids = torch.randint(1, 90, pack.mask.shape) * pack.mask
-    padded = {"input_ids": ids, "attention_mask": pack.mask}
+    ids = torch.randint(1, 90, pack.attention_mask.shape) * pack.attention_mask
+    padded = {"input_ids": ids, "attention_mask": pack.attention_mask}
     if typed:
         padded["token_type_ids"] = torch.randint(0, 2, ids.shape)
     packed = {k: pack.unpad(v)[None] for k, v in padded.items()}
@@ -150,7 +150,9 @@ def test_unused_slots_and_masked_rows_stay_finite():
     pack, padded, packed = batch((9, 5), False)
     want = states(theirs, padded)
     n, unused = 14, 6
-    wide = pack._replace(places=torch.cat([pack.places, torch.full((unused,), pack.mask.numel())]))
+    wide = pack._replace(
+        scatter_index=torch.cat([pack.scatter_index, torch.full((unused,), pack.attention_mask.numel())])
+    )
     ids = torch.nn.functional.pad(packed["input_ids"], (0, unused))
     ours.encoder.layout.pack = wide
     out = ours(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states

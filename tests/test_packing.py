@@ -55,11 +55,11 @@ def test_texts_are_packed_end_to_end_and_padded_for_the_heads_again(build):
     spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
     assert inputs["input_ids"].tolist() == [np.concatenate(spans).tolist()]
     pack = inputs["pack"]
-    assert pack.starts.tolist() == [0, *np.cumsum([len(span) for span in spans])]
-    assert pack.positions.tolist() == [[i for span in spans for i in range(len(span))]]
-    assert pack.mask.tolist() == tokens.batch(rows, CPU)["attention_mask"].tolist()
+    assert pack.cu_seqlens.tolist() == [0, *np.cumsum([len(span) for span in spans])]
+    assert pack.position_ids.tolist() == [[i for span in spans for i in range(len(span))]]
+    assert pack.attention_mask.tolist() == tokens.batch(rows, CPU)["attention_mask"].tolist()
     padded = pack.pad(inputs["input_ids"][0])
-    assert torch.equal(padded, tokens.batch(rows, CPU)["input_ids"] * pack.mask)
+    assert torch.equal(padded, tokens.batch(rows, CPU)["input_ids"] * pack.attention_mask)
     assert torch.equal(pack.unpad(padded), inputs["input_ids"][0])
 
 
@@ -70,11 +70,11 @@ def test_slots_that_are_left_over_are_segments_of_their_own_that_go_nowhere(slot
     used = int(tokens.lengths[rows].sum())
     assert used < 96
     pack = tokens.pack(torch.tensor([*rows, *[-1] * filler]), slots, 40, spare=True)["pack"]
-    segments = pack.starts.diff()
-    assert pack.starts[0] == 0 and pack.starts[-1] == slots and segments.min() >= 0 and segments.max() <= 40
+    segments = pack.cu_seqlens.diff()
+    assert pack.cu_seqlens[0] == 0 and pack.cu_seqlens[-1] == slots and segments.min() >= 0 and segments.max() <= 40
     assert segments[: 3 + filler].tolist() == [*tokens.lengths[rows], *[0] * filler]
     x = torch.arange(1.0, slots + 1)
-    assert pack.pad(x).sum() == x[:used].sum() and pack.mask.sum() == used + filler
+    assert pack.pad(x).sum() == x[:used].sum() and pack.attention_mask.sum() == used + filler
     assert torch.equal(pack.unpad(pack.pad(x)), x * (x <= used))
 
 
@@ -252,7 +252,7 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
 
     def encode(input_ids, pack=None, **_):
         last.extend([input_ids[0, -1]] if pack else [])
-        return (states + (last[-1] - last[0] if pack else 0),), pack and pack.mask
+        return (states + (last[-1] - last[0] if pack else 0),), pack and pack.attention_mask
 
     monkeypatch.setattr(model, "encode", encode)
     assert "a text moves by" in ku._packing_error(model, tokens, torch.float32)
@@ -366,7 +366,9 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonz
 
 def attend_dense(query, key, value, pack, dropout, scale, window_size, is_causal):
     """Attention in static shapes, standing in for the kernels of a GPU."""
-    segment = torch.searchsorted(pack.starts[1:].contiguous(), torch.arange(query.shape[2]), right=True, out_int32=True)
+    segment = torch.searchsorted(
+        pack.cu_seqlens[1:].contiguous(), torch.arange(query.shape[2]), right=True, out_int32=True
+    )
     mask = segment[:, None] == segment
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale).transpose(1, 2)
 
@@ -574,7 +576,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, win
     slopes = torch.autograd.grad(expected.square().sum(), rows)
     there = [row.detach().cuda().to(dtype).requires_grad_() for row in rows]
     attend = getattr(ku, f"_varlen_{kernel}")
-    got = attend(*there, pack._replace(starts=starts.cuda()), 0.0, 0.2, window_size, is_causal)
+    got = attend(*there, pack._replace(cu_seqlens=starts.cuda()), 0.0, 0.2, window_size, is_causal)
     atol = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.float().cpu(), expected.detach(), atol=atol, rtol=atol)
     for slope, other in zip(slopes, torch.autograd.grad(got.float().square().sum(), there), strict=True):
