@@ -3,7 +3,26 @@
 One file, so that it can be uploaded as a Kaggle dataset. It reads from top to bottom: a part
 stands below what it uses.
 
-@@TOC@@
+    Part I: settings and files
+       1. Registries                               2. Errors and settings
+       3. Environment                              4. Files
+    Part II: data
+       5. Tables and folds                         6. Tokens and batches
+    Part III: model
+       7. Heads                                    8. Backbones
+       9. Attention: packed rows, DeBERTa         10. Losses
+      11. Metrics, thresholds                     12. Model
+      13. Optimiser groups, schedules             14. Regularisers
+    Part IV: training
+      15. Prediction                              16. Checkpoints
+      17. Rows and batches of a fold              18. Time budget
+      19. CUDA graphs                             20. The optimiser step
+      21. The loop of a fold                      22. Pseudo-labels
+      23. Plots                                   24. A fold of a run
+      25. Folds side by side                      26. A run: find, go on, record
+    Part V: inference
+      27. Bundles and runs: open, verify, prove   28. Predictions of a bundle, submission
+      29. Command line
 
     import kernel_utils as ku
     cfg = ku.Config(head="conv1d", epochs=5)
@@ -98,6 +117,8 @@ __all__ = [
     *("load_bundle", "check_golden", "read_test_set", "predict_bundle", "write_submission"),
 ]
 
+# ---------------------------------------------------------------------------------------
+# PART I: SETTINGS AND FILES
 # ---------------------------------------------------------------------------------------
 # 1. Registries
 
@@ -946,7 +967,7 @@ def _versions():
 
 
 def _peak_memory():
-    """Bytes: of the GPU's allocator since the run began, else the largest resident size of this process."""
+    """Bytes: the peak of the GPU's allocator since the run began, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # macOS has no /proc
@@ -1340,7 +1361,9 @@ class RunFolder:
 
 
 # ---------------------------------------------------------------------------------------
-# 4. Data and folds
+# PART II: DATA
+# ---------------------------------------------------------------------------------------
+# 5. Tables and folds
 
 
 def _decoded_lines(file, path):
@@ -1741,7 +1764,7 @@ def _requested_folds(frame, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 5. Tokens and batches
+# 6. Tokens and batches
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model")
 _VOCABULARY_FILES += ("spm.model", "spiece.model", "*.bpe.model")
@@ -2102,7 +2125,9 @@ def _plan_prediction_batches(lengths, batch_tokens):
 
 
 # ---------------------------------------------------------------------------------------
-# 6. Heads
+# PART III: MODEL
+# ---------------------------------------------------------------------------------------
+# 7. Heads
 #
 # A head gets `hidden_states`, a sequence of L + 1 float32 tensors (B, T, H), embeddings first, and
 # `attention_mask` (B, T), and returns features (B, D); it says D in `self.out_features`. Padding is
@@ -2339,7 +2364,7 @@ class GemHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------
-# 7. Backbones
+# 8. Backbones
 
 # hub name -> (installed package that carries the weights, folder in it, SHA-256 of its files)
 _WEIGHT_PACKAGES = {
@@ -2777,7 +2802,7 @@ def _install_mixout(backbone, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 8. Attention: packed rows, DeBERTa
+# 9. Attention: packed rows, DeBERTa
 #
 # To all layers of a backbone packed rows are one long row of tokens. The attention alone gets
 # their `_Pack`, through transformers' attention interface, and lets no text see another. Krell et
@@ -3118,7 +3143,7 @@ class _PaddedStates(Sequence):
 
 
 # ---------------------------------------------------------------------------------------
-# 9. Losses
+# 10. Losses
 
 
 class Loss:
@@ -3392,7 +3417,7 @@ class CoralLoss(BceLoss):
 
 
 # ---------------------------------------------------------------------------------------
-# Metrics, thresholds
+# 11. Metrics, thresholds
 
 
 def metric(name, better, tasks, reduce=None):
@@ -3585,7 +3610,7 @@ def _improves(metric_name, new, old):
 
 
 # ---------------------------------------------------------------------------------------
-# 10. Model
+# 12. Model
 
 
 def _cls_is_last(tokenizer):
@@ -3870,7 +3895,7 @@ def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
 
 
 # ---------------------------------------------------------------------------------------
-# 11. Optimiser groups
+# 13. Optimiser groups, schedules
 
 
 def parameter_groups(model, cfg):
@@ -3965,7 +3990,7 @@ def _make_optimizer(groups, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 12. Regularisers
+# 14. Regularisers
 #
 # Tensor operations at fixed places in memory, so that CUDA graphs can hold them.
 
@@ -4088,7 +4113,9 @@ def _relative_l2(weights, others):
 
 
 # ---------------------------------------------------------------------------------------
-# 13. Prediction
+# PART IV: TRAINING
+# ---------------------------------------------------------------------------------------
+# 15. Prediction
 
 
 def _progress(iterable, title, total=None, done=0):
@@ -4173,7 +4200,7 @@ def _halve_batches(batches, lengths, memory_error):
 
 
 # ---------------------------------------------------------------------------------------
-# 14. Checkpoints
+# 16. Checkpoints
 
 _MAX_SAVE_FRACTION = 0.015  # of the time that checkpoints may take
 
@@ -4265,7 +4292,7 @@ class _Checkpoints:
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold: rows and batches
+# 17. Rows and batches of a fold
 
 
 class _TrainingData(NamedTuple):
@@ -4363,7 +4390,7 @@ def _evaluation_steps(per_epoch, cfg):
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold: time
+# 18. Time budget
 
 _FINISH_SECONDS = 5.0  # for the record and the plots of a run that is stopped
 
@@ -4450,7 +4477,7 @@ class TimeBudget:
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold: CUDA graphs
+# 19. CUDA graphs
 
 
 class _CaptureError(Exception):
@@ -4537,7 +4564,7 @@ def _capture_sizes(totals, count=4):
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold: the optimiser step
+# 20. The optimiser step
 
 # What steps measure of regularisers, so that it shows they act
 _STEP_METRICS = ("adversarial_loss", "perturbation", "rdrop", "label_noise")
@@ -5029,7 +5056,7 @@ class OptimizerStep:
 
 
 # ---------------------------------------------------------------------------------------
-# 15. Training, one fold: the loop
+# 21. The loop of a fold
 
 _LOG_STEPS = 50  # after so many steps, at the latest, losses are copied from the device and logged
 _MAX_SKIPPED_STEPS = 20  # in a row that fp16's loss scaling may leave out: from 65,536 to 1 / 16
@@ -5369,7 +5396,7 @@ def _train_fold(
 
 
 # ---------------------------------------------------------------------------------------
-# 16. Pseudo-labels
+# 22. Pseudo-labels
 #
 # tools/pseudo_label.py makes a folder of labels that finished runs give to extra texts. Each fold
 # has labels of its own, the mean of those models of the runs that validated on this fold: a model
@@ -5506,7 +5533,7 @@ def _read_pseudo(frame, cfg, classes):
 
 
 # ---------------------------------------------------------------------------------------
-# 17. Plots
+# 23. Plots
 
 
 def _new_figure(width, height):
@@ -5630,7 +5657,7 @@ def _plot_oof(folder, record, oof):
 
 
 # ---------------------------------------------------------------------------------------
-# 18. A fold of a run
+# 24. A fold of a run
 
 
 def _save_fold(model, folder, result):
@@ -5729,7 +5756,7 @@ class _FoldsInTurn:
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Folds side by side
+# 25. Folds side by side
 #
 # Each of several processes trains its part of the folds of a run, as `_FoldsInTurn` does. What it
 # leaves are the sealed folders of its folds; job, printed lines and log lie in a temporary folder.
@@ -5951,7 +5978,7 @@ class _FoldProcesses:
 
 
 # ---------------------------------------------------------------------------------------
-# 20. A run: find, go on, record
+# 26. A run: find, go on, record
 
 
 def _source_of(part):
@@ -6749,7 +6776,9 @@ def _summary(name, record):
 
 
 # ---------------------------------------------------------------------------------------
-# 19. Bundles and runs: open, verify, prove
+# PART V: INFERENCE
+# ---------------------------------------------------------------------------------------
+# 27. Bundles and runs: open, verify, prove
 #
 # A bundle is a flat folder that tools/bundle.py makes of finished runs. Its manifest.json has the
 # size and SHA-256 of every file and a checksum of its own, and for every run the file of each part
@@ -7039,7 +7068,7 @@ def _open_bundle(folder, manifest=None):
 
 
 def _verify_bundle(folder, manifest):
-    """Raise BundleError where a file is not what was packed, or another module than its own runs."""
+    """Raise BundleError where a file is not what was packed, or another module runs."""
     files = manifest["files"]
     problems = _integrity_problems(folder, files)
     if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
@@ -7221,7 +7250,7 @@ def check_golden(bundle):
 
 
 # ---------------------------------------------------------------------------------------
-# 20. Predictions of a bundle, submission
+# 28. Predictions of a bundle, submission
 
 
 def _predict_runs(bundle, frame, batch_tokens):
@@ -7410,7 +7439,7 @@ def predict_test(run_folder, test, sample=None):
 
 
 # ---------------------------------------------------------------------------------------
-# 21. Command line
+# 29. Command line
 
 
 def _train_by_config(path):
