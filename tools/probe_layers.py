@@ -74,14 +74,15 @@ def pool_layers(model, tokens, cfg):
     if not ku._takes_packed_rows(model, tokens, dtype):
         ku._check_padding(model, tokens, dtype)
         make_batch = tokens.batch
-    shape = model.shape
-    pooled = np.empty((shape.n_states, len(FEATURES), len(tokens), shape.width), np.float32)
+    info = model.encoder_info
+    shape = (info.num_hidden_states, len(FEATURES), len(tokens), info.hidden_size)
+    pooled = np.empty(shape, np.float32)
     plan = ku._plan_prediction_batches(tokens.lengths, cfg.batch_tokens or 4096)
     for rows in ku._progress(plan, "read the texts"):
         with ku._autocast(device, dtype):
             states, mask = model.encode(**make_batch(rows, device))
         for layer, state in enumerate(states):
-            pooled[layer, 0, rows] = ku.cls_token(state, mask, shape).cpu()
+            pooled[layer, 0, rows] = ku.cls_token(state, mask, info).cpu()
             pooled[layer, 1, rows] = ku.masked_mean(state, mask).cpu()
     return pooled
 
