@@ -210,8 +210,9 @@ def option(default, help, choices=None, low=-math.inf, high=math.inf, kind=None,
     """A setting of a `Settings` class: its default, one line of help, and what it may be set to.
 
     `kind` is its type where that is not the annotation: "folds". `affects` says what a setting of
-    `Config` shapes: "data" (rows, folds, tokens), "model" (what the weights are of), "training"
-    (how they come about), or "place" (where a run lies and how it is kept, never what it gives).
+    `Config` shapes: "data" (rows and folds), "tokens" (how a text is read), "model" (what the
+    weights belong to), "training" (how they are fitted), or "place" (where a run is stored and how
+    it goes on, never what it gives).
     """
     metadata = dict(help=help, choices=choices, low=low, high=high, kind=kind, affects=affects)
     return dataclasses.field(default=default, metadata=metadata)
@@ -444,6 +445,7 @@ def _run_name_error(name):
 
 # An `option` by what it affects
 _data = functools.partial(option, affects="data")
+_tokens = functools.partial(option, affects="tokens")
 _model = functools.partial(option, affects="model")
 _training = functools.partial(option, affects="training")
 _place = functools.partial(option, affects="place")
@@ -462,8 +464,8 @@ class Config(Settings):
         "", "folder with train.csv; empty means the attached competition, else the sample"
     )
     id_column: str = _data("id", "column that names a row")
-    text_column: str = _data("excerpt", "column with the text")
-    pair_column: str = _data("", "column with a second text, encoded as a pair; empty means none")
+    text_column: str = _tokens("excerpt", "column with the text")
+    pair_column: str = _tokens("", "column with a second text, encoded as a pair; empty means none")
     target_columns: str = _data("target", "column to predict, or several with commas")
     error_column: str = _data("", "column with the standard error of the target; empty means none")
     task: str = _data("regression", "regression, binary, multiclass or multilabel", TASKS)
@@ -476,11 +478,11 @@ class Config(Settings):
     group_column: str = _data("", "column whose values stay in one fold, for group folds")
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
-    max_length: int = _data(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = _data(
+    max_length: int = _tokens(256, "tokens kept of a text, special tokens included", low=8)
+    truncation: str = _tokens(
         "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
     )
-    prefix: str = _data(
+    prefix: str = _tokens(
         "", "text put before each text; {column} inserts a column, new [words] become tokens"
     )
     # extra texts
@@ -1337,13 +1339,15 @@ class RunFolder:
 
     def _record_problems(self, record):
         status = record.get("status")
-        is_complete = status == "complete"
-        is_partial = status == "stopped" and "oof" in record
-        if not (is_complete or (is_partial and record["settings"].get("predict_partial"))):
-            return [f"the run did not finish, the status in record.json is {status!r}"]
+        unfinished = [f"the run did not finish, the status in record.json is {status!r}"]
+        is_scored = status == "complete" or (status == "stopped" and "oof" in record)
+        if not is_scored:
+            return unfinished
         record_error = _record_error(record)
         if record_error:
             return [f"record.json: {record_error}"]
+        if status == "stopped" and not record["settings"].get("predict_partial"):
+            return unfinished
         folds = [fold["fold"] for fold in record["folds"]]
         needed = [self.golden, self.tokenizer / "tokenizer_config.json", self.config(folds[0])]
         needed += [self.weights(fold) for fold in folds]
@@ -4248,7 +4252,7 @@ class _Checkpoints:
         return sorted(steps, key=steps.get, reverse=True)
 
     def load(self, stateful):
-        """Load the newest sound checkpoint; False where there is none. Damage is said aloud."""
+        """Load the newest sound checkpoint; False where there is none. Damage is printed."""
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(temporary)
         for folder in self.paths():
@@ -4414,7 +4418,6 @@ class TimeBudget:
         self.save_seconds = 0.0
         self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.restored = 0.0  # seconds that earlier sessions spent
-        self.peak_memory = 0  # bytes, the largest of other processes
         self.signal_name = ""
         self.handlers = {}  # signal -> what handled it before
 
@@ -5479,9 +5482,12 @@ def _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows):
             f"their models {counts}, and {len(different)} are not the same, such as id "
             f"{different[0]!r}: the runs that labelled must have the same rows in the same folds"
         )
-    n_leaks = int((is_seen & labels.ne("").all(axis=1)).sum())
+    is_labelled = labels.ne("").all(axis=1)
+    n_leaks = int((is_seen & is_labelled).sum())
     if n_leaks:
         problems.append(f"{n_leaks} labelled texts are training rows")
+    if not is_labelled.any():
+        problems.append("no text has a label")
     return problems
 
 
@@ -5512,6 +5518,8 @@ def _read_pseudo(frame, cfg, classes):
     all_columns = [*columns, *itertools.chain(*label_columns.values())]
     extra = _read_table(folder / "pseudo.csv", all_columns)
     rows = _read_table(folder / "rows.csv", ["id", "fold", "digest"])
+    if _digest(rows.to_numpy().tolist()) != content["folds"]:
+        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     is_seen = _seen_rows(extra, frame, cfg)
     pseudo = {}
     for fold in folds:
@@ -5676,7 +5684,7 @@ def _save_fold(model, folder, result):
 
 
 def _read_fold(folder):
-    """The result that `_save_fold` wrote; None where there is none. Damage is said aloud."""
+    """The result that `_save_fold` wrote; None where there is none. Damage is printed."""
     if not folder.exists():
         return None
     problems = _folder_problems(folder)
@@ -5718,7 +5726,7 @@ class _FoldsInTurn:
             )
             if result["last"]:  # else it was stopped before its first step
                 result["golden"] = self._golden_rows(model, result["rows"])
-        except torch.OutOfMemoryError as error:  # for fewer rows at a time, the step cares itself
+        except torch.OutOfMemoryError as error:  # the step itself retries with fewer rows
             reason = str(error).strip().splitlines()[0]
             problem = f"weights and optimiser do not fit into the memory of {_device_name()}"
             remedy = "take a smaller backbone, or set freeze_layers and freeze_embeddings"
@@ -5913,7 +5921,8 @@ def _train_job(path):
     with _open_log(cfg, log_folder) as log:
         trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
         for n_rounds, fold in enumerate(job["folds"], 1):
-            budget.models = job["n_finished"] + n_rounds * job["n_processes"]
+            n_trained = job["n_finished"] + n_rounds * job["n_processes"]
+            budget.models = min(n_trained, job["n_folds"])
             if trainer.train(fold)["stopped"]:
                 break
 
@@ -6044,7 +6053,10 @@ def _as_recorded(settings):
 
 def _differences(old, new):
     """What keeps a run with the record `old` from going on as `new`, as texts."""
-    version = str(old.get("versions", {}).get("kernel_utils", __version__))
+    versions = old.get("versions")
+    version = __version__
+    if isinstance(versions, dict):
+        version = str(versions.get("kernel_utils", __version__))
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) < (0, 8):
         remedy = "go on with that version, or choose another run_name"
@@ -6397,10 +6409,10 @@ class _TrainingRun:
         cfg = self.cfg
         name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
         self.folder = RunFolder(_find_run_folder(self.user_cfg, self.record, name))
-        self.is_new = not self.folder.record.is_file()
 
     def begin(self):
         """Take over the record of a run that goes on; that of a complete one as it is."""
+        self.is_new = not self.folder.record.is_file()
         if self.is_new:
             return
         old = self.folder.read_record()
@@ -6499,6 +6511,7 @@ class _TrainingRun:
             "settings": dataclasses.replace(self.cfg, report_to="").to_dict(),
             "run": str(self.folder.path.resolve()),
             "n_finished": len(finished),
+            "n_folds": len(self.folds),
             "n_processes": n_processes,
             "test_rows": self.budget.test_rows,
             "threads": torch.get_num_threads(),
@@ -7147,12 +7160,12 @@ def _load_fold(model, run, fold):
 def _tokenization_key(run):
     """What decides the token ids of a run, as text."""
     files = {name: _file_sha256(path) for name, path in run.tokenizer.items()}
-    return json.dumps([files, _settings_that_affect(run.cfg, "data")], sort_keys=True)
+    return json.dumps([files, _settings_that_affect(run.cfg, "tokens")], sort_keys=True)
 
 
 def _architecture_key(run):
     """What decides the tokenizer and all of the model but its weights, as text."""
-    settings = _settings_that_affect(run.cfg, "model")
+    settings = _settings_that_affect(run.cfg, "model") | {"task": run.cfg.task}
     parts = [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]]
     return json.dumps(parts, sort_keys=True)
 
