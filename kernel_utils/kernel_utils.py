@@ -84,10 +84,8 @@ with (
 
 import numpy as np
 import pandas as pd
-import scipy.optimize
 import scipy.stats
 import sklearn
-import sklearn.linear_model
 import sklearn.metrics
 import sklearn.model_selection
 import tokenizers
