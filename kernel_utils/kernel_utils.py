@@ -7173,19 +7173,22 @@ def _settings_that_affect(cfg, *affects):
     return {name: getattr(cfg, name) for name in names}
 
 
-def _open_runs(bundle):
-    """(run, tokenizer, model) of one run after another, those of one architecture in a row.
+def _runs_in_turn(bundle):
+    """The runs of a bundle, those of one architecture in a row: they share a model."""
+    return sorted(bundle.runs, key=_architecture_key)
 
-    They share a model, whose weights are whichever were loaded last. No more than one model is in
-    memory, and the last one stays in `bundle.opened`.
+
+def _opened_run(bundle, run):
+    """(tokenizer, model) of a run; the weights are whichever were loaded last.
+
+    No more than one model is in memory, the one in `bundle.opened`: callers keep it in no variable
+    that lives on when the next run is opened.
     """
-    for run in sorted(bundle.runs, key=_architecture_key):
-        key = _architecture_key(run)
-        if key not in bundle.opened:
-            bundle.opened.clear()
-            bundle.opened[key] = _open_run(run)
-        tokenizer, model = bundle.opened[key]
-        yield run, tokenizer, model
+    key = _architecture_key(run)
+    if key not in bundle.opened:
+        bundle.opened.clear()
+        bundle.opened[key] = _open_run(run)
+    return bundle.opened[key]
 
 
 def _check_probes(run, tokenizer):
@@ -7249,15 +7252,19 @@ def check_golden(bundle):
     The token ids of the probes must be the same, and the golden rows of every fold near enough, in
     float32 and in the precision that is used here. Raises BundleError with the fold and row.
     """
-    for run, tokenizer, model in _open_runs(bundle):
-        _check_probes(run, tokenizer)
-        precisions = {_precision_name(p): p for p in (run.cfg.precision, "fp32")}  # one each
-        predictions = _golden_predictions(run, tokenizer, model, precisions.values())
-        for name, precision in precisions.items():
-            gap = _check_gaps(run, predictions[precision], name)
-            rows = f"{len(predictions[precision])} golden rows in {name}"
-            allowed = _GOLDEN_TOLERANCES[name]
-            print(f"{run.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
+    for run in _runs_in_turn(bundle):
+        _check_run(run, *_opened_run(bundle, run))
+
+
+def _check_run(run, tokenizer, model):
+    _check_probes(run, tokenizer)
+    precisions = {_precision_name(p): p for p in (run.cfg.precision, "fp32")}  # one each
+    predictions = _golden_predictions(run, tokenizer, model, precisions.values())
+    for name, precision in precisions.items():
+        gap = _check_gaps(run, predictions[precision], name)
+        rows = f"{len(predictions[precision])} golden rows in {name}"
+        allowed = _GOLDEN_TOLERANCES[name]
+        print(f"{run.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
 
 
 # ---------------------------------------------------------------------------------------
@@ -7271,21 +7278,28 @@ def _predict_runs(bundle, frame, batch_tokens):
     """
     tokens = {}  # tokenization key -> tokens
     means = {}
-    for run, tokenizer, model in _open_runs(bundle):
+    for run in _runs_in_turn(bundle):
         cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
         key = _tokenization_key(run)
         if key not in tokens:
+            tokenizer = _opened_run(bundle, run)[0]
             _warn_of_new_prefixes(tokenizer, frame, cfg)
             tokens[key] = _tokenize_frame(frame, tokenizer, cfg)
-        total = 0
-        for fold in _progress(list(run.weights), f"predict {run.name}"):
-            _load_fold(model, run, fold)
-            total = total + predict(model, tokens[key], cfg)
-        means[run.name] = total / len(run.weights)
+        means[run.name] = _predict_folds(bundle, run, tokens[key], cfg)
     if bundle.blend is None:
         return np.mean(list(means.values()), axis=0)
     weighted = [bundle.blend.weights[name] * mean for name, mean in means.items()]
     return bundle.blend.intercept + sum(weighted)
+
+
+def _predict_folds(bundle, run, tokens, cfg):
+    """The mean of the folds of a run (N, K)."""
+    _, model = _opened_run(bundle, run)
+    total = 0
+    for fold in _progress(list(run.weights), f"predict {run.name}"):
+        _load_fold(model, run, fold)
+        total = total + predict(model, tokens, cfg)
+    return total / len(run.weights)
 
 
 def _warn_of_new_prefixes(tokenizer, frame, cfg):

@@ -92,7 +92,8 @@ def test_commands_name_files_and_settings_that_exist(page, words):
     if words[0] == "python":
         source = (ROOT / words[1]).read_text(encoding="utf-8")
         flags = [word for word in words if word.startswith("--")]
-        assert [flag for flag in flags if f'"{flag}"' not in source] == []
+        names = {flag: flag.removeprefix("--").replace("-", "_") for flag in flags}  # of fields
+        assert [f for f in flags if f'"{f}"' not in source and f'"{names[f]}"' not in source] == []
 
 
 def places():

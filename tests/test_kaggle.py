@@ -368,7 +368,7 @@ def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp
     lost = ku._open_bundle(dist("one"))._replace(folder=copy)
     with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
         ku.predict_bundle(lost, train_frame(4), processes=2)
-    assert "predict_job" in str(error.value)
+    assert "one.record.json" in str(error.value)
 
 
 def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp_path):

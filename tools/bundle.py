@@ -153,12 +153,12 @@ def run_problems(folder, half):
     if record.get("status") != "complete" or not record.get("folds"):
         status = f"status {record.get('status')!r} in record.json"
         return None, [f"{folder}: the run did not finish ({status})"]
+    record_error = ku._record_error(record)
+    if record_error:
+        return None, [f"{run.record}: {record_error}"]
     problems = notebook_part_problems(folder, record)
     unsound = [] if problems else [f"{folder}: {problem}" for problem in run.problems()]
-    try:
-        folds = [int(fold["fold"]) for fold in record["folds"]]
-    except (KeyError, TypeError, ValueError):
-        return None, unsound
+    folds = [fold["fold"] for fold in record["folds"]]
     configs = [run.config(fold) for fold in folds]
     weights = [run.weights(fold) for fold in folds]
     tokenizer = [path for path in sorted(run.tokenizer.glob("*")) if not path.is_dir()]

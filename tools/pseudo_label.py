@@ -172,21 +172,28 @@ def read_texts(paths, cfg):
     return table
 
 
+def predict_each_fold(bundle, run, tokens):
+    """What every model of a run predicts, (F, M, K)."""
+    _, model = ku._opened_run(bundle, run)
+    predictions = []
+    for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
+        ku._load_fold(model, run, fold)
+        predictions.append(ku.predict(model, tokens, run.cfg))
+    return np.stack(predictions)
+
+
 def predict_folds(runs, texts):
     """What every model predicts, (R, F, M, K): of R runs, F folds each, for M texts."""
     bundle = ku.Bundle(Path(), runs, {})
     ku.check_golden(bundle)
     tokens = {}  # what decides them -> tokens
     predictions = []
-    for run, tokenizer, model in ku._open_runs(bundle):
+    for run in ku._runs_in_turn(bundle):
         key = ku._tokenization_key(run)
         if key not in tokens:
+            tokenizer = ku._opened_run(bundle, run)[0]
             tokens[key] = ku._tokenize_frame(texts, tokenizer, run.cfg)
-        by_fold = []
-        for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
-            ku._load_fold(model, run, fold)
-            by_fold.append(ku.predict(model, tokens[key], run.cfg))
-        predictions.append(np.stack(by_fold))
+        predictions.append(predict_each_fold(bundle, run, tokens[key]))
     return np.stack(predictions)
 
 
