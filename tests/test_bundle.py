@@ -893,6 +893,7 @@ def test_the_module_imports_nothing_that_the_image_of_kaggle_lacks():
     assert packages - {*IMAGE.split()} <= {"bitsandbytes"}  # the optimiser adamw8bit asks for it
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("kaggle", path=os.path.dirname(sys.executable)), reason="needs the client: pip install kaggle six"

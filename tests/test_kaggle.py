@@ -327,6 +327,7 @@ def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp
     assert predictions[0] == pytest.approx(alone[0], abs=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_twenty_thousand_rows_are_predicted(runs, tmp_path):
     frame = train_frame(20_000, seed=3).assign(id=[f"{i:05d}" for i in range(20_000)])
