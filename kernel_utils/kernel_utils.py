@@ -2554,7 +2554,7 @@ def _encoder_only(model):
     return model
 
 
-def _load_weights(model_class, folder, config, cfg, say=print):
+def _load_weights(model_class, folder, config, say=print):
     """The model of an auto class in float32 with the weights of a folder, and transformers' loading
     info: the keys that are missing, unexpected or of another shape."""
     files = [path.name for path in _weight_files(folder)]
@@ -2606,7 +2606,7 @@ def _load_backbone(folder, cfg, n_tokens=0, say=print):
     if old_rates:
         rates = ", ".join(f"{name} {rate}" for name, rate in old_rates.items())
         say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = _load_weights(_encoder_class(config), folder, config, cfg, say)
+    model, info = _load_weights(_encoder_class(config), folder, config, say)
     with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):
         n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
         if n_added > 0:

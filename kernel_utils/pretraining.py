@@ -303,7 +303,7 @@ def _load_masked_model(folder, cfg):
         others = "Decoders (GPT-2, Llama), encoder-decoders (T5, BART) and XLNet"
         remedy = "train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
         raise ku.KitError(f"{problem}. {others} are not pre-trained here: {remedy}")
-    model, info = ku._load_weights(transformers.AutoModelForMaskedLM, folder, config, cfg)
+    model, info = ku._load_weights(transformers.AutoModelForMaskedLM, folder, config)
     missing = info["missing_keys"]
     for key, weight in model.named_parameters():
         # transformers 5.0 leaves the bias of Longformer's head as memory was
