@@ -4121,25 +4121,14 @@ def _relative_l2(weights, others):
 
 
 def _progress(iterable, title, total=None, done=0):
-    """A plain-text progress bar that keeps saved notebooks small: it refreshes every 10 s, in
-    Kaggle's batch runs every 30 s.
-    """
+    """A plain-text progress bar that refreshes rarely, so that saved notebooks stay small."""
     seconds = 30 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else 10
-    return tqdm(
-        iterable,
-        title,
-        total,
-        initial=done,
-        mininterval=seconds,
-        maxinterval=seconds,
-        file=sys.stdout,
-        ascii=True,
-        ncols=80,
-    )
+    look = dict(mininterval=seconds, maxinterval=seconds, file=sys.stdout, ascii=True, ncols=80)
+    return tqdm(iterable, title, total, initial=done, **look)
 
 
 def _uncompiled(cfg):
-    """Inside, what is compiled for the shapes of training runs as it is written."""
+    """A context in which code that was compiled for the shapes of training runs uncompiled."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
 
 
@@ -4184,19 +4173,15 @@ def predict(model, tokens, cfg, rows=None):
 
 
 def _halve_batches(batches, lengths, memory_error):
-    """The rows of `batches` again, in batches of half the size of the first, which did not fit into
-    memory.
-    """
+    """The rows of `batches` in batches of half the size of the first, which did not fit."""
     n_rows, n_tokens = len(batches[0]), int(lengths[batches[0][0]])
     if n_rows == 1:
-        raise KitError(
-            f"a text of {n_tokens} tokens does not fit into the memory of {_device_name()}: "
-            f"{memory_error}"
-        )
+        problem = f"a text of {n_tokens} tokens does not fit into the memory of {_device_name()}"
+        raise KitError(f"{problem}: {memory_error}")
     torch.cuda.empty_cache()
     batch_tokens = n_rows * n_tokens // 2
-    too_large = f"{n_rows} rows of {n_tokens} tokens"
-    print(f"out of memory with {too_large}: on with batch_tokens {batch_tokens}")
+    size = f"{n_rows} rows of {n_tokens} tokens"
+    print(f"out of memory with {size}: on with batch_tokens {batch_tokens}")
     rows = np.concatenate(batches)
     return [rows[part] for part in _plan_prediction_batches(lengths[rows], batch_tokens)]
 
@@ -4208,7 +4193,7 @@ _MAX_SAVE_FRACTION = 0.015  # of the time that checkpoints may take
 
 
 class _RandomStates:
-    """The random states of Python, NumPy and PyTorch, as one part of a checkpoint."""
+    """The random states of Python, NumPy and PyTorch; a part of a checkpoint."""
 
     def state_dict(self):
         state = {
@@ -4229,16 +4214,16 @@ class _RandomStates:
 
 
 class _Checkpoints:
-    """The last two checkpoints of a fold, in `run/checkpoints` until it is finished.
+    """The last two checkpoints of a fold, in `run/checkpoints` until the fold is finished.
 
-    Each holds the states of a dictionary of `stateful` objects: of what has `state_dict` and
-    `load_state_dict`, as PyTorch calls them.
+    `stateful` names the objects whose states a checkpoint holds: each has `state_dict` and
+    `load_state_dict`, as PyTorch's have.
     """
 
     def __init__(self, run, fold):
         self.folder = run / "checkpoints"
         self.fold = fold
-        self.kept = []  # folders that this process has saved or loaded, the newest last
+        self.recent = []  # folders that this process has saved or loaded, the newest last
 
     def paths(self):
         """Folders of the checkpoints, the newest first."""
@@ -4262,34 +4247,33 @@ class _Checkpoints:
             for name, part in stateful.items():
                 if states[name]:  # that of a scaler is empty where it was off
                     part.load_state_dict(states[name])
-            self.kept = [folder]
+            self.recent = [folder]
             return True
         return False
 
     def save(self, step, stateful):
         """Write a checkpoint, then delete all but the last two."""
         folder = self.folder / f"fold{self.fold}-step{step}"
-        if self.kept and _free_bytes(self.folder) < self.size(self.kept[-1]):
-            self.prune(1)  # better one at a time than none
-        if folder in self.kept:  # nothing has happened since
+        if self.recent:
+            size = sum(path.stat().st_size for path in self.recent[-1].iterdir())
+            if _free_bytes(self.folder) < size:
+                self.prune(1)  # better one at a time than none
+        if folder in self.recent:  # nothing has happened since
             return
 
         def write(temporary):
             _write_state(temporary, {name: part.state_dict() for name, part in stateful.items()})
 
         _save_folder(folder, write)
-        self.kept.append(folder)
+        self.recent.append(folder)
         self.prune(2)
-
-    def size(self, folder):
-        return sum(path.stat().st_size for path in folder.iterdir())
 
     def prune(self, count):
         """Delete all but the last `count` that this process has saved or loaded."""
-        self.kept = self.kept[-count:] if count else []
+        self.recent = self.recent[-count:] if count else []
         with _wrap_write_errors(self.folder):
             for folder in self.paths():
-                if folder not in self.kept:
+                if folder not in self.recent:
                     shutil.rmtree(folder)
 
 
@@ -4297,12 +4281,20 @@ class _Checkpoints:
 # 17. Rows and batches of a fold
 
 
-class _TrainingData(NamedTuple):
-    """What all folds of a run share.
+class _Stage(NamedTuple):
+    """A part of a fold's training that has rows and a learning-rate schedule of its own."""
 
-    After the N training rows come the M extra texts, if there are any. They belong to no fold: each
-    fold has labels of its own for them.
-    """
+    rows: np.ndarray
+    epochs: range  # their numbers, which seed the order of the batches
+    per_epoch: int  # optimiser steps
+
+    @property
+    def steps(self):
+        return len(self.epochs) * self.per_epoch
+
+
+class _TrainingData(NamedTuple):
+    """What all folds of a run share: N training rows, then M extra texts, which are in no fold."""
 
     tokens: Tokens  # of N + M texts
     targets: np.ndarray  # (N, K), or (N,) class numbers
@@ -4312,7 +4304,7 @@ class _TrainingData(NamedTuple):
     n_outputs: int
     ids: np.ndarray  # (N + M,)
     errors: np.ndarray | None = None  # (N,) standard errors of the targets
-    # fold -> pseudo-labels (M, K), NaN where a text must not be used for the fold
+    # fold -> pseudo-labels (M, K) of the extra texts, NaN where one must not be used for the fold
     pseudo: dict = {}  # noqa: RUF012
 
     def training_rows(self, fold):
@@ -4323,62 +4315,42 @@ class _TrainingData(NamedTuple):
         return np.flatnonzero(is_usable)
 
     def training_targets(self, fold):
-        """Targets of all rows for that model.
-
-        As they are, or with pseudo-labels (N + M, K) floats: class numbers become probabilities of
-        0 and 1.
-        """
-        if not self.pseudo:
-            return self.targets
+        """Targets of all rows for that model; class numbers become probabilities beside labels."""
         targets = self.targets
+        if not self.pseudo:
+            return targets
         if targets.ndim == 1:
             targets = np.eye(self.n_outputs)[targets]
         return np.concatenate([targets, self.pseudo[fold]])
 
+    def stages(self, fold, cfg):
+        """The stages of a fold: one, and with `pseudo_epochs` one of pseudo-labelled texts before.
 
-class _Stage(NamedTuple):
-    """A part of a fold's training that has rows and a learning-rate schedule of its own."""
+        The epochs of the pseudo-labelled texts have numbers after those of the others.
+        """
+        rows = self.training_rows(fold)
+        parts = [(rows, range(cfg.epochs))]
+        if cfg.pseudo_epochs:
+            is_extra = self.folds[rows] < 0
+            pseudo_epochs = range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
+            parts = [(rows[is_extra], pseudo_epochs), (rows[~is_extra], range(cfg.epochs))]
+        return [
+            _Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size)) for rows, epochs in parts
+        ]
 
-    rows: np.ndarray
-    epochs: range  # their numbers, of which each draws its batches
-    per_epoch: int  # optimiser steps
-
-    @property
-    def steps(self):
-        return len(self.epochs) * self.per_epoch
-
-
-def _make_stages(data, fold, cfg):
-    """The stages of a fold: mostly one; with `pseudo_epochs` one of pseudo-labelled texts first."""
-
-    def stage(rows, epochs):
-        return _Stage(rows, epochs, math.ceil(len(rows) / cfg.batch_size))
-
-    rows = data.training_rows(fold)
-    epochs = range(cfg.epochs)
-    if not cfg.pseudo_epochs:
-        return [stage(rows, epochs)]
-    is_extra = data.folds[rows] < 0
-    pseudo_epochs = range(cfg.epochs, cfg.epochs + cfg.pseudo_epochs)
-    return [stage(rows[is_extra], pseudo_epochs), stage(rows[~is_extra], epochs)]
+    def batches(self, fold, cfg, length_bucket):
+        """Rows of every optimiser batch of a fold, through its stages."""
+        for stage in self.stages(fold, cfg):
+            lengths = self.tokens.lengths[stage.rows]
+            for batch in _epoch_batches(lengths, fold, cfg, length_bucket, stage.epochs):
+                yield stage.rows[batch]
 
 
 def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
-    """Row numbers of every optimiser batch of a fold, in all epochs or in `epochs`, their numbers.
-
-    Each epoch has a random generator of its own.
-    """
+    """Row numbers of every optimiser batch; each epoch has a random generator of its own."""
     for epoch in epochs or range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, fold, epoch])
         yield from _plan_batches(lengths, cfg.batch_size, rng, length_bucket)
-
-
-def _stage_batches(data, fold, cfg, length_bucket):
-    """Rows of every optimiser batch of a fold, through its stages."""
-    for stage in _make_stages(data, fold, cfg):
-        lengths = data.tokens.lengths[stage.rows]
-        for batch in _epoch_batches(lengths, fold, cfg, length_bucket, stage.epochs):
-            yield stage.rows[batch]
 
 
 def _evaluation_steps(per_epoch, cfg):
@@ -4398,10 +4370,10 @@ _FINISH_SECONDS = 5.0  # for the record and the plots of a run that is stopped
 
 
 class TimeBudget:
-    """Decides when a run has to stop, and when a checkpoint is due.
+    """Decides when a run has to stop and when a checkpoint is due.
 
-    It is told what a step, an evaluation and a save take. Inside its `with` block the first SIGTERM
-    or Ctrl-C is noted, for the loop to end well at the next step; a second one acts at once.
+    The loop books here what a step, an evaluation and a save take. Inside the `with` block the
+    first SIGTERM or Ctrl-C lets the loop end well at the next step; a second one acts at once.
     """
 
     def __init__(self, cfg, test_rows=0):
@@ -4409,7 +4381,7 @@ class TimeBudget:
         self.max_seconds = 60 * cfg.max_minutes or math.inf
         self.checkpoint_seconds = 60 * cfg.checkpoint_minutes
         self.batch_size = cfg.batch_size
-        self.test_rows = test_rows  # to be predicted by each of `models` when training ends
+        self.test_rows = test_rows  # each of `models` predicts them when training ends
         self.models = 1
         self.build_seconds = 0.0  # from the end of a fold to the first step of the next
         self.step_seconds = 0.0
@@ -4440,13 +4412,13 @@ class TimeBudget:
         return self.max_seconds - (time.perf_counter() - self.began)
 
     def remaining_text(self):
-        """The minutes that are left, where there is a limit, to be put at the end of a line."""
+        """The minutes that are left, for the end of a printed line; empty without a limit."""
         if self.max_seconds == math.inf:
             return ""
         return f", {max(0, self.seconds_left()) / 60:.0f} min left"
 
     def stop_reason(self, n_eval_rows):
-        """Why no further step may begin, or None. The rows to be evaluated have to fit as well."""
+        """Why no further step may begin, or None; an evaluation has to fit in after the step."""
         if self.signal_name:
             return self.signal_name
         needed = self.seconds_needed(n_eval_rows + self.test_rows * self.models)
@@ -4457,7 +4429,7 @@ class TimeBudget:
         return f"{limit}, evaluating, saving and predicting take about {needed:.0f}"
 
     def seconds_needed(self, n_rows):
-        """Of another step and of all that comes after it, with a margin of a fifth."""
+        """What another step and all that follows it take, with a margin of a fifth."""
         row_seconds = self.row_seconds
         if row_seconds is None:
             row_seconds = self.step_seconds / self.batch_size / 2
@@ -4465,7 +4437,7 @@ class TimeBudget:
         return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
 
     def should_save(self, evaluated):
-        """Whether a checkpoint is due: often enough, and at evaluations, but not too costly."""
+        """Whether a checkpoint is due, by the clock or an evaluation, and not too costly."""
         if not self.checkpoint_seconds:
             return False
         elapsed = time.perf_counter() - self.last_save
@@ -4488,12 +4460,11 @@ class _CaptureError(Exception):
 class _CudaGraphs:
     """Calls functions and captures them in CUDA graphs, which launch all their kernels at once.
 
-    It is called as `_plain_call` is, with the same result. The functions return a tensor or None.
-    Each of the calls in `keys` runs as it is the first time, and checked for waiting the next ones.
-    When all have had two, they are captured, in the order of `keys`, and replayed from then on: no
-    call has to be undone, none is made but those that are asked for, and memory is not needed for
-    captured and other steps at once. Whatever a function reads or changes besides the tensors that
-    it is given must stay at its place in memory.
+    It is called as `_plain_call` is and gives the same result, a tensor or None. Each of the calls
+    in `keys` first runs as it is, then is checked for waiting. After two of each, all are captured,
+    in the order of `keys`, and replayed from then on: no call has to be undone, and memory is not
+    needed for captured and other steps at once. Whatever a function reads or changes, besides the
+    tensors among its arguments, must stay at its place in memory.
     """
 
     def __init__(self, keys):
@@ -4504,7 +4475,7 @@ class _CudaGraphs:
 
     @staticmethod
     def key(function, *arguments):
-        """What a graph is for: a function and, of its arguments, those that are no tensors."""
+        """What tells graphs apart: a function, and those of its arguments that are no tensors."""
         numbers = [value for value in arguments if not isinstance(value, torch.Tensor)]
         return (function.__name__, *numbers)
 
@@ -4567,23 +4538,17 @@ def _capture_sizes(totals, count=4):
 # ---------------------------------------------------------------------------------------
 # 20. The optimiser step
 
-# What steps measure of regularisers, so that it shows they act
+# What steps measure of regularisers, to show that they act
 _STEP_METRICS = ("adversarial_loss", "perturbation", "rdrop", "label_noise")
 
 
 class StepResult(NamedTuple):
     """What one optimiser step measured. The values stay on the device until the log is written."""
 
+    step: int  # its number, from 1
+    rows: np.ndarray
     names: tuple  # loss, grad_norm, and `active_metrics`
     values: torch.Tensor  # one for each name
-
-    @property
-    def loss(self):
-        return self.values[0]
-
-    @property
-    def grad_norm(self):
-        return self.values[1]
 
 
 class OptimizerStep:
@@ -4597,9 +4562,8 @@ class OptimizerStep:
     schedule of two stages into `set_schedule`, whose table has learning rates for every step;
     another optimiser into `_make_optimizer`.
 
-    Rows are packed where the model takes that. Compiled code and CUDA graphs need static shapes, a
-    few numbers of tokens, and read the memory they were made with: buffers at fixed places, and for
-    the next fold the same model.
+    Compiled code and CUDA graphs need static shapes, a few numbers of tokens, and read the memory
+    they were made with: buffers stay at their places, and the next fold has the same model.
     """
 
     def __init__(self, data, cfg):
@@ -4611,9 +4575,9 @@ class OptimizerStep:
         self.model = self.optimizer = self.scaler = None  # until `setup_fold`
         self.adversary = self.average = None
         self.is_packed = self.is_compiled = self.is_captured = False
-        self.is_adversarial = False  # now, in a fold where adversarial steps begin later
-        self.packing_errors = {}  # as `TextModel` has them, to be found once for all folds
-        self.run = _plain_call  # or an object that captures what it is given as CUDA graphs
+        self.is_adversarial = False  # whether the present step is
+        self.packing_errors = {}  # those of `TextModel`, the same in all folds
+        self.run = _plain_call  # or `_CudaGraphs`
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
         self.max_seqlen = 8 * math.ceil(data.tokens.lengths.max() / 8)  # aligned for GPU kernels
@@ -4622,7 +4586,7 @@ class OptimizerStep:
         self.make_buffers()
 
     def make_buffers(self):
-        """What steps read and write, at fixed places on the device."""
+        """Allocate what steps read and write, at fixed places on the device."""
         n_rows = len(self.data.folds)
         self.targets = None  # (n_rows, K) or (n_rows,), of the fold
         self.target_std = torch.zeros(n_rows, device=self.device)
@@ -4640,14 +4604,14 @@ class OptimizerStep:
     # The start of a fold
 
     def setup_fold(self, fold, say=print):
-        """A fresh model and optimiser for a fold; `say` prints what is the same in each."""
+        """Make a fresh model and optimiser; `say` prints what is the same in each fold."""
         data, cfg = self.data, self.cfg
         can_reuse = self.has_static_shapes and not self.scaler.is_enabled()
         if not can_reuse:  # or two models would be in memory while the next is built
             self.model = self.optimizer = self.adversary = self.average = None
             self.run = _plain_call
         _seed_everything(cfg.seed, fold)
-        stages = _make_stages(data, fold, cfg)
+        stages = data.stages(fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
         targets = torch.from_numpy(data.training_targets(fold))
         if targets.is_floating_point():
@@ -4669,11 +4633,8 @@ class OptimizerStep:
             self._print_setup(say)
 
     def set_schedule(self, stages, groups):
-        """What changes from step to step of a fold.
-
-        Learning rates (steps, G) of the groups, rates (steps,) of the average of weights, and the
-        first adversarial step.
-        """
+        """Tabulate what changes from step to step: learning rates (steps, G) of the groups, rates
+        (steps,) of the average of weights; and the first adversarial step."""
         per_stage = [_learning_rates(groups, stage.steps, self.cfg) for stage in stages]
         self.learning_rate_table = np.concatenate(per_stage)
         self.group_depths = [group["depth"] for group in groups]
@@ -4681,17 +4642,16 @@ class OptimizerStep:
         first = n_steps - stages[-1].steps  # of the last stage
         self.first_adversarial_step = first + round(self.cfg.adversarial_start * per_epoch)
         self.average_table = _average_rates(n_steps, per_epoch, self.cfg, first)
-        # on the device, from where a step takes its own without waiting
-        rates = self.learning_rate_table.astype(np.float32)
-        self.device_learning_rates = _to_device(rates, self.device)
-        average_rates = self.average_table.astype(np.float32)
-        self.device_average_rates = _to_device(average_rates, self.device)
+        # also on the device, where a step need not wait for its rates
+        self.device_learning_rates, self.device_average_rates = (
+            _to_device(table.astype(np.float32), self.device)
+            for table in (self.learning_rate_table, self.average_table)
+        )
 
     def set_sample_weights(self, rows):
-        """Weigh rows by 1 / (e^2 + mean of e^2), where e are the standard errors of their targets.
+        """Weigh rows by 1 / (e^2 + mean of e^2), with e the standard errors of their targets.
 
-        The weights are one on average over the training rows among `rows`; pseudo-labelled ones
-        keep theirs.
+        The weights are 1 on average over the training rows; pseudo-labelled rows keep theirs.
         """
         own_rows = rows[self.data.folds[rows] >= 0]
         n = len(self.data.targets)
@@ -4699,7 +4659,7 @@ class OptimizerStep:
         self.sample_weights[:n] = (weights / weights[own_rows].mean())[:n]
 
     def _reuse_model(self, fresh):
-        """The weights of a fresh model and moments of 0, in the memory of the old ones."""
+        """Put a fresh model's weights and moments of 0 into the memory of the old ones."""
         self.model.load_state_dict(fresh.state_dict())
         self.model.loss = fresh.loss
         if self.average:
@@ -4730,7 +4690,7 @@ class OptimizerStep:
         self.is_packed = _takes_packed_rows(self.model, tokens, self.dtype, gradients=True)
         if not self.is_packed:
             _check_padding(self.model.eval(), tokens, self.dtype)
-        can_be_static = self.static_shape_blocker() is None
+        can_be_static = self.static_shape_error() is None
         self.is_compiled = cfg.compile and can_be_static
         self.is_captured = self.should_capture and can_be_static
         if self.is_compiled:
@@ -4738,18 +4698,18 @@ class OptimizerStep:
         self.bind_buffers()
 
     def _print_setup(self, say):
-        blocker = self.static_shape_blocker()
-        if blocker and self.cfg.compile:
-            say(f"compile is left out: {blocker}")
-        if blocker and self.should_capture:
-            say(f"cuda_graphs is left out: {blocker}")
+        error = self.static_shape_error()
+        if error and self.cfg.compile:
+            say(f"compile is left out: {error}")
+        if error and self.should_capture:
+            say(f"cuda_graphs is left out: {error}")
         if self.has_static_shapes:
             compiled = "compiled, " if self.is_compiled else ""
             graphs = "in CUDA graphs" if self.is_captured else "no CUDA graphs"
             sizes = ", ".join(map(str, self.capture_sizes))
             say(f"steps are {compiled}{graphs}, for {sizes} token slots")
 
-    def static_shape_blocker(self):
+    def static_shape_error(self):
         """Why steps can be neither compiled nor captured, or None."""
         if not self.is_packed:
             return "padded rows have no fixed shape"
@@ -4764,11 +4724,10 @@ class OptimizerStep:
 
     @property
     def length_bucket(self):
-        """Packed rows need no neighbours of their length."""
         return self.cfg.length_bucket or (1 if self.is_packed else 4)
 
     def bind_buffers(self):
-        """After a move in memory: bind the learning rates to the optimiser, forget graphs."""
+        """Bind the learning rates to the optimiser and forget graphs, after a move in memory."""
         if self.cfg.optimizer == "adamw":
             groups = self.optimizer.param_groups
             for group, learning_rate in zip(groups, self.learning_rates, strict=True):
@@ -4782,14 +4741,14 @@ class OptimizerStep:
         """Tokens of every micro-batch of all folds, so that the sizes are the same in each."""
         totals = []
         for fold in self.data.pseudo or np.unique(self.data.folds):
-            for rows in _stage_batches(self.data, fold, self.cfg, self.length_bucket):
+            for rows in self.data.batches(fold, self.cfg, self.length_bucket):
                 for start in range(0, len(rows), self.micro_batch_size):
                     micro_batch = rows[start : start + self.micro_batch_size]
                     totals.append(self.data.tokens.lengths[micro_batch].sum())
         return totals
 
     def calls_to_capture(self):
-        """Keys of what `_CudaGraphs` is to capture; the largest first, which needs most memory."""
+        """Keys for `_CudaGraphs`; the largest comes first, because it needs most memory."""
         sizes = reversed(self.capture_sizes)
         keys = [("forward_backward_packed", size, self.max_seqlen) for size in sizes]
         if self.is_adversarial:
@@ -4799,19 +4758,18 @@ class OptimizerStep:
     # A step
 
     def __call__(self, step, rows):
-        """Optimiser step number `step`, from 0, with a batch of rows. Returns a `StepResult`.
+        """Make an optimiser step, after `step` others, with a batch of rows: a `StepResult`.
 
-        Micro-batches sum up the gradients of the mean over all rows of the batch, whatever their
-        own size.
+        The gradient is that of the mean over the rows, whatever the size of the micro-batches.
         """
         self.set_learning_rates(step)
         self.set_adversarial(step)
         self.accumulate_with_oom_retry(rows)
         values = self.update_with_capture_retry()
-        return StepResult(("loss", "grad_norm", *self.active_metrics), values)
+        return StepResult(step + 1, rows, ("loss", "grad_norm", *self.active_metrics), values)
 
     def set_learning_rates(self, step):
-        self.learning_rates.copy_(self.device_learning_rates[step])  # those of AdamW, by binding
+        self.learning_rates.copy_(self.device_learning_rates[step])  # AdamW has them bound
         self.average_rate.copy_(self.device_average_rates[step])
         if self.cfg.optimizer != "adamw":
             groups, rates = self.optimizer.param_groups, self.learning_rate_table[step]
@@ -4825,10 +4783,8 @@ class OptimizerStep:
             self.bind_buffers()
 
     def accumulate_with_oom_retry(self, rows):
-        """`accumulate`, with half as many rows at a time until they fit into memory.
-
-        All are tried again from the same random state. KitError where one row does not fit.
-        """
+        """`accumulate`, again from the same random state with half the rows at a time until they
+        fit into memory."""
         random_states = _RandomStates()
         before = random_states.state_dict()
         while True:
@@ -4850,24 +4806,23 @@ class OptimizerStep:
             random_states.load_state_dict(before)
 
     def halve_micro_batch(self, rows, error):
-        """Returns what did not fit, as text."""
+        """Say what did not fit; KitError where it was one row."""
         n_rows = min(self.micro_batch_size, len(rows))
         max_tokens = self.data.tokens.lengths[rows].max()
         if n_rows == 1:
-            detail = str(error).strip().splitlines()[0]
             raise KitError(
                 f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "
                 "training: set gradient_checkpointing True, a smaller max_length or backbone, or "
-                f"freeze_layers ({detail})"
+                f"freeze_layers ({str(error).strip().splitlines()[0]})"
             ) from None
         self.micro_batch_size = n_rows // 2
         return f"out of memory with {n_rows} rows of {max_tokens} tokens"
 
     def accumulate(self, rows):
-        """Sums up the gradient of the mean loss of `rows`.
+        """Sum up the gradient of the mean loss of `rows`.
 
-        In an adversarial step there is a second pass where the loss is larger: AWP takes the
-        gradient there, FGM adds it.
+        An adversarial step has a second pass where the loss is larger: AWP takes the gradient
+        there, FGM adds it.
         """
         self.rows_in_step.fill_(len(rows))
         self.accumulate_micro_batches(rows)
@@ -4888,7 +4843,7 @@ class OptimizerStep:
                 self.forward_backward(inputs, _to_device(micro_batch, self.device))
 
     def run_packed(self, micro_batch):
-        """`forward_backward` over packed rows; in static shapes fillers, -1, make up the number."""
+        """`forward_backward` over packed rows; static shapes are filled up with rows of -1."""
         lengths = self.data.tokens.lengths[micro_batch]
         num_tokens, max_seqlen = int(lengths.sum()), int(lengths.max())
         if self.has_static_shapes:
@@ -4905,7 +4860,7 @@ class OptimizerStep:
         self.forward_backward(inputs, rows)
 
     def forward_backward(self, inputs, rows):
-        """Adds the part that `rows` (B,) have in the loss of the step, and its gradient."""
+        """Add the part that `rows` (B,) have in the loss of the step, and its gradient."""
         n_passes = 2 if self.cfg.rdrop else 1
         with _autocast(self.device, self.dtype):
             passes = [self.model(**inputs) for _ in range(n_passes)]
@@ -4933,9 +4888,9 @@ class OptimizerStep:
         row_losses = [loss_function(sample, target, **extras) for sample in samples]
         row_losses = torch.stack(row_losses)  # (S, B)
         if row_losses.shape[1:] != rows.shape:
-            expected = f"must give a value for each of {len(rows)} rows"
             shape = tuple(row_losses.shape[1:])
-            raise KitError(f"loss {self.cfg.loss} {expected}, gave {shape}")
+            expected = f"a value for each of {len(rows)} rows"
+            raise KitError(f"loss {self.cfg.loss} must give {expected}, gave shape {shape}")
         loss = self.weighted_mean(row_losses, rows)
         if self.cfg.rdrop:
             pairs = zip(*passes, strict=True)
@@ -4970,13 +4925,10 @@ class OptimizerStep:
             return self.update()
 
     def update(self):
-        """Clips, steps, averages: what is left to do once all gradients are there.
-
-        Returns the values of a `StepResult`.
-        """
+        """Clip, step and average, once all gradients are there; the values of a `StepResult`."""
         loss = self.reduce_loss()
         self.scaler.unscale_(self.optimizer)
-        # here the gradients are whole and of their true size: the place for gradient noise
+        # gradient noise goes here, where gradients are whole and of their true size
         max_norm = self.cfg.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients are not finite
@@ -4989,7 +4941,7 @@ class OptimizerStep:
         return values
 
     def reduce_loss(self):
-        """The loss as a function of the mean over rows; gradients follow by the chain rule."""
+        """`Loss.reduce` of the mean over rows, and its slope on all gradients."""
         mean = self.mean_loss.clone()
         if self.is_adversarial and self.cfg.fgm:  # of the clean and the adversarial pass together
             mean = mean / 2
@@ -5004,13 +4956,13 @@ class OptimizerStep:
     def update_average(self, grad_norm):
         rate = self.average_rate
         if self.cfg.ema:
-            # not at a step that fp16 skips; an equal average counts the weights then once more, or
-            # the first skip would leave in it what it began with
+            # not at a step that fp16 skips. SWA counts the weights once more then: else the first
+            # skip would leave in the average what it began with
             rate = rate * grad_norm.isfinite()
         self.average.update(rate)
 
     def measure(self, loss, grad_norm):
-        """Loss, norm of the gradient and `active_metrics` as one tensor."""
+        """Loss, norm of the gradient and `active_metrics`, as one tensor."""
         if self.is_adversarial:
             reduce = self.model.loss.reduce
             adversarial_loss = self.mean_loss
@@ -5022,7 +4974,7 @@ class OptimizerStep:
 
     @property
     def active_metrics(self):
-        """Names of what steps measure now beside loss and norm of the gradient."""
+        """Names of what the present step measures besides loss and norm of the gradient."""
         is_active = {
             "adversarial_loss": self.is_adversarial,
             "perturbation": self.is_adversarial,
@@ -5032,14 +4984,13 @@ class OptimizerStep:
         return [name for name in _STEP_METRICS if is_active[name]]
 
     def zero_sums(self):
-        """Forget what the step has summed up."""
         for total in (self.mean_loss, *self.metrics.values()):
             total.zero_()
 
     # Between steps
 
     def swap_average(self, step):
-        """Exchange the weights and their average, if there is one after so many steps."""
+        """Exchange the weights and their average, where `step` steps have made one."""
         if self.average and self.average_table[:step].any():
             self.average.swap()
 
@@ -5051,7 +5002,7 @@ class OptimizerStep:
         return {"micro_batch_size": self.micro_batch_size}
 
     def load_state_dict(self, state):
-        """To be called after the other parts, which may move what `bind_buffers` binds."""
+        """Called after the states of the other parts, which may move what `bind_buffers` binds."""
         self.micro_batch_size = state["micro_batch_size"]
         self.bind_buffers()
 
@@ -5095,36 +5046,34 @@ class _FoldState:
         return spent
 
 
-class _PendingStep(NamedTuple):
-    """An optimiser step that is not in the log yet."""
-
-    number: int  # from 1
-    rows: np.ndarray
-    result: StepResult
-
-
 class FoldTrainer:
-    """Trains one fold: the loop, its log, its evaluations, its checkpoints."""
+    """Trains a fresh model on the other folds and validates it on `fold`.
 
-    def __init__(self, optimizer_step, fold, write_log, budget, checkpoints=None):
+    It goes on from the newest of the `checkpoints`, and saves them as the `budget` says.
+    `write_log(dictionary)` is called for every step and evaluation, `say(text)` for what is the
+    same in each fold.
+    """
+
+    def __init__(self, optimizer_step, fold, write_log, budget, checkpoints=None, say=print):
+        began = time.perf_counter()
+        optimizer_step.setup_fold(fold, say)
         self.optimizer_step = optimizer_step
         self.model = optimizer_step.model
         self.data = optimizer_step.data
         self.cfg = optimizer_step.cfg
         self.fold = fold
-        self.write_log = write_log  # is called with the dictionary of a line
+        self.write_log = write_log
         self.budget = budget
         self.checkpoints = checkpoints
         self.valid_rows = np.flatnonzero(self.data.folds == fold)
-        self.stages = _make_stages(self.data, fold, self.cfg)
+        self.stages = self.data.stages(fold, self.cfg)
         last = self.stages[-1]
         self.total_steps = sum(stage.steps for stage in self.stages)
         self.pseudo_steps = self.total_steps - last.steps  # before the last stage
         steps = _evaluation_steps(last.per_epoch, self.cfg)
         self.eval_steps = {self.pseudo_steps + step for step in steps}
         self.state = _FoldState()
-        self.first_step = 0  # of this session
-        self.pending = []  # steps since the last `flush`
+        self.pending = []  # results of the steps since the last `flush`
         self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
             "model": self.model,
             "optimizer": optimizer_step.optimizer,
@@ -5135,6 +5084,12 @@ class FoldTrainer:
         }
         if optimizer_step.average:
             self.stateful["average"] = optimizer_step.average
+        self.resume()
+        self.first_step = self.state.step  # of this session
+        self.state.mark = time.perf_counter()
+        budget.build_seconds = self.state.mark - began  # the next fold takes as long to begin
+        if not budget.save_seconds:  # a guess, until the first save is measured
+            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
@@ -5144,14 +5099,14 @@ class FoldTrainer:
             self.budget.restored += sum(state.seconds.values())
             for line in state.lines:
                 self.write_log(json.loads(line))
-        self.first_step = state.step
-        state.mark = time.perf_counter()
 
     def train(self):
-        """Trains to the end, or until the budget stops it; what `_train_fold` returns."""
+        """Train to the end, or until the budget stops it; returns `result`.
+
+        The model has the last weights then, or those that `keep` says. Raises NumericError at a
+        loss, gradient or prediction that is not finite.
+        """
         state, budget = self.state, self.budget
-        if not budget.save_seconds:  # a guess, until the first save is measured
-            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
         stop_reason = None
         self.model.train()
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
@@ -5160,12 +5115,13 @@ class FoldTrainer:
             if stop_reason:
                 break
             # learning rates, forward, loss, backward, clip, step, average
-            result = self.optimizer_step(state.step, rows)
+            self.pending.append(self.optimizer_step(state.step, rows))
             state.step += 1
-            self.pending.append(_PendingStep(state.step, rows, result))
             should_evaluate = state.step in self.eval_steps
             should_save = self.checkpoints and budget.should_save(should_evaluate)
-            if should_evaluate or should_save or self.should_flush():
+            # rarely, since it waits for the device; the first tells the budget what a step takes
+            should_log = len(self.pending) == _LOG_STEPS or not budget.step_seconds
+            if should_evaluate or should_save or should_log:
                 self.flush()
             if should_evaluate:
                 is_best = self.evaluate()
@@ -5177,20 +5133,19 @@ class FoldTrainer:
                 self.save_checkpoint()
         if stop_reason and state.step:
             self.stop_early(stop_reason)
-        regularisers = self.regularizer_report()
+        result = self.result(stop_reason)
         self.load_final_weights()
-        return self.model, self.result(stop_reason, regularisers)
+        return result
 
     def batches(self):
         """Rows of the optimiser steps that are left."""
-        length_bucket = self.optimizer_step.length_bucket
-        batches = _stage_batches(self.data, self.fold, self.cfg, length_bucket)
+        batches = self.data.batches(self.fold, self.cfg, self.optimizer_step.length_bucket)
         return itertools.islice(batches, self.state.step, None)
 
     # Evaluations and checkpoints
 
     def evaluate(self):
-        """Score the model as it is, or its average; whether that is the best so far."""
+        """Score the model, or the average of its weights; whether it is the best so far."""
         state = self.state
         self.optimizer_step.swap_average(state.step)
         predictions = predict(self.model, self.data.tokens, self.cfg, self.valid_rows)
@@ -5233,32 +5188,22 @@ class FoldTrainer:
 
     # The log
 
-    def should_flush(self):
-        """Seldom: it waits for the device. The first steps tell the budget what a step takes."""
-        return len(self.pending) == _LOG_STEPS or not self.budget.step_seconds
-
     def flush(self):
         """Log the steps since the last time, with one copy from the device for all."""
-        steps, self.pending = self.pending, []
-        if steps:
-            values = [step.result.values for step in steps]
-            # the adversarial steps begin on the way, with more values
+        results, self.pending = self.pending, []
+        if results:
+            values = [result.values for result in results]
+            # adversarial steps, which have more values, may begin on the way
             table = nn.utils.rnn.pad_sequence(values, batch_first=True)  # (steps, M)
-            for step, row in zip(steps, table.tolist(), strict=True):
-                self.log_step(step, dict(zip(step.result.names, row, strict=False)))
+            for result, row in zip(results, table.tolist(), strict=True):
+                measures = dict(zip(result.names, row, strict=False))
+                rates = self.optimizer_step.learning_rates_at(result.step - 1)
+                self.log(result.step, measures | {"lr": rates})
+                self.check_measures(result, measures)
         seconds = self.state.spend("train")
         # the first step of a session loads kernels and asks for memory: no measure
         if self.state.step > self.first_step + 1:
-            self.budget.step_seconds = seconds / max(1, len(steps))
-
-    def log_step(self, step, measures):
-        rates = self.optimizer_step.learning_rates_at(step.number - 1)
-        self.log(step.number, measures | {"lr": rates})
-        self.check_finite(step, measures)
-        if measures.get("rdrop") == 0:
-            raise KitError(
-                "rdrop does nothing: two passes are the same; set head_dropout or backbone_dropout"
-            )
+            self.budget.step_seconds = seconds / max(1, len(results))
 
     def log(self, step, entry):
         line = {"fold": self.fold, "step": step, "epoch": self.epochs_after(step)} | entry
@@ -5275,43 +5220,41 @@ class FoldTrainer:
             step -= stage.steps
         return epochs + step / self.stages[-1].per_epoch
 
-    def check_finite(self, step, measures):
+    def check_measures(self, result, measures):
         """Raise NumericError at a loss or gradient that is not finite.
 
-        In fp16, where the scaler skips such a step, count them, and raise after too many in a row.
+        In fp16 the scaler skips such a step, and only too many in a row are an error.
         """
-        if self.optimizer_step.dtype == torch.float16:
-            self.count_skipped(step, not math.isfinite(measures["grad_norm"]))
-            return
-        for text, name in (("loss", "loss"), ("norm of the gradient", "grad_norm")):
-            if not math.isfinite(measures[name]):
-                raise self.numeric_error(step, f"the {text} is {measures[name]}")
+        state = self.state
+        if self.optimizer_step.dtype != torch.float16:
+            for name, text in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+                if not math.isfinite(measures[name]):
+                    raise self.numeric_error(result, f"the {text} is {measures[name]}")
+        elif math.isfinite(measures["grad_norm"]):
+            state.skipped_in_a_row = 0
+        else:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row == _MAX_SKIPPED_STEPS:
+                problem = f"no finite gradient in {_MAX_SKIPPED_STEPS} steps"
+                raise self.numeric_error(result, problem)
+        if measures.get("rdrop") == 0:
+            problem = "rdrop does nothing, because two passes are the same"
+            raise KitError(f"{problem}: set head_dropout or backbone_dropout")
 
-    def count_skipped(self, step, is_skipped):
-        if not is_skipped:
-            self.state.skipped_in_a_row = 0
-            return
-        self.state.skipped += 1
-        self.state.skipped_in_a_row += 1
-        if self.state.skipped_in_a_row == _MAX_SKIPPED_STEPS:
-            raise self.numeric_error(step, f"no finite gradient in {_MAX_SKIPPED_STEPS} steps")
-
-    def numeric_error(self, step, problem):
+    def numeric_error(self, result, problem):
         """The NumericError of a step, with its rows and rates and what helps."""
-        dots = ", ..." if len(step.rows) > 5 else ""
-        rows = _comma_join(self.data.ids[step.rows[:5]]) + dots
-        rates = self.optimizer_step.learning_rates_at(step.number - 1)
+        dots = ", ..." if len(result.rows) > 5 else ""
+        rows = _comma_join(self.data.ids[result.rows[:5]]) + dots
+        rates = self.optimizer_step.learning_rates_at(result.step - 1)
         state = ", ".join(f"{depth} {rate:.2g}" for depth, rate in rates.items())
         remedy = "lower lr or head_lr, raise warmup_ratio"
         if self.optimizer_step.dtype == torch.float16:
             state += f"; loss scale {self.optimizer_step.scaler.get_scale():g}"
-            remedy = (
-                "float16 overflows with some backbones, such as DeBERTa: set precision bf16, or "
-                "fp32 on a T4"
-            )
+            remedy = "float16 overflows with backbones such as DeBERTa: set precision bf16, or fp32"
         elif self.optimizer_step.dtype == torch.bfloat16:
             remedy += ", or set precision fp32"
-        where = f"fold {self.fold}, step {step.number}"
+        where = f"fold {self.fold}, step {result.step}"
         return NumericError(f"{where}: {problem} (rows {rows}; learning rates {state}): {remedy}")
 
     # The end
@@ -5323,8 +5266,12 @@ class FoldTrainer:
         elif self.state.last:
             self.optimizer_step.swap_average(self.state.step)
 
-    def result(self, stop_reason, regularisers):
-        """What `_train_fold` returns beside the model."""
+    def result(self, stop_reason):
+        """What is known of the fold: a dictionary that its sealed folder holds.
+
+        `best` and `last` are evaluations with `predictions`, `score` and `step`, None where it was
+        stopped before its first step; `lines` are those of the log.
+        """
         state = self.state
         is_pseudo = self.data.folds[self.data.training_rows(self.fold)] < 0
         return {
@@ -5341,7 +5288,7 @@ class FoldTrainer:
             "last": state.last,
             "seconds": state.seconds,
             "lines": state.lines,
-            "acted": regularisers,
+            "acted": self.regularizer_report(),
         }
 
     def regularizer_report(self):
@@ -5368,32 +5315,6 @@ class FoldTrainer:
             distance = _relative_l2(average.weights.values(), average.means.values())
             report["ema" if cfg.ema else "swa"] = {"distance": distance}
         return report
-
-
-def _train_fold(
-    data, fold, cfg, log, say=print, budget=None, checkpoints=None, optimizer_step=None
-):
-    """Train on the other folds, validate on `fold`. Returns (model, result).
-
-    The model has the last weights or those that `keep` says. The result is a dictionary: `fold`,
-    validation `rows`, `step` of how many `steps`, why it `stopped` or None, `seconds` spent,
-    `lines` of the log, the `micro` batch that fits, steps `skipped` in fp16, `pseudo_rows` trained
-    on and `pseudo_steps` on them alone, how regularisers `acted`, and for the `best` and the `last`
-    evaluation its `predictions`, `score` and `step` (None where it stopped before the first step).
-
-    It goes on from the newest of the `checkpoints`, and saves to them as `budget` says.
-    `optimizer_step` is that of the fold before. `log(dictionary)` is called for every step and
-    evaluation, `say(text)` for what is the same in each fold. Raises NumericError at a loss,
-    gradient or prediction that is not finite.
-    """
-    budget = budget or TimeBudget(cfg)
-    optimizer_step = optimizer_step or OptimizerStep(data, cfg)
-    began = time.perf_counter()
-    optimizer_step.setup_fold(fold, say)
-    trainer = FoldTrainer(optimizer_step, fold, log, budget, checkpoints)
-    trainer.resume()
-    budget.build_seconds = trainer.state.mark - began  # the next fold takes as long to begin
-    return trainer.train()
 
 
 # ---------------------------------------------------------------------------------------
@@ -5667,7 +5588,7 @@ def _plot_oof(folder, record, oof):
 
 
 def _save_fold(model, folder, result):
-    """Save what `_train_fold` returned for a fold, with weights and config of the backbone.
+    """Save the result of a `FoldTrainer`, with weights and config of the backbone.
 
     Without a model, for a fold that was stopped before its first step, there is the result alone.
     """
@@ -5711,17 +5632,20 @@ class _FoldsInTurn:
         self.engine = OptimizerStep(data, cfg)
 
     def train(self, fold):
-        """The result of a fold: that of `_train_fold`, with `golden` rows and `peak_memory`.
+        """The result of a fold: that of its trainer, with `golden` rows and `peak_memory`.
 
         `restored_seconds` are those of earlier sessions.
         """
-        data, cfg, budget = self.data, self.cfg, self.budget
+        budget = self.budget
         checkpoints = _Checkpoints(self.folder.path, fold)
         restored = budget.restored
+        optimizer_step = self.engine
         try:
-            model, result = _train_fold(
-                data, fold, cfg, self.log, self.print_setup, budget, checkpoints, self.engine
+            trainer = FoldTrainer(
+                optimizer_step, fold, self.log, budget, checkpoints, self.print_setup
             )
+            result = trainer.train()
+            model = optimizer_step.model
             if result["last"]:  # else it was stopped before its first step
                 result["golden"] = self._golden_rows(model, result["rows"])
         except torch.OutOfMemoryError as error:  # the step itself retries with fewer rows
@@ -6649,7 +6573,7 @@ class _TrainingRun:
         """What the record says of the folds: scores, speed, memory, time."""
         n_rows = n_tokens = 0
         for result in results:
-            for stage in _make_stages(self.data, result["fold"], self.cfg):
+            for stage in self.data.stages(result["fold"], self.cfg):
                 n_epochs = len(stage.epochs) * result["step"] / result["steps"]
                 n_rows += len(stage.rows) * n_epochs
                 n_tokens += int(self.data.tokens.lengths[stage.rows].sum()) * n_epochs

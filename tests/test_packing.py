@@ -341,7 +341,7 @@ def test_a_loss_of_fillers_counts_nothing_even_where_it_is_not_finite(loss, tiny
         engine.setup_fold(0, lambda text: None)
     plain.micro_batch_size = 3
     plain.bind_buffers()
-    logs = [engine(0, np.array([1, 3, 5])).loss for engine in (plain, filled)]
+    logs = [engine(0, np.array([1, 3, 5])).values[0] for engine in (plain, filled)]
     torch.testing.assert_close(logs[0], logs[1])
     torch.testing.assert_close(weights(plain), weights(filled), atol=1e-6, rtol=0)
 
@@ -622,7 +622,7 @@ def test_a_steady_step_never_waits_for_the_gpu(tiny):
 @gpu
 def test_replays_draw_new_dropout_masks(tiny):
     engine = after_steps(tiny(epochs=20, head_dropout=0.5, lr=1e-9, head_lr=1e-9), 36)
-    losses = {engine(36, np.arange(1, 11, 2)).loss.item() for _ in range(4)}
+    losses = {engine(36, np.arange(1, 11, 2)).values[0].item() for _ in range(4)}
     assert engine.run.captured and len(losses) == 4
 
 

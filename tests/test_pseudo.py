@@ -516,7 +516,7 @@ def test_budgets_and_stale_memory_follow_the_labels_of_the_fold(student, monkeyp
     expected = [
         lengths[rows[start : start + 4]].sum()
         for fold in (0, 1)
-        for rows in ku._stage_batches(engine.data, fold, engine.cfg, engine.length_bucket)
+        for rows in engine.data.batches(fold, engine.cfg, engine.length_bucket)
         for start in range(0, len(rows), 4)
     ]
     assert engine.micro_batch_tokens() == expected

@@ -311,7 +311,7 @@ def test_r_drop_of_two_equal_passes_is_an_error(tiny):
     cfg = tiny(rdrop=1.0, head_dropout=0.1, run_folds="0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ku.nn.Dropout, "forward", lambda self, x: x)
-        with pytest.raises(ku.KitError, match="rdrop does nothing: two passes are the same"):
+        with pytest.raises(ku.KitError, match="rdrop does nothing, because two passes are the same"):
             trained(cfg)
 
 

@@ -159,7 +159,7 @@ def test_a_complete_run_is_not_trained_again(tiny, whole, monkeypatch, capsys):
     cfg = tiny(run_name="r", **NOISY)
     run = start(cfg)
     (run / "curves.png").unlink()  # as after a kill while it was drawn
-    monkeypatch.setattr(ku, "_train_fold", kill)
+    monkeypatch.setattr(ku.FoldTrainer, "train", lambda trainer: kill())
     assert content(start(cfg)) == whole(tiny, **NOISY) and (run / "curves.png").is_file()
     assert "is complete, nothing is trained" in capsys.readouterr().out
 

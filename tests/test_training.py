@@ -30,6 +30,10 @@ def fold_data(cfg, frame=None, n_outputs=1):
     return ku._TrainingData(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs, ids)
 
 
+def train_fold(data, fold, cfg, write_log):
+    return ku.FoldTrainer(ku.OptimizerStep(data, cfg), fold, write_log, ku.TimeBudget(cfg), **QUIET).train()
+
+
 def resolved(cfg):
     return cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
 
@@ -112,7 +116,7 @@ def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
         lambda optimizer, *_: used.append([float(group["lr"]) for group in optimizer.param_groups])
     )
     try:
-        ku._train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append, **QUIET)
+        train_fold(data, 0, ku.dataclasses.replace(cfg, batch_size=2, epochs=5), logged.append)
     finally:
         hook.remove()
     rates = [entry["lr"] for entry in logged if "loss" in entry]
@@ -143,7 +147,7 @@ def test_training_learns_eight_rows_by_heart(tiny):
     cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0))
     frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
     logged = []
-    ku._train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    train_fold(fold_data(cfg, frame), 0, cfg, logged.append)
     losses = [entry["loss"] for entry in logged if "loss" in entry]
     assert np.mean(losses[-4:]) < 0.02 * np.mean(losses[:4])
 
@@ -636,7 +640,7 @@ def test_a_gpu_learns_eight_rows_by_heart_in_every_precision(precision, tiny):
     cfg = resolved(tiny(epochs=40, lr=5e-3, head_lr=1e-2, batch_size=4, weight_decay=0.0, precision=precision))
     frame = pd.concat([train_frame(8), train_frame(8)]).assign(fold=[0] * 8 + [1] * 8)
     logged = []
-    ku._train_fold(fold_data(cfg, frame), 0, cfg, logged.append, **QUIET)
+    train_fold(fold_data(cfg, frame), 0, cfg, logged.append)
     losses = [entry["loss"] for entry in logged if "loss" in entry]
     assert np.mean(losses[-4:]) < 0.05 * np.mean(losses[:4])
 
