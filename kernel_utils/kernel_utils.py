@@ -428,6 +428,7 @@ _FOLD_KINDS = {
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
+_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")  # a column's name in `prefix`
 _MAX_WIDTH = 2**16  # of a layer of a head
 _MAX_SEED = 2**32 - 1
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -734,6 +735,21 @@ class Config(Settings):
     @property
     def targets(self):
         return [name.strip() for name in self.target_columns.split(",")]
+
+    @property
+    def text_columns(self):
+        names = [self.text_column, self.pair_column]
+        return names if self.pair_column else names[:1]
+
+    @property
+    def input_columns(self):
+        """Columns of a table that make the input of the model: of texts, then of the prefix."""
+        prefix_columns = _PREFIX_COLUMN.findall(self.prefix)
+        return list(dict.fromkeys([*self.text_columns, *prefix_columns]))
+
+    def output_names(self, classes):
+        """A name for every column of predictions: classes of a multiclass task, else targets."""
+        return classes if self.task == "multiclass" else self.targets
 
     def resolved(self, backbone_config):
         """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
@@ -1450,22 +1466,6 @@ def _bad_rows(path, frame, id_column, column, is_bad, expected):
     return [f"{path}, column {column}: expected {expected}, got {actual}"]
 
 
-_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")
-
-
-def _text_columns(cfg):
-    columns = [cfg.text_column]
-    if cfg.pair_column:
-        columns.append(cfg.pair_column)
-    return columns
-
-
-def _input_columns(cfg):
-    """Columns of a table that make the input of the model: of texts, then of the prefix."""
-    prefix_columns = _PREFIX_COLUMN.findall(cfg.prefix)
-    return list(dict.fromkeys([*_text_columns(cfg), *prefix_columns]))
-
-
 def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
@@ -1536,13 +1536,13 @@ def _read_train(cfg, data_dir):
     path = data_dir / "train.csv"
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    columns = [cfg.id_column, *_input_columns(cfg), *cfg.targets]
+    columns = [cfg.id_column, *cfg.input_columns, *cfg.targets]
     frame = _read_table(path, columns + errors + groups)
     check = _TableCheck(path, frame, cfg.id_column)
     check.check_ids()
     for column in groups:
         check.check_filled(column, "a value")
-    for column in _text_columns(cfg):
+    for column in cfg.text_columns:
         check.check_texts(column)
     values = {column: check.read_targets(column, cfg.task) for column in cfg.targets}
     for column in errors:
@@ -1574,7 +1574,7 @@ def _read_test(cfg, data_dir, columns=()):
     test = sample = None
     problems = []
     if _file_exists(test_path):
-        needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
+        needed = dict.fromkeys([cfg.id_column, *cfg.input_columns, *columns])
         test = _read_table(test_path, needed)
         check = _TableCheck(test_path, test, cfg.id_column)
         check.check_ids()
@@ -1585,7 +1585,7 @@ def _read_test(cfg, data_dir, columns=()):
         check.check_ids()
         problems += check.problems
     if test is not None:
-        texts = test[_text_columns(cfg)]
+        texts = test[cfg.text_columns]
         n_empty = texts.apply(lambda cells: cells.str.strip().eq("")).sum().sum()
         if n_empty:
             message = f"{test_path}: {n_empty} empty texts; they are predicted all the same"
@@ -1603,11 +1603,6 @@ def _read_test(cfg, data_dir, columns=()):
     return test, sample
 
 
-def _output_names(cfg, classes):
-    """A name for every column of predictions: classes of a multiclass task, else target columns."""
-    return classes if cfg.task == "multiclass" else cfg.targets
-
-
 def _column_name(kind, name, names):
     """Column of a table for one of several outputs; without a suffix where there is one output."""
     return kind if len(names) == 1 else f"{kind}_{name}"
@@ -1620,7 +1615,7 @@ def _submission_columns(sample, cfg, classes):
     classes. DataError where a run with these settings cannot fill them.
     """
     columns = [name for name in sample.columns if name != cfg.id_column]
-    outputs = _output_names(cfg, classes)
+    outputs = cfg.output_names(classes)
     if len(columns) == 1 and (len(outputs) == 1 or cfg.task == "multiclass"):
         return columns
     if set(columns) != set(outputs):
@@ -5416,12 +5411,12 @@ def _normalize_texts(texts):
 
 def _row_texts(frame, cfg):
     """The texts of every row, normalised; those of a pair as one."""
-    return _normalize_texts(frame[_text_columns(cfg)].agg(" ".join, axis=1))
+    return _normalize_texts(frame[cfg.text_columns].agg(" ".join, axis=1))
 
 
 def _row_digests(frame, cfg):
     """id -> digest of the input cells of the row."""
-    columns = [frame[name] for name in _input_columns(cfg)]
+    columns = [frame[name] for name in cfg.input_columns]
     digests = {}
     for name, *cells in zip(frame[cfg.id_column], *columns, strict=True):
         digests[name] = _digest(cells)
@@ -5498,8 +5493,8 @@ def _read_pseudo(frame, cfg, classes):
     """
     folder = _user_path("pseudo_dir", cfg.pseudo_dir)
     content = _open_pseudo(folder)
-    outputs = _output_names(cfg, classes)
-    columns = [cfg.id_column, *_input_columns(cfg)]
+    outputs = cfg.output_names(classes)
+    columns = [cfg.id_column, *cfg.input_columns]
     own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": columns}
     problems = []
     for name, value in own.items():
@@ -6030,7 +6025,7 @@ def _source_digests(cfg):
 
 def _fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. It goes on only with the same."""
-    columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
+    columns = dict.fromkeys([cfg.id_column, *cfg.input_columns])
     digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
     digests["the targets"] = _digest(data.targets)
     digests["the folds"] = _digest(frame["fold"].to_numpy())
@@ -6318,7 +6313,7 @@ class _TrainingRun:
         self.tokenizer = _load_tokenizer(self.backbone)
         self.cfg = user_cfg.resolved(self.backbone_config)
         self.classes = _class_labels(frame, self.cfg)
-        self.outputs = _output_names(self.cfg, self.classes)
+        self.outputs = self.cfg.output_names(self.classes)
         self.folds = _requested_folds(frame, self.cfg)
         self.record = self._new_record()
 
@@ -6638,7 +6633,7 @@ class _TrainingRun:
                     {
                         "fold": result["fold"],
                         "id": cells[self.cfg.id_column],
-                        "cells": {name: cells[name] for name in _input_columns(self.cfg)},
+                        "cells": {name: cells[name] for name in self.cfg.input_columns},
                         "prediction": prediction.tolist(),
                     }
                 )
@@ -6876,7 +6871,7 @@ def _golden_error(golden, cfg, weights):
     try:
         for row in golden["rows"]:
             row["id"], row["prediction"], weights[row["fold"]]
-            [row["cells"][name] for name in _input_columns(cfg)]
+            [row["cells"][name] for name in cfg.input_columns]
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
             return "no rows, or other texts than token_ids"
     except (AttributeError, KeyError, TypeError) as error:
@@ -7359,7 +7354,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
 
 def _prediction_job(bundle, frame, batch_tokens):
     """What `_predict_job` needs to predict the rows of a frame."""
-    columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
+    columns = {name for run in bundle.runs for name in run.cfg.input_columns}
     return {
         "bundle": str(bundle.folder),
         "precisions": {run.name: run.cfg.precision for run in bundle.runs},
@@ -7382,7 +7377,7 @@ def _finish_prediction(number, count, process, folder):
 def read_test_set(bundle, data_dir):
     """(test, sample submission) frames, checked against what the runs read and predict."""
     folder = _find_data_dir(data_dir, "test.csv")
-    columns = [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    columns = [name for run in bundle.runs for name in run.cfg.input_columns]
     test, sample = _read_test(bundle.cfg, folder, columns)
     if sample is None:
         source = "ids, order and columns are those of test.csv and the settings"

@@ -136,12 +136,13 @@ def _read_texts(cfg):
     raises DataError as `read_competition` does.
     """
     data_dir = ku._find_data_dir(cfg.data_dir, "train.csv")
+    columns = [cfg.text_column, cfg.pair_column] if cfg.pair_column else [cfg.text_column]
     texts, counts, problems = [], {}, []
     for path in (data_dir / "train.csv", data_dir / "test.csv"):
         if not ku._file_exists(path):
             continue
-        frame = ku._read_table(path, ku._text_columns(cfg))
-        for column in ku._text_columns(cfg):
+        frame = ku._read_table(path, columns)
+        for column in columns:
             numeric = np.isfinite(ku._to_numbers(frame[column]))
             if numeric.mean() > 0.5:
                 problems += ku._bad_rows(path, frame, column, column, numeric, "texts, not numbers")

@@ -68,7 +68,7 @@ def what_is_read(run):
         "outputs": run.record["outputs"],
         "classes": run.record["classes"],
         "id_column": run.cfg.id_column,
-        "text columns": ku._input_columns(run.cfg),
+        "text columns": run.cfg.input_columns,
     }
 
 
@@ -88,7 +88,7 @@ def read_rows(run, data_dir):
     cfg = dataclasses.replace(run.cfg, data_dir=data_dir or run.cfg.data_dir)
     folder = ku._find_data_dir(cfg.data_dir, "train.csv")
     frame = ku._read_train(cfg, folder)
-    for name in [cfg.id_column, *ku._input_columns(cfg)]:
+    for name in [cfg.id_column, *cfg.input_columns]:
         what = f"column {name} of train.csv"
         if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
             problem = f"{what} is not the one that {run.name} was trained on"
@@ -152,14 +152,14 @@ def read_runs(folders, data_dir):
 
 def read_texts(paths, cfg):
     """The texts of all files, one table; ids are made where a file has none."""
-    id_column, inputs = cfg.id_column, ku._input_columns(cfg)
+    id_column, inputs = cfg.id_column, cfg.input_columns
     columns = list(dict.fromkeys([id_column, *inputs]))
     tables, problems = [], []
     for path in paths:
         table = ku._read_table(path, inputs)
         if id_column not in table:
             table[id_column] = [f"{path.stem}-{number}" for number in range(1, len(table) + 1)]
-        for column in ku._text_columns(cfg):
+        for column in cfg.text_columns:
             is_empty = table[column].str.strip().eq("").to_numpy()
             problems += ku._bad_rows(path, table, id_column, column, is_empty, "a text")
         tables.append(table[columns])
