@@ -340,7 +340,7 @@ def _differing_machines(records):
 def encode_oof(oof, cfg, classes):
     """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
     names = {ku._column_name("target", name, cfg.targets): name for name in cfg.targets}
-    target = ku._encode_targets(oof.rename(columns=names), cfg, classes)
+    target = cfg.encode_targets(oof.rename(columns=names), classes)
     groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
     if groups.max() == 0:
         raise ComparisonError(f"all {len(oof)} rows are in one group: there is nothing to resample")

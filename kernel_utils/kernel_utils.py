@@ -55,6 +55,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -76,9 +77,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-with (
-    warnings.catch_warnings()
-):  # tqdm warns once, as transformers imports it; progress here is plain text
+# tqdm warns once, as transformers imports it; progress here is plain text
+with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="IProgress not found")
     importlib.import_module("tqdm.auto")
 
@@ -150,8 +150,12 @@ class KitError(ValueError):
     title = "cannot go on:"
 
     def __init__(self, problems):
-        texts = [problems] if isinstance(problems, str) else problems
-        self.problems = [_printable(text) for text in texts]
+        self.problems = []
+        for text in [problems] if isinstance(problems, str) else problems:
+            if len(text) > 2000:
+                text = f"{text[:2000]} ..."
+            escaped = [c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text]
+            self.problems.append("".join(escaped))
         super().__init__("\n  ".join([self.title, *self.problems]))
 
     def _render_traceback_(self):  # IPython's hook for exceptions that print themselves
@@ -188,13 +192,6 @@ class BundleError(KitError):
     title = "the bundle is refused:"
 
 
-def _printable(text):
-    """`text` fit for a terminal: at most 2000 characters, control characters as Python escapes."""
-    if len(text) > 2000:
-        text = f"{text[:2000]} ..."
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
 def _comma_join(items):
     return ", ".join(str(item) for item in items) or "nothing"
 
@@ -207,10 +204,10 @@ def _did_you_mean(name, names):
 def option(default, help, choices=None, low=-math.inf, high=math.inf, kind=None, affects=""):
     """A setting of a `Settings` class: its default, one line of help, and what it may be set to.
 
-    `kind` is its type where that is not the annotation: "folds". `affects` says what a setting of
-    `Config` shapes: "data" (rows and folds), "tokens" (how a text is read), "model" (what the
-    weights belong to), "training" (how they are fitted), or "place" (where a run is stored and how
-    it goes on, never what it gives).
+    `kind` is its type where that is not the annotation: "folds" or "name". `affects` says what a
+    setting of `Config` shapes: "data" (rows and folds), "tokens" (how a text is read), "model"
+    (what the weights belong to), "training" (how they are fitted), or "place" (where a run is
+    stored and how it goes on, never what it gives).
     """
     metadata = dict(help=help, choices=choices, low=low, high=high, kind=kind, affects=affects)
     return dataclasses.field(default=default, metadata=metadata)
@@ -223,20 +220,22 @@ _ACCEPTS = {
     str: "text",
     tuple: "whole numbers such as 2,3",
     "folds": "'all' or fold numbers such as 0,2",
+    "name": "letters, digits and . _ - = + only",
 }
 
 
 def _cast(value, kind):
-    """`value` as a setting of that kind. An exception where it is none.
-
-    Papermill's -p hands over `true` as text, `0` for folds as a number, `2,3` as text.
-    """
+    """`value`, which papermill may hand over as text, in its kind; an exception if it is none."""
     if kind is str and isinstance(value, (str, Path)):
         return str(value)
     if kind is bool and isinstance(value, str):
         return {"true": True, "false": False}[value.lower()]
     if kind is bool and isinstance(value, (bool, np.bool_)):
         return bool(value)
+    if kind == "name":
+        name = _cast(value, str)
+        if re.fullmatch(r"[\w.=+-]*", name) and name.strip(".") == name:
+            return name
     if kind == "folds":
         return "all" if value == "all" else ",".join(map(str, _cast(value, tuple)))
     if kind is tuple:
@@ -255,27 +254,6 @@ def _cast(value, kind):
     raise ValueError
 
 
-def _validate_field(field, value):
-    """`value` as the setting `field` takes it; ValueError says what it accepts."""
-    name, choices = field.name, field.metadata["choices"]
-    low, high = field.metadata["low"], field.metadata["high"]
-    kind = field.metadata["kind"] or field.type
-    try:
-        value = _cast(value, kind)
-    except (TypeError, ValueError, OverflowError, KeyError):
-        is_number = kind is str and isinstance(value, (int, float))
-        hint = " (papermill's -r keeps digits as text)" if is_number else ""
-        raise ValueError(f"{name} must be {_ACCEPTS[kind]}, got {value!r}{hint}") from None
-    if choices is not None and value not in choices and value != field.default:
-        hint = _did_you_mean(value, choices)
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
-    numbers = value if kind is tuple else [value]
-    if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
-    return value
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What `Config` and its like share: every value is checked when one is built."""
@@ -285,9 +263,8 @@ class Settings:
     def __post_init__(self):
         problems = []
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
             try:
-                value = _validate_field(field, value)
+                value = self._validate(field)
             except ValueError as problem:
                 problems.append(str(problem))
                 value = field.default
@@ -295,6 +272,26 @@ class Settings:
         problems += self.conflicts()
         if problems:
             raise ConfigError(problems)
+
+    def _validate(self, field):
+        """The value of a setting in its type; ValueError says what the setting accepts."""
+        name, limits = field.name, field.metadata
+        value, kind = getattr(self, name), limits["kind"] or field.type
+        choices, low, high = limits["choices"], limits["low"], limits["high"]
+        try:
+            value = _cast(value, kind)
+        except (TypeError, ValueError, OverflowError, KeyError):
+            is_number = kind in (str, "name") and isinstance(value, (int, float))
+            hint = " (papermill's -r keeps digits as text)" if is_number else ""
+            raise ValueError(f"{name} must be {_ACCEPTS[kind]}, got {value!r}{hint}") from None
+        if choices is not None and value not in choices and value != field.default:
+            hint = _did_you_mean(value, choices)
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+        numbers = value if kind is tuple else [value]
+        if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{name} must be {bounds}, got {value!r}")
+        return value
 
     def conflicts(self):
         """Problems between settings that are each right alone."""
@@ -344,19 +341,19 @@ class Settings:
         binds after it.
         """
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        settings, given = {}, set()
-        for cell in _settings_cells(namespace):
-            bound = {name: namespace[name] for name in _assigned_names(cell) if name in namespace}
-            settings |= bound
-            given |= bound.keys()
-            if _first_line(cell) == "# Settings":
-                given -= {name for name in bound if bound[name] == defaults.get(name)}
+        settings, own_names = {}, set()  # the names that win over a recipe
+        for title, cell in _settings_cells(namespace):
+            names = [name for name in _assigned_names(ast.parse(cell)) if name in namespace]
+            settings |= {name: namespace[name] for name in names}
+            own_names |= set(names)
+            if title == "Settings":
+                own_names -= {n for n in names if namespace[n] == defaults.get(n)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
-        for name in recipe.keys() - given:
+        for name in recipe.keys() - own_names:
             settings.pop(name, None)
         config = cls.from_dict(settings)
         if recipe:
-            note = {name: " (given)" if name in given else "" for name in recipe}
+            note = {name: " (given)" if name in own_names else "" for name in recipe}
             used = [f"{name} {getattr(config, name)}{note[name]}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
@@ -366,48 +363,40 @@ class Settings:
 
 
 _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
-
-
-def _first_line(cell):
-    return cell.strip().partition("\n")[0].strip()
-
-
-def _is_settings_cell(cell):
-    return _first_line(cell) in ("# Settings", "# Parameters")
+_SETTINGS_TITLE = re.compile(r"\s*# (Settings|Parameters)\s*$", re.MULTILINE)
 
 
 def _settings_cells(namespace):
-    """Sources of the settings cells of a notebook or an exported script, in the order they ran."""
-    latest = {}  # first line -> (position, source)
-    for position, cell in enumerate(namespace.get("In", [])):
-        if _is_settings_cell(cell):
-            latest[_first_line(cell)] = (position, cell)
-    cells = [cell for _, cell in sorted(latest.values())]
-    if not cells and "__file__" in namespace:
+    """(title, source) of the settings cells of a notebook or exported script, as they ran."""
+    cells = namespace.get("In", [])
+    if not any(map(_SETTINGS_TITLE.match, cells)) and "__file__" in namespace:
         script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-        parts = re.split(_CELL_MARKS, script, flags=re.MULTILINE)
-        cells = [part for part in parts if _is_settings_cell(part)]
-    if not cells:
+        cells = re.split(_CELL_MARKS, script, flags=re.MULTILINE)
+    latest = {}
+    for cell in cells:
+        title = _SETTINGS_TITLE.match(cell)
+        if title:
+            latest.pop(title[1], None)  # a cell that runs again goes to the end
+            latest[title[1]] = cell
+    if not latest:
         expected = "its first line must be '# Settings', in a script below a cell mark"
         raise ConfigError(f"no settings cell has run: {expected}")
-    return cells
+    return latest.items()
 
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _INNER_SCOPES = (*_COMPREHENSIONS, ast.Lambda, ast.FunctionDef, ast.ClassDef)
 
 
-def _assigned_names(cell):
-    """Names that a cell assigns to, in order; not those inside comprehensions and functions."""
-    names, nodes = [], [ast.parse(cell)]
-    while nodes:
-        node = nodes.pop(0)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.append(node.id)
-        is_annotation_alone = isinstance(node, ast.AnnAssign) and node.value is None
-        if not is_annotation_alone and not isinstance(node, _INNER_SCOPES):
-            nodes += ast.iter_child_nodes(node)
-    return names
+def _assigned_names(node):
+    """Names that code assigns to, in order; not those inside comprehensions and functions."""
+    is_annotation_alone = isinstance(node, ast.AnnAssign) and node.value is None
+    if is_annotation_alone or isinstance(node, _INNER_SCOPES):
+        return []
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    children = map(_assigned_names, ast.iter_child_nodes(node))
+    return list(itertools.chain.from_iterable(children))
 
 
 TASKS = {  # task -> (default loss, default metric)
@@ -422,29 +411,24 @@ RECIPES = {  # settings to start from; a setting that is given wins
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+_OPTIMIZERS = ("adamw", "adamw8bit")
 _FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-_MAX_WIDTH = 2**16  # of a layer of a head
+_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")  # a column's name in `prefix`
 _MAX_SEED = 2**32 - 1
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
-_BACKBONE_HELP = "encoder: a folder, an attached Kaggle input, or a hub name"
 _BATCH_TOKENS_HELP = "tokens of a prediction batch with padding; 0: 4096 on a CPU, 8192 on a GPU"
-
-
-def _run_name_error(name):
-    if re.fullmatch(r"[\w.=+-]*", name) and name.strip(".") == name:
-        return None
-    return f"run_name must be letters, digits and . _ - = + only, got {name!r}"
-
 
 # An `option` by what it affects
 _data = functools.partial(option, affects="data")
 _tokens = functools.partial(option, affects="tokens")
 _model = functools.partial(option, affects="model")
+_width = functools.partial(_model, low=1, high=2**16)  # of a layer of a head
 _training = functools.partial(option, affects="training")
 _place = functools.partial(option, affects="place")
 
@@ -458,316 +442,246 @@ class Config(Settings):
     by_content: ClassVar[tuple] = ("data_dir", "pseudo_dir", "backbone")
 
     # data
-    data_dir: str = _data(
-        "", "folder with train.csv; empty means the attached competition, else the sample"
-    )
+    data_dir: str = _data("", "folder of train.csv; empty: the attached competition or the sample")
     id_column: str = _data("id", "column that names a row")
     text_column: str = _tokens("excerpt", "column with the text")
-    pair_column: str = _tokens("", "column with a second text, encoded as a pair; empty means none")
+    pair_column: str = _tokens("", "column with a second text, encoded as a pair; empty: none")
     target_columns: str = _data("target", "column to predict, or several with commas")
-    error_column: str = _data("", "column with the standard error of the target; empty means none")
+    error_column: str = _data("", "column with the standard error of the target; empty: none")
     task: str = _data("regression", "regression, binary, multiclass or multilabel", TASKS)
-    max_rows: int = _data(0, "train on this many rows, drawn by fold_seed; 0 means all", low=0)
+    max_rows: int = _data(0, "train on this many rows, drawn by fold_seed; 0: all", low=0)
     n_folds: int = _data(5, "number of folds; a column 'fold' in train.csv wins", low=2)
     run_folds: str = _place("all", "folds to train: all, or numbers such as 0,2", kind="folds")
-    fold_kind: str = _data(
-        "stratified", "stratified, plain, group or stratified_group", _FOLD_KINDS
-    )
+    fold_kind: str = _data("stratified", "how rows are dealt out to folds", _FOLD_KINDS)
     group_column: str = _data("", "column whose values stay in one fold, for group folds")
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
     max_length: int = _tokens(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = _tokens(
-        "head", "end that is kept: head, tail or head_tail", ("head", "tail", "head_tail")
-    )
-    prefix: str = _tokens(
-        "", "text put before each text; {column} inserts a column, new [words] become tokens"
-    )
+    truncation: str = _tokens("head", "part of a long text to keep", ("head", "tail", "head_tail"))
+    prefix: str = _tokens("", "put before each text; {name} is a column, new [words] become tokens")
     # extra texts
-    pseudo_dir: str = _data(
-        "", "folder that tools/pseudo_label.py made: train on its texts too; empty means none"
-    )
-    pseudo_weight: float = _training(
-        1.0, "factor of the losses of pseudo-labelled texts among training rows", low=1e-3
-    )
-    pseudo_epochs: int = _training(
-        0, "epochs on pseudo-labelled texts alone, before the others; 0: mixed", low=0
-    )
+    pseudo_dir: str = _data("", "folder of tools/pseudo_label.py, to train on too; empty: none")
+    pseudo_weight: float = _training(1.0, "factor of the losses of pseudo-labelled texts", low=1e-3)
+    pseudo_epochs: int = _training(0, "epochs on pseudo-labels alone, first; 0: mixed in", low=0)
     # model
-    backbone: str = _model(DEFAULT_BACKBONE, _BACKBONE_HELP)
-    head: str = _model(
-        "mean", "how the tokens of a text become its features: a name in ku.HEADS", HEADS
-    )
-    conv_kernels: tuple = _model(
-        (2, 2), "conv1d: kernel size of each convolution", low=1, high=_MAX_WIDTH
-    )
-    conv_channels: tuple = _model(
-        (256, 1),
-        "conv1d: channels of each convolution, of the last for each output",
-        low=1,
-        high=_MAX_WIDTH,
-    )
-    rnn_size: int = _model(
-        256, "lstm, bilstm, gru: hidden units of each direction", low=1, high=_MAX_WIDTH
-    )
+    backbone: str = _model(DEFAULT_BACKBONE, "a folder, an attached Kaggle input, or a hub name")
+    head: str = _model("mean", "how tokens become the features of a text: one of ku.HEADS", HEADS)
+    conv_kernels: tuple = _width((2, 2), "conv1d: kernel size of each convolution")
+    conv_channels: tuple = _width((256, 1), "conv1d: channels of each, of the last for each output")
+    rnn_size: int = _width(256, "lstm, bilstm, gru: hidden units of each direction")
     concat_layers: int = _model(4, "concat: number of last layers", low=1)
-    weighted_pool: str = _model(
-        "cls", "weighted: what is averaged over layers, cls or mean", ("cls", "mean")
-    )
+    weighted_pool: str = _model("cls", "weighted: what is averaged over layers", ("cls", "mean"))
     head_dropout: float = _model(0.0, "dropout on the features of the head", low=0, high=0.99)
-    dropout_samples: int = _model(1, "dropout masks whose losses are averaged; 1 means off", low=1)
-    backbone_dropout: float = _model(
-        -1.0, "dropout of the backbone; -1: 0 in regression, else its own", low=-1, high=0.99
-    )
+    dropout_samples: int = _model(1, "dropout masks whose losses are averaged; 1: off", low=1)
+    backbone_dropout: float = _model(-1.0, "-1: 0 in regression, else its own", low=-1, high=0.99)
     reinit_layers: int = _training(0, "re-initialise this many last layers", low=0)
     freeze_layers: int = _training(0, "keep this many first layers as they are", low=0)
     freeze_embeddings: bool = _training(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = _training(False, "recompute activations: less memory, slower")
-    attention: str = _model(
-        "",
-        "empty: packed rows; eager, sdpa, flash_attention_2: padded rows",
-        ("eager", "sdpa", "flash_attention_2"),
-    )
+    attention: str = _model("", "empty: packed rows; a name: padded rows with it", _ATTENTIONS)
     cuda_graphs: bool = _training(True, "launch each step at once on a GPU, where rows are packed")
-    compile: bool = _model(
-        False, "torch.compile the backbone: half a minute that pays in long runs"
-    )
-    fold_processes: int = _place(
-        0, "folds trained side by side, each by a process of its own; 0: one a GPU", low=0
-    )
+    compile: bool = _model(False, "torch.compile the backbone: half a minute, pays in long runs")
+    fold_processes: int = _place(0, "folds side by side, a process each; 0: one a GPU", low=0)
     # optimisation
-    loss: str = _model("", "training loss; empty means mse, bce or cross_entropy by task", LOSSES)
+    loss: str = _model("", "training loss; empty: mse, bce or cross_entropy by task", LOSSES)
     focal_gamma: float = _model(2.0, "focal: power of the probability that is missing", low=0)
-    rank_weight: float = _model(
-        1.0, "mse_rank: weight of the loss of pairs beside that of rows", low=0
-    )
-    levels: tuple = _model(
-        (0, 0), "coral: lowest and highest of the whole numbers that are the targets"
-    )
-    error_weights: bool = _training(
-        False, "weight rows by their standard error, the surer the more"
-    )
-    label_smoothing: float = _model(
-        0.0, "cross_entropy: share of the target given to all classes", low=0, high=0.99
-    )
-    metric: str = _training("", "score; empty means rmse, auc or accuracy by task", METRICS)
+    rank_weight: float = _model(1.0, "mse_rank: weight of the loss of pairs beside rows", low=0)
+    levels: tuple = _model((0, 0), "coral: lowest and highest of the whole numbers to predict")
+    error_weights: bool = _training(False, "weight rows by standard error, the surer the more")
+    label_smoothing: float = _model(0.0, "share of the target for all classes", low=0, high=0.99)
+    metric: str = _training("", "score; empty: rmse, auc or accuracy by task", METRICS)
     epochs: int = _training(3, "passes over the training folds", low=1)
     batch_size: int = _training(16, "rows of an optimiser step", low=1)
-    micro_batch_size: int = _training(
-        0, "rows of a forward pass, gradients accumulate; 0 means batch_size", low=0
-    )
+    micro_batch_size: int = _training(0, "rows of a forward pass; 0: all of batch_size", low=0)
     length_bucket: int = _training(
-        0,
-        "batches sorted by length together; 0: 1 (plain random) where rows are packed, else 4",
-        low=0,
+        0, "batches sorted by length together; 0: 1 where rows are packed, else 4", low=0
     )
-    lr: float = _training(
-        0.0, "peak learning rate of the last layer; 0 means by the backbone's width", low=0
-    )
+    lr: float = _training(0.0, "peak learning rate of the last layer; 0: by backbone width", low=0)
     head_lr: float = _training(1e-3, "peak learning rate of the head", low=0)
-    llrd: float = _training(
-        1.0, "learning-rate factor from a layer to the one below; 1 means off", low=0.01, high=1
-    )
+    llrd: float = _training(1.0, "factor of lr from a layer to the one below", low=0.01, high=1)
     weight_decay: float = _training(0.01, "AdamW weight decay; never on biases and norms", low=0)
-    schedule: str = _training(
-        "cosine", "learning rate after warm-up: linear, cosine or constant", SCHEDULES
-    )
-    warmup_ratio: float = _training(
-        0.1, "share of the steps in which the rates rise", low=0, high=1
-    )
-    optimizer: str = _training(
-        "adamw",
-        "adamw, or adamw8bit: states of a byte each (package bitsandbytes)",
-        ("adamw", "adamw8bit"),
-    )
-    max_grad_norm: float = _training(1.0, "largest norm of the gradient; 0 means off", low=0)
-    precision: str = _training(
-        "auto", "auto, fp32, bf16 or fp16; auto means fp32 on a CPU", _PRECISIONS
-    )
+    schedule: str = _training("cosine", "after warm-up: linear, cosine or constant", SCHEDULES)
+    warmup_ratio: float = _training(0.1, "share of the steps while rates rise", low=0, high=1)
+    optimizer: str = _training("adamw", "adamw8bit: by bitsandbytes, a byte a state", _OPTIMIZERS)
+    max_grad_norm: float = _training(1.0, "largest norm of the gradient; 0: off", low=0)
+    precision: str = _training("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU", _PRECISIONS)
     # regularisation
-    awp: float = _training(
-        0.0, "adversarial weights: step against a tensor, as a share of each weight; 0: off", low=0
-    )
-    awp_eps: float = _training(
-        0.01, "awp: a weight moves by this share of itself at most", low=0, high=1
-    )
-    fgm: float = _training(
-        0.0, "adversarial word embeddings: length of the step against the table; 0: off", low=0
-    )
-    adversarial_start: float = _training(
-        1.0, "awp, fgm: epochs before the first adversarial step", low=0
-    )
-    rdrop: float = _training(
-        0.0, "weight of the distance of two passes that dropout sets apart; 0: off", low=0
-    )
-    label_noise: float = _training(
-        0.0, "noise added to the targets, in their standard errors; 0: off", low=0
-    )
+    awp: float = _training(0.0, "adversarial weights: step, as share of a weight; 0: off", low=0)
+    awp_eps: float = _training(0.01, "awp: largest move, as a share of a weight", low=0, high=1)
+    fgm: float = _training(0.0, "adversarial word embeddings: length of the step; 0: off", low=0)
+    adversarial_start: float = _training(1.0, "awp, fgm: epochs before the first step", low=0)
+    rdrop: float = _training(0.0, "weight of the distance of two dropout passes; 0: off", low=0)
+    label_noise: float = _training(0.0, "noise of targets, in their standard errors; 0: off", low=0)
     mixout: float = _training(
         0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
     )
-    ema: float = _training(
-        0.0, "decay of a running average of the weights, such as 0.99; 0: off", low=0, high=0.9999
-    )
-    swa_start: float = _training(
-        0.0, "epochs from whose end on weights are averaged, all steps alike; 0: off", low=0
-    )
+    ema: float = _training(0.0, "decay of a running average of weights; 0: off", low=0, high=0.9999)
+    swa_start: float = _training(0.0, "epochs before steps are averaged alike; 0: off", low=0)
     # evaluation and records
     evals_per_epoch: int = _training(1, "evaluations an epoch", low=1)
-    eval_steps: int = _training(
-        0, "evaluate every so many steps instead; 0 means evals_per_epoch", low=0
-    )
+    eval_steps: int = _training(0, "evaluate every so many steps; 0: by evals_per_epoch", low=0)
     keep: str = _training("last", "weights and predictions to keep: last or best", ("last", "best"))
     batch_tokens: int = _training(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = _training(0, "seed of everything but the folds", low=0, high=_MAX_SEED)
     output_dir: str = _place("runs", "folder of the run folders")
-    run_name: str = _place(
-        "", "name of the run folder; empty means made from backbone, head and seed"
-    )
-    report_to: str = _place(
-        "", "also log to: wandb (offline unless WANDB_MODE says else); empty means none", ("wandb",)
-    )
+    run_name: str = _place("", "folder of the run; empty: by backbone, head, seed", kind="name")
+    report_to: str = _place("", "log there too; offline unless WANDB_MODE is set", ("wandb",))
     # interruptions
-    resume: bool = _place(
-        True, "go on with an unfinished run of the same name and settings, exactly where it was"
-    )
-    resume_from: str = _place(
-        "", "a run folder to copy and go on with, such as the attached output of a killed kernel"
-    )
-    checkpoint_minutes: float = _place(
-        10.0, "minutes between checkpoints, made at evaluations too; 0: none", low=0
-    )
-    max_minutes: float = _place(
-        0.0, "minutes from the start of training to the submission; 0 means no limit", low=0
-    )
-    predict_partial: bool = _place(
-        False, "when a run is stopped, predict with what is trained, else end with an error"
-    )
+    resume: bool = _place(True, "go on with an unfinished run of the same name and settings")
+    resume_from: str = _place("", "run folder to copy and go on with, such as an attached output")
+    checkpoint_minutes: float = _place(10.0, "minutes between checkpoints; 0: none", low=0)
+    max_minutes: float = _place(0.0, "from start of training to submission; 0: no limit", low=0)
+    predict_partial: bool = _place(False, "if stopped, predict with what is trained, else fail")
 
     def conflicts(self):
         """Problems between settings that are each right alone."""
-        problems = self._task_conflicts() + self._training_conflicts() + self._idle_settings()
-        name_error = _run_name_error(self.run_name)
-        return [*problems, name_error] if name_error else problems
+        return [*self._task_conflicts(), *self._training_conflicts(), *self._idle_settings()]
 
     def _task_conflicts(self):
-        problems = []
-        targets, columns = self.targets, self.target_columns
+        task, loss, targets, levels = self.task, self.loss, self.targets, self.levels
         for setting, parts in (("loss", LOSSES), ("metric", METRICS)):
             name = getattr(self, setting)
-            tasks = parts[name].tasks if name else [self.task]
-            if self.task not in tasks:
-                problems.append(f"{setting} {name} is for {', '.join(tasks)}; task is {self.task}")
-        if self.task in ("binary", "multiclass") and len(targets) > 1:
-            one = f"takes one target column, got target_columns {columns!r}"
-            problems.append(f"task {self.task} {one}")
+            tasks = parts[name].tasks if name else [task]
+            if task not in tasks:
+                yield f"{setting} {name} is for {', '.join(tasks)}; task is {task}"
+        has_many = f"takes one target column, got target_columns {self.target_columns!r}"
+        if task in ("binary", "multiclass") and len(targets) > 1:
+            yield f"task {task} {has_many}"
+        if loss == "coral" and len(targets) > 1:
+            yield f"loss coral {has_many}"
         if not all(targets) or len(set(targets)) < len(targets):
-            problems.append(f"target_columns has an empty or repeated name: {columns!r}")
+            yield f"target_columns has an empty or repeated name: {self.target_columns!r}"
         if "fold" in targets:
-            problems.append("target_columns must not hold 'fold': that column has the folds")
+            yield "target_columns must not hold 'fold': that column has the folds"
         if "group" in self.fold_kind and not self.group_column:
-            problems.append(f"fold_kind {self.fold_kind} needs group_column")
-        if self.error_column and self.task != "regression":
-            problems.append(f"error_column is for regression; task is {self.task}")
-        if self.label_smoothing and (self.loss or TASKS[self.task][0]) != "cross_entropy":
-            problems.append("label_smoothing is for the loss cross_entropy")
-        if self.loss == "coral" and (len(self.levels) != 2 or self.levels[0] >= self.levels[1]):
-            example = f"the lowest and highest target such as 1,6; got {self.levels}"
-            problems.append(f"loss coral needs levels, {example}")
-        if self.loss == "coral" and len(targets) > 1:
-            one = f"takes one target column, got target_columns {columns!r}"
-            problems.append(f"loss coral {one}")
-        return problems
+            yield f"fold_kind {self.fold_kind} needs group_column"
+        if self.error_column and task != "regression":
+            yield f"error_column is for regression; task is {task}"
+        if self.label_smoothing and (loss or TASKS[task][0]) != "cross_entropy":
+            yield "label_smoothing is for the loss cross_entropy"
+        if loss == "coral" and (len(levels) != 2 or levels[0] >= levels[1]):
+            yield f"loss coral needs levels, lowest and highest target such as 1,6; got {levels}"
 
     def _training_conflicts(self):
-        problems = []
         loss, start = LOSSES.get(self.loss), self.adversarial_start
         if self.awp and self.fgm:
-            problems.append(
-                "awp and fgm are two adversarial passes of a step: set one of them to 0"
-            )
+            yield "awp and fgm are two adversarial passes of a step: set one of them to 0"
         if (self.awp or self.fgm) and start >= self.epochs:
-            problems.append(f"adversarial_start {start:g} must be below epochs, {self.epochs}")
+            yield f"adversarial_start {start:g} must be below epochs, {self.epochs}"
         if self.ema and self.swa_start:
-            problems.append(
-                "ema and swa_start are two averages of the weights: set one of them to 0"
-            )
+            yield "ema and swa_start are two averages of the weights: set one of them to 0"
         if self.swa_start >= self.epochs:
-            problems.append(f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}")
+            yield f"swa_start {self.swa_start:g} must be below epochs, {self.epochs}"
         if self.rdrop and loss and loss.reduce is not Loss.reduce:
-            problems.append(f"rdrop adds to a mean over rows: loss {self.loss} is none")
+            yield f"rdrop adds to a mean over rows: loss {self.loss} is none"
         if self.pseudo_epochs and self.pseudo_weight != 1:
-            problems.append("pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0")
+            yield "pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0"
         if -1 < self.backbone_dropout < 0:
-            got = self.backbone_dropout
-            problems.append(f"backbone_dropout must be -1 or from 0 to 0.99, got {got}")
-        if len(self.conv_kernels) != len(self.conv_channels):
-            kernels, channels = len(self.conv_kernels), len(self.conv_channels)
-            problems.append(f"conv_kernels has {kernels} and conv_channels {channels} values")
-        return problems
+            yield f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
+        kernels, channels = len(self.conv_kernels), len(self.conv_channels)
+        if kernels != channels:
+            yield f"conv_kernels has {kernels} and conv_channels {channels} values"
 
     def _idle_settings(self):
         """Settings that would do nothing beside the others."""
-        problems = []
-        loss = LOSSES.get(self.loss)
-        own_dropout = self.backbone_dropout == -1 and self.task != "regression"
-        has_dropout = self.head_dropout or self.backbone_dropout > 0 or own_dropout
-        reads_errors = loss and "target_std" in loss.extra_inputs
-        reads_errors = reads_errors or self.error_weights or self.label_noise
+        has_own_dropout = self.backbone_dropout == -1 and self.task != "regression"
+        has_dropout = self.head_dropout or self.backbone_dropout > 0 or has_own_dropout
+        reads_errors = self.error_weights or self.label_noise
+        if self.loss:
+            reads_errors = reads_errors or "target_std" in LOSSES[self.loss].extra_inputs
         if self.resume_from and not self.resume:
-            problems.append("resume_from does nothing while resume is False")
+            yield "resume_from does nothing while resume is False"
         if self.dropout_samples > 1 and not self.head_dropout:
-            problems.append("dropout_samples does nothing while head_dropout is 0")
+            yield "dropout_samples does nothing while head_dropout is 0"
         if self.rdrop and not has_dropout:
-            remedy = "set head_dropout or backbone_dropout"
-            problems.append(f"rdrop does nothing without dropout: {remedy}")
+            yield "rdrop does nothing without dropout: set head_dropout or backbone_dropout"
         for setting in ("error_weights", "label_noise"):
             if getattr(self, setting) and not self.error_column:
-                problems.append(f"{setting} needs error_column, the standard errors of the targets")
+                yield f"{setting} needs error_column, the standard errors of the targets"
         if self.error_column and not reads_errors:
-            users = "error_weights, label_noise or the loss gaussian"
-            problems.append(f"error_column does nothing without {users}")
+            yield "error_column does nothing without error_weights, label_noise or loss gaussian"
         if (self.pseudo_epochs or self.pseudo_weight != 1) and not self.pseudo_dir:
-            problems.append("pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty")
-        return problems
+            yield "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty"
 
     @property
     def targets(self):
         return [name.strip() for name in self.target_columns.split(",")]
 
+    @property
+    def text_columns(self):
+        names = [self.text_column, self.pair_column]
+        return names if self.pair_column else names[:1]
+
+    @property
+    def input_columns(self):
+        """Columns of a table that make the input of the model: of texts, then of the prefix."""
+        prefix_columns = _PREFIX_COLUMN.findall(self.prefix)
+        return list(dict.fromkeys([*self.text_columns, *prefix_columns]))
+
+    def output_names(self, classes):
+        """A name for every column of predictions: classes of a multiclass task, else targets."""
+        return classes if self.task == "multiclass" else self.targets
+
+    def class_labels(self, frame):
+        """Labels of a binary or multiclass task, sorted: as numbers if all are, else as text."""
+        if self.task not in ("binary", "multiclass"):
+            return []
+        labels = sorted(set(frame[self.targets[0]]))
+        if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
+            labels.sort(key=float)
+        return labels
+
+    def encode_targets(self, frame, classes):
+        """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
+        if self.task == "multiclass":
+            return np.array([classes.index(label) for label in frame[self.targets[0]]])
+        values = frame[self.targets]
+        if self.task == "binary":
+            values = values.eq(classes[1])
+        return values.to_numpy(dtype=np.float64, copy=True)
+
+    def folds_to_run(self, frame):
+        """Numbers of the folds that `run_folds` asks for."""
+        existing = sorted(frame["fold"].unique().tolist())
+        if self.run_folds == "all":
+            return existing
+        requested = set(_cast(self.run_folds, tuple))
+        if not requested.issubset(existing):
+            expected = f"'all' or folds among {_comma_join(existing)}"
+            raise ConfigError(f"run_folds must be {expected}, got {self.run_folds!r}")
+        return sorted(requested)
+
+    def fill_prefix(self, columns):
+        """The prefix of every row of `columns`, a frame or a dictionary of columns."""
+        n_rows = len(columns[self.text_column])
+        pieces = []
+        for number, piece in enumerate(_PREFIX_COLUMN.split(self.prefix)):
+            is_column = number % 2  # `split` puts the names that stood in braces between the texts
+            pieces.append(columns[piece] if is_column else [piece] * n_rows)
+        return ["".join(row) for row in zip(*pieces, strict=True)]
+
     def resolved(self, backbone_config):
         """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
         loss, metric = TASKS[self.task]
-        is_regression = self.task == "regression"
-        if is_regression and len(self.targets) > 1:
-            metric = "mcrmse"
+        dropout = self.backbone_dropout
+        if self.task == "regression":
+            metric = "mcrmse" if len(self.targets) > 1 else metric
+            dropout = 0.0 if dropout == -1 else dropout
         lr = 1e-5
         if backbone_config.hidden_size <= 768:
             lr = 2e-5
         if backbone_config.hidden_size <= 384:
             lr = 1e-4
-        dropout = self.backbone_dropout
-        if dropout == -1 and is_regression:
-            dropout = 0.0
-        return dataclasses.replace(
-            self,
-            loss=self.loss or loss,
-            metric=self.metric or metric,
-            lr=self.lr or lr,
-            backbone_dropout=dropout,
-        )
+        values = dict(loss=self.loss or loss, metric=self.metric or metric, lr=self.lr or lr)
+        return dataclasses.replace(self, backbone_dropout=dropout, **values)
 
 
 @dataclasses.dataclass(frozen=True)
 class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
-    data_dir: str = option(
-        "", "folder with test.csv; empty means the attached competition, else the sample"
-    )
-    bundle_dir: str = option(
-        "", "bundle or run folder; empty means the only one attached, or under runs/"
-    )
+    data_dir: str = option("", "folder of test.csv; empty: the attached competition or the sample")
+    bundle_dir: str = option("", "bundle or run folder; empty: the only one attached or in runs/")
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
@@ -779,59 +693,51 @@ class InferConfig(Settings):
 # 3. Environment
 
 
-def _kaggle_root():
-    """Kaggle's root folder, /kaggle; the variable KAGGLE_ROOT moves it (tests make their own)."""
-    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
+class _Kaggle:
+    """The folders of a Kaggle machine; the variable KAGGLE_ROOT moves them (for the tests)."""
 
+    mount_depth = 6  # of the deepest: models/owner/model/framework/variation/version
+    crowded = 100  # a folder with more entries is full of images: no mount lies below it
 
-def _on_kaggle():
-    return (_kaggle_root() / "input").is_dir()
+    def __init__(self):
+        root = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
+        self.input = root / "input"
+        self.working = root / "working"
 
+    def is_here(self):
+        return self.input.is_dir()
 
-_MOUNT_DEPTH = 6  # of Kaggle's deepest: models/owner/model/framework/variation/version
-_CROWDED = 100  # a folder with more entries is full of images or the like: no mount lies below it
+    def attached_folders(self, marker):
+        """Folders of attached inputs that hold `marker`, a file's name or a pattern, sorted."""
+        attached = {}  # by the folder that a link leads to: what is mounted twice is one
+        level = [self.input]
+        for depth in range(self.mount_depth + 1):
+            next_level = []
+            for folder in level:
+                entries = []
+                with contextlib.suppress(OSError), os.scandir(folder) as scan:
+                    entries += itertools.islice(scan, self.crowded + 1)
+                has_name = fnmatch.filter([entry.name for entry in entries], marker)
+                if depth > 0 and (has_name or os.path.isfile(folder / marker)):
+                    attached[folder.resolve()] = folder
+                if len(entries) <= self.crowded:
+                    next_level += sorted(Path(entry) for entry in entries if os.path.isdir(entry))
+            level = next_level
+        return sorted(attached.values())
 
-
-def _list_folder(folder):
-    """Names of the entries of a folder, and the subfolders among them.
-
-    They are one more than `_CROWDED` at most, and none of a folder that cannot be read.
-    """
-    names, subfolders = [], []
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in itertools.islice(entries, _CROWDED + 1):
-            names.append(entry.name)
-            with contextlib.suppress(OSError):  # a link that leads to itself
-                if entry.is_dir():
-                    subfolders.append(folder / entry.name)
-    return names, sorted(subfolders)
-
-
-def _attached_folders(marker):
-    """Folders of attached Kaggle inputs that hold `marker`, a file's name or a pattern, sorted.
-
-    The search goes level by level, as deep as Kaggle mounts, and not below a crowded folder.
-    """
-    found = {}  # by the folder that a link leads to: what is mounted twice is one
-    level = [_kaggle_root() / "input"]
-    for depth in range(_MOUNT_DEPTH + 1):
-        next_level = []
-        for folder in level:
-            names, subfolders = _list_folder(folder)
-            has_marker = fnmatch.filter(names, marker) or os.path.isfile(folder / marker)
-            if has_marker and depth > 0:
-                found[folder.resolve()] = folder
-            if len(names) <= _CROWDED:
-                next_level += subfolders
-        level = next_level
-    return sorted(found.values())
+    def competition(self, marker):
+        """The folder of the one attached competition with the file `marker`."""
+        files = sorted(self.input.glob(f"competitions/*/{marker}"))
+        files = files or sorted(self.input.glob(f"*/{marker}"))
+        if len(files) == 1:
+            return files[0].parent
+        problem = "several competitions are attached" if files else "no attached competition"
+        folders = [file.parent for file in files] or self.attached_folders("*.csv")
+        raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
 
 
 def _user_path(setting, value):
-    """The path that a setting names, whether something is there or not.
-
-    ConfigError where nothing can be there: a name too long, a folder not permitted, a user unknown.
-    """
+    """The path that a setting names; ConfigError where nothing can be there, such as too long."""
     try:
         path = Path(value).expanduser()
         with contextlib.suppress(FileNotFoundError):
@@ -849,46 +755,27 @@ def _file_exists(path):
 
 
 def _find_data_dir(data_dir, marker):
-    """Folder with the file `marker` of the competition.
-
-    It is the one that is set, the one attached on Kaggle, or the sample of the clone.
+    """The folder with the file `marker`: that of the setting `data_dir`, the competition attached
+    on Kaggle, or the sample of the clone.
     """
     if data_dir:
-        return _given_data_dir(data_dir, marker)
-    if _on_kaggle():
-        return _attached_competition(marker)
+        folder = _user_path("data_dir", data_dir)
+        if not folder.is_dir():
+            raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise DataError(f"data_dir {data_dir!r}: Permission denied")
+        if not _file_exists(folder / marker):
+            names = _comma_join(sorted(os.listdir(folder)))
+            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {names}")
+        return folder
+    if _Kaggle().is_here():
+        return _Kaggle().competition(marker)
     clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
     samples = [clone / "notebooks" / "sample" for clone in clones]  # a bundle is in no clone
     for sample in samples:
         if (sample / marker).is_file():
             return sample
     raise DataError(f"data_dir is empty and there is no sample at {samples[0]}: set data_dir")
-
-
-def _given_data_dir(data_dir, marker):
-    folder = _user_path("data_dir", data_dir)
-    if not folder.is_dir():
-        raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise DataError(f"data_dir {data_dir!r}: Permission denied")
-    if not _file_exists(folder / marker):
-        names = _comma_join(sorted(os.listdir(folder)))
-        raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {names}")
-    return folder
-
-
-def _attached_competition(marker):
-    root = _kaggle_root() / "input"
-    files = sorted(root.glob(f"competitions/*/{marker}")) or sorted(root.glob(f"*/{marker}"))
-    if len(files) == 1:
-        return files[0].parent
-    if files:
-        problem = "several competitions are attached"
-        folders = [file.parent for file in files]
-    else:
-        problem = "no attached competition"
-        folders = _attached_folders("*.csv")
-    raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
 
 
 def _seed_everything(*seeds):
@@ -951,9 +838,8 @@ def _precision_error(precision):
     """Why this machine cannot compute in a precision, or None."""
     if precision != "bf16" or not torch.cuda.is_available():
         return None
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return None
-    return f"{_device_name()} has no bf16"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return None if has_bf16 else f"{_device_name()} has no bf16"
 
 
 def _autocast(device, dtype):
@@ -971,15 +857,14 @@ def _peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # macOS has no /proc
-        lines = Path("/proc/self/status").read_text().splitlines()
-        for line in lines:  # sandboxes such as gVisor leave VmHWM out
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+        # sandboxes such as gVisor leave VmHWM out
+        peak = re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if peak:
+            return 1024 * int(peak[1])
     import resource  # not on Windows; after a fork it may tell the peak of a larger parent
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ---------------------------------------------------------------------------------------
@@ -992,17 +877,12 @@ def _peak_memory():
 
 @contextlib.contextmanager
 def _wrap_read_errors(what):
-    """Turn whatever a library raises at a file that it cannot read into a KitError about `what`.
-
-    The one place that catches everything: transformers, torch and safetensors raise what their
-    readers happen to run into (KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...),
-    tokenizers raises Exception itself.
-    """
+    """Turn whatever a library raises at a file that it cannot read into a KitError about `what`."""
     try:
         yield
     except (KitError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # a KeyError, ZeroDivisionError, ...; tokenizers raises Exception
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
         raise KitError(f"{what} cannot be read: {reason}") from error
 
@@ -1013,22 +893,22 @@ def _wrap_write_errors(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        kept = "what was saved before is as it was"
-        raise KitError(f"{path} could not be written: {reason}; {kept}") from None
+        reason = f"{getattr(error, 'strerror', None) or error}; what was saved before is as it was"
+        raise KitError(f"{path} could not be written: {reason}") from None
 
 
-def _open_lines(path, mode):
+class _LineFile(io.FileIO):
     """A file of lines without a buffer, so that nothing is left for closing it."""
-    with _wrap_write_errors(path):
-        return open(path, mode, buffering=0)
 
+    def __init__(self, path, mode):
+        with _wrap_write_errors(path):
+            super().__init__(path, mode)
 
-def _write_line(file, text):
-    line = f"{text}\n".encode()
-    with _wrap_write_errors(file.name):
-        while line:  # a full disk may take a part
-            line = line[file.write(line) :]
+    def write_line(self, text):
+        line = f"{text}\n".encode()
+        with _wrap_write_errors(self.name):
+            while line:  # a full disk may take a part
+                line = line[self.write(line) :]
 
 
 def _fsync(path):
@@ -1045,10 +925,7 @@ def _fsync(path):
 
 
 def _write_atomic(path, write):
-    """Call `write(temporary path)`, then move the file to `path`.
-
-    A crash leaves the old file or the new.
-    """
+    """Call `write(temporary path)`, then move it to `path`: a crash leaves the old or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1102,8 +979,8 @@ _KAGGLE_OUTPUT_BYTES = 20e9  # that a kernel may leave in its working folder
 def _free_bytes(folder):
     """Bytes that can still be written into `folder`: of the disk, or of Kaggle's working folder."""
     free = shutil.disk_usage(folder).free
-    working = (_kaggle_root() / "working").resolve()
-    if not (_on_kaggle() and folder.resolve().is_relative_to(working)):
+    working = _Kaggle().working.resolve()
+    if not (_Kaggle().is_here() and folder.resolve().is_relative_to(working)):
         return free
     used = 0
     for parent, _, names in os.walk(working):
@@ -1120,10 +997,7 @@ _DANGEROUS_KEYS = ("_attn_implementation_internal", "_experts_implementation_int
 
 
 def _foreign_code_keys(content):
-    """Keys of a parsed JSON file, at any depth, that could run code from elsewhere.
-
-    An attention implementation is one where it is the name of a hub repository.
-    """
+    """Keys of a parsed JSON file, at any depth, that could run code from elsewhere."""
     items = content.items() if isinstance(content, dict) else enumerate(content)
     keys = []
     for key, value in items:
@@ -1147,90 +1021,90 @@ _MANIFEST = "manifest.json"
 _DATASET_METADATA = "dataset-metadata.json"
 
 
-def _dump_manifest(content):
-    """The one way a manifest is written, as bytes."""
+def _sorted_json(content):
+    """The bytes of a manifest, or of another file that is compared byte by byte."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _with_checksum(content):
-    """`content` with the SHA-256 of the rest as `sha256`."""
-    return content | {"sha256": hashlib.sha256(_dump_manifest(content)).hexdigest()}
+def _seal_manifest(content):
+    """The bytes of manifest.json: `content`, and the SHA-256 of that as `sha256`."""
+    return _sorted_json(content | {"sha256": hashlib.sha256(_sorted_json(content)).hexdigest()})
 
 
-def _load_manifest(path):
-    """What `_dump_manifest(_with_checksum(content))` wrote; ValueError where a byte differs."""
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        content = {key: manifest[key] for key in manifest if key != "sha256"}
-        is_sound = _dump_manifest(_with_checksum(content)) == data
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
-    if not is_sound:
-        raise ValueError("its own checksum does not fit its content")
-    return manifest
+class _SealedFolder:
+    """A folder whose manifest.json has the size and SHA-256 of every file, and of itself."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def save(self, write):
+        """Make the folder of what `write(temporary folder)` writes, in place of one that is there.
+
+        A crash at any moment leaves it complete, as it was, or damaged in a way that shows.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            with _wrap_write_errors(self.path):
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
+                write(temporary)
+                paths = sorted(temporary.iterdir())
+                files = {path.name: _describe_file(path) for path in paths}
+                manifest = temporary / _MANIFEST
+                manifest.write_bytes(_seal_manifest({"files": files}))
+                for path in (*paths, manifest, temporary):
+                    _fsync(path)
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                os.replace(temporary, self.path)
+                _fsync(self.path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def read_manifest(self):
+        """What `_seal_manifest` made the bytes of; ValueError where one of them differs."""
+        try:
+            data = (self.path / _MANIFEST).read_bytes()
+            manifest = json.loads(data)
+            content = {key: manifest[key] for key in manifest if key != "sha256"}
+            is_sound = _seal_manifest(content) == data
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
+        if not is_sound:
+            raise ValueError("its own checksum does not fit its content")
+        return manifest
+
+    def problems(self):
+        """What is wrong in a folder that was saved; nothing where every byte is the same."""
+        try:
+            return self.file_problems(self.read_manifest()["files"])
+        except (OSError, ValueError) as problem:
+            return [f"{_MANIFEST}: {problem}"]
+
+    def file_problems(self, files):
+        """What is wrong with the `files` of a manifest: missing, cut or changed."""
+        problems = []
+        for name, expected in files.items():
+            path = self.path / name
+            if Path(name).name != name or not path.is_file():
+                problems.append(f"{name}: missing, or not a plain file in {self.path}")
+                continue
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                problems.append(f"{name}: expected {expected['bytes']} bytes, got {size}")
+            elif _file_sha256(path) != expected["sha256"]:
+                problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
+        return problems
+
+    def integrity_problems(self, files):
+        """`file_problems`, and what is in the folder but not in its manifest."""
+        names = {path.name for path in self.path.iterdir()} - {_MANIFEST, _DATASET_METADATA}
+        added = [f"{name}: not in {_MANIFEST}" for name in sorted(names - set(files))]
+        return self.file_problems(files) + added
 
 
-def _verify_files(folder, files):
-    """What is wrong in a folder with the `files` of its manifest: missing, cut or changed."""
-    problems = []
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"{name}: missing, or not a plain file in {folder}")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(
-                f"{name}: expected {expected['bytes']} bytes, got {path.stat().st_size}"
-            )
-        elif _file_sha256(path) != expected["sha256"]:
-            problems.append(f"{name}: its SHA-256 is not that of {_MANIFEST}")
-    return problems
-
-
-def _integrity_problems(folder, files):
-    """`_verify_files`, and what is in the folder but not in its manifest."""
-    names = {path.name for path in folder.iterdir()} - {_MANIFEST, _DATASET_METADATA}
-    added = sorted(names - set(files))
-    return _verify_files(folder, files) + [f"{name}: not in {_MANIFEST}" for name in added]
-
-
-def _folder_problems(folder):
-    """What is wrong in a folder that `_save_folder` wrote; nothing where every byte is the same."""
-    try:
-        return _verify_files(folder, _load_manifest(folder / _MANIFEST)["files"])
-    except (OSError, ValueError) as problem:
-        return [f"{_MANIFEST}: {problem}"]
-
-
-def _save_folder(folder, write):
-    """Make a folder of what `write(temporary folder)` writes, in place of one that is there.
-
-    A crash at any moment leaves it complete, as it was, or damaged in a way that shows. KitError
-    where the disk is full or read-only.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        with _wrap_write_errors(folder):
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            paths = sorted(temporary.iterdir())
-            files = {path.name: _file_entry(path) for path in paths}
-            manifest = temporary / _MANIFEST
-            manifest.write_bytes(_dump_manifest(_with_checksum({"files": files})))
-            for path in (*paths, manifest, temporary):
-                _fsync(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-            _fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _file_entry(path):
-    """What a manifest says of a file."""
+def _describe_file(path):
     return {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
 
 
@@ -1264,23 +1138,16 @@ def _write_state(folder, state):
 
 def _read_state(folder):
     """What `_write_state` wrote."""
-    mapped = load_file(folder / "state.safetensors")
-    # a map would keep the file's room on the disk
-    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    # copies: a map would keep the file's room on the disk
+    tensors = {name: t.clone() for name, t in load_file(folder / "state.safetensors").items()}
 
-    def unpack(packed):
-        if not isinstance(packed, dict):
-            return packed
+    def unpack(packed):  # what it holds is unpacked already
         ((kind, content),) = packed.items()
-        if kind == "dict":
-            return {key: unpack(item) for key, item in content}
-        if kind == "tuple":
-            return tuple(unpack(item) for item in content)
-        if kind == "list":
-            return [unpack(item) for item in content]
+        if kind in ("dict", "tuple", "list"):
+            return {"dict": dict, "tuple": tuple, "list": list}[kind](content)
         return tensors[content].numpy() if kind == "array" else tensors[content]
 
-    return unpack(json.loads((folder / "state.json").read_text()))
+    return json.loads((folder / "state.json").read_text(), object_hook=unpack)
 
 
 class RunFolder:
@@ -1368,131 +1235,110 @@ class RunFolder:
 # 5. Tables and folds
 
 
-def _decoded_lines(file, path):
-    """The lines of a file opened with surrogateescape; DataError where one is no text in UTF-8."""
-    for number, line in enumerate(file, 1):
-        bad = re.search("[\0\udc80-\udcff]", line)
-        if bad is None:
-            yield line
-        elif bad[0] == "\0":
-            problem = "a NUL character; the file is damaged, or in UTF-16"
-            raise DataError(f"{path}, line {number}: {problem}")
-        else:
-            byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
-            raise DataError(f"{path}, line {number}: not a CSV file in UTF-8 (byte {byte:#x})")
-
-
-def _check_csv(path):
-    """Raise DataError, with the line, for what pandas would take in its own way or not at all.
-
-    That is another encoding, a NUL character, a quote that does not close where its cell ends, a
-    row longer than the header, and a column that the header has twice.
-    """
-    header = []
-    row_line = 1  # where the row begins that is read next
-    old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.reader(_decoded_lines(file, path), strict=True)
-            for row in reader:
-                if not header and any(cell.strip() for cell in row):
-                    header = row
-                if header and len(row) > len(header):
-                    hint = "; is it separated by commas?" if len(header) == 1 else ""
-                    problem = f"more cells than the header has columns{hint}"
-                    raise DataError(f"{path}, line {row_line}: {problem}")
-                row_line = reader.line_num + 1
-    except csv.Error as error:
-        problem = f"not a row of cells; is a quote not closed? ({error})"
-        raise DataError(f"{path}, line {row_line}: {problem}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    finally:
-        csv.field_size_limit(old_limit)
-    if not header:
-        raise DataError(f"{path}: not a CSV file with a header; it is empty")
-    names = [name for name in header if name]
-    repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
-    if repeated:
-        raise DataError(f"{path}: the header has {_comma_join(repeated)} twice")
-
-
-def _read_table(path, columns):
-    """A CSV file with every cell as the text that stands in it; DataError where it is broken or
-    has not these columns.
-    """
-    _check_csv(path)
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    missing = [name for name in columns if name not in frame.columns]
-    if missing:
-        hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
-        comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
-        existing = f"there are {_comma_join(frame.columns)}{comma}"
-        raise DataError(f"{path}: no column {_comma_join(hints)}; {existing}")
-    if frame.empty:
-        raise DataError(f"{path}: no rows")
-    return frame
-
-
-def _bad_rows(path, frame, id_column, column, is_bad, expected):
-    """[] or one problem that names file, column and the first bad rows (1 is below the header)."""
-    rows = np.flatnonzero(is_bad)
-    if not len(rows):
-        return []
-    examples = []
-    for row in rows[:3]:
-        row_id = str(frame[id_column].iloc[row])
-        cell = str(frame[column].iloc[row])
-        examples.append(f"row {row + 1} (id {row_id[:60]}): {cell[:60]!r}")
-    actual = "; ".join(examples)
-    if len(rows) > 3:
-        actual += f" and {len(rows) - 3} more"
-    return [f"{path}, column {column}: expected {expected}, got {actual}"]
-
-
-_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")
-
-
-def _text_columns(cfg):
-    columns = [cfg.text_column]
-    if cfg.pair_column:
-        columns.append(cfg.pair_column)
-    return columns
-
-
-def _input_columns(cfg):
-    """Columns of a table that make the input of the model: of texts, then of the prefix."""
-    prefix_columns = _PREFIX_COLUMN.findall(cfg.prefix)
-    return list(dict.fromkeys([*_text_columns(cfg), *prefix_columns]))
-
-
 def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
-class _TableCheck:
-    """Checks the columns of a table, each by its role, and collects what is wrong in `problems`."""
+class _Table:
+    """A table and the file it comes from. Its checks collect what is wrong in `problems`."""
 
-    def __init__(self, path, frame, id_column):
+    def __init__(self, path, frame, id_column=None):
         self.path = path
         self.frame = frame
         self.id_column = id_column
         self.problems = []
 
+    @classmethod
+    def read(cls, path, columns, id_column=None):
+        """Read a CSV file with these columns, every cell as the text that stands in it."""
+        table = cls(path, None, id_column)
+        table._check_csv()
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        missing = [name for name in columns if name not in frame.columns]
+        if missing:
+            hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
+            comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
+            existing = f"there are {_comma_join(frame.columns)}{comma}"
+            raise DataError(f"{path}: no column {_comma_join(hints)}; {existing}")
+        if frame.empty:
+            raise DataError(f"{path}: no rows")
+        table.frame = frame
+        return table
+
+    def _check_csv(self):
+        """Raise DataError, with the line, for what pandas would take in its own way or not at all.
+
+        That is another encoding, a NUL character, a quote that does not close where its cell ends,
+        a row longer than the header, and a column that the header has twice.
+        """
+        path, header = self.path, []
+        row_line = 1  # where the row begins that is read next
+        old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
+        try:
+            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                reader = csv.reader(self._decoded_lines(file), strict=True)
+                for row in reader:
+                    if not header and any(cell.strip() for cell in row):
+                        header = row
+                    if header and len(row) > len(header):
+                        hint = "; is it separated by commas?" if len(header) == 1 else ""
+                        self._refuse_line(row_line, f"more cells than the header has columns{hint}")
+                    row_line = reader.line_num + 1
+        except csv.Error as error:
+            self._refuse_line(row_line, f"not a row of cells; is a quote not closed? ({error})")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        finally:
+            csv.field_size_limit(old_limit)
+        if not header:
+            raise DataError(f"{path}: not a CSV file with a header; it is empty")
+        names = [name for name in header if name]
+        repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+        if repeated:
+            raise DataError(f"{path}: the header has {_comma_join(repeated)} twice")
+
+    def _decoded_lines(self, file):
+        """The lines of a file opened with surrogateescape, once each is text in UTF-8."""
+        for number, line in enumerate(file, 1):
+            bad = re.search("[\0\udc80-\udcff]", line)
+            if bad and bad[0] == "\0":
+                self._refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
+            elif bad:
+                byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
+                self._refuse_line(number, f"not a CSV file in UTF-8 (byte {byte:#x})")
+            yield line
+
+    def _refuse_line(self, number, problem):
+        raise DataError(f"{self.path}, line {number}: {problem}") from None
+
+    def refuse_rows(self, column, is_bad, expected):
+        """Add a problem that names the first bad rows (1 is below the header), if any."""
+        rows = np.flatnonzero(is_bad)
+        if not len(rows):
+            return
+        examples = []
+        for row in rows[:3]:
+            name = f" (id {self._cell(self.id_column, row)})" if self.id_column else ""
+            examples.append(f"row {row + 1}{name}: {self._cell(column, row)!r}")
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        actual = f"{'; '.join(examples)}{more}"
+        self.problems.append(f"{self.path}, column {column}: expected {expected}, got {actual}")
+
+    def _cell(self, column, row):
+        return str(self.frame[column].iloc[row])[:60]
+
     def check_ids(self):
         is_repeated = self.frame[self.id_column].duplicated()
-        self._add_bad_rows(self.id_column, is_repeated, "each id once")
+        self.refuse_rows(self.id_column, is_repeated, "each id once")
         self.check_filled(self.id_column, "a value")
 
     def check_filled(self, column, expected):
-        is_blank = self.frame[column].str.strip().eq("")
-        self._add_bad_rows(column, is_blank, expected)
+        self.refuse_rows(column, self.frame[column].str.strip().eq(""), expected)
 
-    def check_texts(self, column):
-        self.check_filled(column, "a text")
+    def check_not_numbers(self, column):
         is_number = np.isfinite(_to_numbers(self.frame[column]))
         if is_number.mean() > 0.5:  # the wrong column; a number among texts is a text
-            self._add_bad_rows(column, is_number, "texts, not numbers")
+            self.refuse_rows(column, is_number, "texts, not numbers")
 
     def read_targets(self, column, task):
         """Targets of regression and multilabel tasks as numbers, labels as they are."""
@@ -1501,34 +1347,20 @@ class _TableCheck:
             return self.frame[column]
         numbers = _to_numbers(self.frame[column])
         if task == "multilabel":
-            self._add_bad_rows(column, ~np.isin(numbers, (0, 1)), "0 or 1")
+            self.refuse_rows(column, ~np.isin(numbers, (0, 1)), "0 or 1")
         else:
-            self._add_bad_rows(column, ~np.isfinite(numbers), "a finite number")
+            self.refuse_rows(column, ~np.isfinite(numbers), "a finite number")
         return numbers
 
     def read_errors(self, column):
         """Standard errors of the targets as numbers."""
         numbers = _to_numbers(self.frame[column])
         is_error = np.isfinite(numbers) & (numbers >= 0)
-        self._add_bad_rows(column, ~is_error, "a finite number from 0 up")
+        self.refuse_rows(column, ~is_error, "a finite number from 0 up")
         if not numbers.any():
             expected = "expected an error above 0 in some row, got 0 in all"
             self.problems.append(f"{self.path}, column {column}: {expected}")
         return numbers
-
-    def _add_bad_rows(self, column, is_bad, expected):
-        table = (self.path, self.frame, self.id_column)
-        self.problems += _bad_rows(*table, column, is_bad, expected)
-
-
-def _class_labels(frame, cfg):
-    """Labels of a binary or multiclass task in order: as numbers where all are, else as text."""
-    if cfg.task not in ("binary", "multiclass"):
-        return []
-    labels = sorted(set(frame[cfg.targets[0]]))
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
-        labels.sort(key=float)
-    return labels
 
 
 def _read_train(cfg, data_dir):
@@ -1536,63 +1368,51 @@ def _read_train(cfg, data_dir):
     path = data_dir / "train.csv"
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    columns = [cfg.id_column, *_input_columns(cfg), *cfg.targets]
-    frame = _read_table(path, columns + errors + groups)
-    check = _TableCheck(path, frame, cfg.id_column)
-    check.check_ids()
+    columns = [cfg.id_column, *cfg.input_columns, *cfg.targets, *errors, *groups]
+    table = _Table.read(path, columns, cfg.id_column)
+    table.check_ids()
     for column in groups:
-        check.check_filled(column, "a value")
-    for column in _text_columns(cfg):
-        check.check_texts(column)
-    values = {column: check.read_targets(column, cfg.task) for column in cfg.targets}
+        table.check_filled(column, "a value")
+    for column in cfg.text_columns:
+        table.check_filled(column, "a text")
+        table.check_not_numbers(column)
+    values = {column: table.read_targets(column, cfg.task) for column in cfg.targets}
     for column in errors:
-        values[column] = check.read_errors(column)
-    if check.problems:
-        raise DataError(check.problems)
-    frame = frame.assign(**values)
+        values[column] = table.read_errors(column)
+    if table.problems:
+        raise DataError(table.problems)
+    frame = table.frame.assign(**values)
     if cfg.max_rows:
         is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
         frame = frame[is_drawn].reset_index(drop=True)
-    n_labels = len(_class_labels(frame, cfg))
-    if cfg.task == "binary" and n_labels != 2:
-        expected = "two labels"
-    elif cfg.task == "multiclass" and n_labels < 2:
-        expected = "two or more labels"
-    else:
-        return frame
-    problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
-    raise DataError(f"{path}, column {cfg.targets[0]}: {problem}")
+    n_labels = len(cfg.class_labels(frame))
+    expected = {"binary": "two labels", "multiclass": "two or more labels"}.get(cfg.task)
+    if (cfg.task == "binary" and n_labels != 2) or (cfg.task == "multiclass" and n_labels < 2):
+        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
+        raise DataError(f"{path}, column {cfg.targets[0]}: {problem}")
+    return frame
 
 
 def _read_test(cfg, data_dir, columns=()):
-    """test.csv and sample_submission.csv of `data_dir`, checked; None for a file that is not there.
-
-    test.csv must have `columns` besides those that the settings name.
-    """
-    test_path = data_dir / "test.csv"
-    sample_path = data_dir / "sample_submission.csv"
-    test = sample = None
-    problems = []
-    if _file_exists(test_path):
-        needed = dict.fromkeys([cfg.id_column, *_input_columns(cfg), *columns])
-        test = _read_table(test_path, needed)
-        check = _TableCheck(test_path, test, cfg.id_column)
-        check.check_ids()
-        problems += check.problems
-    if _file_exists(sample_path):
-        sample = _read_table(sample_path, [cfg.id_column])
-        check = _TableCheck(sample_path, sample, cfg.id_column)
-        check.check_ids()
-        problems += check.problems
+    """test.csv, with `columns` too, and sample_submission.csv, checked; None for a missing file."""
+    test_path, sample_path = data_dir / "test.csv", data_dir / "sample_submission.csv"
+    test_columns = dict.fromkeys([cfg.id_column, *cfg.input_columns, *columns])
+    frames, problems = {}, []
+    for path, needed in ((test_path, test_columns), (sample_path, [cfg.id_column])):
+        if _file_exists(path):
+            table = _Table.read(path, needed, cfg.id_column)
+            table.check_ids()
+            problems += table.problems
+            frames[path] = table.frame
+    test, sample = frames.get(test_path), frames.get(sample_path)
     if test is not None:
-        texts = test[_text_columns(cfg)]
+        texts = test[cfg.text_columns]
         n_empty = texts.apply(lambda cells: cells.str.strip().eq("")).sum().sum()
         if n_empty:
             message = f"{test_path}: {n_empty} empty texts; they are predicted all the same"
             warnings.warn(message, stacklevel=2)
     if test is not None and sample is not None:
-        test_ids = set(test[cfg.id_column])
-        sample_ids = set(sample[cfg.id_column])
+        test_ids, sample_ids = set(test[cfg.id_column]), set(sample[cfg.id_column])
         missing = {sample_path: test_ids - sample_ids, test_path: sample_ids - test_ids}
         for path, ids in missing.items():
             if ids:
@@ -1601,11 +1421,6 @@ def _read_test(cfg, data_dir, columns=()):
     if problems:
         raise DataError(problems)
     return test, sample
-
-
-def _output_names(cfg, classes):
-    """A name for every column of predictions: classes of a multiclass task, else target columns."""
-    return classes if cfg.task == "multiclass" else cfg.targets
 
 
 def _column_name(kind, name, names):
@@ -1620,10 +1435,9 @@ def _submission_columns(sample, cfg, classes):
     classes. DataError where a run with these settings cannot fill them.
     """
     columns = [name for name in sample.columns if name != cfg.id_column]
-    outputs = _output_names(cfg, classes)
-    if len(columns) == 1 and (len(outputs) == 1 or cfg.task == "multiclass"):
-        return columns
-    if set(columns) != set(outputs):
+    outputs = cfg.output_names(classes)
+    takes_one = len(columns) == 1 and (len(outputs) == 1 or cfg.task == "multiclass")
+    if not takes_one and set(columns) != set(outputs):
         actual = f"sample_submission.csv has columns {_comma_join(columns)}"
         raise DataError(f"{actual}; the settings predict {_comma_join(outputs)}")
     return columns
@@ -1638,28 +1452,14 @@ def read_competition(cfg):
     train = _read_train(cfg, data_dir)
     test, sample = _read_test(cfg, data_dir)
     if sample is not None:
-        _submission_columns(sample, cfg, _class_labels(train, cfg))
+        _submission_columns(sample, cfg, cfg.class_labels(train))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
     return train, test, sample
 
 
-def _encode_targets(frame, cfg, classes):
-    """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
-    if cfg.task == "multiclass":
-        labels = frame[cfg.targets[0]]
-        return np.array([classes.index(label) for label in labels])
-    values = frame[cfg.targets]
-    if cfg.task == "binary":
-        values = values.eq(classes[1])
-    return values.to_numpy(dtype=np.float64, copy=True)
-
-
 def _id_order(ids, seed):
     """Rank of every id in an order drawn by `seed`, the same whatever the order of the rows."""
-    digests = []
-    for name in ids:
-        seeded = f"{seed}:{name}".encode()
-        digests.append(hashlib.sha256(seeded).digest())
+    digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids]
     order = np.argsort(np.array(digests, dtype="S32"), kind="stable")
     return np.argsort(order, kind="stable")
 
@@ -1688,19 +1488,6 @@ def _strata(frame, cfg):
     if is_top.sum() < cfg.n_folds and not is_top.all():
         bins[is_top] = bins[~is_top].max()
     return bins
-
-
-def _given_folds(frame, cfg):
-    """The column `fold` of a frame as whole numbers; DataError where it has others."""
-    folds = _to_numbers(frame["fold"])
-    is_fold = (folds >= 0) & (folds < 2**31) & (folds == np.floor(folds))  # False for NaN
-    expected = "a fold number 0, 1, ..."
-    problems = _bad_rows("train.csv", frame, cfg.id_column, "fold", ~is_fold, expected)
-    if problems:
-        raise DataError(problems)
-    if len(set(folds)) < 2:
-        raise DataError("train.csv, column fold: expected two or more folds, got one")
-    return folds.astype(int)
 
 
 def _draw_folds(frame, cfg):
@@ -1732,37 +1519,29 @@ def make_folds(frame, cfg):
     `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
     since the model that validates on it would never have seen it.
     """
+    table = _Table("train.csv", frame, cfg.id_column)
     if "fold" in frame.columns:
-        folds = _given_folds(frame, cfg)
+        folds = _to_numbers(frame["fold"])
+        is_fold = (folds >= 0) & (folds < 2**31) & (folds == np.floor(folds))  # False for NaN
+        table.refuse_rows("fold", ~is_fold, "a fold number 0, 1, ...")
+        if not table.problems and len(set(folds)) < 2:
+            table.problems.append("train.csv, column fold: expected two or more folds, got one")
+        if table.problems:
+            raise DataError(table.problems)
+        frame = frame.assign(fold=folds.astype(int))
         print("folds are those of the column 'fold'")
     else:
-        folds = _draw_folds(frame, cfg)
-    frame = frame.assign(fold=folds)
-    _requested_folds(frame, cfg)
-    if cfg.task == "regression":
-        return frame
-    problems = []
-    for column in cfg.targets:
+        frame = frame.assign(fold=_draw_folds(frame, cfg))
+    cfg.folds_to_run(frame)
+    for column in cfg.targets if cfg.task != "regression" else []:
         n_folds_with = frame.groupby(column)["fold"].nunique()
         for label in n_folds_with.index[n_folds_with < 2]:
-            n_rows = (frame[column] == label).sum()
-            problem = f"label {label!r} ({n_rows} rows) is in one fold only"
-            problems.append(f"train.csv, column {column}: {problem}")
-    if problems:
-        raise DataError(problems)
+            rows = f"{(frame[column] == label).sum()} rows"
+            problem = f"label {label!r} ({rows}) is in one fold only"
+            table.problems.append(f"train.csv, column {column}: {problem}")
+    if table.problems:
+        raise DataError(table.problems)
     return frame
-
-
-def _requested_folds(frame, cfg):
-    """Numbers of the folds that `run_folds` asks for."""
-    existing = sorted(frame["fold"].unique().tolist())
-    if cfg.run_folds == "all":
-        return existing
-    requested = set(_cast(cfg.run_folds, tuple))
-    if not requested.issubset(existing):
-        expected = f"'all' or folds among {_comma_join(existing)}"
-        raise ConfigError(f"run_folds must be {expected}, got {cfg.run_folds!r}")
-    return sorted(requested)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1776,8 +1555,8 @@ def _load_tokenizer(folder):
     """The tokenizer of a folder; KitError where its vocabulary is missing or cannot be read."""
     # transformers 5 would make a tokenizer of [UNK] alone where the vocabulary is missing
     if not any(any(Path(folder).glob(name)) for name in _VOCABULARY_FILES):
-        expected = f"expected one of {_comma_join(_VOCABULARY_FILES)}"
-        raise KitError(f"{folder} has no vocabulary; {expected}")
+        names = _comma_join(_VOCABULARY_FILES)
+        raise KitError(f"{folder} has no vocabulary; expected one of {names}")
     hint = "without tokenizer.json it may need the package sentencepiece"
     with _wrap_read_errors(f"the tokenizer of {folder} ({hint})"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -1922,6 +1701,24 @@ class Tokens:
         max_seqlen = int(lengths.max())
         return self.pack(_to_device(rows, device), num_tokens, max_seqlen)
 
+    def check_vocabulary(self, tokenizer):
+        """Raise KitError where most tokens of the training texts are unknown to the tokenizer."""
+        unk_id = tokenizer.unk_token_id
+        special_ids = set(tokenizer.all_special_ids) - {unk_id}
+        words = self.ids[~np.isin(self.ids, list(special_ids))]
+        unknown = (words == unk_id).mean() if len(words) else 0
+        if unknown > 0.5:
+            problem = f"{unknown:.0%} of the tokens are unknown"
+            raise KitError(f"the tokenizer knows too little of the texts: {problem}")
+
+    def check_embeddings(self, new, config, folder):
+        """Raise KitError for ids without an embedding, but for the `new` ones that will get one."""
+        n_embeddings = getattr(config, "vocab_size", math.inf)
+        beyond = np.setdiff1d(self.ids[self.ids >= n_embeddings], new)
+        if len(beyond):
+            problem = f"gives ids up to {beyond.max()}, the backbone has {n_embeddings} embeddings"
+            raise KitError(f"{folder}: the tokenizer {problem}")
+
 
 class _SpecialSegments(NamedTuple):
     """What a tokenizer puts around the texts of a row: before the first, then after each."""
@@ -1941,80 +1738,64 @@ class _SpecialSegments(NamedTuple):
         end = 0
         for probe in probes:
             text = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-            start = cls._find(text, ids, end)
-            segments._add(ids[end:start], types[end:start])
+            starts = [i for i in range(end, len(ids)) if ids[i : i + len(text)] == text]
+            if not starts:
+                problem = "the tokenizer changes a text when it adds special tokens"
+                raise KitError(f"{problem}: {text} is not in {ids}")
+            start = starts[0]
+            segments.ids.append(ids[end:start])
+            segments.types.append(types[end:start])
             segments.text_types.append(types[start])
             end = start + len(text)
-        segments._add(ids[end:], types[end:])
+        segments.ids.append(ids[end:])
+        segments.types.append(types[end:])
         return segments
-
-    @staticmethod
-    def _find(text, ids, start):
-        """Where the list `text` stands in the list `ids`, from `start` on."""
-        for i in range(start, len(ids) - len(text) + 1):
-            if ids[i : i + len(text)] == text:
-                return i
-        problem = "the tokenizer changes a text when it adds special tokens"
-        raise KitError(f"{problem}: {text} is not in {ids}")
-
-    def _add(self, ids, types):
-        self.ids.append(ids)
-        self.types.append(types)
 
     def build_row(self, texts):
         """(ids, types) of a row with the special tokens around its texts, each a list of ids."""
-        ids = list(self.ids[0])
-        types = list(self.types[0])
+        ids, types = list(self.ids[0]), list(self.types[0])
         for number, text in enumerate(texts):
-            ids += text
-            ids += self.ids[number + 1]
-            types += [self.text_types[number]] * len(text)
-            types += self.types[number + 1]
+            ids += text + self.ids[number + 1]
+            types += [self.text_types[number]] * len(text) + self.types[number + 1]
         return ids, types
 
 
-def _truncate(ids, room, truncation):
-    """At most `room` ids: the head, the tail, or about a quarter of head and the rest of tail, as
-    in Sun et al., arXiv:1905.05583.
+def _truncate(texts, room, truncation):
+    """The texts of a row cut to `room` ids in all; of a pair the longer text is cut first.
+
+    head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
     """
-    if len(ids) <= room:
-        return ids
-    head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
-    tail = room - head
-    return ids[:head] + ids[len(ids) - tail :]
+    rooms = [room]
+    if len(texts) == 2:
+        free_for_second = max(room // 2, room - len(texts[0]))
+        room_for_second = min(len(texts[1]), free_for_second)
+        rooms = [room - room_for_second, room_for_second]
+    short_texts = []
+    for ids, size in zip(texts, rooms, strict=True):
+        head = {"head": size, "tail": 0, "head_tail": size // 4}[truncation]
+        if len(ids) > size:
+            ids = ids[:head] + ids[len(ids) - (size - head) :]
+        short_texts.append(ids)
+    return short_texts
 
 
-def _truncate_row(texts, room, truncation):
-    """The texts of a row with at most `room` ids; of a pair the longer text is cut first."""
-    if len(texts) == 1:
-        return [_truncate(texts[0], room, truncation)]
-    first, second = texts
-    free_for_second = max(room // 2, room - len(first))
-    room_for_second = min(len(second), free_for_second)
-    return [
-        _truncate(first, room - room_for_second, truncation),
-        _truncate(second, room_for_second, truncation),
-    ]
+def _tokenize(columns, tokenizer, cfg):
+    """`Tokens` of the texts or pairs in `columns`, a frame or dictionary, special tokens included.
 
-
-def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
-    """`Tokens` of every text (or pair), special tokens included, at most `max_length` each.
-
-    A prefix goes before its text and is never cut. Of a pair that is too long, the longer text is
-    cut first. A text without any token becomes one end-of-text token, so that every row has
-    something to pool.
+    The prefix is never cut. A row without any token becomes one end-of-text token, so that every
+    row has something to pool.
     """
-    segments = _SpecialSegments.of(tokenizer, pair=pairs is not None)
-    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-    columns = [encode(list(texts))["input_ids"]]
-    if pairs is not None:
-        columns.append(encode(list(pairs))["input_ids"])
-    prefix_ids = [[]] * len(texts)
-    if prefixes is not None:  # the space before a text is no token of the prefix
-        prefixes = [prefix.rstrip() for prefix in prefixes]
-        prefix_ids = encode(prefixes)["input_ids"]
-    room = cfg.max_length - sum(len(ids) for ids in segments.ids)
-    longest_prefix = max((len(ids) for ids in prefix_ids), default=0)
+
+    def encode(texts):
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    segments = _SpecialSegments.of(tokenizer, pair=bool(cfg.pair_column))
+    texts = [encode(list(columns[name])) for name in cfg.text_columns]
+    prefixes = [[]] * len(texts[0])
+    if cfg.prefix:  # the space before a text is no token of the prefix
+        prefixes = encode([prefix.rstrip() for prefix in cfg.fill_prefix(columns)])
+    room = cfg.max_length - sum(map(len, segments.ids))
+    longest_prefix = max(map(len, prefixes), default=0)
     if room <= longest_prefix:
         problem = f"leaves no room for a text after a prefix of {longest_prefix} tokens"
         raise ConfigError(f"max_length {cfg.max_length} {problem}")
@@ -2022,8 +1803,8 @@ def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     fallback_id = next(i for i in special_ids if i is not None)
 
     all_ids, all_types = [], []
-    for prefix, row in zip(prefix_ids, zip(*columns, strict=True), strict=True):
-        parts = _truncate_row(row, room - len(prefix), cfg.truncation)
+    for prefix, *row in zip(prefixes, *texts, strict=True):
+        parts = _truncate(row, room - len(prefix), cfg.truncation)
         parts[0] = prefix + parts[0]
         ids, types = segments.build_row(parts)
         all_ids.append(ids or [fallback_id])
@@ -2032,44 +1813,10 @@ def _tokenize(texts, tokenizer, cfg, pairs=None, prefixes=None):
     return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
 
 
-def _check_vocabulary(tokens, tokenizer):
-    """Raise KitError where most tokens of the training texts are unknown to the tokenizer."""
-    unk_id = tokenizer.unk_token_id
-    special_ids = set(tokenizer.all_special_ids) - {unk_id}
-    is_special = np.isin(tokens.ids, list(special_ids))
-    words = tokens.ids[~is_special]
-    unknown = (words == unk_id).mean() if len(words) else 0
-    if unknown > 0.5:
-        problem = f"{unknown:.0%} of the tokens are unknown"
-        raise KitError(f"the tokenizer knows too little of the texts: {problem}")
-
-
-def _check_token_ids(tokens, new, config, folder):
-    """Raise KitError where the texts have token ids without an embedding, but for the `new` ones
-    that will get one.
-    """
-    n_embeddings = getattr(config, "vocab_size", math.inf)
-    beyond = np.setdiff1d(tokens.ids[tokens.ids >= n_embeddings], new)
-    if len(beyond):
-        problem = f"gives ids up to {beyond.max()}, the backbone has {n_embeddings} embeddings"
-        raise KitError(f"{folder}: the tokenizer {problem}")
-
-
-def _make_prefixes(frame, cfg):
-    """`cfg.prefix` for every row, columns filled in."""
-    pieces = []
-    for number, piece in enumerate(_PREFIX_COLUMN.split(cfg.prefix)):
-        if number % 2:  # `split` puts the names that stood in braces between the texts
-            pieces.append(frame[piece])
-        else:
-            pieces.append([piece] * len(frame))
-    return ["".join(row) for row in zip(*pieces, strict=True)]
-
-
 def _new_prefix_tokens(tokenizer, frame, cfg):
     """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
     words = set()
-    for prefix in set(_make_prefixes(frame, cfg)):
+    for prefix in set(cfg.fill_prefix(frame)):
         words.update(re.findall(r"\[[^\[\]]+\]", prefix))
     return sorted(words - set(tokenizer.get_vocab()))
 
@@ -2084,20 +1831,10 @@ def _add_prefix_tokens(tokenizer, frame, cfg):
     return new
 
 
-def _tokenize_frame(frame, tokenizer, cfg):
-    """`_tokenize` for the text columns of a frame, with the prefix."""
-    pairs = frame[cfg.pair_column] if cfg.pair_column else None
-    prefixes = _make_prefixes(frame, cfg) if cfg.prefix else None
-    return _tokenize(frame[cfg.text_column], tokenizer, cfg, pairs, prefixes)
-
-
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
-    """Rows of each training batch: arrays of `batch_size` row numbers in random order, one may be
-    short.
+    """Row numbers of each training batch, shuffled; the rows of one short batch are drawn too.
 
-    Rows are shuffled; within buckets of `length_bucket` batches they are sorted by length, so that
-    a batch pads little; then the batches are shuffled. The rows of the short batch are drawn at
-    random.
+    Buckets of `length_bucket` batches are sorted by length, so that a batch pads little.
     """
     lengths = np.asarray(lengths)
     rows = rng.permutation(len(lengths))
@@ -2401,10 +2138,10 @@ def _short_name(name):
 
 def _attached_backbone(name):
     """Folder of the attached Kaggle input that a name fits, or None and why there is none."""
-    folders = [folder for folder in _attached_folders("config.json") if _is_backbone(folder)]
+    folders = list(filter(_is_backbone, _Kaggle().attached_folders("config.json")))
     fitting = []
     for folder in folders:
-        mount = folder.relative_to(_kaggle_root() / "input")
+        mount = folder.relative_to(_Kaggle().input)
         if _short_name(name) in [_short_name(part) for part in mount.parts]:
             fitting.append(folder)
     if Path(name).expanduser().is_absolute():  # no part of a wrong path is the name of an input
@@ -4239,7 +3976,7 @@ class _Checkpoints:
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(temporary)
         for folder in self.paths():
-            problems = _folder_problems(folder)
+            problems = _SealedFolder(folder).problems()
             if problems:
                 print(f"{folder} is damaged and not used: {problems[0]}")
                 continue
@@ -4264,7 +4001,7 @@ class _Checkpoints:
         def write(temporary):
             _write_state(temporary, {name: part.state_dict() for name, part in stateful.items()})
 
-        _save_folder(folder, write)
+        _SealedFolder(folder).save(write)
         self.recent.append(folder)
         self.prune(2)
 
@@ -5337,12 +5074,12 @@ def _normalize_texts(texts):
 
 def _row_texts(frame, cfg):
     """The texts of every row, normalised; those of a pair as one."""
-    return _normalize_texts(frame[_text_columns(cfg)].agg(" ".join, axis=1))
+    return _normalize_texts(frame[cfg.text_columns].agg(" ".join, axis=1))
 
 
 def _row_digests(frame, cfg):
     """id -> digest of the input cells of the row."""
-    columns = [frame[name] for name in _input_columns(cfg)]
+    columns = [frame[name] for name in cfg.input_columns]
     digests = {}
     for name, *cells in zip(frame[cfg.id_column], *columns, strict=True):
         digests[name] = _digest(cells)
@@ -5367,7 +5104,7 @@ def _open_pseudo(folder):
     where = f"pseudo_dir {str(folder)!r}"
     if not path.is_file():
         raise DataError(f"{where}: no pseudo.json; expected a folder of tools/pseudo_label.py")
-    problems = _folder_problems(folder)
+    problems = _SealedFolder(folder).problems()
     if problems:
         raise DataError([f"{where}: {problem}" for problem in problems])
     content = _read_json(path)
@@ -5419,8 +5156,8 @@ def _read_pseudo(frame, cfg, classes):
     """
     folder = _user_path("pseudo_dir", cfg.pseudo_dir)
     content = _open_pseudo(folder)
-    outputs = _output_names(cfg, classes)
-    columns = [cfg.id_column, *_input_columns(cfg)]
+    outputs = cfg.output_names(classes)
+    columns = [cfg.id_column, *cfg.input_columns]
     own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": columns}
     problems = []
     for name, value in own.items():
@@ -5429,14 +5166,14 @@ def _read_pseudo(frame, cfg, classes):
     if problems:
         raise DataError(problems)
     folds = [int(fold) for fold in content["sets"]]
-    if not set(_requested_folds(frame, cfg)) <= set(folds):
+    if not set(cfg.folds_to_run(frame)) <= set(folds):
         labelled = f"pseudo_dir has labels for the folds {_comma_join(folds)}"
         raise ConfigError(f"{labelled}; run_folds asks for others")
 
     label_columns = {fold: _label_columns(fold, outputs) for fold in folds}
     all_columns = [*columns, *itertools.chain(*label_columns.values())]
-    extra = _read_table(folder / "pseudo.csv", all_columns)
-    rows = _read_table(folder / "rows.csv", ["id", "fold", "digest"])
+    extra = _Table.read(folder / "pseudo.csv", all_columns).frame
+    rows = _Table.read(folder / "rows.csv", ["id", "fold", "digest"]).frame
     if _digest(rows.to_numpy().tolist()) != content["folds"]:
         problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
     is_seen = _seen_rows(extra, frame, cfg)
@@ -5599,14 +5336,14 @@ def _save_fold(model, folder, result):
             save_model(model, temporary / "model.safetensors")
         _write_state(temporary, result)
 
-    _save_folder(folder, write)
+    _SealedFolder(folder).save(write)
 
 
 def _read_fold(folder):
     """The result that `_save_fold` wrote; None where there is none. Damage is printed."""
     if not folder.exists():
         return None
-    problems = _folder_problems(folder)
+    problems = _SealedFolder(folder).problems()
     if problems:
         print(f"{folder} is damaged and trained again: {problems[0]}")
         return None
@@ -5954,7 +5691,7 @@ def _source_digests(cfg):
 
 def _fingerprint(frame, data, cfg):
     """What a run is made of besides its settings: name -> digest. It goes on only with the same."""
-    columns = dict.fromkeys([cfg.id_column, *_input_columns(cfg)])
+    columns = dict.fromkeys([cfg.id_column, *cfg.input_columns])
     digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
     digests["the targets"] = _digest(data.targets)
     digests["the folds"] = _digest(frame["fold"].to_numpy())
@@ -6084,7 +5821,7 @@ def _locked(folder):
     """
     import fcntl  # not on Windows
 
-    with _open_lines(RunFolder(folder).lock, "ab+") as file:
+    with _LineFile(RunFolder(folder).lock, "ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -6096,7 +5833,7 @@ def _locked(folder):
             problem = f"{folder} is on a disk that cannot lock files: {error.strerror}"
             raise KitError(f"{problem}; set output_dir") from None
         file.truncate(0)
-        _write_line(file, f"process {os.getpid()} on {platform.node()}")
+        file.write_line(f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
@@ -6118,10 +5855,10 @@ def _start_tracker(cfg, folder):
 def _open_log(cfg, folder):
     """A function that writes a dictionary as one line of log.jsonl, and to the tracker."""
     tracker = _start_tracker(cfg, folder)
-    with _open_lines(RunFolder(folder).log, "wb") as file:
+    with _LineFile(RunFolder(folder).log, "wb") as file:
 
         def log(entry):
-            _write_line(file, json.dumps(entry))
+            file.write_line(json.dumps(entry))
             if tracker:
                 numbers = dict(entry)
                 fold = numbers.pop("fold")
@@ -6219,8 +5956,10 @@ _PROBE_TEXTS = (
 
 def _probe_ids(texts, tokenizer, cfg):
     """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
-    pairs = texts[::-1] if cfg.pair_column else None
-    tokens = _tokenize(texts, tokenizer, cfg, pairs)
+    columns = {cfg.text_column: texts}
+    if cfg.pair_column:
+        columns[cfg.pair_column] = texts[::-1]
+    tokens = _tokenize(columns, tokenizer, dataclasses.replace(cfg, prefix=""))
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
@@ -6241,9 +5980,9 @@ class _TrainingRun:
         self.backbone_config, _ = _load_config(self.backbone, user_cfg)
         self.tokenizer = _load_tokenizer(self.backbone)
         self.cfg = user_cfg.resolved(self.backbone_config)
-        self.classes = _class_labels(frame, self.cfg)
-        self.outputs = _output_names(self.cfg, self.classes)
-        self.folds = _requested_folds(frame, self.cfg)
+        self.classes = self.cfg.class_labels(frame)
+        self.outputs = self.cfg.output_names(self.classes)
+        self.folds = self.cfg.folds_to_run(frame)
         self.record = self._new_record()
 
     def _new_record(self):
@@ -6299,7 +6038,7 @@ class _TrainingRun:
             errors = np.array(frame[cfg.error_column], dtype=np.float64)
         self.data = _TrainingData(
             tokens=tokens,
-            targets=_encode_targets(frame, cfg, self.classes),
+            targets=cfg.encode_targets(frame, self.classes),
             folds=texts["fold"].to_numpy(),
             folder=self.backbone,
             tokenizer=self.tokenizer,
@@ -6316,10 +6055,10 @@ class _TrainingRun:
         if new:
             print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
         mark = time.perf_counter()
-        tokens = _tokenize_frame(texts, tokenizer, cfg)
-        _check_vocabulary(tokens, tokenizer)
+        tokens = _tokenize(texts, tokenizer, cfg)
+        tokens.check_vocabulary(tokenizer)
         new_ids = tokenizer.convert_tokens_to_ids(new)
-        _check_token_ids(tokens, new_ids, self.backbone_config, self.backbone)
+        tokens.check_embeddings(new_ids, self.backbone_config, self.backbone)
         seconds = {"load": mark - self.budget.began, "tokenize": time.perf_counter() - mark}
         self.record["seconds"] = seconds
         at_limit = (tokens.lengths >= cfg.max_length).mean()
@@ -6562,7 +6301,7 @@ class _TrainingRun:
                     {
                         "fold": result["fold"],
                         "id": cells[self.cfg.id_column],
-                        "cells": {name: cells[name] for name in _input_columns(self.cfg)},
+                        "cells": {name: cells[name] for name in self.cfg.input_columns},
                         "prediction": prediction.tolist(),
                     }
                 )
@@ -6800,7 +6539,7 @@ def _golden_error(golden, cfg, weights):
     try:
         for row in golden["rows"]:
             row["id"], row["prediction"], weights[row["fold"]]
-            [row["cells"][name] for name in _input_columns(cfg)]
+            [row["cells"][name] for name in cfg.input_columns]
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
             return "no rows, or other texts than token_ids"
     except (AttributeError, KeyError, TypeError) as error:
@@ -6898,7 +6637,7 @@ def _read_bundle_manifest(folder):
     """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
     path = folder / _MANIFEST
     try:
-        manifest = _load_manifest(path)
+        manifest = _SealedFolder(folder).read_manifest()
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
     bundle_format = manifest.get("format")
@@ -6922,19 +6661,19 @@ def _find_bundle(bundle_dir):
             raise ConfigError(f"bundle_dir {bundle_dir!r} {lacks}")
         return folder
     folders = {}  # by content: what is mounted twice is one
-    for folder in _attached_folders(_MANIFEST):
+    for folder in _Kaggle().attached_folders(_MANIFEST):
         data = (folder / _MANIFEST).read_bytes()
         is_ours = _BUNDLE_FORMAT.encode() in data or (folder / "kernel_utils.py").is_file()
         if is_ours and _read_bundle_manifest(folder)["runs"]:  # a starter has none
             folders.setdefault(data, folder)
     local = [path.parent for path in sorted(Path("runs").glob("*/record.json"))]
-    for folder in [*_attached_folders("record.json"), *local]:
+    for folder in [*_Kaggle().attached_folders("record.json"), *local]:
         run = RunFolder(folder)
         if run.is_complete():
             folders.setdefault(run.record.read_bytes(), folder)
     folders = list(folders.values())
     if len(folders) != 1:
-        modules = _comma_join(_attached_folders("kernel_utils.py"))
+        modules = _comma_join(_Kaggle().attached_folders("kernel_utils.py"))
         raise ConfigError(
             f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
             f"runs (record.json), not one: {_comma_join(folders)}; "
@@ -7005,7 +6744,7 @@ def _open_bundle(folder, manifest=None):
 def _verify_bundle(folder, manifest):
     """Raise BundleError where a file is not what was packed, or another module runs."""
     files = manifest["files"]
-    problems = _integrity_problems(folder, files)
+    problems = _SealedFolder(folder).integrity_problems(files)
     if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
         running = f"{__file__}, version {__version__}"
         problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
@@ -7132,7 +6871,7 @@ def _golden_predictions(run, tokenizer, model, precisions):
     """{precision: predictions (n, K)} of the golden rows, each by the fold that validated it."""
     rows = run.golden["rows"]
     folds = np.array([row["fold"] for row in rows])
-    tokens = _tokenize_frame(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
+    tokens = _tokenize(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
     shape = (len(rows), len(run.record["outputs"]))
     predictions = {precision: np.empty(shape) for precision in precisions}
     for fold in run.weights:
@@ -7208,7 +6947,7 @@ def _predict_runs(bundle, frame, batch_tokens):
         if key not in tokens:
             tokenizer = _opened_run(bundle, run)[0]
             _warn_of_new_prefixes(tokenizer, frame, cfg)
-            tokens[key] = _tokenize_frame(frame, tokenizer, cfg)
+            tokens[key] = _tokenize(frame, tokenizer, cfg)
         means[run.name] = _predict_folds(bundle, run, tokens[key], cfg)
     if bundle.blend is None:
         return np.mean(list(means.values()), axis=0)
@@ -7283,7 +7022,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
 
 def _prediction_job(bundle, frame, batch_tokens):
     """What `_predict_job` needs to predict the rows of a frame."""
-    columns = {name for run in bundle.runs for name in _input_columns(run.cfg)}
+    columns = {name for run in bundle.runs for name in run.cfg.input_columns}
     return {
         "bundle": str(bundle.folder),
         "precisions": {run.name: run.cfg.precision for run in bundle.runs},
@@ -7306,7 +7045,7 @@ def _finish_prediction(number, count, process, folder):
 def read_test_set(bundle, data_dir):
     """(test, sample submission) frames, checked against what the runs read and predict."""
     folder = _find_data_dir(data_dir, "test.csv")
-    columns = [name for run in bundle.runs for name in _input_columns(run.cfg)]
+    columns = [name for run in bundle.runs for name in run.cfg.input_columns]
     test, sample = _read_test(bundle.cfg, folder, columns)
     if sample is None:
         source = "ids, order and columns are those of test.csv and the settings"

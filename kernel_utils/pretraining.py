@@ -93,7 +93,7 @@ class PretrainConfig(ku.Settings):
     )
     seed: int = ku.option(0, "seed of everything", low=0, high=2**32 - 1)
     output_dir: str = ku.option("runs", "folder of the run folders")
-    run_name: str = ku.option("", "name of the run folder; empty means made from backbone and seed")
+    run_name: str = ku.option("", "folder of the run; empty: by backbone and seed", kind="name")
     resume: bool = ku.option(
         True,
         "go on with an unfinished run of the same name and settings, exactly where it was",
@@ -114,10 +114,9 @@ class PretrainConfig(ku.Settings):
     )
 
     def conflicts(self):
-        problems = [ku._run_name_error(self.run_name)]
         if self.resume_from and not self.resume:
-            problems.append("resume_from does nothing while resume is False")
-        return [problem for problem in problems if problem]
+            return ["resume_from does nothing while resume is False"]
+        return []
 
     def training(self):
         """A `Config` with these settings, for what pre-training shares with training."""
@@ -136,16 +135,16 @@ def _read_texts(cfg):
     raises DataError as `read_competition` does.
     """
     data_dir = ku._find_data_dir(cfg.data_dir, "train.csv")
+    columns = [cfg.text_column, cfg.pair_column] if cfg.pair_column else [cfg.text_column]
     texts, counts, problems = [], {}, []
     for path in (data_dir / "train.csv", data_dir / "test.csv"):
         if not ku._file_exists(path):
             continue
-        frame = ku._read_table(path, ku._text_columns(cfg))
-        for column in ku._text_columns(cfg):
-            numeric = np.isfinite(ku._to_numbers(frame[column]))
-            if numeric.mean() > 0.5:
-                problems += ku._bad_rows(path, frame, column, column, numeric, "texts, not numbers")
-            texts += list(frame[column].str.strip())
+        table = ku._Table.read(path, columns)
+        for column in columns:
+            table.check_not_numbers(column)
+            texts += list(table.frame[column].str.strip())
+        problems += table.problems
         counts[path.name] = len(texts) - sum(counts.values())
     if problems:
         raise ku.DataError(problems)
@@ -641,8 +640,8 @@ def pretrain(cfg):
     if n_used < 2:
         expected = "expected two texts or more that the tokenizer knows"
         raise ku.DataError(f"train.csv and test.csv: {expected}, got {counts}")
-    ku._check_token_ids(corpus.tokens, [], model.backbone.config, folder)
-    ku._check_vocabulary(corpus.tokens, tokenizer)
+    corpus.tokens.check_embeddings([], model.backbone.config, folder)
+    corpus.tokens.check_vocabulary(tokenizer)
     counts["used"] = n_used
     numbers = ", ".join(f"{name} {number}" for name, number in counts.items())
     length = f"{corpus.tokens.lengths.mean():.0f} tokens on average"

@@ -257,8 +257,8 @@ def engine_of(cfg, frame=None):
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
     cfg = cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
     tokenizer = ku._load_tokenizer(cfg.backbone)
-    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
-    targets = ku._encode_targets(frame, cfg, None)
+    tokens = ku._tokenize(frame, tokenizer, cfg)
+    targets = cfg.encode_targets(frame, None)
     folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
     errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
     data = ku._TrainingData(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, errors)

@@ -33,7 +33,7 @@ def build(backbone_folder):
         tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
         model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
-        return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
+        return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
 
     return make
 
@@ -245,7 +245,7 @@ def test_dropout_zero_makes_training_passes_equal_and_a_rate_makes_them_differ(k
         cfg = ku.Config(backbone_dropout=rate, max_length=40)
         backbone = ku._load_backbone(folder, cfg)
         model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1)).train()
-        batch = ku._tokenize(make_texts(4), ku._load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
+        batch = ku._tokenize({"excerpt": make_texts(4)}, ku._load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
         with torch.no_grad():
             outputs[rate] = [model(**batch) for _ in range(2)]
     assert torch.equal(*outputs[0.0])

@@ -80,7 +80,7 @@ def reseal(folder, change=lambda manifest: None):
         entry |= {"bytes": (folder / name).stat().st_size, "sha256": ku._file_sha256(folder / name)}
     change(manifest)
     del manifest["sha256"]
-    (folder / "manifest.json").write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
+    (folder / "manifest.json").write_bytes(ku._seal_manifest(manifest))
 
 
 def contents(folder):

@@ -211,18 +211,18 @@ def test_an_empty_test_text_is_predicted(data, backbone_folder, head):
         _, test, _ = ku.read_competition(cfg)
     tokenizer = ku._load_tokenizer(folder)
     model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
-    predictions = ku.predict(model, ku._tokenize_frame(test, tokenizer, cfg), cfg)
+    predictions = ku.predict(model, ku._tokenize(test, tokenizer, cfg), cfg)
     assert predictions.shape == (2, 1) and np.isfinite(predictions).all()
 
 
 def test_several_regression_targets_become_columns_of_numbers(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0.5\nb,a dog,-2,1e-1\n", target_columns="p, q")
-    assert ku._encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
+    assert cfg.encode_targets(read(cfg), []).tolist() == [[1.0, 0.5], [-2.0, 0.1]]
 
 
 def test_label_sets_become_columns_of_zeros_and_ones(data):
     cfg = data("id,excerpt,p,q\na,a cat,1,0\nb,a dog,0.0,1\n", task="multilabel", target_columns="p,q")
-    assert ku._encode_targets(read(cfg), cfg, []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert cfg.encode_targets(read(cfg), []).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_labels_are_ordered_as_numbers_or_as_text_and_encoded_in_that_order(data
     text = "id,excerpt,target\n" + "".join(f"r{i},a cat,{label}\n" for i, label in enumerate(labels))
     cfg = data(text, task=task)
     train = read(cfg)
-    assert ku._class_labels(train, cfg) == classes
-    assert ku._encode_targets(train, cfg, classes).tolist() == encoded
+    assert cfg.class_labels(train) == classes
+    assert cfg.encode_targets(train, classes).tolist() == encoded
 
 
 def numbered(n):
@@ -558,7 +558,7 @@ def test_too_few_rows_or_groups_for_the_folds_are_an_error(n, settings, parts):
 @pytest.mark.parametrize("asked, expected", [("all", [0, 1, 2]), ("2,0", [0, 2]), ("1,1", [1])])
 def test_run_folds_asks_for_all_or_for_numbers(asked, expected):
     frame = ku.make_folds(fold_frame(), ku.Config(n_folds=3))
-    assert ku._requested_folds(frame, ku.Config(n_folds=3, run_folds=asked)) == expected
+    assert ku.Config(n_folds=3, run_folds=asked).folds_to_run(frame) == expected
 
 
 def test_a_fold_that_does_not_exist_is_refused_before_training_with_those_that_do():

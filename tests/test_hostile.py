@@ -943,7 +943,7 @@ def packed(run, folder):
         "files": files,
         "runs": {"one": parts},
     }
-    (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
+    (folder / ku._MANIFEST).write_bytes(ku._seal_manifest(manifest))
     return folder
 
 

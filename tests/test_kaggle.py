@@ -447,7 +447,7 @@ def attached(tmp_path, monkeypatch):
         for file in files:
             (inputs / file).parent.mkdir(parents=True, exist_ok=True)
             (inputs / file).touch()
-        return [str(folder.relative_to(inputs)) for folder in ku._attached_folders(marker)]
+        return [str(folder.relative_to(inputs)) for folder in ku._Kaggle().attached_folders(marker)]
 
     return find
 

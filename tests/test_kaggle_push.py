@@ -362,7 +362,7 @@ def test_a_bundle_that_was_damaged_since_it_was_packed_is_never_uploaded(how, bu
     }
     manifest = {"format": "kernel_utils bundle 1", "version": "1", "runs": {}, "files": files}
     manifest |= {"dataset": {"id": BUNDLE}}
-    (bundle / "manifest.json").write_bytes(ku._dump_manifest(ku._with_checksum(manifest)))
+    (bundle / "manifest.json").write_bytes(ku._seal_manifest(manifest))
     kaggle_push.check(bundle)
     DAMAGE[how](bundle)
     said = refusal(bundle)  # `answers` are empty: a run of the client would be a KeyError

@@ -31,7 +31,7 @@ def build(backbone_folder):
         tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
         model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1), lambda text: None)
-        return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
+        return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
 
     return make
 

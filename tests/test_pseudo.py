@@ -74,7 +74,8 @@ def reseal(made, folder, change):
     frame, rows = (pd.read_csv(made / name, dtype=str, keep_default_na=False) for name in ("pseudo.csv", "rows.csv"))
     told = json.loads((made / "pseudo.json").read_text())
     changed = change(frame, told, rows)
-    ku._save_folder(folder, lambda place: pseudo_label.write(place, frame if changed is None else changed, rows, told))
+    texts = frame if changed is None else changed
+    ku._SealedFolder(folder).save(lambda place: pseudo_label.write(place, texts, rows, told))
     return folder
 
 
@@ -375,7 +376,7 @@ def test_regularisers_that_begin_later_count_the_epochs_of_the_training_rows(stu
 def begun(cfg, fold=0):
     """An engine at the start of a fold with what `train` gives it."""
     frame = ku.make_folds(ku.read_competition(cfg)[0], cfg)
-    classes = ku._class_labels(frame, cfg)
+    classes = cfg.class_labels(frame)
     texts, pseudo, _ = ku._read_pseudo(frame, cfg, classes)
     whole = pd.concat([frame, texts.assign(fold=-1, target=0.0)], ignore_index=True)
     engine = engine_of(cfg, whole)

@@ -682,7 +682,7 @@ def test_a_loss_that_is_not_finite_names_the_step_its_rows_and_rates_and_leaves_
     assert ("precision fp32" in str(caught.value)) is (precision == "bf16")
     saved = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()
     assert [path.name for path in saved] == ["fold0-step4", "fold0-step3"]
-    assert all(not ku._folder_problems(path) for path in saved)
+    assert all(not ku._SealedFolder(path).problems() for path in saved)
 
 
 def test_a_gradient_that_is_not_finite_is_named_too(tiny, monkeypatch):
@@ -746,19 +746,19 @@ def test_a_disk_that_fails_is_an_error_with_the_path_and_the_run_goes_on_later(
             start(cfg)
     found = ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()
     assert [path.name for path in found] == ["fold0-step3", "fold0-step2"]
-    assert not any(map(ku._folder_problems, found)) and not list(found[0].parent.glob(".*"))
+    assert not any(ku._SealedFolder(path).problems() for path in found) and not list(found[0].parent.glob(".*"))
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
 
 def test_where_room_is_short_one_checkpoint_at_a_time_is_kept(tiny, often, monkeypatch):
-    seen, save = [], ku._save_folder
+    seen, save = [], ku._SealedFolder.save
 
     def looking(folder, write):
-        if folder.parent.name == "checkpoints":
-            seen.append(len(list(folder.parent.glob("fold*"))))
+        if folder.path.parent.name == "checkpoints":
+            seen.append(len(list(folder.path.parent.glob("fold*"))))
         save(folder, write)
 
-    monkeypatch.setattr(ku, "_save_folder", looking)
+    monkeypatch.setattr(ku._SealedFolder, "save", looking)
     monkeypatch.setattr(ku, "_check_room", lambda *rest: None)
     monkeypatch.setattr(ku, "_free_bytes", lambda folder: 10**4)
     start(tiny(run_name="r", epochs=2, run_folds="0", **often))

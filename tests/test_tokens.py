@@ -1,5 +1,6 @@
 """Token ids, the prefix, padded tensors, and the plans of training and prediction batches."""
 
+import dataclasses
 import types
 from collections import Counter
 
@@ -34,6 +35,13 @@ def types_of(tokens):
     return [tokens.types[a:b].tolist() for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
 
 
+def tokens_of(texts, tokenizer, cfg, pairs=None):
+    """Tokens of texts, or of pairs of texts, without a prefix."""
+    columns = {cfg.text_column: texts, "second": pairs}
+    pair_column = "" if pairs is None else "second"
+    return ku._tokenize(columns, tokenizer, dataclasses.replace(cfg, pair_column=pair_column, prefix=""))
+
+
 def tokenizer_with(single, pair="$A $B:1", typed=True):
     """The whole-word tokenizer with another template around a text and a pair."""
     tokenizer = make_tokenizer()
@@ -46,7 +54,7 @@ def tokenizer_with(single, pair="$A $B:1", typed=True):
 
 
 def test_a_text_gets_the_special_tokens_of_its_tokenizer(tokenizer):
-    rows = rows_of(ku._tokenize(["the cat sat", "a dog"], tokenizer, ku.Config()))
+    rows = rows_of(tokens_of(["the cat sat", "a dog"], tokenizer, ku.Config()))
     assert rows == [[BOS, 4, 6, 8, EOS], [BOS, 5, 7, EOS]]
 
 
@@ -62,13 +70,13 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer(tokenizer):
     ],
 )
 def test_the_template_is_that_of_the_tokenizer(single, expected):
-    assert rows_of(ku._tokenize(["the cat"], tokenizer_with(single), ku.Config())) == [expected]
+    assert rows_of(tokens_of(["the cat"], tokenizer_with(single), ku.Config())) == [expected]
 
 
 @pytest.mark.parametrize("single", ["<s> $A </s>", "$A </s>", "$A </s> <s>"])
 @pytest.mark.parametrize("max_length", [8, 9])
 def test_a_cut_text_keeps_the_whole_template(single, max_length):
-    (row,) = rows_of(ku._tokenize([ALL_WORDS], tokenizer_with(single), ku.Config(max_length=max_length)))
+    (row,) = rows_of(tokens_of([ALL_WORDS], tokenizer_with(single), ku.Config(max_length=max_length)))
     words = max_length - single.count("s>")
     expected = {"$A": ALL_IDS[:words], "<s>": [BOS], "</s>": [EOS]}
     assert row == [i for part in single.split() for i in expected[part]]
@@ -93,7 +101,7 @@ def test_a_cut_text_keeps_the_whole_template(single, max_length):
 def test_a_long_text_keeps_its_head_its_tail_or_a_quarter_of_head_and_the_rest_of_tail(
     tokenizer, truncation, max_length, head, tail
 ):
-    (row,) = rows_of(ku._tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
+    (row,) = rows_of(tokens_of([ALL_WORDS], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
     kept = [FIRST + i for i in range(head)] + [FIRST + len(WORDS) - tail + i for i in range(tail)]
     assert row == [BOS, *kept, EOS]
 
@@ -102,20 +110,20 @@ def test_a_long_text_keeps_its_head_its_tail_or_a_quarter_of_head_and_the_rest_o
 @pytest.mark.parametrize("max_length", [8, 9])
 def test_a_text_that_just_fits_is_not_cut(tokenizer, truncation, max_length):
     text = " ".join(WORDS[: max_length - 2])
-    rows = rows_of(ku._tokenize([text], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
+    rows = rows_of(tokens_of([text], tokenizer, ku.Config(max_length=max_length, truncation=truncation)))
     assert rows == [[BOS, *ids_of(text), EOS]]
 
 
 def test_an_empty_text_keeps_its_special_tokens(tokenizer):
-    assert rows_of(ku._tokenize(["", "the cat"], tokenizer, ku.Config())) == [[BOS, EOS], [BOS, 4, 6, EOS]]
+    assert rows_of(tokens_of(["", "the cat"], tokenizer, ku.Config())) == [[BOS, EOS], [BOS, 4, 6, EOS]]
 
 
 def test_an_empty_text_with_only_an_end_token_is_that_token():
-    assert rows_of(ku._tokenize([""], make_tokenizer(cls_first=False), ku.Config())) == [[EOS]]
+    assert rows_of(tokens_of([""], make_tokenizer(cls_first=False), ku.Config())) == [[EOS]]
 
 
 def test_an_empty_text_without_special_tokens_becomes_one_end_token():
-    tokens = ku._tokenize(["", "the cat"], tokenizer_with("$A"), ku.Config())
+    tokens = tokens_of(["", "the cat"], tokenizer_with("$A"), ku.Config())
     assert rows_of(tokens) == [[EOS], [4, 6]] and types_of(tokens) == [[0], [0, 0]]
 
 
@@ -129,17 +137,17 @@ def test_an_empty_text_without_special_tokens_becomes_one_end_token():
     ],
 )
 def test_a_pair_gets_the_template_and_types_of_its_tokenizer(pair, expected_ids, expected_types):
-    tokens = ku._tokenize(["the cat"], tokenizer_with("$A", pair), ku.Config(), ["a"])
+    tokens = tokens_of(["the cat"], tokenizer_with("$A", pair), ku.Config(), ["a"])
     assert rows_of(tokens) == [expected_ids] and types_of(tokens) == [expected_types]
 
 
 def test_there_are_no_types_where_the_tokenizer_gives_none(tokenizer):
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    assert ku._tokenize(["the cat"], tokenizer, ku.Config(), ["a"]).types is None
+    assert tokens_of(["the cat"], tokenizer, ku.Config(), ["a"]).types is None
 
 
 def test_a_pair_may_have_empty_sides(tokenizer):
-    rows = rows_of(ku._tokenize(["", "the", ""], tokenizer, ku.Config(), ["a", "", ""]))
+    rows = rows_of(tokens_of(["", "the", ""], tokenizer, ku.Config(), ["a", "", ""]))
     assert rows == [[BOS, EOS, 5, EOS], [BOS, 4, EOS, EOS], [BOS, EOS, EOS]]
 
 
@@ -150,12 +158,12 @@ def test_of_a_long_pair_the_longer_text_is_cut_first(tokenizer, max_length, firs
     while left + right > max_length - 3:
         left, right = (left - 1, right) if left > right else (left, right - 1)
     cfg = ku.Config(max_length=max_length)
-    rows = rows_of(ku._tokenize([" ".join(WORDS[:first])], tokenizer, cfg, [" ".join(WORDS[:second])]))
+    rows = rows_of(tokens_of([" ".join(WORDS[:first])], tokenizer, cfg, [" ".join(WORDS[:second])]))
     assert rows == [[BOS, *ALL_IDS[:left], EOS, *ALL_IDS[:right], EOS]]
 
 
 def test_each_text_of_a_long_pair_is_cut_as_set(tokenizer):
-    rows = rows_of(ku._tokenize([ALL_WORDS], tokenizer, ku.Config(max_length=11, truncation="tail"), [ALL_WORDS]))
+    rows = rows_of(tokens_of([ALL_WORDS], tokenizer, ku.Config(max_length=11, truncation="tail"), [ALL_WORDS]))
     assert rows == [[BOS, *ALL_IDS[-4:], EOS, *ALL_IDS[-4:], EOS]]
 
 
@@ -172,20 +180,20 @@ def test_a_folder_without_a_vocabulary_is_an_error_that_names_it(tokenizer, tmp_
 
 def test_a_tokenizer_saved_in_a_folder_is_loaded(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    rows = rows_of(ku._tokenize(["the cat"], ku._load_tokenizer(tmp_path), ku.Config()))
+    rows = rows_of(tokens_of(["the cat"], ku._load_tokenizer(tmp_path), ku.Config()))
     assert rows == [[BOS, 4, 6, EOS]]
 
 
 def test_texts_that_the_tokenizer_mostly_does_not_know_are_an_error_with_the_share(tokenizer):
-    tokens = ku._tokenize(["der hund lief schnell weg", "und der hut war rot"], tokenizer, ku.Config())
+    tokens = tokens_of(["der hund lief schnell weg", "und der hut war rot"], tokenizer, ku.Config())
     with pytest.raises(ku.KitError, match=r"100% of the tokens are unknown"):
-        ku._check_vocabulary(tokens, tokenizer)
+        tokens.check_vocabulary(tokenizer)
 
 
 def test_texts_with_some_unknown_words_are_no_error(tokenizer):
-    tokens = ku._tokenize(["der hund sat on the mat"], tokenizer, ku.Config())
+    tokens = tokens_of(["der hund sat on the mat"], tokenizer, ku.Config())
     assert rows_of(tokens) == [[BOS, UNK, UNK, *ids_of("sat on the mat"), EOS]]
-    ku._check_vocabulary(tokens, tokenizer)
+    tokens.check_vocabulary(tokenizer)
 
 
 def levels():
@@ -193,25 +201,25 @@ def levels():
 
 
 def test_a_prefix_is_put_before_each_text(tokenizer):
-    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config(prefix="big hat ")))
+    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config(prefix="big hat ")))
     assert rows == [[BOS, *ids_of("big hat the cat"), EOS], [BOS, *ids_of("big hat a dog"), EOS]]
 
 
 def test_braces_in_a_prefix_insert_columns(tokenizer):
-    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config(prefix="{word} hat {word} ")))
+    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config(prefix="{word} hat {word} ")))
     assert rows == [[BOS, *ids_of("red hat red the cat"), EOS], [BOS, *ids_of("blue hat blue a dog"), EOS]]
 
 
 def test_each_column_of_a_prefix_stands_in_its_place(tokenizer):
     frame = levels().assign(place=["tree", "river"])
-    rows = rows_of(ku._tokenize_frame(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
+    rows = rows_of(ku._tokenize(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
     assert rows[0] == [BOS, *ids_of("red hat tree mat the cat"), EOS]
     assert rows[1] == [BOS, *ids_of("blue hat river mat a dog"), EOS]
 
 
 def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
     cfg = ku.Config(prefix="big ", pair_column="word")
-    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
+    rows = rows_of(ku._tokenize(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, *ids_of("big the cat"), EOS, *ids_of("red"), EOS]
 
 
@@ -219,31 +227,31 @@ def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
 def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, truncation, kept):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat mat ", max_length=10, truncation=truncation)
-    assert rows_of(ku._tokenize_frame(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
+    assert rows_of(ku._tokenize(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
 
 
 def test_two_long_texts_of_a_pair_share_what_the_prefix_leaves(tokenizer):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat ", max_length=13, pair_column="other")
-    rows = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
+    rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:4], EOS, *ALL_IDS[:4], EOS]]
 
 
 def test_a_short_first_text_is_kept_after_a_long_prefix(tokenizer):
     frame = pd.DataFrame({"excerpt": ["red cat dog"], "other": [ALL_WORDS]})
     cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, pair_column="other")
-    rows = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
+    rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat mat big hat mat red cat dog"), EOS, *ALL_IDS[:3], EOS]]
 
 
 def test_a_prefix_that_leaves_no_room_for_a_text_is_refused_with_its_length(tokenizer):
     cfg = ku.Config(prefix="big hat mat red cat dog ", max_length=8)
     with pytest.raises(ku.ConfigError, match=r"max_length 8.*6 tokens"):
-        ku._tokenize_frame(levels(), tokenizer, cfg)
+        ku._tokenize(levels(), tokenizer, cfg)
 
 
 def test_without_a_prefix_the_texts_are_as_they_are(tokenizer):
-    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, ku.Config()))
+    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config()))
     assert rows == [[BOS, *ids_of("the cat"), EOS], [BOS, *ids_of("a dog"), EOS]]
 
 
@@ -253,7 +261,7 @@ def test_new_words_in_brackets_become_one_token_each_after_the_old_ones(tokenize
     assert sorted(new) == ["[A]", "[B]", "[LEVEL]"] and len(tokenizer) == n + 3
     added = {word: tokenizer.convert_tokens_to_ids(word) for word in new}
     assert set(added.values()) == {n, n + 1, n + 2}
-    rows = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
+    rows = rows_of(ku._tokenize(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, added["[A]"], added["[LEVEL]"], *ids_of("the cat"), EOS]
     assert rows[1] == [BOS, added["[B]"], added["[LEVEL]"], *ids_of("a dog"), EOS]
 
@@ -295,9 +303,9 @@ def test_a_column_of_too_many_new_words_is_refused_with_their_number(tokenizer):
 def test_new_words_outlive_saving_the_tokenizer(tokenizer, tmp_path):
     cfg = ku.Config(prefix="{level} ")
     ku._add_prefix_tokens(tokenizer, levels(), cfg)
-    expected = rows_of(ku._tokenize_frame(levels(), tokenizer, cfg))
+    expected = rows_of(ku._tokenize(levels(), tokenizer, cfg))
     tokenizer.save_pretrained(tmp_path)
-    assert rows_of(ku._tokenize_frame(levels(), ku._load_tokenizer(tmp_path), cfg)) == expected
+    assert rows_of(ku._tokenize(levels(), ku._load_tokenizer(tmp_path), cfg)) == expected
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
@@ -312,7 +320,7 @@ def test_embeddings_grow_by_the_new_words_and_keep_the_old_rows(backbone_folder,
     grown = model.backbone.get_input_embeddings().weight
     assert len(old) < len(tokenizer) == len(grown) == len(WORDS) + len(SPECIAL) + 10
     assert torch.equal(grown[: len(old)], old)
-    tokens = ku._tokenize_frame(levels(), tokenizer, cfg)
+    tokens = ku._tokenize(levels(), tokenizer, cfg)
     assert tokens.ids.max() == len(grown) - 1
     assert np.isfinite(ku.predict(model, tokens, cfg)).all()
 
@@ -327,7 +335,7 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_row_and_masked():
 
 def test_a_batch_is_padded_with_the_pad_token_of_the_tokenizer(tokenizer):
     tokenizer.pad_token = "because"
-    batch = ku._tokenize(["the", "the cat"], tokenizer, ku.Config()).batch([0, 1], CPU)
+    batch = tokens_of(["the", "the cat"], tokenizer, ku.Config()).batch([0, 1], CPU)
     assert batch["input_ids"].tolist() == [[BOS, 4, EOS, FIRST + WORDS.index("because")], [BOS, 4, 6, EOS]]
 
 
@@ -489,9 +497,9 @@ def subword_tokenizer(kind):
 @pytest.mark.parametrize("kind", ["bytes", "marks", "marks, end"])
 def test_short_texts_and_pairs_get_the_ids_that_the_tokenizer_itself_gives(kind):
     tokenizer, first, second = subword_tokenizer(kind), ["the cat sat", "a dog"], ["on the mat", "ran slowly"]
-    alone = ku._tokenize(first, tokenizer, ku.Config())
+    alone = tokens_of(first, tokenizer, ku.Config())
     assert rows_of(alone) == [tokenizer(text)["input_ids"] for text in first]
-    both = ku._tokenize(first, tokenizer, ku.Config(), second)
+    both = tokens_of(first, tokenizer, ku.Config(), second)
     assert rows_of(both) == [tokenizer(a, b)["input_ids"] for a, b in zip(first, second, strict=True)]
 
 
@@ -501,6 +509,6 @@ def test_the_space_after_a_prefix_token_is_no_token(kind):
     frame = pd.DataFrame({"excerpt": ["the cat sat"]})
     cfg = ku.Config(prefix="[new] ")
     ku._add_prefix_tokens(tokenizer, frame, cfg)
-    plain = rows_of(ku._tokenize(["the cat sat"], tokenizer, cfg))[0]
-    (row,) = rows_of(ku._tokenize_frame(frame, tokenizer, cfg))
+    plain = rows_of(tokens_of(["the cat sat"], tokenizer, cfg))[0]
+    (row,) = rows_of(ku._tokenize(frame, tokenizer, cfg))
     assert [i for i in row if i != tokenizer.convert_tokens_to_ids("[new]")] == plain and len(row) == len(plain) + 1

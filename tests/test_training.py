@@ -24,8 +24,8 @@ def fold_data(cfg, frame=None, n_outputs=1):
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
     folder = ku._find_backbone(cfg.backbone)
     tokenizer = ku._load_tokenizer(folder)
-    targets = ku._encode_targets(frame, cfg, ku._class_labels(frame, cfg))
-    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
+    targets = cfg.encode_targets(frame, cfg.class_labels(frame))
+    tokens = ku._tokenize(frame, tokenizer, cfg)
     ids = frame["id"].to_numpy()
     return ku._TrainingData(tokens, targets, frame["fold"].to_numpy(), folder, tokenizer, n_outputs, ids)
 
@@ -206,7 +206,7 @@ def out_of_memory_above(model, slots, seen):
 
 def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs, capsys):
     tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
-    tokens = ku._tokenize_frame(train_frame(30), tokenizer, loaded.cfg)
+    tokens = ku._tokenize(train_frame(30), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     seen, cfg = [], ku.dataclasses.replace(loaded.cfg, batch_tokens=400)
     out_of_memory_above(model, 150, seen)
@@ -218,7 +218,7 @@ def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs
 
 def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_length(tiny, runs):
     tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
-    tokens = ku._tokenize_frame(train_frame(5), tokenizer, loaded.cfg)
+    tokens = ku._tokenize(train_frame(5), tokenizer, loaded.cfg)
     out_of_memory_above(model, 5, [])
     with pytest.raises(ku.KitError, match=rf"a text of {tokens.lengths.max()} tokens does not fit into the memory"):
         ku.predict(model, tokens, loaded.cfg)
@@ -281,7 +281,7 @@ def test_a_prediction_far_from_zero_may_be_rounded_to_float32_however_small_the_
 def test_a_gpu_that_runs_out_of_memory_predicts_all_the_same(tiny, capsys):
     folder, _, _ = run(tiny(run_name="gpu", precision="fp32"))
     tokenizer, model = ku._open_run(loaded := ku._load_run(folder))
-    tokens = ku._tokenize_frame(train_frame(20_000), tokenizer, loaded.cfg)
+    tokens = ku._tokenize(train_frame(20_000), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
@@ -361,7 +361,7 @@ def test_the_saved_weights_predict_what_the_chosen_checkpoint_predicted(checkpoi
     assert oof["prediction"].equals(oof[f"prediction_{checkpoint}"])
     loaded = ku._load_run(folder)
     tokenizer, model = ku._open_run(loaded)
-    tokens = ku._tokenize_frame(train_frame(), tokenizer, loaded.cfg)
+    tokens = ku._tokenize(train_frame(), tokenizer, loaded.cfg)
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         rows = np.flatnonzero(oof["fold"] == fold)
@@ -435,7 +435,7 @@ def test_a_prediction_is_the_mean_of_the_folds(tiny):
     folder, _, _ = run(tiny(run_name="run"))
     loaded, texts = ku._load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
     tokenizer, model = ku._open_run(loaded)
-    tokens = ku._tokenize_frame(texts, tokenizer, loaded.cfg)
+    tokens = ku._tokenize(texts, tokenizer, loaded.cfg)
     each = []
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
@@ -651,7 +651,7 @@ def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
     folder, record, oof = run(tiny(run_name="gpu"))
     loaded = ku._load_run(folder)
     tokenizer, model = ku._open_run(loaded)
-    tokens = ku._tokenize_frame(train_frame(), tokenizer, loaded.cfg)
+    tokens = ku._tokenize(train_frame(), tokenizer, loaded.cfg)
     ku.load_model(model, folder / "fold1" / "model.safetensors", device="cuda")
     rows = np.flatnonzero(oof["fold"] == 1)
     got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]

@@ -320,10 +320,9 @@ def write_folder(folder, files, manifest):
     for name, source in files:
         path = folder / name
         shutil.copyfile(source, path)
-        entries[name] = {"bytes": path.stat().st_size, "sha256": ku._file_sha256(path)}
-    (folder / ku._DATASET_METADATA).write_bytes(ku._dump_manifest(manifest["dataset"]))
-    sealed = ku._with_checksum(manifest | {"files": entries})
-    (folder / ku._MANIFEST).write_bytes(ku._dump_manifest(sealed))
+        entries[name] = ku._describe_file(path)
+    (folder / ku._DATASET_METADATA).write_bytes(ku._sorted_json(manifest["dataset"]))
+    (folder / ku._MANIFEST).write_bytes(ku._seal_manifest(manifest | {"files": entries}))
 
 
 def put_in_place(built, target):
@@ -364,9 +363,9 @@ def check(folder):
     manifest = ku._read_bundle_manifest(folder)
     problems = kaggle_metadata.folder_problems(folder)
     metadata = folder / ku._DATASET_METADATA
-    if metadata.is_file() and metadata.read_bytes() != ku._dump_manifest(manifest["dataset"]):
+    if metadata.is_file() and metadata.read_bytes() != ku._sorted_json(manifest["dataset"]):
         problems.append(f"{metadata}: not as it was packed; pack again to change it")
-    problems += ku._integrity_problems(folder, manifest["files"])
+    problems += ku._SealedFolder(folder).integrity_problems(manifest["files"])
     if problems:
         raise ku.BundleError([f"{folder}", *problems])
     if ku._file_sha256(MODULE) != manifest["files"]["kernel_utils.py"]["sha256"]:
@@ -607,7 +606,7 @@ class Packing:
         metadata = kernel_metadata(name, args.id, args.competition, internet, models)
         folder.mkdir(parents=True)
         nbformat.write(notebook, folder / f"{name}.ipynb")
-        (folder / kaggle_metadata.KERNEL_FILE).write_bytes(ku._dump_manifest(metadata))
+        (folder / kaggle_metadata.KERNEL_FILE).write_bytes(ku._sorted_json(metadata))
         problems = kaggle_metadata.folder_problems(folder)
         self.problems += [f"--kernels {name}: {problem}" for problem in problems]
         self.problems += target_problems(Path(args.kernels, name), metadata["id"])

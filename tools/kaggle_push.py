@@ -202,7 +202,8 @@ def damage(folder):
     import kernel_utils as ku  # takes seconds, and other folders do not need it
 
     try:
-        return ku._integrity_problems(folder, ku._read_bundle_manifest(folder)["files"])
+        files = ku._read_bundle_manifest(folder)["files"]
+        return ku._SealedFolder(folder).integrity_problems(files)
     except ku.BundleError as error:
         return error.problems
 

@@ -53,10 +53,10 @@ def load(cfg):
     frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
     tokenizer = ku._load_tokenizer(folder)
     new = ku._add_prefix_tokens(tokenizer, frame, cfg)
-    tokens = ku._tokenize_frame(frame, tokenizer, cfg)
-    ku._check_vocabulary(tokens, tokenizer)
+    tokens = ku._tokenize(frame, tokenizer, cfg)
+    tokens.check_vocabulary(tokenizer)
     config = ku._load_config(folder, cfg)[0]
-    ku._check_token_ids(tokens, tokenizer.convert_tokens_to_ids(new), config, folder)
+    tokens.check_embeddings(tokenizer.convert_tokens_to_ids(new), config, folder)
     ku._seed_everything(cfg.seed)  # embeddings of new tokens
     backbone = ku._load_backbone(folder, cfg, len(tokenizer))
     ku._check_max_length(backbone, cfg)
@@ -89,8 +89,8 @@ def pool_layers(model, tokens, cfg):
 
 def make_targets(frame, cfg):
     """Targets (N, K) of a regression, else 0/1 indicators; of two classes that of the second."""
-    classes = ku._class_labels(frame, cfg)
-    targets = ku._encode_targets(frame, cfg, classes)
+    classes = cfg.class_labels(frame)
+    targets = cfg.encode_targets(frame, classes)
     if cfg.task == "multiclass":
         targets = np.eye(len(classes))[targets]
     if not np.ptp(targets, axis=0).any():

@@ -68,7 +68,7 @@ def what_is_read(run):
         "outputs": run.record["outputs"],
         "classes": run.record["classes"],
         "id_column": run.cfg.id_column,
-        "text columns": ku._input_columns(run.cfg),
+        "text columns": run.cfg.input_columns,
     }
 
 
@@ -88,7 +88,7 @@ def read_rows(run, data_dir):
     cfg = dataclasses.replace(run.cfg, data_dir=data_dir or run.cfg.data_dir)
     folder = ku._find_data_dir(cfg.data_dir, "train.csv")
     frame = ku._read_train(cfg, folder)
-    for name in [cfg.id_column, *ku._input_columns(cfg)]:
+    for name in [cfg.id_column, *cfg.input_columns]:
         what = f"column {name} of train.csv"
         if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
             problem = f"{what} is not the one that {run.name} was trained on"
@@ -102,11 +102,11 @@ def validated_rows(folder, run, ids):
     From the sealed folder of every fold, which has the weights too; oof.csv must say the same.
     `ids` are those of the rows that the run read.
     """
-    oof = ku._read_table(folder / "oof.csv", ["id", "fold"])
+    oof = ku._Table.read(folder / "oof.csv", ["id", "fold"]).frame
     folds, problems = {}, []
     for fold, weights in run.weights.items():
         sealed = weights.parent
-        damages = ku._folder_problems(sealed)
+        damages = ku._SealedFolder(sealed).problems()
         if damages:
             problems += [f"{sealed}: {damage}" for damage in damages]
             continue
@@ -152,24 +152,24 @@ def read_runs(folders, data_dir):
 
 def read_texts(paths, cfg):
     """The texts of all files, one table; ids are made where a file has none."""
-    id_column, inputs = cfg.id_column, ku._input_columns(cfg)
+    id_column, inputs = cfg.id_column, cfg.input_columns
     columns = list(dict.fromkeys([id_column, *inputs]))
     tables, problems = [], []
     for path in paths:
-        table = ku._read_table(path, inputs)
-        if id_column not in table:
-            table[id_column] = [f"{path.stem}-{number}" for number in range(1, len(table) + 1)]
-        for column in ku._text_columns(cfg):
-            is_empty = table[column].str.strip().eq("").to_numpy()
-            problems += ku._bad_rows(path, table, id_column, column, is_empty, "a text")
-        tables.append(table[columns])
-    table = pd.concat(tables, ignore_index=True)
-    is_repeated = table[id_column].duplicated().to_numpy()
-    files = ku._comma_join(paths)
-    problems += ku._bad_rows(files, table, id_column, id_column, is_repeated, "each id once")
+        table = ku._Table.read(path, inputs, id_column)
+        frame = table.frame
+        if id_column not in frame:
+            frame[id_column] = [f"{path.stem}-{number}" for number in range(1, len(frame) + 1)]
+        for column in cfg.text_columns:
+            table.check_filled(column, "a text")
+        problems += table.problems
+        tables.append(frame[columns])
+    table = ku._Table(ku._comma_join(paths), pd.concat(tables, ignore_index=True), id_column)
+    table.refuse_rows(id_column, table.frame[id_column].duplicated(), "each id once")
+    problems += table.problems
     if problems:
         raise ku.DataError(problems)
-    return table
+    return table.frame
 
 
 def predict_each_fold(bundle, run, tokens):
@@ -192,7 +192,7 @@ def predict_folds(runs, texts):
         key = ku._tokenization_key(run)
         if key not in tokens:
             tokenizer = ku._opened_run(bundle, run)[0]
-            tokens[key] = ku._tokenize_frame(texts, tokenizer, run.cfg)
+            tokens[key] = ku._tokenize(texts, tokenizer, run.cfg)
         predictions.append(predict_each_fold(bundle, run, tokens[key]))
     return np.stack(predictions)
 
@@ -201,8 +201,8 @@ def models_of(runs, fold):
     """Which weights labelled for a fold."""
     models = []
     for run in runs:
-        sealed = ku._load_manifest(run.weights[fold].with_name(ku._MANIFEST))
-        weights = sealed["files"]["model.safetensors"]["sha256"]
+        manifest = ku._SealedFolder(run.weights[fold].parent).read_manifest()
+        weights = manifest["files"]["model.safetensors"]["sha256"]
         models.append({"run": run.name, "fold": fold, "weights": weights})
     return models
 
@@ -315,7 +315,7 @@ def main():
             raise ku.ConfigError(f"{args.output} is there already: {remedy}")
         table, rows, manifest = label(args.runs, args.texts, args.data_dir, args.threshold)
         files = dict(table=table, rows=rows, manifest=manifest)
-        ku._save_folder(args.output, functools.partial(write, **files))
+        ku._SealedFolder(args.output).save(functools.partial(write, **files))
     except (ku.KitError, OSError) as error:
         sys.exit(str(error))
     print(describe(manifest))

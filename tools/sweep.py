@@ -192,7 +192,7 @@ def read_folds(cfg):
 def count_rows(cfg):
     """Rows to train on, over all folds and epochs."""
     folds = read_folds(ku.Config(**{name: getattr(cfg, name) for name in ROWS}))
-    chosen = ku._requested_folds(folds, cfg)
+    chosen = cfg.folds_to_run(folds)
     return cfg.epochs * sum(int((folds["fold"] != fold).sum()) for fold in chosen)
 
 
@@ -626,7 +626,7 @@ def parse():
 
 
 def check_folders(folder, output):
-    if ROOT not in (folder, *folder.parents) and not ku._on_kaggle():
+    if ROOT not in (folder, *folder.parents) and not ku._Kaggle().is_here():
         where = f"start this in {ROOT} or below"
         raise ku.KitError(f"{where}: train.ipynb looks for the module from there, not {folder}")
     if output.exists() and not output.is_dir():

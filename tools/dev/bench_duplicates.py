@@ -107,8 +107,8 @@ def main():
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     try:
-        train = list(ku._read_table(folder / "train.csv", ["excerpt"])["excerpt"])
-        test = list(ku._read_table(folder / "test.csv", ["excerpt"])["excerpt"])
+        train = list(ku._Table.read(folder / "train.csv", ["excerpt"]).frame["excerpt"])
+        test = list(ku._Table.read(folder / "test.csv", ["excerpt"]).frame["excerpt"])
     except ku.KitError as error:
         sys.exit(str(error))
     bench_real_texts(test, train)

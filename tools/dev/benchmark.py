@@ -250,7 +250,7 @@ class Lab:
         self.precision = names[self.dtype]
         tokenizer, rng = ku._load_tokenizer(folder), np.random.default_rng(0)
         frame, _, _ = ku.read_competition(cfg)
-        texts = ku._tokenize(frame[cfg.text_column], tokenizer, cfg)
+        texts = ku._tokenize(frame, tokenizer, cfg)
         n = options.batch_size * sum(map(in_groups, self.blocks()))
         n_all = n + options.batch_size  # one batch stays out of the training, as each fold needs
         self.tokens = make_tokens(load, n_all, rng, texts)

@@ -421,7 +421,7 @@ def kit_result(folder):
 
 
 def is_good(folder):
-    return folder.is_dir() and not ku._folder_problems(folder)
+    return folder.is_dir() and not ku._SealedFolder(folder).problems()
 
 
 def kit_progress(folder):
