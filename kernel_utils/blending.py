@@ -189,7 +189,7 @@ def _choose_records(records, runs):
 def _kept_predictions(record, oof):
     """What the weights that a run kept predicted out of fold, (N, K)."""
     outputs = record["outputs"]
-    columns = [ku._column_name("prediction", name, outputs) for name in outputs]
+    columns = ku._column_names("prediction", outputs)
     return oof[columns].to_numpy(np.float64)
 
 

@@ -126,7 +126,7 @@ def read_records(folder):
 
 
 def _default_settings():
-    return ku._as_recorded(ku.Config().to_dict())
+    return json.loads(json.dumps(ku.Config().to_dict()))
 
 
 def _effective_settings(record):
@@ -339,7 +339,7 @@ def _differing_machines(records):
 
 def encode_oof(oof, cfg, classes):
     """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
-    names = {ku._column_name("target", name, cfg.targets): name for name in cfg.targets}
+    names = dict(zip(ku._column_names("target", cfg.targets), cfg.targets, strict=True))
     target = cfg.encode_targets(oof.rename(columns=names), classes)
     groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
     if groups.max() == 0:
@@ -393,7 +393,7 @@ def align_runs(records, baseline=""):
 
 def _stack_predictions(oofs, checkpoint, outputs):
     """(S, N, K) predictions of the `last` or `best` checkpoint in tables {seed: table}."""
-    columns = [ku._column_name(f"prediction_{checkpoint}", name, outputs) for name in outputs]
+    columns = ku._column_names(f"prediction_{checkpoint}", outputs)
     return np.stack([oof[columns] for oof in oofs.values()])
 
 

@@ -1423,9 +1423,9 @@ def _read_test(cfg, data_dir, columns=()):
     return test, sample
 
 
-def _column_name(kind, name, names):
-    """Column of a table for one of several outputs; without a suffix where there is one output."""
-    return kind if len(names) == 1 else f"{kind}_{name}"
+def _column_names(kind, outputs):
+    """Columns of a table, one for each output; without a suffix where there is one output."""
+    return [kind] if len(outputs) == 1 else [f"{kind}_{name}" for name in outputs]
 
 
 def _submission_columns(sample, cfg, classes):
@@ -4060,6 +4060,33 @@ class _TrainingData(NamedTuple):
             targets = np.eye(self.n_outputs)[targets]
         return np.concatenate([targets, self.pseudo[fold]])
 
+    def save(self, folder):
+        """Write the data for another process, but for the files that it can read itself."""
+        tokens = self.tokens
+        state = self._asdict()
+        state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
+        state["tokenizer"] = (len(self.tokenizer), _cls_is_last(self.tokenizer))
+        state["folder"] = str(self.folder.resolve())
+        state["folds"] = self.folds.copy()  # a column of a frame, which is read-only
+        state["ids"] = [str(name) for name in self.ids]
+        _write_state(folder, state)
+
+    @classmethod
+    def load(cls, folder, tokenizer):
+        """What `save` wrote; KitError where the tokenizer, read anew, is not what it was."""
+        state = _read_state(folder)
+        if (len(tokenizer), _cls_is_last(tokenizer)) != state["tokenizer"]:
+            problem = "the tokenizer of the run is another where it is read again"
+            raise KitError(f"{problem}: set fold_processes 1")
+        ids, types, lengths, pad_id = state["tokens"]
+        cuts = np.cumsum(lengths)[:-1]
+        types = None if types is None else np.split(types, cuts)
+        state["tokens"] = Tokens(np.split(ids, cuts), types, pad_id)
+        state["tokenizer"] = tokenizer
+        state["folder"] = Path(state["folder"])
+        state["ids"] = np.array(state["ids"], dtype=object)
+        return cls(**state)
+
     def stages(self, fold, cfg):
         """The stages of a fold: one, and with `pseudo_epochs` one of pseudo-labelled texts before.
 
@@ -5061,7 +5088,7 @@ class FoldTrainer:
 # has labels of its own, the mean of those models of the runs that validated on this fold: a model
 # which is validated on it learns nothing of its rows by way of the labels. In the folder:
 # pseudo.csv (texts, labels), rows.csv (the rows that those models validated on), pseudo.json
-# (which model labelled what), and the manifest of `_save_folder`.
+# (which model labelled what), and the manifest of `_SealedFolder`.
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 
@@ -5078,12 +5105,9 @@ def _row_texts(frame, cfg):
 
 
 def _row_digests(frame, cfg):
-    """id -> digest of the input cells of the row."""
+    """A digest of the input cells of every row."""
     columns = [frame[name] for name in cfg.input_columns]
-    digests = {}
-    for name, *cells in zip(frame[cfg.id_column], *columns, strict=True):
-        digests[name] = _digest(cells)
-    return digests
+    return [_digest(list(cells)) for cells in zip(*columns, strict=True)]
 
 
 def _seen_rows(extra, frame, cfg):
@@ -5093,107 +5117,100 @@ def _seen_rows(extra, frame, cfg):
     return has_equal_text | has_equal_id.to_numpy()
 
 
-def _label_columns(fold, outputs):
-    """Columns of pseudo.csv with the labels for a fold."""
-    return [_column_name(f"target_fold{fold}", name, outputs) for name in outputs]
+class _PseudoLabels:
+    """The labels in `pseudo_dir`: M `texts`, `labels` {fold: (M, K)}, `content` of pseudo.json.
 
-
-def _open_pseudo(folder):
-    """pseudo.json of a folder whose files are as they were written; else DataError."""
-    path = folder / "pseudo.json"
-    where = f"pseudo_dir {str(folder)!r}"
-    if not path.is_file():
-        raise DataError(f"{where}: no pseudo.json; expected a folder of tools/pseudo_label.py")
-    problems = _SealedFolder(folder).problems()
-    if problems:
-        raise DataError([f"{where}: {problem}" for problem in problems])
-    content = _read_json(path)
-    version = content.get("format")
-    if version != _PSEUDO_FORMAT:
-        raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
-    return content
-
-
-def _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows):
-    """Why the labels of a fold must not be used.
-
-    `source` is what pseudo.json says of them, `labels` are their cells, `is_seen` tells which texts
-    are training rows. The last two are {id: digest} of the rows of the fold, where the labels were
-    made and in this run.
+    A label is NaN where its text must not be used for the fold. Raises DataError where a label
+    could come from a model that was trained on a row of the fold it is for, where the runs that
+    labelled had another task or other columns, and where a file is not as it was written.
     """
-    problems = []
-    for model in source["models"]:
-        if model["fold"] != fold:
-            origin = f"fold {model['fold']} of {model['run']}"
+
+    def __init__(self, frame, cfg, classes):
+        self.folder = _user_path("pseudo_dir", cfg.pseudo_dir)
+        self.content = content = self.read_content()
+        outputs, inputs = cfg.output_names(classes), [cfg.id_column, *cfg.input_columns]
+        own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": inputs}
+        problems = []
+        for name, value in own.items():
+            if content[name] != value:
+                problems.append(f"pseudo_dir has {name} {content[name]}, this run has {value}")
+        if problems:
+            raise DataError(problems)
+        folds = [int(fold) for fold in content["sets"]]
+        if not set(cfg.folds_to_run(frame)) <= set(folds):
+            problem = f"pseudo_dir has labels for the folds {_comma_join(folds)}"
+            raise ConfigError(f"{problem}; run_folds asks for others")
+        columns = {fold: _column_names(f"target_fold{fold}", outputs) for fold in folds}
+        all_columns = [*inputs, *itertools.chain(*columns.values())]
+        table = _Table.read(self.folder / "pseudo.csv", all_columns).frame
+        self.texts = table[inputs]
+        cells = {fold: table[names] for fold, names in columns.items()}
+        self.check_leaks(cells, frame, cfg)
+        self.labels = {}
+        for fold, labels in cells.items():
+            self.labels[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
+        counts = [int(np.isfinite(labels).all(1).sum()) for labels in self.labels.values()]
+        runs = _comma_join(run["name"] for run in content["runs"])
+        usable = f"{min(counts)} to {max(counts)} of them for a fold"
+        print(f"{len(table)} extra texts, labelled by {runs}: {usable}")
+
+    def read_content(self):
+        """pseudo.json, once every file of the folder is as it was written."""
+        path, where = self.folder / "pseudo.json", f"pseudo_dir {str(self.folder)!r}"
+        if not path.is_file():
+            raise DataError(f"{where}: no pseudo.json; expected a folder of tools/pseudo_label.py")
+        problems = _SealedFolder(self.folder).problems()
+        if problems:
+            raise DataError([f"{where}: {problem}" for problem in problems])
+        content = _read_json(path)
+        version = content.get("format")
+        if version != _PSEUDO_FORMAT:
+            raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
+        return content
+
+    def check_leaks(self, cells, frame, cfg):
+        """Raise DataError unless the labels, {fold: cells}, may be used with the rows of a run."""
+        rows = _Table.read(self.folder / "rows.csv", ["id", "fold", "digest"]).frame
+        problems = []
+        if _digest(rows.to_numpy().tolist()) != self.content["folds"]:
+            problems.append(f"{self.folder / 'rows.csv'}: not the folds of the runs that labelled")
+        is_seen = _seen_rows(self.texts, frame, cfg)
+        for fold, labels in cells.items():
+            theirs = rows[rows["fold"] == str(fold)]
+            theirs = dict(zip(theirs["id"], theirs["digest"], strict=True))
+            ours = frame[frame["fold"] == fold]
+            ours = dict(zip(ours[cfg.id_column], _row_digests(ours, cfg), strict=True))
+            leaks = self.leak_problems(fold, labels, is_seen, theirs, ours)
+            problems += [f"labels of fold {fold} in {self.folder}: {problem}" for problem in leaks]
+        if problems:
+            raise DataError(problems)
+
+    def leak_problems(self, fold, labels, is_seen, theirs, ours):
+        """Why the labels of a fold must not be used. Its rows, {id: digest}, are `theirs` where the
+        labels were made and `ours` in this run; `is_seen` tells which texts are training rows.
+        """
+        source = self.content["sets"][str(fold)]
+        problems = []
+        for model in source["models"]:
+            if model["fold"] != fold:
+                origin = f"they come from fold {model['fold']} of {model['run']}"
+                problems.append(f"{origin}, a model that was trained on rows of fold {fold}")
+        if _digest(labels.to_numpy().tolist()) != source["labels"]:
+            problems.append("they are not those of its models: columns exchanged, or cells changed")
+        different = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        if different:
             problems.append(
-                f"they come from {origin}, a model that was trained on rows of fold {fold}"
+                f"their models validated on {len(theirs)} rows, this fold has {len(ours)}, and "
+                f"{len(different)} are not the same, such as id {different[0]!r}: the runs that "
+                f"labelled must have the same rows in the same folds"
             )
-    if _digest(labels.to_numpy().tolist()) != source["labels"]:
-        problems.append("they are not those of its models: columns exchanged, or cells changed")
-    ids = {**labelled_rows, **own_rows}
-    different = [name for name in ids if labelled_rows.get(name) != own_rows.get(name)]
-    if different:
-        counts = f"validated on {len(labelled_rows)} rows, this fold has {len(own_rows)}"
-        problems.append(
-            f"their models {counts}, and {len(different)} are not the same, such as id "
-            f"{different[0]!r}: the runs that labelled must have the same rows in the same folds"
-        )
-    is_labelled = labels.ne("").all(axis=1)
-    n_leaks = int((is_seen & is_labelled).sum())
-    if n_leaks:
-        problems.append(f"{n_leaks} labelled texts are training rows")
-    if not is_labelled.any():
-        problems.append("no text has a label")
-    return problems
-
-
-def _read_pseudo(frame, cfg, classes):
-    """Read `pseudo_dir`: (extra texts, {fold: labels (M, K)}, content of pseudo.json).
-
-    A label is NaN where its text must not be used for the fold. DataError where a label could come
-    from a model that was trained on a row of the fold it is for, where the runs that labelled had
-    another task or other columns, and where a file is not as it was written.
-    """
-    folder = _user_path("pseudo_dir", cfg.pseudo_dir)
-    content = _open_pseudo(folder)
-    outputs = cfg.output_names(classes)
-    columns = [cfg.id_column, *cfg.input_columns]
-    own = {"task": cfg.task, "outputs": outputs, "classes": classes, "columns": columns}
-    problems = []
-    for name, value in own.items():
-        if content[name] != value:
-            problems.append(f"pseudo_dir has {name} {content[name]}, this run has {value}")
-    if problems:
-        raise DataError(problems)
-    folds = [int(fold) for fold in content["sets"]]
-    if not set(cfg.folds_to_run(frame)) <= set(folds):
-        labelled = f"pseudo_dir has labels for the folds {_comma_join(folds)}"
-        raise ConfigError(f"{labelled}; run_folds asks for others")
-
-    label_columns = {fold: _label_columns(fold, outputs) for fold in folds}
-    all_columns = [*columns, *itertools.chain(*label_columns.values())]
-    extra = _Table.read(folder / "pseudo.csv", all_columns).frame
-    rows = _Table.read(folder / "rows.csv", ["id", "fold", "digest"]).frame
-    if _digest(rows.to_numpy().tolist()) != content["folds"]:
-        problems.append(f"{folder / 'rows.csv'}: not the folds of the runs that labelled")
-    is_seen = _seen_rows(extra, frame, cfg)
-    pseudo = {}
-    for fold in folds:
-        labels = extra[label_columns[fold]]
-        labelled = rows[rows["fold"] == str(fold)]
-        labelled_rows = dict(zip(labelled["id"], labelled["digest"], strict=True))
-        own_rows = _row_digests(frame[frame["fold"] == fold], cfg)
-        source = content["sets"][str(fold)]
-        leaks = _leak_problems(fold, source, labels, is_seen, labelled_rows, own_rows)
-        problems += [f"labels of fold {fold} in {folder}: {problem}" for problem in leaks]
-        pseudo[fold] = labels.apply(_to_numbers).to_numpy(copy=True)
-    if problems:
-        raise DataError(problems)
-    counts = [int(np.isfinite(labels).all(1).sum()) for labels in pseudo.values()]
-    runs = _comma_join(run["name"] for run in content["runs"])
-    usable = f"{min(counts)} to {max(counts)} of them for a fold"
-    print(f"{len(extra)} extra texts, labelled by {runs}: {usable}")
-    return extra[columns], pseudo, content
+        is_labelled = labels.ne("").all(axis=1)
+        n_leaks = int((is_seen & is_labelled).sum())
+        if n_leaks:
+            problems.append(f"{n_leaks} labelled texts are training rows")
+        if not is_labelled.any():
+            problems.append("no text has a label")
+        return problems
 
 
 # ---------------------------------------------------------------------------------------
@@ -5212,13 +5229,11 @@ def _save_figure(figure, path):
 
 
 def _plot_curves(folder, record, entries):
-    """Training loss of each step and validation score of each evaluation, a colour for each fold.
-
-    Faint lines are single steps, strong ones their running mean; a ring marks the best evaluation.
-    `entries` are those of log.jsonl.
+    """Training loss, faint by step and strong as a running mean, and validation scores of each fold
+    with a ring around the best; `entries` are those of log.jsonl.
     """
-    metric_name = record["resolved"]["metric"]
-    log = pd.DataFrame(entries, columns=["fold", "step", "loss", metric_name, "best"])
+    metric, loss, oof = record["resolved"]["metric"], record["resolved"]["loss"], record["oof"]
+    log = pd.DataFrame(entries, columns=["fold", "step", "loss", metric, "best"])
     figure = _new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for fold, lines in log.groupby("fold"):
@@ -5227,24 +5242,16 @@ def _plot_curves(folder, record, entries):
         smooth = steps["loss"].ewm(span=max(5, len(steps) // 10)).mean()
         left.plot(steps["step"], steps["loss"], color=color, alpha=0.2, linewidth=0.8)
         left.plot(steps["step"], smooth, color=color)
-        evaluations = lines.dropna(subset=metric_name)
-        scores = evaluations[metric_name]
-        right.plot(evaluations["step"], scores, color=color, marker=".", label=f"fold {fold}")
-        best = evaluations[evaluations["best"] == 1].tail(1)
-        right.plot(
-            best["step"],
-            best[metric_name],
-            color=color,
-            marker="o",
-            fillstyle="none",
-            markersize=10,
-        )
-    loss_name, oof = record["resolved"]["loss"], record["oof"]
-    left.set(xlabel="optimiser step", ylabel=f"training loss ({loss_name})")
-    right.set(xlabel="optimiser step", ylabel=f"validation {metric_name}")
+        scores = lines.dropna(subset=metric)
+        right.plot(scores["step"], scores[metric], color=color, marker=".", label=f"fold {fold}")
+        best = scores[scores["best"] == 1].tail(1)
+        ring = dict(marker="o", fillstyle="none", markersize=10)
+        right.plot(best["step"], best[metric], color=color, **ring)
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({loss})")
+    right.set(xlabel="optimiser step", ylabel=f"validation {metric}")
     right.legend(fontsize="small")
-    scores = f"{oof['last']:.4f} last, {oof['best']:.4f} best"
-    figure.suptitle(f"{folder.name}: {metric_name} {scores}", fontsize="medium")
+    title = f"{folder.name}: {metric} {oof['last']:.4f} last, {oof['best']:.4f} best"
+    figure.suptitle(title, fontsize="medium")
     _save_figure(figure, folder.curves)
 
 
@@ -5252,25 +5259,16 @@ def _plot_points(oof, names):
     """Predictions against targets, a panel for each output and a colour for each fold."""
     figure = _new_figure(4.5 * len(names), 4.5)
     axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=True):
-        target = oof[_column_name("target", name, names)]
-        prediction = oof[_column_name("prediction", name, names)]
-        for fold in sorted(oof["fold"].unique()):
-            rows = oof["fold"] == fold
-            axis.scatter(
-                target[rows],
-                prediction[rows],
-                s=8,
-                alpha=0.5,
-                color=f"C{fold % 10}",
-                label=f"fold {fold}",
-            )
-        lowest = min(target.min(), prediction.min())
-        highest = max(target.max(), prediction.max())
-        axis.plot([lowest, highest], [lowest, highest], color="black", linewidth=0.8)
-        axis.set_xlabel(f"true {name}")
-        axis.set_ylabel(f"out-of-fold prediction of {name}")
-        axis.set_aspect("equal")
+    columns = zip(_column_names("target", names), _column_names("prediction", names), strict=True)
+    for axis, name, (target, prediction) in zip(axes, names, columns, strict=True):
+        for fold, rows in oof.groupby("fold"):
+            style = dict(s=8, alpha=0.5, color=f"C{fold % 10}", label=f"fold {fold}")
+            axis.scatter(rows[target], rows[prediction], **style)
+        values = oof[[target, prediction]]
+        ends = [values.min(axis=None), values.max(axis=None)]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        ylabel = f"out-of-fold prediction of {name}"
+        axis.set(xlabel=f"true {name}", ylabel=ylabel, aspect="equal")
         axis.legend(fontsize="small")
     return figure
 
@@ -5296,25 +5294,21 @@ def _plot_oof(folder, record, oof):
     classes, and for multilabel how many of each label's rows are predicted to have it.
     """
     task, names, classes = record["settings"]["task"], record["outputs"], record["classes"]
-    predictions = oof[[_column_name("prediction", name, names) for name in names]].to_numpy()
+    predictions = oof[_column_names("prediction", names)].to_numpy()
+    is_predicted = predictions >= 0.5
     if task == "regression":
         figure = _plot_points(oof, names)
     elif task == "multilabel":
-        truth = oof[[_column_name("target", name, names) for name in names]].to_numpy() == 1
-        is_predicted = predictions >= 0.5
+        truth = oof[_column_names("target", names)].to_numpy() == 1
         fractions = []
         for rows in (~truth, truth):
             fractions.append((is_predicted & rows).sum(0) / np.maximum(rows.sum(0), 1))
         labels = ("true state", "label: share predicted present")
         figure = _plot_matrix(np.stack(fractions, axis=1), names, ["absent", "present"], *labels)
     else:
-        if task == "multiclass":
-            chosen = predictions.argmax(1)
-        else:
-            chosen = (predictions[:, 0] >= 0.5).astype(int)
-        fractions = sklearn.metrics.confusion_matrix(
-            oof["target"], np.array(classes)[chosen], labels=classes, normalize="true"
-        )
+        chosen = predictions.argmax(1) if task == "multiclass" else is_predicted[:, 0].astype(int)
+        guesses, shares = np.array(classes)[chosen], dict(labels=classes, normalize="true")
+        fractions = sklearn.metrics.confusion_matrix(oof["target"], guesses, **shares)
         labels = ("predicted class", "true class: share of its rows")
         figure = _plot_matrix(fractions, classes, classes, *labels)
     _save_figure(figure, folder.oof_plot)
@@ -5325,10 +5319,7 @@ def _plot_oof(folder, record, oof):
 
 
 def _save_fold(model, folder, result):
-    """Save the result of a `FoldTrainer`, with weights and config of the backbone.
-
-    Without a model, for a fold that was stopped before its first step, there is the result alone.
-    """
+    """Save the result of a fold with its weights; alone without a model, before the first step."""
 
     def write(temporary):
         if model is not None:
@@ -5350,12 +5341,6 @@ def _read_fold(folder):
     return _read_state(folder)
 
 
-def _finished_fold(folder):
-    """The result of a fold that was trained to its end, or None."""
-    result = _read_fold(folder)
-    return None if result is None or result["stopped"] else result
-
-
 class _FoldsInTurn:
     """Trains folds of a run one after another, each into its sealed folder."""
 
@@ -5366,57 +5351,53 @@ class _FoldsInTurn:
         self.budget = budget
         self.log = log
         self.print_setup = print_setup  # prints what is the same in each fold, so only once
-        self.engine = OptimizerStep(data, cfg)
+        self.optimizer_step = OptimizerStep(data, cfg)
 
     def train(self, fold):
-        """The result of a fold: that of its trainer, with `golden` rows and `peak_memory`.
-
-        `restored_seconds` are those of earlier sessions.
+        """The result of a fold: that of its trainer, with `golden` rows, `peak_memory` in bytes
+        and the `restored_seconds` of earlier sessions.
         """
         budget = self.budget
         checkpoints = _Checkpoints(self.folder.path, fold)
         restored = budget.restored
-        optimizer_step = self.engine
+        say, step = self.print_setup, self.optimizer_step
         try:
-            trainer = FoldTrainer(
-                optimizer_step, fold, self.log, budget, checkpoints, self.print_setup
-            )
+            trainer = FoldTrainer(step, fold, self.log, budget, checkpoints, say)
             result = trainer.train()
-            model = optimizer_step.model
             if result["last"]:  # else it was stopped before its first step
-                result["golden"] = self._golden_rows(model, result["rows"])
+                result["golden"] = self.golden_rows(trainer.model, result["rows"])
         except torch.OutOfMemoryError as error:  # the step itself retries with fewer rows
-            reason = str(error).strip().splitlines()[0]
-            problem = f"weights and optimiser do not fit into the memory of {_device_name()}"
-            remedy = "take a smaller backbone, or set freeze_layers and freeze_embeddings"
-            raise KitError(f"{problem}: {remedy} ({reason})") from None
+            raise KitError(
+                f"weights and optimiser do not fit into the memory of {_device_name()}: take a "
+                f"smaller backbone, or set freeze_layers and freeze_embeddings "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from None
         self.print_setup = lambda text: None
         result["peak_memory"] = _peak_memory()
         result["restored_seconds"] = budget.restored - restored
         mark = time.perf_counter()
-        _save_fold(model if result["last"] else None, self.folder.fold(fold), result)
+        _save_fold(trainer.model if result["last"] else None, self.folder.fold(fold), result)
         result["seconds"]["save"] += time.perf_counter() - mark
         if not result["stopped"]:
             checkpoints.prune(0)
-            self._print_scores(result)
+            self.print_scores(result)
         return result
 
-    def _golden_rows(self, model, rows):
-        """Four of the validated rows, from the shortest text to the longest, and what the kept
+    def golden_rows(self, model, rows):
+        """Four of the validated rows, from the shortest text to the longest, and what the saved
         weights predict for them in float32: ((n,), (n, K)).
         """
         tokens = self.data.tokens
         order = rows[np.argsort(tokens.lengths[rows], kind="stable")]
-        places = np.unique(np.linspace(0, len(order) - 1, 4).astype(int))
-        golden = order[places]
+        golden = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
         cfg = dataclasses.replace(self.cfg, precision="fp32")
         return golden, predict(model, tokens, cfg, golden)
 
-    def _print_scores(self, result):
-        fold, last, best = result["fold"], result["last"], result["best"]
-        scores = f"{last['score']:.4f} last, {best['score']:.4f} best"
+    def print_scores(self, result):
+        last, best = result["last"], result["best"]
+        scores = f"{self.cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best"
         place = f"step {best['step']} of {result['steps']}"
-        print(f"fold {fold}: {self.cfg.metric} {scores} ({place}){self.budget.remaining_text()}")
+        print(f"fold {result['fold']}: {scores} ({place}){self.budget.remaining_text()}")
         for regularizer, numbers in result["acted"].items():
             effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
             print(f"  {regularizer}: {', '.join(effects)}")
@@ -5429,126 +5410,120 @@ class _FoldsInTurn:
 # leaves are the sealed folders of its folds; job, printed lines and log lie in a temporary folder.
 
 
-def _notebook_parts(*configs):
-    """Heads, losses, metrics and schedules of a notebook, which other processes cannot read."""
-    names = []
-    for cfg in configs:
-        for field, table in _REGISTRIES.items():
-            part = table[getattr(cfg, field)]
-            if part.__module__ != __name__:
-                names.append(part.__name__)
-    return names
+def _foreign_parts(cfg):
+    """{"head mean": its class} of the parts from outside this module, such as a notebook's head."""
+    parts = {}
+    for field, table in _REGISTRIES.items():
+        name = getattr(cfg, field)
+        if table[name].__module__ != __name__:
+            parts[f"{field} {name}"] = table[name]
+    return parts
 
 
-def _start_process(number, kind, job, folder, **options):
-    """Run this module as `kind` with `job`, a dictionary, in a process of its own.
-
-    It has the GPU that has this number here; its job file and log lie in `folder`. (Threads would
-    wait for each other: most time goes into launching.)
+class _Worker(subprocess.Popen):
+    """This module as another process, on the GPU that has its number here, which does a job of a
+    kind that `main` knows. (Threads would wait for each other: most time goes into launching.)
     """
-    gpus = [str(i) for i in _equal_gpus()] or [""]
-    gpu = gpus[number % len(gpus)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if gpu and visible:
-        gpu = visible.split(",")[int(gpu)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-    path = Path(folder) / f"{number}.json"
-    _write_json(path, job | {"device": _device_name()})
-    # -P: what lies beside the module must not come before the packages
-    command = [sys.executable, "-u", "-P", __file__, kind, str(path)]
-    with open(path.with_suffix(".log"), "w") as file:
-        output = dict(stdout=file, stderr=subprocess.STDOUT)
-        return subprocess.Popen(command, env=environment, **output, **options)
+
+    def __init__(self, number, kind, job, folder, **options):
+        gpus = [str(i) for i in _equal_gpus()] or [""]
+        gpu = gpus[number % len(gpus)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if gpu and visible:
+            gpu = visible.split(",")[int(gpu)]
+        path = Path(folder) / f"{number}.json"
+        _write_json(path, job | {"device": _device_name()})
+        self.number = number
+        self.log = path.with_suffix(".log")
+        self.n_printed = 0  # lines of the log
+        # -P: what lies beside the module must not come before the packages
+        command = [sys.executable, "-u", "-P", __file__, kind, str(path)]
+        options["env"] = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        with open(self.log, "w") as file:
+            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, **options)
+
+    def lines(self):
+        """What it has printed so far, but for progress bars and a line that may go on."""
+        text = self.log.read_text()
+        if self.returncode is None:
+            text = text[: text.rfind("\n") + 1]
+        lines = [line.rstrip() for line in re.split("[\r\n]+", text)]
+        return [line for line in lines if line and "%|" not in line]
+
+    def relay(self):
+        """Print what it has printed since the last call."""
+        lines = self.lines()
+        for line in lines[self.n_printed :]:
+            print(f"[{self.number}] {line}")
+        self.n_printed = len(lines)
+
+    def error(self, count):
+        """The KitError that ended this process of so many; else its exit code and last lines."""
+        lines = self.lines()
+        for kind in (KitError, *KitError.__subclasses__()):
+            title = f"{kind.__name__}: {kind.title}"  # as `main` prints it
+            if title in lines:
+                problems = lines[lines.index(title) + 1 :]
+                return kind([problem.removeprefix("  ") for problem in problems])
+        end = f"ended with exit code {self.returncode}; last lines:"
+        return KitError([f"process {self.number} of {count} {end}", *lines[-30:]])
+
+    def __exit__(self, *_):
+        self.kill()
+        self.wait()
 
 
 def _read_job(path):
-    """The job of a process that `_start_process` began."""
+    """The job of a process that `_Worker` began."""
     job = json.loads(Path(path).read_text())
-    if _device_name() != job["device"]:  # no GPU is a CPU, which would take its time
-        started_on = f"the one that started it {job['device']}"
-        raise KitError(f"this process has {_device_name()}, {started_on}")
+    here, there = _device_name(), job["device"]
+    if here != there:  # no GPU is a CPU, which would take its time
+        raise KitError(f"this process has {here}, the one that started it {there}")
     return job
 
 
-def _process_error(number, count, code, folder):
-    """The KitError of a process that `_start_process` began: the end of what it printed."""
-    text = (Path(folder) / f"{number}.log").read_text().strip()
-    lines = re.split("[\r\n]+", text)
-    lines = [line for line in lines if "%|" not in line]  # no progress bars
-    problem = f"process {number} of {count} ended with exit code {code}; last lines:"
-    return KitError([problem, *lines[-30:]])
+class _DiskSpace:
+    """Bytes that the weights of a fold and the checkpoints of a process take in a run folder."""
+
+    def __init__(self, run, backbone, cfg):
+        self.run = run
+        with torch.device("meta"):
+            self.weights = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+        n_copies = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
+        self.checkpoints = 2 * n_copies * self.weights if cfg.checkpoint_minutes else 0
+
+    def room(self):
+        """Bytes that training may fill: what is free, and what it will replace."""
+        replaceable = sum(path.stat().st_size for path in self.run.rglob("*.safetensors"))
+        return _free_bytes(self.run) + replaceable
+
+    def check(self, n_folds):
+        """Raise KitError where the weights of all folds and two checkpoints will not fit."""
+        room, needed = self.room(), self.weights * n_folds + self.checkpoints
+        if needed > room:
+            and_more = " and two checkpoints" if self.checkpoints else ""
+            raise KitError(
+                f"the weights of {n_folds} folds{and_more} take {needed / 1e9:.1f} GB and "
+                f"{self.run} has room for {room / 1e9:.1f} GB: train fewer with run_folds, set "
+                f"checkpoint_minutes 0, or set output_dir"
+            )
 
 
-def _room_and_sizes(run, backbone, cfg):
-    """Bytes: free in a run folder for training, of the weights of a fold, of two checkpoints."""
-    with torch.device("meta"):
-        weights = 4 * _num_parameters(_empty_backbone(backbone, cfg))
-    n_copies = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
-    checkpoints = 2 * n_copies * weights if cfg.checkpoint_minutes else 0
-    replaceable = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-    return _free_bytes(run) + replaceable, weights, checkpoints
-
-
-def _check_room(run, backbone, n_folds, cfg):
-    """Raise KitError where the weights of all folds and two checkpoints will not fit."""
-    room, weights, checkpoints = _room_and_sizes(run, backbone, cfg)
-    needed = weights * n_folds + checkpoints
-    if needed > room:
-        what = f"the weights of {n_folds} folds"
-        if checkpoints:
-            what += " and two checkpoints"
-        sizes = f"take {needed / 1e9:.1f} GB and {run} has room for {room / 1e9:.1f} GB"
-        remedy = "train fewer with run_folds, set checkpoint_minutes 0, or set output_dir"
-        raise KitError(f"{what} {sizes}: {remedy}")
-
-
-def _choose_processes(data, n_folds, cfg, run):
+def _choose_processes(n_folds, cfg, space):
     """How many processes train so many folds side by side; why not more is printed."""
-    wanted = cfg.fold_processes or max(1, len(_equal_gpus()))
-    count = min(wanted, n_folds)
-    if count <= 1:
-        return count
-    parts = _notebook_parts(cfg)
-    if parts:
-        problem = f"{_comma_join(parts)} of the notebook cannot be read by others"
-        print(f"1 process instead of {count}: {problem}")
-        return 1
-    room, weights, checkpoints = _room_and_sizes(run, data.folder, cfg)
-    if checkpoints:
-        fit = int(max(1, (room - weights * n_folds) // checkpoints))
-        if fit < count:
-            problem = f"{run} has no room for the checkpoints of more"
-            print(f"{fit} processes instead of {count}: {problem}")
-            return fit
+    wanted = min(cfg.fold_processes or max(1, len(_equal_gpus())), n_folds)
+    parts = [part.__name__ for part in _foreign_parts(cfg).values()]
+    count, problem = wanted, ""
+    if wanted > 1 and parts:
+        count, problem = 1, f"{_comma_join(parts)} of the notebook cannot be read by others"
+    elif wanted > 1 and space.checkpoints:
+        room = space.room() - space.weights * n_folds
+        count = min(wanted, int(max(1, room // space.checkpoints)))
+        problem = f"{space.run} has no room for the checkpoints of more"
+    if count < wanted:
+        processes = "1 process" if count == 1 else f"{count} processes"
+        print(f"{processes} instead of {wanted}: {problem}")
     return count
-
-
-def _save_data(folder, data):
-    """Write the data of a run for another process, but for the files that it can read itself."""
-    tokens = data.tokens
-    state = data._asdict()
-    state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
-    state["tokenizer"] = (len(data.tokenizer), _cls_is_last(data.tokenizer))
-    state["folder"] = str(data.folder.resolve())
-    state["folds"] = data.folds.copy()  # a column of a frame, which is read-only
-    state["ids"] = [str(name) for name in data.ids]
-    _write_state(folder, state)
-
-
-def _load_data(folder, tokenizer):
-    """What `_save_data` wrote; KitError where the tokenizer, read anew, is not what it was."""
-    state = _read_state(folder)
-    if (len(tokenizer), _cls_is_last(tokenizer)) != state["tokenizer"]:
-        problem = "the tokenizer of the run is another where it is read again"
-        raise KitError(f"{problem}: set fold_processes 1")
-    ids, types, lengths, pad_id = state["tokens"]
-    cuts = np.cumsum(lengths)[:-1]
-    types = None if types is None else np.split(types, cuts)
-    state["tokens"] = Tokens(np.split(ids, cuts), types, pad_id)
-    state["tokenizer"] = tokenizer
-    state["folder"] = Path(state["folder"])
-    state["ids"] = np.array(state["ids"], dtype=object)
-    return _TrainingData(**state)
 
 
 def _stop_without_parent(parent):
@@ -5559,90 +5534,28 @@ def _stop_without_parent(parent):
 
 
 def _train_job(path):
-    """What a process of `_FoldProcesses` does."""
-    path = Path(path)
-    job = _read_job(path)
+    """What a process of `_TrainingRun.train_side_by_side` does."""
+    path, job = Path(path), _read_job(path)
     cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
     budget = TimeBudget(cfg, job["test_rows"])
     budget.began -= time.time() - job["began"]
-
-    def stop(number, _):  # not as by `with budget`: a signal may come from several sides
-        budget.signal_name = signal.Signals(number).name
-
-    signal.signal(signal.SIGTERM, stop)
+    # not as by `with budget`: a signal may come from several sides
+    signal.signal(signal.SIGTERM, budget.on_signal)
     threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
     _prepare_process()
     torch.set_num_threads(job["threads"])
-    data = _load_data(path.parent, _load_tokenizer(folder.tokenizer))
-    log_folder = path.with_suffix("")
-    log_folder.mkdir()
+    data = _TrainingData.load(path.parent, _load_tokenizer(folder.tokenizer))
+    output = path.with_suffix("")
+    output.mkdir()
     print_setup = print if job["number"] == 0 else lambda text: None
-    with _open_log(cfg, log_folder) as log:
+    with _RunLog(cfg, output) as log:
         trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
         for n_rounds, fold in enumerate(job["folds"], 1):
-            n_trained = job["n_finished"] + n_rounds * job["n_processes"]
-            budget.models = min(n_trained, job["n_folds"])
-            if trainer.train(fold)["stopped"]:
+            budget.models = min(job["n_finished"] + n_rounds * job["n_processes"], job["n_folds"])
+            result = trainer.train(fold)
+            (output / f"fold{fold}").touch()  # what is in its folder is of this session
+            if result["stopped"]:
                 break
-
-
-class _FoldProcesses:
-    """Processes side by side, each of which trains its part of the folds."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.processes = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def start(self, job, lock):
-        """Start one with `job`. It keeps the run folder locked while it lives, and a group of its
-        own keeps it from the Ctrl-C of a terminal: this process tells it to stop.
-        """
-        number = len(self.processes)
-        job = job | {"number": number, "parent": os.getpid()}
-        options = dict(pass_fds=[lock], start_new_session=True)
-        process = _start_process(number, "train-folds", job, self.folder, **options)
-        self.processes.append(process)
-
-    def wait(self, budget):
-        """Wait for all, and print what they print. KitError where one has failed.
-
-        They are told to stop where a signal has told this process, or where one has failed.
-        """
-        failures = {}  # number -> exit code, of those that failed first
-        n_printed = [0] * len(self.processes)  # lines
-        is_running, is_stopping = True, False
-        while is_running:
-            codes = [process.poll() for process in self.processes]
-            is_running = None in codes
-            if not failures:  # who is told to stop before it listens ends by the signal
-                bad = {i: code for i, code in enumerate(codes) if code}
-                failures = {i: code for i, code in bad.items() if code != -signal.SIGTERM}
-            if (budget.signal_name or failures) and not is_stopping:
-                is_stopping = True
-                for process in self.processes:
-                    process.terminate()
-            n_printed = [self._relay(i, n) for i, n in enumerate(n_printed)]
-            if is_running:
-                time.sleep(0.1)
-        for number, code in failures.items():
-            raise _process_error(number, len(self.processes), code, self.folder)
-
-    def _relay(self, number, n_printed):
-        """Print what one has printed since so many lines, but for progress bars; the new number."""
-        lines = (self.folder / f"{number}.log").read_text().split("\n")[:-1]
-        for line in lines[n_printed:]:
-            line = line.rpartition("\r")[2].rstrip()
-            if line and "%|" not in line:
-                print(f"[{number}] {line}")
-        return len(lines)
 
 
 # ---------------------------------------------------------------------------------------
@@ -5650,10 +5563,9 @@ class _FoldProcesses:
 
 
 def _source_of(part):
-    """The source of a function, or of a class by its functions and plain values.
+    """The source of a function, or of the functions and plain values of a class.
 
-    Helpers that it calls are not in it. Raises OSError or TypeError where Python has no source, as
-    for code that `exec` made.
+    Raises OSError or TypeError where Python has no source, as for code that `exec` made.
     """
     if not inspect.isclass(part):
         return inspect.getsource(part)
@@ -5672,152 +5584,113 @@ def _source_of(part):
     return "\n".join(texts)
 
 
-def _source_digests(cfg):
-    """name -> digest of the parts from outside this module, such as a head of a notebook."""
-    digests = {}
-    for field, table in _REGISTRIES.items():
-        part = table[getattr(cfg, field)]
-        if part.__module__ == __name__:
-            continue
-        name = f"the code of {field} {getattr(cfg, field)}"
-        try:
-            digests[name] = _digest(_source_of(part))
-        except (OSError, TypeError):
-            digests[name] = f"no source: {part.__module__}.{part.__qualname__}"
-            problem = "a run that goes on cannot tell whether it has changed"
-            print(f"{name} has no source here: {problem}")
-    return digests
+class _RunFinder:
+    """Finds the folder of a run that begins as `record`, in a file of this name."""
 
+    def __init__(self, cfg, record, file="record.json"):
+        self.cfg = cfg
+        self.record = record
+        self.file = file
 
-def _fingerprint(frame, data, cfg):
-    """What a run is made of besides its settings: name -> digest. It goes on only with the same."""
-    columns = dict.fromkeys([cfg.id_column, *cfg.input_columns])
-    digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
-    digests["the targets"] = _digest(data.targets)
-    digests["the folds"] = _digest(frame["fold"].to_numpy())
-    if data.errors is not None:
-        digests["the standard errors"] = _digest(data.errors)
-    if data.pseudo:
-        digests["the pseudo-labels"] = _digest(*data.pseudo.values())
-    digests["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
-    digests["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
-    digests["the code (kernel_utils.py)"] = _digest(Path(__file__))
-    return digests | _source_digests(cfg)
+    def find(self, name):
+        """The folder of a run that goes on, or a new one, called `name` if `run_name` is empty.
 
-
-def _as_recorded(settings):
-    """Settings in the form of record.json, where a tuple is a list."""
-    return json.loads(json.dumps(settings))
-
-
-def _differences(old, new):
-    """What keeps a run with the record `old` from going on as `new`, as texts."""
-    versions = old.get("versions")
-    version = __version__
-    if isinstance(versions, dict):
-        version = str(versions.get("kernel_utils", __version__))
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or tuple(map(int, numbers.groups())) < (0, 8):
-        remedy = "go on with that version, or choose another run_name"
-        return [f"it was begun by kernel_utils {version}: {remedy}"]
-    needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
-    if "outputs" in new and old.get("status") == "complete":  # pre-training has none
-        needed.append("folds")
-    missing = [name for name in needed if name not in old]
-    if missing:
-        return [f"record.json has no {_comma_join(missing)}"]
-    # what is compared by content is in the fingerprint
-    free = (*Config.names("place"), *Config.by_content)
-    before, now = (
-        _as_recorded(Config().to_dict() | record["settings"] | record["resolved"])
-        for record in (old, new)
-    )
-    problems = []
-    for name, value in now.items():
-        if name not in free and before.get(name) != value:
-            problems.append(f"{name} was {before.get(name)!r}, now {value!r}")
-    for name, digest in new["fingerprint"].items():
-        if old["fingerprint"].get(name) != digest:
-            problems.append(f"{name}: not as when the run began")
-    return problems
-
-
-def _copy_run(resume_from, record, folder, file):
-    """Copy a run that goes on as `record` to `folder`.
-
-    It is the run folder `resume_from`, or the one in it that has the name of `folder`, or the only
-    one in it. `file` is the name that records of its kind have.
-    """
-    source = _user_path("resume_from", resume_from)
-    is_run = (source / file).is_file()
-    runs = [source] if is_run else [path.parent for path in source.rglob(file)]
-    runs = [run for run in runs if run.name == folder.name] or runs
-    if len(runs) != 1:
-        expected = f"must be or hold one run folder ({file})"
-        raise ConfigError(f"resume_from {resume_from!r} {expected}: {_comma_join(runs)}")
-    run = runs[0]
-    differences = _differences(_read_json(run / file), record)
-    if differences:
-        raise ConfigError([f"resume_from {resume_from!r}: {run} is another run", *differences])
-    print(f"copying {run} to {folder}")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+        What is there with other content is never touched: a `run_name` is then refused, the other
+        name gets a number.
+        """
+        cfg = self.cfg
+        base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
+        if cfg.resume_from and base.exists():
+            print(f"{base} is there already: resume_from is not read")
+        elif cfg.resume_from:
+            self.copy_to(base)
+        folder, number = base, 1
+        while folder.exists():
+            names = {path.name for path in folder.iterdir()}
+            if names <= {".lock", f".{self.file}.tmp"}:  # a run was killed as it began
+                return folder
+            problems = self.differences(folder)
+            if cfg.resume and not problems:
+                return folder
+            if not cfg.resume:
+                problems = ["resume is False"]
+            if cfg.run_name:
+                problem = f"{folder} exists and cannot go on; choose another name or delete it"
+                raise ConfigError([f"run_name {cfg.run_name!r}: {problem}", *problems])
+            print(f"{folder} stays as it is: {'; '.join(problems)}")
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
         with _wrap_write_errors(folder):
-            temporary.mkdir(parents=True)
-            for path in run.rglob("*"):
-                place = path.relative_to(run)
-                is_hidden = any(part.startswith(".") for part in place.parts)
-                if path.is_file() and not is_hidden:
-                    (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
-            os.replace(temporary, folder)
-    finally:
+            folder.mkdir(parents=True)
+        return folder
+
+    def copy_to(self, folder):
+        """Copy the run that `resume_from` is, or has under the name of `folder`, or alone has."""
+        where = f"resume_from {self.cfg.resume_from!r}"
+        source = _user_path("resume_from", self.cfg.resume_from)
+        is_run = (source / self.file).is_file()
+        runs = [source] if is_run else [path.parent for path in source.rglob(self.file)]
+        runs = [run for run in runs if run.name == folder.name] or runs
+        if len(runs) != 1:
+            expected = f"must be or hold one run folder ({self.file})"
+            raise ConfigError(f"{where} {expected}: {_comma_join(runs)}")
+        run = runs[0]
+        differences = self.differences(run)
+        if differences:
+            raise ConfigError([f"{where}: {run} is another run", *differences])
+        print(f"copying {run} to {folder}")
+        temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with _wrap_write_errors(folder):
+                temporary.mkdir(parents=True)
+                for path in run.rglob("*"):
+                    place = path.relative_to(run)
+                    is_hidden = any(part.startswith(".") for part in place.parts)
+                    if path.is_file() and not is_hidden:
+                        (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
-
-def _find_run_folder(cfg, record, name, file="record.json"):
-    """The folder of a run: one that `resume` goes on with, or a new one.
-
-    It is called `name` where `run_name` is empty. What is there with other content is never
-    touched: a `run_name` is then refused, the other name gets a number.
-    """
-    base = _user_path("output_dir", Path(cfg.output_dir) / (cfg.run_name or name))
-    if cfg.resume_from and base.exists():
-        print(f"{base} is there already: resume_from is not read")
-    elif cfg.resume_from:
-        _copy_run(cfg.resume_from, record, base, file)
-    folder, number = base, 1
-    while folder.exists():
-        names = {path.name for path in folder.iterdir()}
-        if names <= {".lock", f".{file}.tmp"}:  # a run was killed as it began
-            return folder
-        if (folder / file).is_file():
-            problems = _differences(_read_json(folder / file), record)
-        else:
-            problems = ["it is no run"]
-        if cfg.resume and not problems:
-            return folder
-        if not cfg.resume:
-            problems = ["resume is False"]
-        if cfg.run_name:
-            remedy = "choose another name or delete it"
-            problem = f"run_name {cfg.run_name!r}: {folder} exists and cannot go on; {remedy}"
-            raise ConfigError([problem, *problems])
-        print(f"{folder} stays as it is: {'; '.join(problems)}")
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    with _wrap_write_errors(folder):
-        folder.mkdir(parents=True)
-    return folder
+    def differences(self, folder):
+        """What keeps the run in `folder` from going on as this one, as texts."""
+        if not (folder / self.file).is_file():
+            return ["it is no run"]
+        old, new = _read_json(folder / self.file), self.record
+        versions = old.get("versions")
+        if isinstance(versions, dict):
+            version_error = _version_error(versions.get("kernel_utils", __version__))
+            if version_error:
+                return [f"it was {version_error}"]
+        needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
+        if "outputs" in new and old.get("status") == "complete":  # pre-training has none
+            needed.append("folds")
+        missing = [name for name in needed if name not in old]
+        if missing:
+            return [f"{self.file} has no {_comma_join(missing)}"]
+        before, now = (
+            Config().to_dict() | record["settings"] | record["resolved"] for record in (old, new)
+        )
+        before, now = json.loads(json.dumps([before, now]))  # where a tuple is a list
+        # what is compared by content is in the fingerprint
+        free = (*Config.names("place"), *Config.by_content)
+        problems = []
+        for name, value in now.items():
+            if name not in free and before.get(name) != value:
+                problems.append(f"{name} was {before.get(name)!r}, now {value!r}")
+        for name, digest in new["fingerprint"].items():
+            if old["fingerprint"].get(name) != digest:
+                problems.append(f"{name}: not as when the run began")
+        return problems
 
 
 @contextlib.contextmanager
 def _locked(folder):
     """Keep other processes out of a run folder; a lock that a crash leaves behind holds nobody.
 
-    Gives the descriptor of the lock: a process that inherits it keeps the folder locked while it
-    lives.
+    Gives the descriptor; a process that inherits it keeps the folder locked while it lives.
     """
     import fcntl  # not on Windows
 
@@ -5826,51 +5699,53 @@ def _locked(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode().strip()
-            problem = f"{folder} is in use by another {holder}"
-            raise ConfigError(f"{problem}; wait, or set run_name") from None
+            holder = f"another {file.read().decode().strip()}"
+            raise ConfigError(f"{folder} is in use by {holder}; wait, or set run_name") from None
         except OSError as error:
-            problem = f"{folder} is on a disk that cannot lock files: {error.strerror}"
-            raise KitError(f"{problem}; set output_dir") from None
+            problem = f"is on a disk that cannot lock files: {error.strerror}"
+            raise KitError(f"{folder} {problem}; set output_dir") from None
         file.truncate(0)
         file.write_line(f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
 
 
-def _start_tracker(cfg, folder):
-    """Weights & Biases, or None; offline unless WANDB_MODE says else, so that it asks no login."""
-    if not cfg.report_to:
-        return None
-    if importlib.util.find_spec("wandb") is None:
-        problem = "report_to wandb needs the package wandb"
-        raise ConfigError(f"{problem}: pip install wandb, or set report_to to ''")
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
+class _RunLog:
+    """Writes each dictionary it is called with as a line of log.jsonl, and to the tracker."""
 
-    return wandb.init(project="kernel-utils", name=folder.name, dir=folder, config=cfg.to_dict())
+    def __init__(self, cfg, folder):
+        self.tracker = self.start_tracker(cfg, folder)
+        self.file = _LineFile(RunFolder(folder).log, "wb")
 
+    def start_tracker(self, cfg, folder):
+        """Weights & Biases, or None; offline unless WANDB_MODE says else: it asks no login."""
+        if not cfg.report_to:
+            return None
+        if importlib.util.find_spec("wandb") is None:
+            problem = "report_to wandb needs the package wandb"
+            raise ConfigError(f"{problem}: pip install wandb, or set report_to to ''")
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
 
-@contextlib.contextmanager
-def _open_log(cfg, folder):
-    """A function that writes a dictionary as one line of log.jsonl, and to the tracker."""
-    tracker = _start_tracker(cfg, folder)
-    with _LineFile(RunFolder(folder).log, "wb") as file:
+        place = dict(project="kernel-utils", name=folder.name, dir=folder)
+        return wandb.init(config=cfg.to_dict(), **place)
 
-        def log(entry):
-            file.write_line(json.dumps(entry))
-            if tracker:
-                numbers = dict(entry)
-                fold = numbers.pop("fold")
-                for depth, rate in numbers.pop("lr", {}).items():
-                    numbers[f"lr/{depth}"] = rate
-                tracker.log({f"fold{fold}/{name}": value for name, value in numbers.items()})
+    def __enter__(self):
+        return self
 
-        try:
-            yield log
-        finally:
-            if tracker:
-                tracker.finish()
+    def __exit__(self, *_):
+        self.file.close()
+        if self.tracker:
+            self.tracker.finish()
+
+    def __call__(self, entry):
+        self.file.write_line(json.dumps(entry))
+        if self.tracker:
+            numbers = dict(entry)
+            fold = numbers.pop("fold")
+            for depth, rate in numbers.pop("lr", {}).items():
+                numbers[f"lr/{depth}"] = rate
+            self.tracker.log({f"fold{fold}/{name}": value for name, value in numbers.items()})
 
 
 def _nested_levels(target, prediction, folds):
@@ -5919,10 +5794,7 @@ _PROVENANCE += ("held_out", "seconds", "device", "versions")
 
 
 def _pretraining_of(backbone):
-    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} without one.
-
-    KitError where the pre-training did not finish.
-    """
+    """{"pretrained": what `pretrain` left in a backbone's pretrain.json}, or {} without one."""
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
@@ -5936,12 +5808,15 @@ def _pretraining_of(backbone):
 
 def _describe_environment(cfg):
     """Device, precision, threads and versions, as a record has them."""
-    return {
-        "device": _device_name(),
-        "precision": _precision_name(cfg.precision),
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-    }
+    precision, threads = _precision_name(cfg.precision), torch.get_num_threads()
+    machine = {"device": _device_name(), "precision": precision, "threads": threads}
+    return machine | {"versions": _versions()}
+
+
+def _list_changes(before, now, word):
+    """The values that are not as they were, in one text: "torch 2.10.0, now 2.11.0; ..."."""
+    names = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{name} {before.get(name)}, {word} {now[name]}" for name in names)
 
 
 # Texts whose token ids tell whether a tokenizer is the one that training used.
@@ -5963,11 +5838,6 @@ def _probe_ids(texts, tokenizer, cfg):
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
-def _gather_predictions(results, checkpoint):
-    """What the checkpoints `best` or `last` of all folds predicted for their rows, end to end."""
-    return np.concatenate([result[checkpoint]["predictions"] for result in results])
-
-
 class _TrainingRun:
     """What `train` does: the data of a run, its folder, its folds, its record."""
 
@@ -5983,13 +5853,10 @@ class _TrainingRun:
         self.classes = self.cfg.class_labels(frame)
         self.outputs = self.cfg.output_names(self.classes)
         self.folds = self.cfg.folds_to_run(frame)
-        self.record = self._new_record()
+        self.record = self.new_record()
 
-    def _new_record(self):
-        """What record.json says when a run begins.
-
-        `sessions` has the machine of every start, the first also at the top.
-        """
+    def new_record(self):
+        """What record.json says when a run begins; the machine of the first session is on top."""
         machine = _describe_environment(self.cfg)
         resolved = ("loss", "metric", "lr", "backbone_dropout")
         return {
@@ -6009,9 +5876,7 @@ class _TrainingRun:
         """Print where the backbone came from and what the settings left open has become."""
         cfg, record = self.cfg, self.record
         rate = "as set" if self.user_cfg.lr else "by the backbone's width"
-        dropout = f"{cfg.backbone_dropout:g}"
-        if cfg.backbone_dropout < 0:
-            dropout = "its own"
+        dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
         device = f"{record['device']} {record['precision']}"
         print(f"backbone {cfg.backbone} from {self.backbone}")
         print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
@@ -6020,24 +5885,23 @@ class _TrainingRun:
             negative, positive = self.classes
             print(f"predicts the probability of {positive!r}, not {negative!r}")
 
+    # Data
+
     def prepare_data(self):
         """Tokens, targets and pseudo-labels, as `data`; their digests go into the record."""
         frame, cfg = self.frame, self.cfg
-        texts, pseudo = frame, {}
+        texts, labels = frame, {}
         if cfg.pseudo_dir:
-            extra, pseudo, source = _read_pseudo(frame, cfg, self.classes)
-            texts = pd.concat([frame, extra.assign(fold=-1)], ignore_index=True)
-            self.record["pseudo_labels"] = {
-                "runs": source["runs"],
-                "threshold": source["threshold"],
-                "rows": len(extra),
-            }
-        tokens = self._tokenize(texts)
+            pseudo = _PseudoLabels(frame, cfg, self.classes)
+            labels, source = pseudo.labels, pseudo.content
+            texts = pd.concat([frame, pseudo.texts.assign(fold=-1)], ignore_index=True)
+            origin = {name: source[name] for name in ("runs", "threshold")}
+            self.record["pseudo_labels"] = origin | {"rows": len(pseudo.texts)}
         errors = None
         if cfg.error_column:
             errors = np.array(frame[cfg.error_column], dtype=np.float64)
         self.data = _TrainingData(
-            tokens=tokens,
+            tokens=self.tokenize(texts),
             targets=cfg.encode_targets(frame, self.classes),
             folds=texts["fold"].to_numpy(),
             folder=self.backbone,
@@ -6045,11 +5909,11 @@ class _TrainingRun:
             n_outputs=len(self.outputs),
             ids=texts[cfg.id_column].to_numpy(),
             errors=errors,
-            pseudo=pseudo,
+            pseudo=labels,
         )
-        self.record["fingerprint"] = _fingerprint(frame, self.data, cfg)
+        self.record["fingerprint"] = self.fingerprint()
 
-    def _tokenize(self, texts):
+    def tokenize(self, texts):
         cfg, tokenizer = self.cfg, self.tokenizer
         new = _add_prefix_tokens(tokenizer, texts, cfg)
         if new:
@@ -6059,17 +5923,42 @@ class _TrainingRun:
         tokens.check_vocabulary(tokenizer)
         new_ids = tokenizer.convert_tokens_to_ids(new)
         tokens.check_embeddings(new_ids, self.backbone_config, self.backbone)
-        seconds = {"load": mark - self.budget.began, "tokenize": time.perf_counter() - mark}
-        self.record["seconds"] = seconds
+        load, spent = mark - self.budget.began, time.perf_counter() - mark
+        self.record["seconds"] = {"load": load, "tokenize": spent}
         at_limit = (tokens.lengths >= cfg.max_length).mean()
         length = f"{tokens.lengths.mean():.0f} tokens a text on average"
         print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
         return tokens
 
+    def fingerprint(self):
+        """What must be as it was where a run goes on, besides the settings: name -> digest."""
+        frame, data, cfg = self.frame, self.data, self.cfg
+        columns = dict.fromkeys([cfg.id_column, *cfg.input_columns])
+        digests = {f"column {name} of train.csv": _digest(list(frame[name])) for name in columns}
+        digests["the targets"] = _digest(data.targets)
+        digests["the folds"] = _digest(frame["fold"].to_numpy())
+        if data.errors is not None:
+            digests["the standard errors"] = _digest(data.errors)
+        if data.pseudo:
+            digests["the pseudo-labels"] = _digest(*data.pseudo.values())
+        digests["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+        digests["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
+        digests["the code (kernel_utils.py)"] = _digest(Path(__file__))
+        for name, part in _foreign_parts(cfg).items():
+            try:
+                digest = _digest(_source_of(part))
+            except (OSError, TypeError):
+                digest = f"no source: {part.__module__}.{part.__qualname__}"
+                problem = "a run that goes on cannot tell whether it has changed"
+                print(f"the code of {name} has no source here: {problem}")
+            digests[f"the code of {name}"] = digest
+        return digests
+
+    # Going on
+
     def find_folder(self):
-        cfg = self.cfg
-        name = f"{_short_name(cfg.backbone)}-{cfg.head}-seed{cfg.seed}"
-        self.folder = RunFolder(_find_run_folder(self.user_cfg, self.record, name))
+        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
+        self.folder = RunFolder(_RunFinder(self.user_cfg, self.record).find(name))
 
     def begin(self):
         """Take over the record of a run that goes on; that of a complete one as it is."""
@@ -6086,74 +5975,62 @@ class _TrainingRun:
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
                 raise ConfigError(f"{problem}: run_folds must ask for them too")
         print(f"{self.folder.path} goes on, its status was {old['status']!r}")
-        sessions = old["sessions"]
-        self._print_changes(sessions[-1])
-        sessions = sessions + self.record["sessions"]
-        self.record = self.record | sessions[0] | {"sessions": sessions}
-
-    def _print_changes(self, session):
-        """Print what of the machine is not as in an earlier session."""
-        changes = []
-        before = session | session["versions"]
-        now = self.record | self.record["versions"]
-        for name in ("device", "threads", "precision", *self.record["versions"]):
-            old, new = before.get(name), now[name]
-            if old != new:
-                changes.append(f"{name} {old}, now {new}")
+        sessions = old["sessions"] + self.record["sessions"]
+        before, now = (session | session["versions"] for session in sessions[-2:])
+        names = ("device", "threads", "precision", *sessions[-1]["versions"])
+        changes = _list_changes(before, {name: now[name] for name in names}, "now")
         if changes:
             warning = "the last digits may differ from those of an uninterrupted run"
-            print(f"  begun with {'; '.join(changes)}: {warning}")
+            print(f"  begun with {changes}: {warning}")
+        self.record = self.record | sessions[0] | {"sessions": sessions}
+
+    # Training
 
     def train_folds(self, lock):
-        """Train and save the folds, in turn or side by side; their results, by fold.
+        """Train and save the folds that are left; the results of all, by fold.
 
-        Folds that are finished are taken from the disk. Where the budget ends the run, some are of
-        folds that it stopped, or lacking. `lock` is the descriptor of the lock of the folder.
+        Where the budget ends the run, some are of folds that it stopped, or lacking.
         """
         try:
-            _check_room(self.folder.path, self.backbone, len(self.folds), self.cfg)
+            space = _DiskSpace(self.folder.path, self.backbone, self.cfg)
+            space.check(len(self.folds))
             _write_json(self.folder.record, self.record)
             with _wrap_write_errors(self.folder.tokenizer):
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
             with self.budget:
-                finished = self._finished_folds()
-                n_unfinished = len(self.folds) - len(finished)
-                run = self.folder.path
-                n_processes = _choose_processes(self.data, n_unfinished, self.cfg, run)
+                old_results = self.read_old_results()
+                n_unfinished = len(self.folds) - len(old_results)
+                n_processes = _choose_processes(n_unfinished, self.cfg, space)
                 if n_processes > 1:
-                    return self._train_side_by_side(finished, n_processes, lock)
-                return self._train_in_turn(finished)
+                    return self.train_side_by_side(old_results, n_processes, lock)
+                return self.train_in_turn(old_results)
         except KitError:
-            if self.is_new and not self._has_trained():
-                shutil.rmtree(self.folder.path, ignore_errors=True)  # a mistake in the settings
+            run, log = self.folder.path, self.folder.log
+            has_log = log.is_file() and log.stat().st_size > 0
+            if self.is_new and not has_log and not any(run.glob("fold*")):
+                shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings
             raise
 
-    def _has_trained(self):
-        log = self.folder.log
-        if log.is_file() and log.stat().st_size:
-            return True
-        return any(self.folder.path.glob("fold*"))
-
-    def _finished_folds(self):
+    def read_old_results(self):
         """fold -> result, of those that earlier sessions finished."""
-        finished = {}
+        results = {}
         for fold in self.folds:
-            result = _finished_fold(self.folder.fold(fold))
-            if result:
-                finished[fold] = result
+            result = _read_fold(self.folder.fold(fold))
+            if result and not result["stopped"]:
+                results[fold] = result
                 self.budget.restored += sum(result["seconds"].values())
                 _Checkpoints(self.folder.path, fold).prune(0)  # a kill may have left some
                 print(f"fold {fold} was finished before")
-        return finished
+        return results
 
-    def _train_in_turn(self, finished):
+    def train_in_turn(self, old_results):
         results = []
-        with _open_log(self.cfg, self.folder.path) as log:
+        with _RunLog(self.cfg, self.folder.path) as log:
             trainer = _FoldsInTurn(self.data, self.cfg, self.folder, self.budget, log)
             for fold in self.folds:
-                if fold in finished:
-                    results.append(finished[fold])
-                    for line in finished[fold]["lines"]:
+                if fold in old_results:
+                    results.append(old_results[fold])
+                    for line in old_results[fold]["lines"]:
                         log(json.loads(line))
                     continue
                 self.budget.models = len(results) + 1
@@ -6162,153 +6039,161 @@ class _TrainingRun:
                     break
         return results
 
-    def _train_side_by_side(self, finished, n_processes, lock):
-        """Each process has every n-th fold that is left. This one writes what is not of one fold:
-        log.jsonl at the end, fold by fold as if they had been trained in turn.
-        """
-        folds = [fold for fold in self.folds if fold not in finished]
+    def train_side_by_side(self, old_results, n_processes, lock):
+        """Train with every n-th fold that is left in each process; this one writes log.jsonl."""
+        folds = [fold for fold in self.folds if fold not in old_results]
         elapsed = time.perf_counter() - self.budget.began
         job = {
             "settings": dataclasses.replace(self.cfg, report_to="").to_dict(),
             "run": str(self.folder.path.resolve()),
-            "n_finished": len(finished),
+            "n_finished": len(old_results),
             "n_folds": len(self.folds),
             "n_processes": n_processes,
             "test_rows": self.budget.test_rows,
             "threads": torch.get_num_threads(),
             "began": time.time() - elapsed,
+            "parent": os.getpid(),
         }
+        # each locks the run folder while it lives, and does not hear the Ctrl-C of a terminal
+        options = dict(pass_fds=[lock], start_new_session=True)
         with tempfile.TemporaryDirectory() as temporary:
             temporary = Path(temporary)
-            _save_data(temporary, self.data)
+            self.data.save(temporary)
             output = f"their output with progress is in {temporary}/*.log"
             print(f"folds {_comma_join(folds)}: {n_processes} processes side by side; {output}")
             try:
-                with _FoldProcesses(temporary) as processes:
-                    for number in range(n_processes):
-                        processes.start(job | {"folds": folds[number::n_processes]}, lock)
-                    processes.wait(self.budget)
+                with contextlib.ExitStack() as stack:
+                    workers = []
+                    for i in range(n_processes):
+                        own = {"number": i, "folds": folds[i::n_processes]}
+                        worker = _Worker(i, "train-folds", job | own, temporary, **options)
+                        workers.append(stack.enter_context(worker))
+                    self.wait_for(workers)
             finally:
-                self._write_log(finished, temporary.glob("*/log.jsonl"))
-        results = []
-        for fold in self.folds:
-            result = finished.get(fold) or _read_fold(self.folder.fold(fold))
+                self.write_log(old_results, temporary.glob("*/log.jsonl"))
+            # the folder of a fold that none has begun may be of an earlier session
+            new_folds = [fold for fold in folds if any(temporary.glob(f"*/fold{fold}"))]
+        results = dict(old_results)
+        for fold in new_folds:
+            result = _read_fold(self.folder.fold(fold))
             if result:
-                results.append(result)
-            if result and fold not in finished:
+                results[fold] = result
                 self.budget.restored += result["restored_seconds"]
-        return results
+        return [results[fold] for fold in self.folds if fold in results]
 
-    def _write_log(self, finished, paths):
-        """Write log.jsonl from the results of finished folds and the logs of the processes."""
-        lines = [line for result in finished.values() for line in result["lines"]]
+    def wait_for(self, workers):
+        """Print what workers print until all have ended; one that fails, or a signal, stops all."""
+        harmless = (None, 0, -signal.SIGTERM)  # the signal ends who does not listen yet
+        failures, is_running, is_stopping = [], True, False
+        while is_running:
+            is_running = None in [worker.poll() for worker in workers]
+            if not failures:
+                failures = [worker for worker in workers if worker.returncode not in harmless]
+            if (self.budget.signal_name or failures) and not is_stopping:
+                is_stopping = True
+                for worker in workers:
+                    worker.terminate()
+            for worker in workers:
+                worker.relay()
+            if is_running:
+                time.sleep(0.1)
+        if failures:
+            raise failures[0].error(len(workers))
+
+    def write_log(self, old_results, paths):
+        """Write log.jsonl, fold by fold, from old results and the logs of the processes."""
+        lines = [line for result in old_results.values() for line in result["lines"]]
         for path in paths:
             lines += path.read_text().splitlines()
         entries = sorted(map(json.loads, lines), key=lambda entry: entry["fold"])
-        with _open_log(self.cfg, self.folder.path) as log:
+        with _RunLog(self.cfg, self.folder.path) as log:
             for entry in entries:
                 log(entry)
 
-    def save(self, results):
-        """Write oof.csv, golden.json and the record of a run that is complete or stopped.
+    # The record
 
-        It is scored with the folds that are finished, else with those that were stopped. Returns
-        the table of oof.csv; None where nothing was trained.
+    def save(self, results):
+        """Write oof.csv, golden.json and the record; the table of oof.csv, or None without one.
+
+        Scores are of the folds that are complete, else of those that were stopped.
         """
-        stopped = [result for result in results if result["stopped"]]
-        finished = [result for result in results if not result["stopped"]]
-        usable = finished or [result for result in stopped if result["last"]]
+        complete = [result for result in results if not result["stopped"]]
+        partial = [result for result in results if result["stopped"]]
+        usable = complete or [result for result in partial if result["last"]]
         oof = None
         if usable:
-            oof = self._oof_frame(usable)
+            rows = np.concatenate([result["rows"] for result in usable])
+            predictions = {}
+            for kind in ("best", "last"):
+                parts = [result[kind]["predictions"] for result in usable]
+                predictions[kind] = np.concatenate(parts)
+            oof = self.make_oof(rows, predictions)
             _write_atomic(self.folder.oof, lambda temporary: oof.to_csv(temporary, index=False))
-            _write_json(self.folder.golden, self._make_golden(usable))
-            self.record |= self._describe_results(usable)
-        if len(finished) == len(self.folds):
+            _write_json(self.folder.golden, self.make_golden(usable))
+            self.record |= self.describe_results(usable, self.score(usable, rows, predictions))
+        if len(complete) == len(self.folds):
             self.record["status"] = "complete"
         else:
             self.record["status"] = "stopped"
-            self.record["stopped"] = self._describe_stop(stopped, len(finished))
+            self.record["stopped"] = self.describe_stop(partial, len(complete))
         _write_json(self.folder.record, self.record)
         return oof
 
-    def _oof_frame(self, results):
-        """One row for every validated row: id, fold, group (where folds keep groups together),
-        target, prediction, prediction_best, prediction_last.
-
-        With several outputs each column has the suffix of its target or class.
+    def make_oof(self, rows, predictions):
+        """A table with id, fold, group (where folds keep groups together), target, prediction,
+        prediction_best and prediction_last, these four for every target or class.
         """
         cfg = self.cfg
-        rows = np.concatenate([result["rows"] for result in results])
-        validated = self.frame.iloc[rows]
-        oof = pd.DataFrame({"id": validated[cfg.id_column], "fold": validated["fold"]})
+        frame = self.frame.iloc[rows]
+        oof = pd.DataFrame({"id": frame[cfg.id_column], "fold": frame["fold"]})
         if "group" in cfg.fold_kind:
-            oof["group"] = validated[cfg.group_column]
-        for name in cfg.targets:
-            oof[_column_name("target", name, cfg.targets)] = validated[name]
+            oof["group"] = frame[cfg.group_column]
+        oof[_column_names("target", cfg.targets)] = frame[list(cfg.targets)]
         blocks = [oof]
-        for kind, checkpoint in (
-            ("prediction", cfg.keep),
-            ("prediction_best", "best"),
-            ("prediction_last", "last"),
-        ):
-            columns = [_column_name(kind, name, self.outputs) for name in self.outputs]
-            predictions = _gather_predictions(results, checkpoint)
-            blocks.append(pd.DataFrame(predictions, index=oof.index, columns=columns))
-        oof = pd.concat(blocks, axis=1)
-        return oof.iloc[np.argsort(rows)]
+        for suffix, kind in (("", cfg.keep), ("_best", "best"), ("_last", "last")):
+            columns = _column_names(f"prediction{suffix}", self.outputs)
+            blocks.append(pd.DataFrame(predictions[kind], index=oof.index, columns=columns))
+        return pd.concat(blocks, axis=1).iloc[np.argsort(rows)]
 
-    def _oof_scores(self, results):
+    def score(self, results, rows, predictions):
         """Scores of the last and best checkpoints over all validated rows, and over folds."""
         cfg, metric = self.cfg, METRICS[self.cfg.metric]
-        rows = np.concatenate([result["rows"] for result in results])
         targets = self.data.targets[rows]
         scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
         for kind in ("best", "last"):
             folds = [result[kind]["score"] for result in results]
-            scores[kind] = float(metric(targets, _gather_predictions(results, kind)))
+            scores[kind] = float(metric(targets, predictions[kind]))
             scores[f"{kind}_fold_mean"] = float(np.mean(folds))
-            scores[f"{kind}_fold_sd"] = None
-            if len(folds) > 1:
-                scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1))
+            has_spread = len(folds) > 1
+            scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if has_spread else None
         if cfg.task == "regression":
             scores["target_sd"] = float(targets.std(0).mean())
         if cfg.task == "regression" and cfg.metric == "qwk":
-            predictions = _gather_predictions(results, cfg.keep)
             folds = self.data.folds[rows]
-            scores |= _threshold_scores(np.rint(targets), predictions, folds)
+            scores |= _threshold_scores(np.rint(targets), predictions[cfg.keep], folds)
         return scores
 
-    def _describe_stop(self, stopped, n_finished):
-        # a process side by side may have been stopped before it began a fold
-        reason = self.budget.signal_name or "SIGTERM"
-        if stopped and not self.budget.signal_name:
-            reason = stopped[0]["stopped"]
-        states = []
-        for result in stopped:
-            step = f"step {result['step']} of {result['steps']}"
-            states.append(f"fold {result['fold']} is at {step}")
-        states.append(f"{n_finished} folds are finished")
-        return f"{reason}: {', '.join(states)}"
+    def describe_stop(self, partial, n_complete):
+        """Why the run was stopped, and where its folds stand."""
+        reason = self.budget.signal_name or "SIGTERM"  # a worker may not have begun a fold
+        if partial and not self.budget.signal_name:
+            reason = partial[0]["stopped"]
+        states = [f"fold {r['fold']} is at step {r['step']} of {r['steps']}, " for r in partial]
+        return f"{reason}: {''.join(states)}{n_complete} folds are finished"
 
-    def _make_golden(self, results):
+    def make_golden(self, results):
         """What inference must reproduce: the token ids of the probes and the golden rows."""
         rows = []
         for result in results:
             for row, prediction in zip(*result["golden"], strict=True):
                 cells = self.frame.iloc[row]
-                rows.append(
-                    {
-                        "fold": result["fold"],
-                        "id": cells[self.cfg.id_column],
-                        "cells": {name: cells[name] for name in self.cfg.input_columns},
-                        "prediction": prediction.tolist(),
-                    }
-                )
+                inputs = {name: cells[name] for name in self.cfg.input_columns}
+                golden = {"fold": result["fold"], "id": cells[self.cfg.id_column], "cells": inputs}
+                rows.append(golden | {"prediction": prediction.tolist()})
         token_ids = _probe_ids(_PROBE_TEXTS, self.tokenizer, self.cfg)
         return {"texts": _PROBE_TEXTS, "token_ids": token_ids, "rows": rows}
 
-    def _describe_results(self, results):
+    def describe_results(self, results, scores):
         """What the record says of the folds: scores, speed, memory, time."""
         n_rows = n_tokens = 0
         for result in results:
@@ -6323,18 +6208,15 @@ class _TrainingRun:
         seconds["total"] = elapsed + self.budget.restored
         peaks = [result["peak_memory"] for result in results]
         return {
-            "folds": [self._describe_fold(result) for result in results],
-            "oof": self._oof_scores(results),
+            "folds": [self.describe_fold(result) for result in results],
+            "oof": scores,
             "rows_per_second": n_rows / seconds["train"],
             "tokens_per_second": n_tokens / seconds["train"],
             "peak_memory_bytes": max(_peak_memory(), *peaks),
             "seconds": seconds,
         }
 
-    def _describe_fold(self, result):
-        evaluations = {}
-        for kind in ("best", "last"):
-            evaluations[kind] = {name: result[kind][name] for name in ("score", "step")}
+    def describe_fold(self, result):
         return {
             "fold": result["fold"],
             "rows": len(result["rows"]),
@@ -6344,17 +6226,17 @@ class _TrainingRun:
             "pseudo_rows": result["pseudo_rows"],
             "pseudo_steps": result["pseudo_steps"],
             "regularisers": result["acted"],
-            **evaluations,
+            "best": {name: result["best"][name] for name in ("score", "step")},
+            "last": {name: result["last"][name] for name in ("score", "step")},
         }
 
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
         with _wrap_read_errors(self.folder.path):
             lines = self.folder.log.read_text().splitlines()
-            entries = [json.loads(line) for line in lines]
             dtype = {"target": str} if self.classes else None
             oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
-        return entries, oof
+            return [json.loads(line) for line in lines], oof
 
     def clean_up(self):
         """Delete what only a run that goes on needs."""
@@ -6418,33 +6300,25 @@ def train(frame, cfg, test=None):
 
 def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
-    oof, seconds = record["oof"], record["seconds"]
-    n_folds = len(record["folds"])
+    oof, seconds, n_folds = record["oof"], record["seconds"], len(record["folds"])
     seed = record["settings"]["seed"]
     lines = [f"{name}: out-of-fold over {oof['rows']} rows, {n_folds} folds, seed {seed}"]
     for kind in ("last", "best"):
-        line = f"  {kind}: {oof['metric']} {oof[kind]:.4f}"
         spread = oof[f"{kind}_fold_sd"]
-        if spread is not None:
-            line += f", sd over folds {spread:.4f}"
-        lines.append(line)
+        text = "" if spread is None else f", sd over folds {spread:.4f}"
+        lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{text}")
     if "target_sd" in oof:
         lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
     if "thresholds" in oof:
-        nested = "unknown with one fold"
-        if oof["nested"] is not None:
-            nested = f"{oof['nested']:.4f}"
-        outputs = []
-        for points in oof["thresholds"]:
-            outputs.append(", ".join(f"{point:.3f}" for point in points))
+        nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
+        outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
         scores = f"fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}"
         lines.append(f"  qwk with thresholds {scores}: {'; '.join(outputs)}")
-    total, training, evaluating = (seconds[part] for part in ("total", "train", "evaluate"))
     speed = f"{record['rows_per_second']:.1f} rows/s"
     memory = f"{record['peak_memory_bytes'] / 2**30:.1f} GB"
     lines.append(
-        f"  {total:.0f} s in all: {training:.0f} training ({speed}), "
-        f"{evaluating:.0f} evaluating; peak memory {memory}"
+        f"  {seconds['total']:.0f} s in all: {seconds['train']:.0f} training ({speed}), "
+        f"{seconds['evaluate']:.0f} evaluating; peak memory {memory}"
     )
     return "\n".join(lines)
 
@@ -6511,10 +6385,11 @@ class Bundle(NamedTuple):
 
 def _version_error(version):
     """Why files that another version of this module wrote cannot be read, or None."""
-    major, minor = str(version).split(".")[:2]
-    if (int(major), int(minor)) >= (0, 8):
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    if numbers and tuple(map(int, numbers.groups())) >= (0, 8):
         return None
-    return f"made by kernel_utils {version}: version {major}.{minor} reads it, {__version__} cannot"
+    number = numbers[0] if numbers else version
+    return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
 
 
 def _record_error(record):
@@ -6774,7 +6649,9 @@ def load_bundle(bundle_dir="", precision="auto"):
     bundle = _open_bundle(folder, manifest)
     for run in bundle.runs:
         print(_summary(run.name, run.record))
-        _print_version_changes(run.record["versions"])
+        changes = _list_changes(run.record["versions"], _versions(), "here")
+        if changes:
+            print(f"  trained with {changes}")
     if bundle.blend:
         print(f"blended by {bundle.blend.method}: {bundle.blend}")
     if precision == "auto" and _pick_device().type == "cpu":
@@ -6782,16 +6659,6 @@ def load_bundle(bundle_dir="", precision="auto"):
     if precision != "auto":
         bundle = bundle._replace(runs=[_in_precision(run, precision) for run in bundle.runs])
     return bundle
-
-
-def _print_version_changes(then):
-    changes = [
-        f"{name} {then.get(name)}, here {version}"
-        for name, version in _versions().items()
-        if version != then.get(name)
-    ]
-    if changes:
-        print(f"  trained with {'; '.join(changes)}")
 
 
 def _in_precision(run, precision):
@@ -6992,7 +6859,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     """
     began = time.perf_counter()
     count = min(processes or max(1, len(_equal_gpus())), len(frame))
-    own_parts = _notebook_parts(*(run.cfg for run in bundle.runs))
+    own_parts = [p.__name__ for run in bundle.runs for p in _foreign_parts(run.cfg).values()]
     if count > 1 and own_parts:
         reason = "of the notebook cannot be read by other processes"
         print(f"1 GPU of {count}: {_comma_join(own_parts)} {reason}")
@@ -7001,7 +6868,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
         others = []
         for number in range(1, count):
             job = _prediction_job(bundle, frame.iloc[number::count], batch_tokens)
-            process = _start_process(number, "predict", job, folder)
+            process = _Worker(number, "predict", job, folder)
             stack.enter_context(process)
             stack.callback(process.kill)
             others.append(process)
@@ -7033,10 +6900,9 @@ def _prediction_job(bundle, frame, batch_tokens):
 
 def _finish_prediction(number, count, process, folder):
     """What a process of `predict_bundle` predicted; KitError where it failed."""
-    code = process.wait()
-    if code:
-        raise _process_error(number, count, code, folder)
-    for line in (Path(folder) / f"{number}.log").read_text().splitlines():
+    if process.wait():
+        raise process.error(count)
+    for line in process.lines():
         if "memory" in line:
             print(f"process {number}: {line}")
     return np.load(Path(folder) / f"{number}.npy")
@@ -7139,7 +7005,7 @@ def _train_by_config(path):
 
 
 def main(arguments):
-    """`train --config run.json`, or a job of `_start_process`; the exit code."""
+    """`train --config run.json`, or a job of `_Worker`; the exit code."""
     jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
         act, path = jobs[arguments[0]], arguments[1]

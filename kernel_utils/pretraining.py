@@ -664,7 +664,7 @@ def pretrain(cfg):
         "fingerprint": _fingerprint(texts, corpus, config_path, weights),
     }
     usual_name = f"{ku._short_name(cfg.backbone)}-pretrained-seed{cfg.seed}"
-    run = ku._find_run_folder(cfg, record, usual_name, PRETRAIN_RECORD)
+    run = ku._RunFinder(cfg, record, PRETRAIN_RECORD).find(usual_name)
     with ku._locked(run):
         _pretrain_in(run, training, tokenizer, record, watch)
     return run

@@ -384,9 +384,10 @@ def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, ba
     folder, cfg = backbone_folder(kind), ku.Config(checkpoint_minutes=0)
     size = 4 * ku._num_parameters(ku._load_backbone(folder, cfg, say=lambda text: None))
     monkeypatch.setattr(ku, "_free_bytes", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
-    ku._check_room(tmp_path, folder, 2, cfg)
+    space = ku._DiskSpace(tmp_path, folder, cfg)
+    space.check(2)
     with pytest.raises(ku.KitError, match="the weights of 3 folds"):
-        ku._check_room(tmp_path, folder, 3, cfg)
+        space.check(3)
 
 
 @pytest.mark.parametrize("key", ku._HARMLESS_KEYS)

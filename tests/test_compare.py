@@ -251,7 +251,7 @@ def write_run(folder, seed=0, folds=(0, 1), error=0.1, settings=None, resolved=N
     oof.to_csv(folder / "oof.csv", index=False)
     record = {
         "status": "complete",
-        "settings": ku._as_recorded(ku.Config(seed=seed, **(settings or {})).to_dict()),
+        "settings": json.loads(json.dumps(ku.Config(seed=seed, **(settings or {})).to_dict())),
         "resolved": {"loss": "mse", "metric": "rmse", "lr": 1e-4, "backbone_dropout": 0.0} | (resolved or {}),
         "rows": 20,
         "classes": [],

@@ -208,7 +208,7 @@ def test_a_process_predicts_in_the_precision_of_its_parent(bundle_of, monkeypatc
         ku._write_json(tmp_path / "1.json", job | {"device": ku._device_name(), "cells": FRAME.to_dict("list")})
         raise InterruptedError  # the rest is not needed
 
-    monkeypatch.setattr(ku, "_start_process", start)
+    monkeypatch.setattr(ku, "_Worker", start)
     with pytest.raises(InterruptedError):
         ku.predict_bundle(bundle, FRAME, processes=2)
     ku._predict_job(tmp_path / "1.json")

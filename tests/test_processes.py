@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from conftest import train_frame
-from test_resume import NOISY, content, kill, start
+from test_resume import NOISY, at_step, content, kill, start, stop_by
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +131,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     once_saved(run_of(cfg), (0, 1), lambda: workers_of(os.getpid())[0].kill())
     with pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
         start(cfg)
-    assert not workers_of(os.getpid()) and ku._finished_fold(run_of(cfg) / "fold1") is None
+    assert not workers_of(os.getpid()) and ku._read_fold(run_of(cfg) / "fold1")["stopped"]
     other = max(saved_steps(run_of(cfg), 1))
     with ku._locked(run_of(cfg)):  # nobody holds it any more
         pass
@@ -141,13 +141,29 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     assert content(start(ku.dataclasses.replace(cfg, fold_processes=1))) == whole(tiny, **SETTINGS)
 
 
-def test_a_problem_in_a_process_arrives_as_one_message_and_its_steps_are_in_the_log(tiny):
+def test_a_problem_in_a_process_arrives_as_in_one_process_and_its_steps_are_in_the_log(tiny):
     cfg = tiny(run_name="r", fold_processes=2, **SETTINGS | dict(lr=1e36, head_lr=1e36, max_grad_norm=0))
-    message = r"ended with exit code 1; last lines:(.|\n)*NumericError: the training went wrong:\n  .*: lower lr"
-    with pytest.raises(ku.KitError, match=message) as caught:
+    message = r"^the training went wrong:\n  fold [01], step [12]: the .* is (nan|inf) \(rows .*: lower lr .*$"
+    with pytest.raises(ku.NumericError, match=message):
         start(cfg)
-    assert "Traceback" not in str(caught.value) and not workers_of(os.getpid())
+    assert not workers_of(os.getpid())
     assert (run_of(cfg) / "log.jsonl").read_text().count('"grad_norm"') > 1
+
+
+def test_what_an_earlier_session_left_of_a_fold_that_this_one_has_not_begun_is_not_of_this_one(tiny, monkeypatch):
+    cfg = tiny(run_name="r", run_folds="2", **SETTINGS)
+    with monkeypatch.context() as patch, pytest.raises(ku.Stopped, match="fold 2 is at step 5 of 12"):
+        at_step(patch, 5, stop_by(signal.SIGTERM))
+        start(cfg)
+    read, reads, restored, save = ku._read_fold, [], [], ku._TrainingRun.save
+    monkeypatch.setattr(ku, "_read_fold", lambda folder: reads.append(folder.name) or read(folder))
+    monkeypatch.setattr(
+        ku._TrainingRun, "save", lambda run, results: restored.append(run.budget.restored) or save(run, results)
+    )
+    told = "fold 0 is at step 0 of 12, fold 1 is at step 0 of 12, 0 folds are finished"
+    with pytest.raises(ku.Stopped, match=f"max_minutes 1e-06, .*: {told}"):
+        start(ku.dataclasses.replace(cfg, run_folds="all", fold_processes=2, max_minutes=1e-6))
+    assert reads == ["fold0", "fold1", "fold2", "fold0", "fold1"] and restored == [0]
 
 
 def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until_then(tiny, whole, slow, tmp_path):
@@ -181,7 +197,7 @@ def test_with_parts_of_the_notebook_one_process_trains_and_says_so(field, name, 
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
     own.__module__, own.__name__ = "__main__", "Own"
     monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
-    monkeypatch.setattr(ku, "_start_process", kill)
+    monkeypatch.setattr(ku, "_Worker", kill)
     run = start(tiny(run_name="own", fold_processes=2, **{field: "own"}))
     assert ku.RunFolder(run).read_record()["status"] == "complete"
     assert "1 process instead of 2: Own of the notebook cannot be read by others" in capsys.readouterr().out
@@ -192,14 +208,15 @@ def test_there_is_a_process_for_each_equal_gpu_unless_set_and_for_each_fold_at_m
     monkeypatch.setattr(ku.torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(ku.torch.cuda, "get_device_name", lambda i=0: names[i])
     monkeypatch.setattr(ku, "_device_name", lambda: "T4")
-    data = ku._TrainingData(*[None] * 3, Path(tiny().backbone), *[None] * 3)
+    backbone = Path(tiny().backbone)
 
     def chosen(n_folds, **settings):
-        return ku._choose_processes(data, n_folds, tiny(loss="mse", metric="rmse", **settings), tmp_path)
+        cfg = tiny(loss="mse", metric="rmse", **settings)
+        return ku._choose_processes(n_folds, cfg, ku._DiskSpace(tmp_path, backbone, cfg))
 
     assert [chosen(5), chosen(2), chosen(1), chosen(0)] == [3, 2, 1, 0]
     assert [chosen(5, fold_processes=n) for n in (1, 2, 4, 9)] == [1, 2, 4, 5]
-    parameters = ku._num_parameters(ku._load_backbone(data.folder, tiny()))
+    parameters = ku._num_parameters(ku._load_backbone(backbone, tiny()))
     for more, count in ((-1, 1), (1, 2)):  # five folds of weights, two times two checkpoints of three as large
         monkeypatch.setattr(ku, "_free_bytes", lambda folder, more=more: 4 * parameters * (5 + 12) + more)
         assert chosen(5) == count
@@ -217,9 +234,9 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
         tokens, np.arange(len(frame)), np.arange(len(frame)) % 2, Path("b"), tokenizer, 7, frame["id"].to_numpy()
     )
     data = data._replace(errors=np.linspace(0, 1, len(frame)))
-    ku._save_data(tmp_path, data)
+    data.save(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    got = ku._load_data(tmp_path, ku._load_tokenizer(tmp_path))
+    got = ku._TrainingData.load(tmp_path, ku._load_tokenizer(tmp_path))
     for name in ("ids", "types", "offsets", "lengths"):
         a, b = getattr(got.tokens, name), getattr(tokens, name)
         assert a is b is None or (np.array_equal(a, b) and a.dtype == b.dtype)
@@ -231,7 +248,7 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     )
     tokenizer.add_tokens(["new"])
     with pytest.raises(ku.KitError, match="set fold_processes 1"):
-        ku._load_data(tmp_path, tokenizer)
+        ku._TrainingData.load(tmp_path, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def reseal(made, folder, change):
 
 def refusal(cfg, frame=None):
     with pytest.raises(ku.KitError) as error:
-        ku._read_pseudo(ku.make_folds(ku.read_competition(cfg)[0], cfg) if frame is None else frame, cfg, [])
+        ku._PseudoLabels(ku.make_folds(ku.read_competition(cfg)[0], cfg) if frame is None else frame, cfg, [])
     return str(error.value)
 
 
@@ -377,11 +377,11 @@ def begun(cfg, fold=0):
     """An engine at the start of a fold with what `train` gives it."""
     frame = ku.make_folds(ku.read_competition(cfg)[0], cfg)
     classes = cfg.class_labels(frame)
-    texts, pseudo, _ = ku._read_pseudo(frame, cfg, classes)
-    whole = pd.concat([frame, texts.assign(fold=-1, target=0.0)], ignore_index=True)
+    pseudo = ku._PseudoLabels(frame, cfg, classes)
+    whole = pd.concat([frame, pseudo.texts.assign(fold=-1, target=0.0)], ignore_index=True)
     engine = engine_of(cfg, whole)
     errors = engine.data.errors if engine.data.errors is None else engine.data.errors[: len(frame)]
-    data = engine.data._replace(targets=engine.data.targets[: len(frame)], errors=errors, pseudo=pseudo)
+    data = engine.data._replace(targets=engine.data.targets[: len(frame)], errors=errors, pseudo=pseudo.labels)
     engine = ku.OptimizerStep(data, engine.cfg)
     engine.setup_fold(fold, **QUIET)
     return engine
@@ -495,9 +495,9 @@ def test_a_run_goes_on_only_with_the_same_labels_wherever_they_lie(student, made
 
 def test_other_processes_are_told_of_the_pseudo_labels(student, tmp_path):
     data = begun(student()).data
-    ku._save_data(tmp_path, data)
+    data.save(tmp_path)
     data.tokenizer.save_pretrained(tmp_path)
-    got = ku._load_data(tmp_path, ku._load_tokenizer(tmp_path))
+    got = ku._TrainingData.load(tmp_path, ku._load_tokenizer(tmp_path))
     for fold in (0, 1):
         assert np.array_equal(got.training_rows(fold), data.training_rows(fold))
         np.testing.assert_array_equal(got.training_targets(fold), data.training_targets(fold))

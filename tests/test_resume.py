@@ -229,7 +229,7 @@ def test_a_run_of_an_older_version_is_refused_and_the_version_named(tiny):
     folder = ku.RunFolder(start(cfg))
     for version in ("0.7.0", "0.6", "unknown"):
         ku._write_json(folder.record, folder.read_record() | {"versions": {"kernel_utils": version}})
-        told = f"was begun by kernel_utils {version}: go on with that version, or choose another run_name"
+        told = f"exists and cannot go on; choose another name or delete it\n  it was made by kernel_utils {version}: "
         with pytest.raises(ku.ConfigError, match=told):
             start(cfg)
 
@@ -295,12 +295,13 @@ def test_functions_of_a_notebook_are_told_apart_by_their_source(monkeypatch):
     def prints(share):
         source = f"@ku.metric('gap', 'lower', ('regression',))\ndef gap(target, prediction):\n    return {share}\n"
         monkeypatch.setitem(ku.METRICS, "gap", run_cell(source)["gap"])
-        return ku._source_digests(ku.Config(metric="gap", loss="mse"))
+        parts = ku._foreign_parts(ku.Config(metric="gap", loss="mse"))
+        return {name: ku._source_of(part) for name, part in parts.items()}
 
     monkeypatch.setitem(ku.METRICS, "gap", ku.METRICS["rmse"])
     del ku.METRICS["gap"]
     first, again, other = prints(0.5), prints(0.5), prints(0.25)
-    assert first.keys() == {"the code of metric gap"} and first == again != other
+    assert first.keys() == {"metric gap"} and first == again != other
 
 
 def test_a_part_without_source_is_recorded_by_its_name_and_the_run_says_so(tiny, monkeypatch, capsys):
@@ -759,7 +760,7 @@ def test_where_room_is_short_one_checkpoint_at_a_time_is_kept(tiny, often, monke
         save(folder, write)
 
     monkeypatch.setattr(ku._SealedFolder, "save", looking)
-    monkeypatch.setattr(ku, "_check_room", lambda *rest: None)
+    monkeypatch.setattr(ku._DiskSpace, "check", lambda *rest: None)
     monkeypatch.setattr(ku, "_free_bytes", lambda folder: 10**4)
     start(tiny(run_name="r", epochs=2, run_folds="0", **often))
     assert seen == [0, 1, 1, 1, 1, 1]

@@ -78,7 +78,7 @@ def test_sigterm_and_ctrl_c_stop_a_run_that_then_goes_on_without_loss(quick):
 @pytest.mark.parametrize(
     ("broken", "group", "case", "verdict"),
     [
-        ("_folder_problems = lambda folder: []", "damage", 11, "silently different"),
+        ("_SealedFolder.problems = lambda folder: []", "damage", 11, "silently different"),
         ("_RandomStates.load_state_dict = lambda self, state: None", "restarts", 1, "silently different"),
         ("_Checkpoints.load = lambda self, parts: False", "restarts", 1, "not resumed"),
     ],

@@ -602,7 +602,7 @@ def test_without_a_tracker_wandb_is_not_imported_and_where_it_is_missing_the_err
     monkeypatch.setattr(ku.importlib.util, "find_spec", lambda name: None)
     with (
         pytest.raises(ku.ConfigError, match="report_to wandb needs the package wandb"),
-        ku._open_log(tiny(report_to="wandb"), "."),
+        ku._RunLog(tiny(report_to="wandb"), "."),
     ):
         pass
 
@@ -663,8 +663,8 @@ def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
 
 def test_a_tracker_gets_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
     logged = []
-    monkeypatch.setattr(ku, "_start_tracker", lambda cfg, folder: Recorder(logged))
-    with ku._open_log(tiny(), tmp_path) as log:
+    monkeypatch.setattr(ku._RunLog, "start_tracker", lambda log, cfg, folder: Recorder(logged))
+    with ku._RunLog(tiny(), tmp_path) as log:
         log({"fold": 1, "step": 2, "loss": 0.5, "lr": {"head": 0.1}})
         log({"fold": 1, "step": 2, "rmse": 0.7})
     assert logged == [

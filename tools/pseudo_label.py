@@ -229,7 +229,7 @@ def label_fold(runs, fold, predictions, is_seen, is_twin):
 
 
 def label(folders, paths, data_dir, threshold):
-    """(pseudo.csv, rows.csv, content of pseudo.json), as `ku._read_pseudo` wants them."""
+    """(pseudo.csv, rows.csv, content of pseudo.json), as `ku._PseudoLabels` wants them."""
     runs, frame, folds = read_runs(folders, data_dir)
     cfg, outputs = runs[0].cfg, runs[0].record["outputs"]
     for run in runs:
@@ -246,9 +246,9 @@ def label(folders, paths, data_dir, threshold):
         twins = pairs[0][fold_of_pair == fold]
         is_twin = np.isin(np.arange(len(texts)), twins) & ~is_seen
         cells, sets[str(fold)] = label_fold(runs, fold, predictions[:, place], is_seen, is_twin)
-        tables.append(pd.DataFrame(cells, columns=ku._label_columns(fold, outputs)))
+        tables.append(pd.DataFrame(cells, columns=ku._column_names(f"target_fold{fold}", outputs)))
     rows = frame[frame["fold"] >= 0]
-    digests = list(ku._row_digests(rows, cfg).values())
+    digests = ku._row_digests(rows, cfg)
     rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": digests})
     records = [ku._file_sha256(folder / "record.json") for folder in folders]
     members = [{"name": run.name, "record": sha} for run, sha in zip(runs, records, strict=True)]
