@@ -436,7 +436,7 @@ def write_blend(inputs, result, folder):
     path = folder / ku._BLEND_FILE
     ku._write_json(path, content)
     weights = {name: member["weight"] for name, member in members.items()}
-    description = ku._describe_blend(weights, content["intercept"])
+    description = ku._Blend(result.method, weights, content["intercept"], content["cuts"])
     print(f"wrote {path}: {result.method}, {description}")
     folders = [str(inputs.records[name]["folder"]) for name in members]
     arguments = shlex.join([*folders, "--blend", str(path)])

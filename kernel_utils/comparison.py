@@ -69,12 +69,10 @@ class CompareConfig(ku.Settings):
     """The settings of compare.ipynb."""
 
     runs_dir: str = ku.option(
-        "runs",
-        "folder whose finished runs are compared, those of its sub-folders included",
+        "runs", "folder whose finished runs are compared, those of its sub-folders included"
     )
     baseline: str = ku.option(
-        "",
-        "configuration to compare with; empty means the one that is closest to the defaults",
+        "", "configuration to compare with; empty means the one that is closest to the defaults"
     )
     output_dir: str = ku.option("comparison", "folder of the tables and figures")
 
@@ -89,9 +87,27 @@ class Configuration(NamedTuple):
     """A configuration and what its runs predicted for the rows of a comparison."""
 
     name: str
-    seeds: list
-    records: list  # of all its runs
+    runs: dict  # seed -> records of its runs, which hold different folds
     predictions: dict  # last and best -> (S, N, K)
+
+    @property
+    def records(self):
+        return list(itertools.chain(*self.runs.values()))
+
+    def curves(self, seed, metric_name):
+        """Shares of the training done (E,) and scores (F, E) at evaluations that all folds have."""
+        logs = []
+        for record in self.runs[seed]:
+            path = record["folder"] / "log.jsonl"
+            with ku._wrap_read_errors(path):
+                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
+        log = pd.concat(logs)
+        by_fold = log.groupby("fold")
+        log["number"] = by_fold.cumcount()
+        log["share"] = log["step"] / by_fold["step"].transform("max")
+        log = log.pivot(index="fold", columns="number", values=["share", metric_name])
+        shares, scores = (log[name].dropna(axis=1) for name in ("share", metric_name))  # (F, E)
+        return shares.mean().to_numpy(), scores.to_numpy()
 
 
 class Comparison(NamedTuple):
@@ -103,6 +119,50 @@ class Comparison(NamedTuple):
     test_to_train: float  # rows of a fold by those that its models were trained on
     target: np.ndarray  # (N, K), or (N,) class numbers
     configurations: list
+
+    @property
+    def lower_is_better(self):
+        return ku.METRICS[self.metric].better == "lower"
+
+    def seed_scores(self, configuration, checkpoint):
+        """(S,) scores over all rows and (S, F) scores of each fold."""
+        score, target = ku.METRICS[self.metric], self.target
+        folds = [self.folds == fold for fold in np.unique(self.folds)]
+        overall, by_fold = [], []
+        for predictions in configuration.predictions[checkpoint]:
+            overall.append(score(target, predictions))
+            by_fold.append([score(target[rows], predictions[rows]) for rows in folds])
+        return np.array(overall), np.array(by_fold)
+
+    def check_scores(self):
+        """ComparisonError where a seed has no score: constant predictions have no correlation."""
+        for configuration, checkpoint in itertools.product(self.configurations, CHECKPOINTS):
+            scores, _ = self.seed_scores(configuration, checkpoint)
+            seeds = [
+                s for s, x in zip(configuration.runs, scores, strict=True) if not np.isfinite(x)
+            ]
+            if seeds:
+                raise ComparisonError(
+                    f"{configuration.name}, seed {ku._comma_join(seeds)}: "
+                    f"the {checkpoint} predictions have no {self.metric}"
+                )
+
+    def optimism(self, configuration):
+        """How much better `best` looks for being chosen on the rows it is scored on.
+
+        The mean over seeds and folds of its distance to the score at the evaluation that the other
+        folds of the seed would choose. NaN with one fold.
+        """
+        distances = []
+        for seed in configuration.runs:
+            _, scores = configuration.curves(seed, self.metric)
+            losses = scores if self.lower_is_better else -scores
+            if len(losses) == 1:
+                continue
+            for fold in range(len(losses)):
+                chosen_by_others = np.delete(losses, fold, 0).mean(0).argmin()
+                distances.append(losses[fold, chosen_by_others] - losses[fold].min())
+        return float(np.mean(distances)) if distances else math.nan
 
 
 def read_records(folder):
@@ -150,8 +210,8 @@ def _settings_text(settings, names):
     return " ".join(_setting_text(name, settings.get(name)) for name in names)
 
 
-def _choose_baseline(configurations, varied, baseline):
-    """The one of some configurations, lists of records, that `baseline` such as `head=cls` names.
+def _choose_baseline(by_name, varied, baseline):
+    """The name of the configuration in {name: records} that `baseline` such as `head=cls` names.
 
     Of several the one with most of its `varied` settings at their defaults; ConfigError where
     that is not one.
@@ -161,26 +221,22 @@ def _choose_baseline(configurations, varied, baseline):
     for part in baseline.split():
         name, _, value = part.partition("=")
         wanted.add(_setting_text(name, value))
-    n_changed = {}  # position of a configuration that fits -> its settings that are no defaults
+    n_changed = {}  # name of a configuration that fits -> its settings that are no defaults
     known = {}  # keys: every setting of every configuration, in order
-    for i, runs in enumerate(configurations):
-        settings = _effective_settings(runs[0])
-        texts = [_setting_text(name, value) for name, value in settings.items()]
+    for name, runs in by_name.items():
+        texts = [_setting_text(*item) for item in _effective_settings(runs[0]).items()]
         known |= dict.fromkeys(texts)
-        if wanted <= set(texts) or baseline == _settings_text(settings, varied):
-            given = default | runs[0]["settings"]
-            n_changed[i] = sum(given.get(name) != default.get(name) for name in varied)
-    chosen = [i for i, count in n_changed.items() if count == min(n_changed.values())]
-    if len(chosen) == 1:
-        return configurations[chosen[0]]
-    if chosen:
-        problem = "several configurations fit"
-    else:
-        unknown = sorted(wanted - set(known))
-        lacking = [f"{part}{ku._did_you_mean(part, known)}" for part in unknown]
-        problem = f"no configuration has {ku._comma_join(lacking or [baseline])}"
-        chosen = range(len(configurations))
-    names = [_settings_text(_effective_settings(configurations[i][0]), varied) for i in chosen]
+        if name == baseline or wanted <= set(texts):
+            own = default | runs[0]["settings"]
+            n_changed[name] = sum(own.get(setting) != default.get(setting) for setting in varied)
+    names = [name for name, count in n_changed.items() if count == min(n_changed.values())]
+    if len(names) == 1:
+        return names[0]
+    problem = "several configurations fit"
+    if not names:
+        unknown = [f"{part}{ku._did_you_mean(part, known)}" for part in sorted(wanted - set(known))]
+        problem = f"no configuration has {ku._comma_join(unknown or [baseline])}"
+        names = by_name
     remedy = f"set it to what is one of: {'; '.join(names)}"
     raise ku.ConfigError(f"baseline {baseline!r}: {problem}; {remedy}")
 
@@ -191,28 +247,27 @@ def _group_records(records, baseline):
     The name of the baseline has all settings that vary, that of another those in which it
     differs from the baseline.
     """
-    by_settings = {}
+    groups = {}  # settings, as text -> records
     for record in records:
         key = json.dumps(_effective_settings(record), sort_keys=True)
-        by_settings.setdefault(key, []).append(record)
-    if len(by_settings) == 1:
+        groups.setdefault(key, []).append(record)
+    if len(groups) == 1:
         problem = f"all {len(records)} runs have one configuration"
         raise ComparisonError(f"{problem}: there is nothing to compare it with")
-    configurations = list(by_settings.values())
-    settings = [_effective_settings(runs[0]) for runs in configurations]
-
-    def differing(names, reference, others):
-        return [n for n in names if any(o.get(n) != reference.get(n) for o in others)]
-
-    names = dict.fromkeys(name for own in settings for name in own)
-    varied = differing(names, settings[0], settings)
-    baseline_runs = _choose_baseline(configurations, varied, baseline)
-    base = _effective_settings(baseline_runs[0])
-    named = {_settings_text(base, varied): baseline_runs}
-    for runs, own in zip(configurations, settings, strict=True):
-        if runs is not baseline_runs:
-            named[_settings_text(own, differing(varied, base, [own]))] = runs
-    return named
+    first, *others = [_effective_settings(runs[0]) for runs in groups.values()]
+    names = dict.fromkeys(itertools.chain(first, *others))
+    varied = [n for n in names if any(own.get(n) != first.get(n) for own in others)]
+    by_name = {}
+    for runs in groups.values():
+        by_name[_settings_text(_effective_settings(runs[0]), varied)] = runs
+    baseline = _choose_baseline(by_name, varied, baseline)
+    base_runs = by_name.pop(baseline)
+    base, grouped = _effective_settings(base_runs[0]), {baseline: base_runs}
+    for runs in by_name.values():
+        own = _effective_settings(runs[0])
+        differing = [name for name in varied if own.get(name) != base.get(name)]
+        grouped[_settings_text(own, differing)] = runs
+    return grouped
 
 
 # ---------------------------------------------------------------------------------------
@@ -229,19 +284,11 @@ def _count_evaluations(records):
     """{fold: how often it was evaluated} of the runs of one seed: `best` is the best of so many."""
     cfg = compared_config(records[0])
     counts = {}
-    for fold in itertools.chain.from_iterable(record["folds"] for record in records):
-        steps = fold["steps"] - fold.get("pseudo_steps", 0)
-        counts[fold["fold"]] = len(ku._evaluation_steps(steps // cfg.epochs, cfg))
+    for record in records:
+        for fold in record["folds"]:
+            steps = fold["steps"] - fold.get("pseudo_steps", 0)
+            counts[fold["fold"]] = len(ku._evaluation_steps(steps // cfg.epochs, cfg))
     return counts
-
-
-@contextlib.contextmanager
-def _name_errors(path):
-    """A file that is missing or broken is a ComparisonError that names it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise ComparisonError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def read_oof(records):
@@ -252,7 +299,7 @@ def read_oof(records):
     frames = []
     for record in records:
         path = record["folder"] / "oof.csv"
-        with _name_errors(path):
+        with ku._wrap_read_errors(path):
             frame = pd.read_csv(path, dtype=text_columns, keep_default_na=False)
             frames.append(frame.set_index("id"))
     return pd.concat(frames)
@@ -260,13 +307,9 @@ def read_oof(records):
 
 def setting_problems(record, first, other="the baseline"):
     """How a run differs from the first, one of `other`, in what makes scores comparable."""
-    facts = {
-        "metric": (record["oof"]["metric"], first["oof"]["metric"]),
-        "outputs": (record["outputs"], first["outputs"]),
-        "classes": (record["classes"], first["classes"]),
-    }
     problems = []
-    for name, (ours, theirs) in facts.items():
+    for name in ("metric", "outputs", "classes"):
+        ours, theirs = ((run | run["oof"])[name] for run in (record, first))
         if ours != theirs:
             problems.append(f"{record['folder']} has {name} {ours}, {other} {theirs}")
     return problems
@@ -279,21 +322,17 @@ def row_problems(name, oof, reference, other="the baseline"):
         return [f"{name} has fold {ku._comma_join(repeated)} more than once; move or delete a run"]
     apart = oof.index.symmetric_difference(reference.index)
     if len(apart):
-        ours, theirs = _size_text(oof), _size_text(reference)
-        example = f"{len(apart)} rows such as id {apart[0]!r} are in one only"
-        return [f"{name} has {ours}, {other} {theirs}; {example}"]
-    oof, problems = oof.loc[reference.index], []
-    none = pd.Series("none", reference.index)
-    columns = dict.fromkeys([*reference, *oof])
+        sizes = f"{name} has {_size_text(oof)}, {other} {_size_text(reference)}"
+        return [f"{sizes}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+    columns = [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]
+    ours = oof.reindex(index=reference.index, columns=columns, fill_value="none")
+    theirs = reference.reindex(columns=columns, fill_value="none")
+    problems = []
     for column in columns:
-        if column.startswith("prediction"):
-            continue
-        got, expected = oof.get(column, none), reference.get(column, none)
-        differs = got != expected
-        if differs.any():
-            row = differs.idxmax()
-            problem = f"{name} has another {column} than {other} in {differs.sum()} rows"
-            example = f"{got[row]} against {expected[row]} at id {row!r}"
+        rows = ours.index[ours[column] != theirs[column]]
+        if len(rows):
+            example = f"{ours[column][rows[0]]} against {theirs[column][rows[0]]} at id {rows[0]!r}"
+            problem = f"{name} has another {column} than {other} in {len(rows)} rows"
             problems.append(f"{problem}, such as {example}")
     return problems
 
@@ -313,28 +352,21 @@ def group_problems(name, record, oof):
 def _seed_problems(name, records, oof, first, reference):
     """How the runs of a seed differ from those of the first seed of the baseline."""
     problems = row_problems(name, oof, reference) + group_problems(name, records[0], oof)
-    ours, theirs = _count_evaluations(records), _count_evaluations(first)
-    unequal = [fold for fold in ours if ours[fold] != theirs.get(fold, ours[fold])]
-    if unequal:
-        fold = unequal[0]
-        counts = f"{ours[fold]} times in fold {fold}, the baseline {theirs[fold]} times"
-        reason = "of more evaluations the best is better by chance"
-        problems.append(f"{name} was evaluated {counts}: {reason}")
+    base = _count_evaluations(first)
+    for fold, count in _count_evaluations(records).items():
+        if base.get(fold, count) != count:
+            counts = f"{count} times in fold {fold}, the baseline {base[fold]} times"
+            reason = "of more evaluations the best is better by chance"
+            return [*problems, f"{name} was evaluated {counts}: {reason}"]
     return problems
 
 
-def _differing_machines(records):
-    """In words, how machines and versions of the runs differ: scores and seconds may carry it."""
-    facts = []
-    for record in records:
-        place = {"device": record["device"], "threads": record["threads"]}
-        facts.append(place | record["versions"])
-    lines = []
-    for name in facts[0]:
-        values = sorted({str(fact.get(name)) for fact in facts})
+def _print_differing_machines(records):
+    """How machines and versions of the runs differ: scores and seconds may carry it."""
+    for name in ("device", "threads", *records[0]["versions"]):
+        values = {str((record | record["versions"]).get(name)) for record in records}
         if len(values) > 1:
-            lines.append(f"the runs differ in {name}: {ku._comma_join(values)}")
-    return lines
+            print(f"the runs differ in {name}: {ku._comma_join(sorted(values))}")
 
 
 def encode_oof(oof, cfg, classes):
@@ -354,77 +386,49 @@ def align_runs(records, baseline=""):
     from the baseline in metric, outputs, rows, folds, groups, targets or number of evaluations,
     or share a seed and a fold.
     """
-    grouped = _group_records(records, baseline)
-    seeds = {}  # (configuration, seed) -> records
-    for name, runs in grouped.items():
+    configurations = []
+    for name, runs in _group_records(records, baseline).items():
+        by_seed = {}
         for record in sorted(runs, key=lambda record: record["settings"]["seed"]):
-            seeds.setdefault((name, record["settings"]["seed"]), []).append(record)
-    first = next(iter(seeds.values()))
+            by_seed.setdefault(record["settings"]["seed"], []).append(record)
+        configurations.append(Configuration(name, by_seed, {}))
+    first = next(iter(configurations[0].runs.values()))  # the first seed of the baseline
     problems = [problem for record in records for problem in setting_problems(record, first[0])]
     if problems:
         raise ComparisonError(problems)
-    oofs = {key: read_oof(runs) for key, runs in seeds.items()}
-    reference = next(iter(oofs.values()))
-    for (name, seed), runs in seeds.items():
-        title = f"{name}, seed {seed} ({ku._comma_join(record['folder'] for record in runs)})"
-        problems += _seed_problems(title, runs, oofs[name, seed], first, reference)
+    reference = read_oof(first)
+    tables = {}  # configuration -> table of each seed
+    for name, by_seed, _ in configurations:
+        tables[name] = [read_oof(runs) for runs in by_seed.values()]
+        for (seed, runs), oof in zip(by_seed.items(), tables[name], strict=True):
+            folders = ku._comma_join(record["folder"] for record in runs)
+            title = f"{name}, seed {seed} ({folders})"
+            problems += _seed_problems(title, runs, oof, first, reference)
     if problems:
         raise ComparisonError(problems)
 
-    configurations = []
-    for name, runs in grouped.items():
-        own = {seed: oof.loc[reference.index] for (n, seed), oof in oofs.items() if n == name}
-        predictions = {c: _stack_predictions(own, c, first[0]["outputs"]) for c in CHECKPOINTS}
-        configurations.append(Configuration(name, list(own), runs, predictions))
+    outputs = first[0]["outputs"]
+    for name, _, predictions in configurations:
+        for checkpoint in CHECKPOINTS:
+            columns = ku._column_names(f"prediction_{checkpoint}", outputs)
+            own = [oof.loc[reference.index, columns] for oof in tables[name]]
+            predictions[checkpoint] = np.stack(own)  # (S, N, K)
     cfg = compared_config(first[0])
     target, folds, groups = encode_oof(reference, cfg, first[0]["classes"])
     fold_sizes = reference["fold"].value_counts()
     test_to_train = float((fold_sizes / (first[0]["rows"] - fold_sizes)).mean())
     comparison = Comparison(cfg.metric, folds, groups, test_to_train, target, configurations)
-    _check_scores(comparison)
-    n_seeds = ku._comma_join(sorted({len(c.seeds) for c in configurations}))
+    comparison.check_scores()
+    n_seeds = ku._comma_join(sorted({len(c.runs) for c in configurations}))
     sizes = f"{len(target)} rows, {len(fold_sizes)} folds, {n_seeds} seeds"
     print(f"{len(configurations)} configurations, {sizes}")
     print(f"baseline: {configurations[0].name}")
-    for line in _differing_machines(records):
-        print(line)
+    _print_differing_machines(records)
     return comparison
-
-
-def _stack_predictions(oofs, checkpoint, outputs):
-    """(S, N, K) predictions of the `last` or `best` checkpoint in tables {seed: table}."""
-    columns = ku._column_names(f"prediction_{checkpoint}", outputs)
-    return np.stack([oof[columns] for oof in oofs.values()])
 
 
 # ---------------------------------------------------------------------------------------
 # Statistics
-
-
-def _lower_is_better(comparison):
-    return ku.METRICS[comparison.metric].better == "lower"
-
-
-def _seed_scores(comparison, configuration, checkpoint):
-    """(S,) scores over all rows and (S, F) scores of each fold."""
-    score, target = ku.METRICS[comparison.metric], comparison.target
-    folds = [comparison.folds == fold for fold in np.unique(comparison.folds)]
-    overall, by_fold = [], []
-    for predictions in configuration.predictions[checkpoint]:
-        overall.append(score(target, predictions))
-        by_fold.append([score(target[rows], predictions[rows]) for rows in folds])
-    return np.array(overall), np.array(by_fold)
-
-
-def _check_scores(comparison):
-    """ComparisonError where a seed has no score, as constant predictions have no correlation."""
-    for configuration, checkpoint in itertools.product(comparison.configurations, CHECKPOINTS):
-        scores, _ = _seed_scores(comparison, configuration, checkpoint)
-        undefined = np.flatnonzero(~np.isfinite(scores))
-        if len(undefined):
-            seeds = ku._comma_join(configuration.seeds[i] for i in undefined)
-            problem = f"the {checkpoint} predictions have no {comparison.metric}"
-            raise ComparisonError(f"{configuration.name}, seed {seeds}: {problem}")
 
 
 def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng):
@@ -488,6 +492,11 @@ class _Difference(NamedTuple):
     detectable: float  # true difference that is found in about four of five such comparisons
 
 
+def small_sample_factor(n):
+    """By how much to stretch deviations of draws of n with replacement, which vary too little."""
+    return math.sqrt(n / (n - 1)) if n > 1 else 0.0
+
+
 class _Side(NamedTuple):
     """One configuration of a difference: its score, the mean over seeds, and what moves it."""
 
@@ -497,61 +506,43 @@ class _Side(NamedTuple):
     seed_variance: float  # of the score, over seeds; 0 with one seed
     dof: int  # degrees of freedom of `seed_variance`
 
+    @classmethod
+    def draw(cls, scores, resamples, n_groups, rng):
+        """From S seeds: their scores (S,) over all rows and (R, S) over drawn rows."""
+        n_seeds = len(scores)
+        row_means = resamples.mean(1)
+        drawn_seeds = rng.integers(n_seeds, size=resamples.shape)
+        seed_draws = np.take_along_axis(resamples, drawn_seeds, 1).mean(1) - row_means
+        return cls(
+            score=scores.mean(),
+            row_draws=small_sample_factor(n_groups) * (row_means - scores.mean()),
+            seed_draws=small_sample_factor(n_seeds) * seed_draws,
+            seed_variance=scores.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0,
+            dof=n_seeds - 1,
+        )
 
-def small_sample_factor(n):
-    """By how much to stretch deviations of draws of n with replacement, which vary too little."""
-    return math.sqrt(n / (n - 1)) if n > 1 else 0.0
+    def compare(self, base, n_groups, level):
+        """The `_Difference` to the baseline at a level of significance.
 
-
-def _draw_side(scores, resamples, n_groups, rng):
-    """The `_Side` of S seeds, of their scores (S,) over all rows and (R, S) over drawn rows."""
-    n_seeds = len(scores)
-    row_means = resamples.mean(1)
-    drawn_seeds = rng.integers(n_seeds, size=resamples.shape)
-    seed_draws = np.take_along_axis(resamples, drawn_seeds, 1).mean(1) - row_means
-    row_draws = row_means - scores.mean()
-    return _Side(
-        score=scores.mean(),
-        row_draws=small_sample_factor(n_groups) * row_draws,
-        seed_draws=small_sample_factor(n_seeds) * seed_draws,
-        seed_variance=scores.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0,
-        dof=n_seeds - 1,
-    )
-
-
-def _error_distribution(error, variances):
-    """The distribution of a difference in units of its standard error, for [(variance, dof)].
-
-    Student's t with the degrees of freedom of Welch and Satterthwaite; the normal distribution
-    where no part of the variance is estimated.
-    """
-    uncertainty = sum(variance**2 / dof for variance, dof in variances if variance)
-    return scipy.stats.t(error**4 / uncertainty) if uncertainty else scipy.stats.norm()
-
-
-def _t_interval(difference, spread, t):
-    """95 % interval by the quantiles of deviations (R,), as much wider as t is than the normal."""
-    stretch = t.ppf(0.975) / scipy.stats.norm().ppf(0.975)
-    return difference + stretch * np.quantile(spread, [0.025, 0.975])
-
-
-def _compare_sides(side, base, n_groups, level):
-    """The `_Difference` of a side to the baseline at a level of significance."""
-    difference = side.score - base.score
-    row_spread = side.row_draws - base.row_draws
-    spread = row_spread + side.seed_draws - base.seed_draws
-    error = spread.std()
-    variances = [
-        (row_spread.var(), n_groups - 1),
-        (side.seed_variance, side.dof),
-        (base.seed_variance, base.dof),
-    ]
-    t = _error_distribution(error, variances)
-    p = 2 * t.sf(abs(difference) / error) if error else 1.0
-    if side.dof == 0 or base.dof == 0:  # the variance of one seed is unknown
-        p = math.nan
-    low, high = _t_interval(difference, spread, t)
-    return _Difference(difference, low, high, p, (t.ppf(1 - level / 2) + t.ppf(0.8)) * error)
+        Quantiles are those of Student's t with the degrees of freedom of Welch and Satterthwaite,
+        or of the normal distribution where no part of the variance is estimated.
+        """
+        difference = self.score - base.score
+        row_spread = self.row_draws - base.row_draws
+        spread = row_spread + self.seed_draws - base.seed_draws
+        error, normal = spread.std(), scipy.stats.norm()
+        uncertainty = row_spread.var() ** 2 / (n_groups - 1)
+        for side in (self, base):
+            if side.seed_variance:
+                uncertainty += side.seed_variance**2 / side.dof
+        t = scipy.stats.t(error**4 / uncertainty) if uncertainty else normal
+        p = 2 * t.sf(abs(difference) / error) if error else 1.0
+        if self.dof == 0 or base.dof == 0:  # the variance of one seed is unknown
+            p = math.nan
+        stretch = t.ppf(0.975) / normal.ppf(0.975)
+        low, high = difference + stretch * np.quantile(spread, [0.025, 0.975])
+        detectable = (t.ppf(1 - level / 2) + t.ppf(0.8)) * error
+        return _Difference(difference, low, high, p, detectable)
 
 
 def _two_way_bootstrap(comparison, checkpoint, n_resamples, seed):
@@ -563,63 +554,18 @@ def _two_way_bootstrap(comparison, checkpoint, n_resamples, seed):
     its interval is over rows alone, and p is NaN. The detectable difference allows for the number
     of configurations as Bonferroni does, and so for a little more than Holm.
     """
-    rng, score = np.random.default_rng(seed), ku.METRICS[comparison.metric]
-    target, groups = comparison.target, comparison.groups
+    rng, n_groups = np.random.default_rng(seed), comparison.groups.max() + 1
+    metric, target, groups = comparison.metric, comparison.target, comparison.groups
     predictions = [c.predictions[checkpoint] for c in comparison.configurations]
     cuts = np.cumsum([len(p) for p in predictions])[:-1]
     predictions = np.concatenate(predictions)  # (P, N, K)
-    scores = np.array([score(target, p) for p in predictions])  # (P,)
-    resamples = resampled_scores(
-        comparison.metric,
-        target,
-        predictions,
-        groups,
-        n_resamples,
-        rng,
-    )  # (R, P)
-    n_groups = groups.max() + 1
+    scores = np.array([ku.METRICS[metric](target, p) for p in predictions])  # (P,)
+    drawn = resampled_scores(metric, target, predictions, groups, n_resamples, rng)  # (R, P)
     sides = []
-    for own, drawn in zip(np.split(scores, cuts), np.split(resamples, cuts, axis=1), strict=True):
-        sides.append(_draw_side(own, drawn, n_groups, rng))
+    for own, resamples in zip(np.split(scores, cuts), np.split(drawn, cuts, axis=1), strict=True):
+        sides.append(_Side.draw(own, resamples, n_groups, rng))
     base, *others = sides
-    return [_compare_sides(side, base, n_groups, _LEVEL / len(others)) for side in others]
-
-
-def _seed_curves(configuration, seed, metric_name):
-    """Shares of the training done (E,) and scores (F, E) at evaluations that all folds have."""
-    logs = []
-    for record in configuration.records:
-        if record["settings"]["seed"] == seed:
-            path = record["folder"] / "log.jsonl"
-            with _name_errors(path):
-                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
-    log = pd.concat(logs)
-    by_fold = log.groupby("fold")
-    log["number"] = by_fold.cumcount()
-    log["share"] = log["step"] / by_fold["step"].transform("max")
-
-    def by_number(column):  # (F, E)
-        return log.pivot(index="fold", columns="number", values=column).dropna(axis=1)
-
-    return by_number("share").mean().to_numpy(), by_number(metric_name).to_numpy()
-
-
-def _optimism(comparison, configuration):
-    """How much better `best` looks for being chosen on the rows it is scored on.
-
-    The mean over seeds and folds of its distance to the score at the evaluation that the other
-    folds of the seed would choose. NaN with one fold.
-    """
-    distances = []
-    for seed in configuration.seeds:
-        _, scores = _seed_curves(configuration, seed, comparison.metric)
-        losses = scores if _lower_is_better(comparison) else -scores
-        if len(losses) == 1:
-            continue
-        for fold in range(len(losses)):
-            chosen_by_others = np.delete(losses, fold, 0).mean(0).argmin()
-            distances.append(losses[fold, chosen_by_others] - losses[fold].min())
-    return float(np.mean(distances)) if distances else math.nan
+    return [side.compare(base, n_groups, _LEVEL / len(others)) for side in others]
 
 
 # ---------------------------------------------------------------------------------------
@@ -628,9 +574,9 @@ def _optimism(comparison, configuration):
 
 def _describe_configuration(comparison, configuration, checkpoint):
     """What the table says of a configuration by itself."""
-    scores, _ = _seed_scores(comparison, configuration, checkpoint)
+    scores, _ = comparison.seed_scores(configuration, checkpoint)
     records = configuration.records
-    is_best = checkpoint == "best"
+    seconds = sum(record["seconds"]["total"] for record in records)
     return {
         "configuration": configuration.name,
         "checkpoint": checkpoint,
@@ -639,8 +585,8 @@ def _describe_configuration(comparison, configuration, checkpoint):
         "rows": len(comparison.folds),
         comparison.metric: scores.mean(),
         "sd over seeds": scores.std(ddof=1) if len(scores) > 1 else math.nan,
-        "optimism": _optimism(comparison, configuration) if is_best else math.nan,
-        "seconds": sum(record["seconds"]["total"] for record in records) / len(scores),
+        "optimism": comparison.optimism(configuration) if checkpoint == "best" else math.nan,
+        "seconds": seconds / len(scores),
         "rows/s": np.mean([record["rows_per_second"] for record in records]),
         "peak GB": max(record["peak_memory_bytes"] for record in records) / 2**30,
     }
@@ -652,14 +598,15 @@ def _fold_evidence(comparison, configuration, checkpoint):
     p of `corrected_t` over folds x seeds, the seeds paired in their order, and the share of all
     folds and pairs of seeds in which the configuration wins.
     """
-    _, folds = _seed_scores(comparison, configuration, checkpoint)  # (S, F)
-    _, base = _seed_scores(comparison, comparison.configurations[0], checkpoint)
+    _, folds = comparison.seed_scores(configuration, checkpoint)  # (S, F)
+    _, base = comparison.seed_scores(comparison.configurations[0], checkpoint)
     every_pair = folds[:, None] - base[None]  # (S, S of the baseline, F)
-    won = every_pair < 0 if _lower_is_better(comparison) else every_pair > 0
+    won = every_pair < 0 if comparison.lower_is_better else every_pair > 0
     n = min(len(folds), len(base))
     paired = (folds[:n] - base[:n]).T  # (F, n)
-    has_spread = min(paired.shape) > 1
-    p = corrected_t(paired, comparison.test_to_train) if has_spread else math.nan
+    p = math.nan
+    if min(paired.shape) > 1:
+        p = corrected_t(paired, comparison.test_to_train)
     return {"p of t": p, "cells won": won.mean()}
 
 
@@ -689,12 +636,12 @@ def compare_runs(comparison, n_resamples=2000, seed=0):
     configurations = comparison.configurations
     for checkpoint in CHECKPOINTS:
         own = [_describe_configuration(comparison, c, checkpoint) for c in configurations]
-        table = pd.DataFrame(own)
-        differences = _two_way_bootstrap(comparison, checkpoint, n_resamples, seed)
         evidence = [_fold_evidence(comparison, c, checkpoint) for c in configurations[1:]]
-        against = pd.concat([pd.DataFrame(differences), pd.DataFrame(evidence)], axis=1)
+        against = pd.DataFrame(_two_way_bootstrap(comparison, checkpoint, n_resamples, seed))
+        against = against.join(pd.DataFrame(evidence))
         against["p of Holm"] = _holm(against["p"].to_numpy())
-        table = table.join(against.set_index(table.index[1:]))
+        against.index += 1  # the baseline has row 0
+        table = pd.DataFrame(own).join(against)
         table["verdict"] = [_verdict(row, better) for _, row in table.iterrows()]
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -702,19 +649,17 @@ def compare_runs(comparison, n_resamples=2000, seed=0):
 
 def run_scores(comparison):
     """Table with a row for each configuration and seed: its scores, of each fold too, and cost."""
-    rows, metric = [], comparison.metric
-    folds = np.unique(comparison.folds)
+    rows, folds = [], np.unique(comparison.folds)
     for configuration in comparison.configurations:
-        scores = {c: _seed_scores(comparison, configuration, c) for c in CHECKPOINTS}
-        for i, seed in enumerate(configuration.seeds):
-            runs = [r for r in configuration.records if r["settings"]["seed"] == seed]
+        scores = [comparison.seed_scores(configuration, checkpoint) for checkpoint in CHECKPOINTS]
+        for i, (seed, runs) in enumerate(configuration.runs.items()):
             row = {"configuration": configuration.name, "seed": seed}
             row |= {"rows": len(comparison.folds), "epochs": runs[0]["settings"]["epochs"]}
-            for checkpoint, (overall, _) in scores.items():
-                row[f"{metric} {checkpoint}"] = overall[i]
-            for checkpoint, (_, by_fold) in scores.items():
-                for fold, score in zip(folds, by_fold[i], strict=True):
-                    row[f"{checkpoint} fold {fold}"] = score
+            for checkpoint, (overall, _) in zip(CHECKPOINTS, scores, strict=True):
+                row[f"{comparison.metric} {checkpoint}"] = overall[i]
+            for checkpoint, (_, by_fold) in zip(CHECKPOINTS, scores, strict=True):
+                names = [f"{checkpoint} fold {fold}" for fold in folds]
+                row |= dict(zip(names, by_fold[i], strict=True))
             row["lr"] = runs[0]["resolved"]["lr"]
             row["seconds"] = sum(record["seconds"]["total"] for record in runs)
             row["device"] = ku._comma_join(dict.fromkeys(map(_device_text, runs)))
@@ -735,8 +680,12 @@ LABEL_WIDTH = 26  # characters of a line of a configuration's name
 _VERDICT_COLORS = {"better": BLUE, "worse": RED, "not distinguishable": GREY}
 
 
-def _verdict_word(verdict):
-    return verdict.partition(" (")[0]
+# Filled and above for the last checkpoint, hollow and below for the best
+_CHECKPOINT_STYLES = {
+    "last": dict(marker="o", linewidth=2),
+    "best": dict(marker="D", linewidth=1, markerfacecolor="white"),
+}
+_CHECKPOINT_OFFSETS = {"last": 0.14, "best": -0.14}
 
 
 def _label_right(axis, limits, heights, texts):
@@ -749,42 +698,30 @@ def _label_right(axis, limits, heights, texts):
 
 
 def plot_differences(comparison, table, folder):
-    """Difference of each configuration to the baseline with its interval, as differences.png.
-
-    Filled and above for the last checkpoint, hollow and below for the best.
-    """
-    lower_is_better = _lower_is_better(comparison)
+    """Difference of each configuration to the baseline with its interval, as differences.png."""
     rows = table[table["difference"].notna()]
+    rows = rows.assign(word=rows["verdict"].str.partition(" (")[0])
     last = rows[rows["checkpoint"] == "last"]
-    last = last.sort_values("difference", ascending=not lower_is_better)
+    last = last.sort_values("difference", ascending=not comparison.lower_is_better)
     names = list(last["configuration"])
     figure = ku._new_figure(10, 1.8 + 0.6 * len(names))
     axis = figure.subplots()
     for _, row in rows.iterrows():
-        color = _VERDICT_COLORS[_verdict_word(row["verdict"])]
-        height = names.index(row["configuration"])
-        if row["checkpoint"] == "last":
-            offset, width, marker, face = 0.14, 2, "o", color
-        else:
-            offset, width, marker, face = -0.14, 1, "D", "white"
-        ends = [row["low"], row["high"]]
-        axis.plot(ends, [height + offset] * 2, color=color, linewidth=width)
-        style = dict(marker=marker, color=color, markerfacecolor=face)
-        axis.plot(row["difference"], height + offset, **style)
+        style = _CHECKPOINT_STYLES[row["checkpoint"]] | dict(color=_VERDICT_COLORS[row["word"]])
+        height = names.index(row["configuration"]) + _CHECKPOINT_OFFSETS[row["checkpoint"]]
+        interval = [row["low"], row["difference"], row["high"]]
+        axis.plot(interval, [height] * 3, markevery=[1], **style)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(names)), [textwrap.fill(name, LABEL_WIDTH) for name in names])
-    texts = [
-        f"{difference:+.4g} {_verdict_word(verdict)}"
-        for difference, verdict in zip(last["difference"], last["verdict"], strict=True)
-    ]
+    texts = [f"{row['difference']:+.4g} {row['word']}" for _, row in last.iterrows()]
     _label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
-    side = "left" if lower_is_better else "right"
+    side = "left" if comparison.lower_is_better else "right"
     title = f"difference in out-of-fold {comparison.metric} ({side} is better), 95 % interval"
-    title += f", to {comparison.configurations[0].name}"
-    axis.set_xlabel(textwrap.fill(title, 70))
-    style = dict(color="black", linestyle="none")
-    axis.plot([], [], marker="o", markerfacecolor="black", label="last checkpoint", **style)
-    axis.plot([], [], marker="D", markerfacecolor="white", label="best checkpoint", **style)
+    baseline = comparison.configurations[0].name
+    axis.set_xlabel(textwrap.fill(f"{title}, to {baseline}", 70))
+    for checkpoint, style in _CHECKPOINT_STYLES.items():
+        style = dict(markerfacecolor="black", color="black") | style | dict(linestyle="none")
+        axis.plot([], [], label=f"{checkpoint} checkpoint", **style)
     figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
     ku._save_figure(figure, folder / "differences.png")
 
@@ -813,13 +750,13 @@ def plot_folds(comparison, folder):
     baseline = comparison.configurations[0]
     title = f"last checkpoint, mean over seeds; baseline: {baseline.name}"
     figure, panels = _make_panels(comparison, f"{comparison.metric} of each fold", title)
-    base = _seed_scores(comparison, baseline, "last")[1].mean(0)
+    base = comparison.seed_scores(baseline, "last")[1].mean(0)
     for configuration, axis in panels:
-        scores = _seed_scores(comparison, configuration, "last")[1].mean(0)
-        better = scores < base if _lower_is_better(comparison) else scores > base
+        scores = comparison.seed_scores(configuration, "last")[1].mean(0)
+        better = scores < base if comparison.lower_is_better else scores > base
         for ends, is_better in zip(np.stack([base, scores], axis=1), better, strict=True):
-            color, style = (BLUE, "-") if is_better else (RED, "--")
-            axis.plot([0, 1], ends, color=color, linestyle=style, marker="o", markersize=3)
+            color, style = (BLUE, "o-") if is_better else (RED, "o--")
+            axis.plot([0, 1], ends, style, color=color, markersize=3)
         axis.set_xticks([0, 1], ["baseline", "this"])
         axis.set_xlim(-0.3, 1.3)
         axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
@@ -836,7 +773,7 @@ def plot_learning(comparison, folder):
     figure, panels = _make_panels(comparison, f"validation {comparison.metric}", title)
     for configuration, axis in panels:
         for side, color, style in ((baseline, GREY, "--"), (configuration, BLUE, "-")):
-            curves = [_seed_curves(side, seed, comparison.metric) for seed in side.seeds]
+            curves = [side.curves(seed, comparison.metric) for seed in side.runs]
             share = curves[0][0]
             scores = np.stack([scores.mean(0) for _, scores in curves])  # (S, E)
             axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")

@@ -6335,52 +6335,14 @@ def _summary(name, record):
 _BUNDLE_FORMAT = "kernel_utils bundle 1"
 _BLEND_FILE = "blend.json"  # weights of the runs, in the output of blend.ipynb and in a bundle
 
-# Largest distance from a golden prediction, as in `_golden_gaps`, by precision. On 150 texts of
+# Largest distance from a golden prediction, as in `golden_gaps`, by precision. On 150 texts of
 # CLEAR, MiniLM's were 6e-4 in float16 and 6e-3 in bfloat16; a deeper model adds up more. Float32,
 # always checked too, is the sharp one.
 _GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
-# The unit of a gap is never below this share of the prediction, so that float32 may be off by 1e-6
-# of a prediction, eight roundings, however little the target spreads.
+# The unit of a gap is never below this share of the prediction, since arithmetic rounds in
+# proportion to it: float32 may be off by 1e-6, eight roundings, however little a target spreads.
 _GOLDEN_MIN_FRACTION = 0.01
-
-
-class _Run(NamedTuple):
-    """A finished run: what is known of it and where its parts lie, in its folder or a bundle."""
-
-    name: str
-    record: dict
-    golden: dict
-    cfg: Config
-    config: Path  # of the backbone
-    tokenizer: dict  # name of a file of the tokenizer -> its path
-    weights: dict  # fold -> path
-
-
-class _Blend(NamedTuple):
-    """How the predictions of runs become one: their weighted sum and an intercept."""
-
-    method: str
-    weights: dict  # name of a run -> weight
-    intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `_threshold_scores`; only for qwk in regression
-
-    def __str__(self):
-        return _describe_blend(self.weights, self.intercept)
-
-
-class Bundle(NamedTuple):
-    """Finished runs to predict with. Without a blend they count alike."""
-
-    folder: Path
-    runs: list
-    opened: dict  # architecture -> (tokenizer, model), of the one that is in memory
-    blend: _Blend | None = None
-
-    @property
-    def cfg(self):
-        """The settings that name columns; only runs that agree on them are packed together."""
-        return self.runs[0].cfg
 
 
 def _version_error(version):
@@ -6409,83 +6371,333 @@ def _record_error(record):
     return None if record["folds"] else "the run has no folds"
 
 
-def _golden_error(golden, cfg, weights):
-    """What makes the golden part of a run useless, or None."""
-    try:
-        for row in golden["rows"]:
-            row["id"], row["prediction"], weights[row["fold"]]
-            [row["cells"][name] for name in cfg.input_columns]
-        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            return "no rows, or other texts than token_ids"
-    except (AttributeError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def _run_problems(record, golden, config, tokenizer, weights):
-    """What is wrong with the parts of a run, wherever they lie; arguments as in `_Run`."""
+    """What is wrong with the parts of a run whose record has no `_record_error`, as in `_Run`."""
     problems = []
     for path in filter(None, (config, tokenizer.get("tokenizer_config.json"))):
         try:
             _check_no_foreign_code(path)
         except KitError as error:
             problems += error.problems
-    record_error = _record_error(record)
-    if record_error:
-        return [*problems, f"record.json: {record_error}"]
     try:
         cfg = Config.from_dict(record["settings"] | record["resolved"])
+        for row in golden["rows"]:
+            row["id"], row["prediction"], weights[row["fold"]]
+            [row["cells"][name] for name in cfg.input_columns]
+        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
+            raise TypeError("no rows, or other texts than token_ids")
     except ConfigError as error:
-        return problems + [f"record.json: {problem}" for problem in error.problems]
-    golden_error = _golden_error(golden, cfg, weights)
-    if golden_error:
-        problems.append(f"what is golden is malformed: {golden_error}")
+        problems += [f"record.json: {problem}" for problem in error.problems]
+    except (AttributeError, KeyError, TypeError) as error:
+        problems.append(f"what is golden is malformed: {type(error).__name__}: {error}")
     return problems
 
 
-def _make_run(name, record, golden, config, tokenizer, weights):
-    """A `_Run` of parts without problems, in a precision that this machine has."""
-    cfg = Config.from_dict(record["settings"] | record["resolved"])
-    precision_error = _precision_error(cfg.precision)
-    if precision_error:
-        print(f"{name}: {precision_error}, so precision auto instead")
-        cfg = dataclasses.replace(cfg, precision="auto")
-    return _Run(name, record, golden, cfg, config, tokenizer, weights)
+class _Run(NamedTuple):
+    """A finished run: what is known of it and where its parts lie, in its folder or a bundle."""
+
+    name: str
+    record: dict
+    golden: dict
+    cfg: Config
+    config: Path  # of the backbone
+    tokenizer: dict  # name of a file of the tokenizer -> its path
+    weights: dict  # fold -> path
+
+    @classmethod
+    def load(cls, path):
+        """The run of a folder that is complete, or stopped with `predict_partial`.
+
+        Raises ConfigError with everything that is wrong, such as a head that is not registered.
+        """
+        folder = RunFolder(path)
+        problems = folder.problems()
+        if problems:
+            raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
+        record = folder.read_record()
+        if record["status"] == "stopped":
+            folds = _comma_join(fold["fold"] for fold in record["folds"])
+            print(f"{path} is not finished ({record['stopped']}): predicted with fold {folds}")
+        return cls.from_parts(folder.name, record, *folder.read_parts(record))
+
+    @classmethod
+    def from_bundle(cls, folder, name, entry):
+        """The run `name` of a bundle; `entry` is what the manifest says of it."""
+        record = _read_json(folder / entry["record"])
+        tokenizer = {original: folder / file for original, file in entry["tokenizer"].items()}
+        weights = {int(fold): folder / file for fold, file in entry["weights"].items()}
+        parts = (record, entry["golden"], folder / entry["config"], tokenizer, weights)
+        record_error = _record_error(record)
+        problems = [f"record.json: {record_error}"] if record_error else _run_problems(*parts)
+        if problems:
+            raise BundleError([f"{name}, {problem}" for problem in problems])
+        return cls.from_parts(name, *parts)
+
+    @classmethod
+    def from_parts(cls, name, record, golden, config, tokenizer, weights):
+        """A run of parts without problems, in a precision that this machine has."""
+        cfg = Config.from_dict(record["settings"] | record["resolved"])
+        run = cls(name, record, golden, cfg, config, tokenizer, weights)
+        precision_error = _precision_error(cfg.precision)
+        if precision_error:
+            print(f"{name}: {precision_error}, so precision auto instead")
+            return run.with_precision("auto")
+        return run
+
+    def with_precision(self, precision):
+        return self._replace(cfg=dataclasses.replace(self.cfg, precision=precision))
+
+    def settings_that_affect(self, *affects):
+        names = [name for name in Config.names(*affects) if name not in Config.by_content]
+        return {name: getattr(self.cfg, name) for name in names}
+
+    @property
+    def tokenization_key(self):
+        """What decides the token ids, as text."""
+        files = {name: _file_sha256(path) for name, path in self.tokenizer.items()}
+        return json.dumps([files, self.settings_that_affect("tokens")], sort_keys=True)
+
+    @property
+    def architecture_key(self):
+        """What decides the tokenizer and all of the model but its weights, as text."""
+        settings = self.settings_that_affect("model") | {"task": self.cfg.task}
+        outputs = self.record["outputs"]
+        parts = [self.tokenization_key, _file_sha256(self.config), settings, outputs]
+        return json.dumps(parts, sort_keys=True)
+
+    def open(self):
+        """(tokenizer, model); the model has the weights of no fold yet."""
+        _prepare_process()
+        with tempfile.TemporaryDirectory() as folder:  # transformers wants its own file names
+            for name, path in self.tokenizer.items():
+                shutil.copyfile(path, Path(folder) / name)
+            tokenizer = _load_tokenizer(folder)
+        loss = LOSSES[self.cfg.loss](self.cfg, len(self.record["outputs"]))
+        backbone = _empty_backbone(self.config, self.cfg)
+        model = TextModel(self.cfg, backbone, loss, _cls_is_last(tokenizer))
+        return tokenizer, model.to(_pick_device())
+
+    def load_fold(self, model, fold):
+        """Copy the weights of a fold into the model from a map of the file: no second one."""
+        with _wrap_read_errors(self.weights[fold]):
+            load_model(model, self.weights[fold])
+
+    def check_tokenizer(self, tokenizer):
+        """Raise BundleError where the tokenizer gives other token ids than in training."""
+        texts = self.golden["texts"]
+        token_ids = _probe_ids(texts, tokenizer, self.cfg)
+        rows = zip(texts, token_ids, self.golden["token_ids"], strict=True)
+        wrong = [text for text, ids, expected in rows if ids != expected]
+        if wrong:
+            raise BundleError(
+                f"{self.name}: the tokenizer gives other token ids than in training for "
+                f"{len(wrong)} of {len(texts)} texts, such as {wrong[0][:40]!r}: its files, or the "
+                f"versions of tokenizers or transformers, differ"
+            )
+
+    def predict_golden(self, tokenizer, model, precisions):
+        """{precision: predictions (n, K)} of the golden rows, by the folds that validated them."""
+        rows = self.golden["rows"]
+        folds = np.array([row["fold"] for row in rows])
+        tokens = _tokenize(pd.DataFrame([row["cells"] for row in rows]), tokenizer, self.cfg)
+        shape = (len(rows), len(self.record["outputs"]))
+        predictions = {precision: np.empty(shape) for precision in precisions}
+        for fold in self.weights:
+            self.load_fold(model, fold)
+            own = np.flatnonzero(folds == fold)
+            for precision in predictions:
+                cfg = dataclasses.replace(self.cfg, precision=precision)
+                predictions[precision][own] = predict(model, tokens, cfg, own)
+        return predictions
+
+    def golden_gaps(self, predictions, golden):
+        """Distance (n,) of predictions (n, K) from `golden`, in standard deviations of the target.
+
+        The unit is 1 for probabilities, and never less than `_GOLDEN_MIN_FRACTION` of a prediction.
+        """
+        spread = self.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
+        scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
+        return (abs(predictions - np.array(golden)) / scale).max(1)
+
+    def check_gaps(self, predictions, precision):
+        """The largest gap of the golden rows; BundleError with fold and id if it is too large."""
+        gaps = self.golden_gaps(predictions, [row["prediction"] for row in self.golden["rows"]])
+        allowed = _GOLDEN_TOLERANCES[precision]
+        if not gaps.max() <= allowed:  # NaN too
+            row = self.golden["rows"][int(gaps.argmax())]
+            raise BundleError(
+                f"{self.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction "
+                f"is {gaps.max():.2g} off that of training, {allowed:g} is allowed: the weights, "
+                f"the module or the versions differ"
+            )
+        return float(gaps.max())
+
+    def check_golden(self, tokenizer, model):
+        self.check_tokenizer(tokenizer)
+        precisions = {_precision_name(p): p for p in (self.cfg.precision, "fp32")}  # one each
+        predictions = self.predict_golden(tokenizer, model, precisions.values())
+        for name, precision in precisions.items():
+            gap, allowed = self.check_gaps(predictions[precision], name), _GOLDEN_TOLERANCES[name]
+            rows = f"{len(self.golden['rows'])} golden rows in {name}"
+            print(f"{self.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
 
 
-def _load_run(path):
-    """A complete run folder, or one that was stopped and has `predict_partial`, as a `_Run`.
+class _Blend(NamedTuple):
+    """How the predictions of runs become one: their weighted sum and an intercept."""
 
-    Raises ConfigError with everything that is wrong, such as a head that is not registered.
-    """
-    folder = RunFolder(path)
-    problems = folder.problems()
-    if problems:
-        raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
-    record = folder.read_record()
-    if record["status"] == "stopped":
-        folds = _comma_join(fold["fold"] for fold in record["folds"])
-        print(f"{path} is not finished ({record['stopped']}): predicted with fold {folds}")
-    return _make_run(folder.name, record, *folder.read_parts(record))
+    method: str
+    weights: dict  # name of a run -> weight
+    intercept: list  # (K,)
+    cuts: dict  # thresholds and levels of `_threshold_scores`; only for qwk in regression
+
+    def __str__(self):
+        terms = [f"{weight:.4g} {name}" for name, weight in self.weights.items()]
+        if any(self.intercept):
+            terms.append(f"intercept {_comma_join(f'{value:.4g}' for value in self.intercept)}")
+        return _comma_join(terms)
+
+    @classmethod
+    def read(cls, path, record_paths):
+        """The blend in a blend.json.
+
+        BundleError unless it is of the runs whose record.json are `record_paths`, {name: path},
+        each to the last byte, and of no other.
+        """
+        content = _read_json(path)
+        try:
+            members = content["members"]
+            expected = {name: str(member["record_sha256"]) for name, member in members.items()}
+            weights = {name: _cast(member["weight"], float) for name, member in members.items()}
+            intercept = [_cast(value, float) for value in content["intercept"]]
+            blend = cls(content["method"], weights, intercept, dict(content["cuts"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+        problems = [f"run {name} is missing" for name in expected if name not in record_paths]
+        for name, record_path in record_paths.items():
+            sha256 = _file_sha256(record_path)
+            if name not in expected:
+                problems.append(f"run {name} is none of its members, {_comma_join(expected)}")
+            elif expected[name] != sha256:
+                problems.append(
+                    f"run {name} is another one: SHA-256 of its record.json, expected "
+                    f"{expected[name][:12]}, got {sha256[:12]}"
+                )
+        if problems:
+            raise BundleError([f"{path}: {problem}" for problem in problems])
+        return blend
 
 
-def _bundled_run(folder, name, entry):
-    """A `_Run` of a bundle; `entry` is what the manifest says of it."""
-    record = _read_json(folder / entry["record"])
-    parts = {
-        "golden": entry["golden"],
-        "config": folder / entry["config"],
-        "tokenizer": {original: folder / file for original, file in entry["tokenizer"].items()},
-        "weights": {int(fold): folder / file for fold, file in entry["weights"].items()},
-    }
-    problems = _run_problems(record, **parts)
-    if problems:
-        raise BundleError([f"{name}, {problem}" for problem in problems])
-    return _make_run(name, record, **parts)
+@dataclasses.dataclass
+class Bundle:
+    """Finished runs to predict with. Without a blend they count alike."""
+
+    folder: Path
+    runs: list
+    blend: _Blend | None = None
+    # architecture -> (tokenizer, model) of the one in memory
+    _models: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def open(cls, folder, verify=False):
+        """The bundle or run of a folder; `verify` compares every file with the manifest first."""
+        if not (folder / _MANIFEST).is_file():
+            if verify:
+                print(f"{folder}: a run folder, without checksums")
+            return cls(folder, [_Run.load(folder)])
+        manifest = _read_bundle_manifest(folder)
+        if verify:
+            _verify_bundle(folder, manifest["files"])
+        entries, path = manifest["runs"], folder / _BLEND_FILE
+        bundle = cls(folder, [_Run.from_bundle(folder, *entry) for entry in entries.items()])
+        if path.is_file():
+            records = {name: folder / entry["record"] for name, entry in entries.items()}
+            bundle.blend = _Blend.read(path, records)
+            expected, actual = len(bundle.runs[0].record["outputs"]), len(bundle.blend.intercept)
+            if actual != expected:
+                raise BundleError(f"{path}: expected {expected} values of intercept, got {actual}")
+        return bundle
+
+    @property
+    def cfg(self):
+        """The settings that name columns; only runs that agree on them are packed together."""
+        return self.runs[0].cfg
+
+    def runs_in_turn(self):
+        """The runs, those of one architecture in a row: they share a model."""
+        return sorted(self.runs, key=lambda run: run.architecture_key)
+
+    def model_of(self, run):
+        """(tokenizer, model) of a run; the weights are whichever were loaded last.
+
+        No more than one model is in memory: callers keep it in no variable that lives on when the
+        next run is opened.
+        """
+        key = run.architecture_key
+        if key not in self._models:
+            self._models.clear()
+            self._models[key] = run.open()
+        return self._models[key]
+
+    def predict_folds(self, frame, batch_tokens=0):
+        """Yield (run, {fold: predictions (N, K)}); runs that read the texts alike share tokens."""
+        tokens = {}  # tokenization key -> tokens
+        for run in self.runs_in_turn():
+            cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
+            key = run.tokenization_key
+            if key not in tokens:
+                tokenizer = self.model_of(run)[0]
+                new = _new_prefix_tokens(tokenizer, frame, cfg)
+                if new:
+                    words = _comma_join(new[:10])
+                    warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
+                tokens[key] = _tokenize(frame, tokenizer, cfg)
+            yield run, self._predict_run(run, tokens[key], cfg)
+
+    def _predict_run(self, run, tokens, cfg):
+        _, model = self.model_of(run)
+        predictions = {}
+        for fold in _progress(list(run.weights), f"predict {run.name}"):
+            run.load_fold(model, fold)
+            predictions[fold] = predict(model, tokens, cfg)
+        return predictions
+
+    def predict(self, frame, batch_tokens=0):
+        """The blend of the runs, else their mean, where each is the mean of its folds: (N, K)."""
+        means = {}
+        for run, predictions in self.predict_folds(frame, batch_tokens):
+            means[run.name] = sum(predictions.values()) / len(predictions)
+        if self.blend is None:
+            return np.mean(list(means.values()), axis=0)
+        weighted = [self.blend.weights[name] * mean for name, mean in means.items()]
+        return self.blend.intercept + sum(weighted)
+
+    def to_levels(self, predictions):
+        """Predictions (N, K) for the metric qwk in regression as whole numbers, others unchanged.
+
+        They are cut at the thresholds of the blend, or else at the mean of those of the runs.
+        """
+        scores = [run.record["oof"] for run in self.runs]
+        if self.blend:
+            scores = [self.blend.cuts]
+        levels = [score.get("levels") for score in scores]
+        if not any(levels):
+            return predictions
+        if any(other != levels[0] for other in levels):
+            between = ", ".join(map(str, levels))
+            raise BundleError(f"the runs have thresholds between other levels: {between}")
+        columns = []
+        for k, (lowest, highest) in enumerate(levels[0]):
+            thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
+            columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
+            points = ", ".join(f"{point:.3f}" for point in thresholds)
+            print(f"levels {lowest} to {highest}, cut at {points}")
+        return np.stack(columns, axis=1)
 
 
 def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless, though it is as it was written."""
+    if manifest.get("format") != _BUNDLE_FORMAT:
+        return [f"expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"]
     problems = []
     try:
         entry_keys = {"bytes", "sha256"}
@@ -6515,25 +6727,35 @@ def _read_bundle_manifest(folder):
         manifest = _SealedFolder(folder).read_manifest()
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; attach or pack it again") from None
-    bundle_format = manifest.get("format")
-    if bundle_format != _BUNDLE_FORMAT:
-        raise BundleError(f"{path}: expected the format {_BUNDLE_FORMAT!r}, got {bundle_format!r}")
     problems = _manifest_problems(manifest)
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
 
 
-def _find_bundle(bundle_dir):
-    """Folder of a bundle or a complete run.
+def _verify_bundle(folder, files):
+    """Raise BundleError where a file is not what was packed, or another module runs."""
+    problems = _SealedFolder(folder).integrity_problems(files)
+    if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+        problems = [
+            f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the "
+            f"bundle"
+        ]
+    if problems:
+        raise BundleError([f"{folder}", *problems])
+    size = sum(file["bytes"] for file in files.values())
+    print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
-    It is the one that is set, or the only one attached on Kaggle or under runs/.
-    """
+
+def _find_bundle(bundle_dir):
+    """Folder of the bundle or run that is set, or of the only one attached or under runs/."""
     if bundle_dir:
         folder = _user_path("bundle_dir", bundle_dir)
         if not (folder / _MANIFEST).is_file() and not RunFolder(folder).record.is_file():
-            lacks = f"has neither {_MANIFEST} nor record.json (looked in {Path.cwd()})"
-            raise ConfigError(f"bundle_dir {bundle_dir!r} {lacks}")
+            raise ConfigError(
+                f"bundle_dir {bundle_dir!r} has neither {_MANIFEST} nor record.json "
+                f"(looked in {Path.cwd()})"
+            )
         return folder
     folders = {}  # by content: what is mounted twice is one
     for folder in _Kaggle().attached_folders(_MANIFEST):
@@ -6551,82 +6773,9 @@ def _find_bundle(bundle_dir):
         modules = _comma_join(_Kaggle().attached_folders("kernel_utils.py"))
         raise ConfigError(
             f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
-            f"runs (record.json), not one: {_comma_join(folders)}; "
-            f"kernel_utils.py is attached in {modules}"
+            f"runs (record.json), not one: {_comma_join(folders)}; kernel_utils.py is in {modules}"
         )
     return folders[0]
-
-
-def _read_blend(path, record_paths):
-    """The `_Blend` in a blend.json.
-
-    BundleError unless it is of the runs whose record.json are `record_paths`, {name: path}, each
-    to the last byte, and of no other.
-    """
-    content = _read_json(path)
-    try:
-        members = content["members"]
-        expected = {name: str(member["record_sha256"]) for name, member in members.items()}
-        blend = _Blend(
-            method=content["method"],
-            weights={name: _cast(member["weight"], float) for name, member in members.items()},
-            intercept=[_cast(value, float) for value in content["intercept"]],
-            cuts=dict(content["cuts"]),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
-    problems = [f"run {name} is missing" for name in expected if name not in record_paths]
-    for name, record_path in record_paths.items():
-        if name not in expected:
-            problems.append(f"run {name} is none of its members, {_comma_join(expected)}")
-            continue
-        sha256 = _file_sha256(record_path)
-        if expected[name] != sha256:
-            difference = f"expected {expected[name][:12]}, got {sha256[:12]}"
-            problems.append(f"run {name} is another one: SHA-256 of its record.json, {difference}")
-    if problems:
-        raise BundleError([f"{path}: {problem}" for problem in problems])
-    return blend
-
-
-def _describe_blend(weights, intercept):
-    """A blend, {name: weight} and (K,) intercepts, as one line."""
-    terms = [f"{weight:.4g} {name}" for name, weight in weights.items()]
-    if any(intercept):
-        terms.append(f"intercept {_comma_join(f'{value:.4g}' for value in intercept)}")
-    return _comma_join(terms)
-
-
-def _open_bundle(folder, manifest=None):
-    """A bundle or run folder as a `Bundle`; its files are not verified here.
-
-    A blend.json must be of its runs. `manifest` is that of the bundle where it was read before.
-    """
-    if not (folder / _MANIFEST).is_file():
-        return Bundle(folder, [_load_run(folder)], {})
-    entries = (manifest or _read_bundle_manifest(folder))["runs"]
-    runs = [_bundled_run(folder, name, entry) for name, entry in entries.items()]
-    path = folder / _BLEND_FILE
-    if not path.is_file():
-        return Bundle(folder, runs, {})
-    blend = _read_blend(path, {name: folder / entry["record"] for name, entry in entries.items()})
-    n_outputs, n_intercepts = len(runs[0].record["outputs"]), len(blend.intercept)
-    if n_intercepts != n_outputs:
-        raise BundleError(f"{path}: expected {n_outputs} values of intercept, got {n_intercepts}")
-    return Bundle(folder, runs, {}, blend)
-
-
-def _verify_bundle(folder, manifest):
-    """Raise BundleError where a file is not what was packed, or another module runs."""
-    files = manifest["files"]
-    problems = _SealedFolder(folder).integrity_problems(files)
-    if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-        running = f"{__file__}, version {__version__}"
-        problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
-    if problems:
-        raise BundleError([f"{folder}", *problems])
-    size = sum(file["bytes"] for file in files.values())
-    print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
 
 def load_bundle(bundle_dir="", precision="auto"):
@@ -6640,13 +6789,7 @@ def load_bundle(bundle_dir="", precision="auto"):
     precision_error = _precision_error(precision)
     if precision_error:
         raise ConfigError(f"precision {precision} cannot be used here: {precision_error}")
-    folder, manifest = _find_bundle(bundle_dir), None
-    if (folder / _MANIFEST).is_file():
-        manifest = _read_bundle_manifest(folder)
-        _verify_bundle(folder, manifest)
-    else:
-        print(f"{folder}: a run folder, without checksums")
-    bundle = _open_bundle(folder, manifest)
+    bundle = Bundle.open(_find_bundle(bundle_dir), verify=True)
     for run in bundle.runs:
         print(_summary(run.name, run.record))
         changes = _list_changes(run.record["versions"], _versions(), "here")
@@ -6657,123 +6800,10 @@ def load_bundle(bundle_dir="", precision="auto"):
     if precision == "auto" and _pick_device().type == "cpu":
         precision = "fp32"
     if precision != "auto":
-        bundle = bundle._replace(runs=[_in_precision(run, precision) for run in bundle.runs])
+        bundle.runs = [run.with_precision(precision) for run in bundle.runs]
     return bundle
 
 
-def _in_precision(run, precision):
-    """The run with another precision to predict in."""
-    return run._replace(cfg=dataclasses.replace(run.cfg, precision=precision))
-
-
-def _open_run(run):
-    """(tokenizer, model) of a run; the model has the weights of no fold yet."""
-    _prepare_process()
-    with tempfile.TemporaryDirectory() as folder:  # transformers wants its own names of the files
-        for name, path in run.tokenizer.items():
-            shutil.copyfile(path, Path(folder) / name)
-        tokenizer = _load_tokenizer(folder)
-    loss = LOSSES[run.cfg.loss](run.cfg, len(run.record["outputs"]))
-    backbone = _empty_backbone(run.config, run.cfg)
-    model = TextModel(run.cfg, backbone, loss, _cls_is_last(tokenizer))
-    return tokenizer, model.to(_pick_device())
-
-
-def _load_fold(model, run, fold):
-    """Copy the weights of a fold into the model from a map of the file: no second one in memory."""
-    with _wrap_read_errors(run.weights[fold]):
-        load_model(model, run.weights[fold])
-
-
-def _tokenization_key(run):
-    """What decides the token ids of a run, as text."""
-    files = {name: _file_sha256(path) for name, path in run.tokenizer.items()}
-    return json.dumps([files, _settings_that_affect(run.cfg, "tokens")], sort_keys=True)
-
-
-def _architecture_key(run):
-    """What decides the tokenizer and all of the model but its weights, as text."""
-    settings = _settings_that_affect(run.cfg, "model") | {"task": run.cfg.task}
-    parts = [_tokenization_key(run), _file_sha256(run.config), settings, run.record["outputs"]]
-    return json.dumps(parts, sort_keys=True)
-
-
-def _settings_that_affect(cfg, *affects):
-    names = [name for name in Config.names(*affects) if name not in Config.by_content]
-    return {name: getattr(cfg, name) for name in names}
-
-
-def _runs_in_turn(bundle):
-    """The runs of a bundle, those of one architecture in a row: they share a model."""
-    return sorted(bundle.runs, key=_architecture_key)
-
-
-def _opened_run(bundle, run):
-    """(tokenizer, model) of a run; the weights are whichever were loaded last.
-
-    No more than one model is in memory, the one in `bundle.opened`: callers keep it in no variable
-    that lives on when the next run is opened.
-    """
-    key = _architecture_key(run)
-    if key not in bundle.opened:
-        bundle.opened.clear()
-        bundle.opened[key] = _open_run(run)
-    return bundle.opened[key]
-
-
-def _check_probes(run, tokenizer):
-    """Raise BundleError where the tokenizer gives other token ids than in training."""
-    texts = run.golden["texts"]
-    rows = zip(texts, _probe_ids(texts, tokenizer, run.cfg), run.golden["token_ids"], strict=True)
-    wrong = [text for text, ids, expected in rows if ids != expected]
-    if wrong:
-        raise BundleError(
-            f"{run.name}: the tokenizer gives other token ids than in training for {len(wrong)} of "
-            f"{len(texts)} texts, such as {wrong[0][:40]!r}: its files, or the versions of "
-            f"tokenizers or transformers, differ"
-        )
-
-
-def _golden_predictions(run, tokenizer, model, precisions):
-    """{precision: predictions (n, K)} of the golden rows, each by the fold that validated it."""
-    rows = run.golden["rows"]
-    folds = np.array([row["fold"] for row in rows])
-    tokens = _tokenize(pd.DataFrame([row["cells"] for row in rows]), tokenizer, run.cfg)
-    shape = (len(rows), len(run.record["outputs"]))
-    predictions = {precision: np.empty(shape) for precision in precisions}
-    for fold in run.weights:
-        _load_fold(model, run, fold)
-        own = np.flatnonzero(folds == fold)
-        for precision in predictions:
-            cfg = dataclasses.replace(run.cfg, precision=precision)
-            predictions[precision][own] = predict(model, tokens, cfg, own)
-    return predictions
-
-
-def _golden_gaps(run, predictions, golden):
-    """Distance (n,) of predictions (n, K) from what they must be.
-
-    The unit is the standard deviation of the target, or 1 for probabilities. Arithmetic rounds a
-    prediction in proportion to its size: where a target lies further than its spread allows, 1000
-    with a standard deviation of 0.01 for one, the unit is `_GOLDEN_MIN_FRACTION` of the prediction.
-    """
-    spread = run.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
-    scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
-    return (abs(predictions - np.array(golden)) / scale).max(1)
-
-
-def _check_gaps(run, predictions, precision):
-    """The largest gap of the golden rows; BundleError with fold and id where it is too large."""
-    gaps = _golden_gaps(run, predictions, [row["prediction"] for row in run.golden["rows"]])
-    allowed = _GOLDEN_TOLERANCES[precision]
-    if not gaps.max() <= allowed:  # NaN too
-        row = run.golden["rows"][int(gaps.argmax())]
-        raise BundleError(
-            f"{run.name}, fold {row['fold']}, id {row['id']}: in {precision} the prediction is "
-            f"{gaps.max():.2g} off that of training, {allowed:g} is allowed: the weights, the "
-            f"module or the versions differ"
-        )
-    return float(gaps.max())
 
 
 def check_golden(bundle):
@@ -6782,71 +6812,22 @@ def check_golden(bundle):
     The token ids of the probes must be the same, and the golden rows of every fold near enough, in
     float32 and in the precision that is used here. Raises BundleError with the fold and row.
     """
-    for run in _runs_in_turn(bundle):
-        _check_run(run, *_opened_run(bundle, run))
-
-
-def _check_run(run, tokenizer, model):
-    _check_probes(run, tokenizer)
-    precisions = {_precision_name(p): p for p in (run.cfg.precision, "fp32")}  # one each
-    predictions = _golden_predictions(run, tokenizer, model, precisions.values())
-    for name, precision in precisions.items():
-        gap = _check_gaps(run, predictions[precision], name)
-        rows = f"{len(predictions[precision])} golden rows in {name}"
-        allowed = _GOLDEN_TOLERANCES[name]
-        print(f"{run.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
+    for run in bundle.runs_in_turn():
+        run.check_golden(*bundle.model_of(run))
 
 
 # ---------------------------------------------------------------------------------------
 # 28. Predictions of a bundle, submission
 
 
-def _predict_runs(bundle, frame, batch_tokens):
-    """The blend of runs, else their mean, where each is the mean of its folds: (N, K).
-
-    Runs that read the texts alike share their tokens.
-    """
-    tokens = {}  # tokenization key -> tokens
-    means = {}
-    for run in _runs_in_turn(bundle):
-        cfg = dataclasses.replace(run.cfg, batch_tokens=batch_tokens or run.cfg.batch_tokens)
-        key = _tokenization_key(run)
-        if key not in tokens:
-            tokenizer = _opened_run(bundle, run)[0]
-            _warn_of_new_prefixes(tokenizer, frame, cfg)
-            tokens[key] = _tokenize(frame, tokenizer, cfg)
-        means[run.name] = _predict_folds(bundle, run, tokens[key], cfg)
-    if bundle.blend is None:
-        return np.mean(list(means.values()), axis=0)
-    weighted = [bundle.blend.weights[name] * mean for name, mean in means.items()]
-    return bundle.blend.intercept + sum(weighted)
-
-
-def _predict_folds(bundle, run, tokens, cfg):
-    """The mean of the folds of a run (N, K)."""
-    _, model = _opened_run(bundle, run)
-    total = 0
-    for fold in _progress(list(run.weights), f"predict {run.name}"):
-        _load_fold(model, run, fold)
-        total = total + predict(model, tokens, cfg)
-    return total / len(run.weights)
-
-
-def _warn_of_new_prefixes(tokenizer, frame, cfg):
-    new = _new_prefix_tokens(tokenizer, frame, cfg)
-    if new:
-        words = _comma_join(new[:10])
-        warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
-
-
 def _predict_job(path):
     """What the other processes of `predict_bundle` do. They read the runs anew."""
     job = _read_job(path)
     precisions = job["precisions"]
-    bundle = _open_bundle(Path(job["bundle"]))
-    runs = [_in_precision(r, precisions[r.name]) for r in bundle.runs if r.name in precisions]
-    frame = pd.DataFrame(job["cells"])
-    predictions = _predict_runs(bundle._replace(runs=runs), frame, job["batch_tokens"])
+    bundle = Bundle.open(Path(job["bundle"]))
+    runs = [run for run in bundle.runs if run.name in precisions]
+    bundle.runs = [run.with_precision(precisions[run.name]) for run in runs]
+    predictions = bundle.predict(pd.DataFrame(job["cells"]), job["batch_tokens"])
     np.save(Path(path).with_suffix(".npy"), predictions)
 
 
@@ -6861,51 +6842,36 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     count = min(processes or max(1, len(_equal_gpus())), len(frame))
     own_parts = [p.__name__ for run in bundle.runs for p in _foreign_parts(run.cfg).values()]
     if count > 1 and own_parts:
-        reason = "of the notebook cannot be read by other processes"
-        print(f"1 GPU of {count}: {_comma_join(own_parts)} {reason}")
+        names = _comma_join(own_parts)
+        print(f"1 GPU of {count}: {names} of the notebook cannot be read by other processes")
         count = 1
+    columns = {name for run in bundle.runs for name in run.cfg.input_columns}
+    job = {"bundle": str(bundle.folder), "batch_tokens": batch_tokens}
+    job["precisions"] = {run.name: run.cfg.precision for run in bundle.runs}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         others = []
         for number in range(1, count):
-            job = _prediction_job(bundle, frame.iloc[number::count], batch_tokens)
+            share = frame.iloc[number::count]
+            job["cells"] = {name: list(share[name]) for name in columns}
             process = _Worker(number, "predict", job, folder)
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            others.append(process)
-        own = _predict_runs(bundle, frame.iloc[::count], batch_tokens)
+            others.append(stack.enter_context(process))
+        own = bundle.predict(frame.iloc[::count], batch_tokens)
         predictions = np.empty((len(frame), own.shape[1]))
         predictions[::count] = own
         for number, process in enumerate(others, 1):
-            predictions[number::count] = _finish_prediction(number, count, process, folder)
-    seconds = time.perf_counter() - began
+            if process.wait():
+                raise process.error(count)
+            for line in process.lines():
+                if "memory" in line:
+                    print(f"process {number}: {line}")
+            predictions[number::count] = np.load(Path(folder, f"{number}.npy"))
+    seconds, n_rows = time.perf_counter() - began, len(frame)
     n_models = sum(len(run.weights) for run in bundle.runs)
     precisions = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
-    speed = f"{seconds:.1f} s: {len(frame) / seconds:.1f} rows/s"
     processes = "1 process" if count == 1 else f"{count} processes, each"
-    print(f"{len(frame)} rows by {n_models} models in {speed}")
+    print(f"{n_rows} rows by {n_models} models in {seconds:.1f} s: {n_rows / seconds:.1f} rows/s")
     print(f"{processes} on {_device_name()}, {_comma_join(precisions)}")
     return predictions
-
-
-def _prediction_job(bundle, frame, batch_tokens):
-    """What `_predict_job` needs to predict the rows of a frame."""
-    columns = {name for run in bundle.runs for name in run.cfg.input_columns}
-    return {
-        "bundle": str(bundle.folder),
-        "precisions": {run.name: run.cfg.precision for run in bundle.runs},
-        "batch_tokens": batch_tokens,
-        "cells": {name: list(frame[name]) for name in columns},
-    }
-
-
-def _finish_prediction(number, count, process, folder):
-    """What a process of `predict_bundle` predicted; KitError where it failed."""
-    if process.wait():
-        raise process.error(count)
-    for line in process.lines():
-        if "memory" in line:
-            print(f"process {number}: {line}")
-    return np.load(Path(folder) / f"{number}.npy")
 
 
 def read_test_set(bundle, data_dir):
@@ -6930,8 +6896,8 @@ def write_submission(bundle, test, predictions, sample, path):
     the thresholds that the runs fitted. Raises DataError for ids or columns that do not fit and for
     values that are not finite; a file that is there is replaced only by a good one.
     """
-    run, cfg, ids = bundle.runs[0], bundle.cfg, test[bundle.cfg.id_column]
-    outputs, classes = run.record["outputs"], run.record["classes"]
+    cfg, record = bundle.cfg, bundle.runs[0].record
+    ids, outputs, classes = test[cfg.id_column], record["outputs"], record["classes"]
     expected = (len(ids), len(outputs))
     if predictions.shape != expected:
         raise DataError(f"expected predictions of shape {expected}, got {predictions.shape}")
@@ -6940,17 +6906,17 @@ def write_submission(bundle, test, predictions, sample, path):
         first = ids.iloc[bad[0]]
         raise DataError(f"{len(bad)} predictions are not finite, the first for id {first!r}")
     columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
-    values = _to_levels(predictions, bundle)
+    values = bundle.to_levels(predictions)
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]
     names = columns if len(columns) == 1 else outputs
     table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
-    order = [cfg.id_column, *columns]
-    if sample is not None:
-        if sorted(sample[cfg.id_column]) != sorted(ids):
-            raise DataError("the ids of sample_submission.csv and of the predictions differ")
-        table, order = table.loc[sample[cfg.id_column]], list(sample.columns)
-    table = table.reset_index()[order]
+    if sample is None:
+        table = table.reset_index()[[cfg.id_column, *columns]]
+    elif sorted(sample[cfg.id_column]) != sorted(ids):
+        raise DataError("the ids of sample_submission.csv and of the predictions differ")
+    else:
+        table = table.loc[sample[cfg.id_column]].reset_index()[list(sample.columns)]
     path = Path(path)
     with _wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -6959,35 +6925,12 @@ def write_submission(bundle, test, predictions, sample, path):
     return table
 
 
-def _to_levels(predictions, bundle):
-    """Predictions (N, K) for the metric qwk in regression as whole numbers, others as they are.
-
-    They are cut at the thresholds of the blend, or else at the mean of those of the runs.
-    """
-    scores = [run.record["oof"] for run in bundle.runs]
-    if bundle.blend:
-        scores = [bundle.blend.cuts]
-    levels = [score.get("levels") for score in scores]
-    if not any(levels):
-        return predictions
-    if any(other != levels[0] for other in levels):
-        between = ", ".join(map(str, levels))
-        raise BundleError(f"the runs have thresholds between other levels: {between}")
-    columns = []
-    for k, (lowest, highest) in enumerate(levels[0]):
-        thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-        columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
-        points = ", ".join(f"{point:.3f}" for point in thresholds)
-        print(f"levels {lowest} to {highest}, cut at {points}")
-    return np.stack(columns, axis=1)
-
-
 def predict_test(run_folder, test, sample=None):
     """Predict `test` with a run and write `submission.csv` into its folder; None without a test."""
     if test is None:
         print("no test.csv, no submission")
         return None
-    bundle = _open_bundle(Path(run_folder))
+    bundle = Bundle.open(Path(run_folder))
     predictions = predict_bundle(bundle, test)
     return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
 
@@ -7008,16 +6951,16 @@ def main(arguments):
     """`train --config run.json`, or a job of `_Worker`; the exit code."""
     jobs = {"predict": _predict_job, "train-folds": _train_job}
     if len(arguments) == 2 and arguments[0] in jobs:
-        act, path = jobs[arguments[0]], arguments[1]
+        execute, path = jobs[arguments[0]], arguments[1]
     else:
         parser = argparse.ArgumentParser(prog="kernel_utils.py")
         commands = parser.add_subparsers(required=True, metavar="train")
         command = commands.add_parser("train", help="what train.ipynb does")
         settings = "a JSON file with settings: the fields of Config"
         command.add_argument("--config", required=True, help=settings)
-        act, path = _train_by_config, parser.parse_args(arguments).config
+        execute, path = _train_by_config, parser.parse_args(arguments).config
     try:
-        act(path)
+        execute(path)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -286,7 +286,7 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     assert done.returncode == 0, done.stderr
     assert (target / "blend.json").read_bytes() == blend.read_bytes()
     test = pd.read_csv(runs.parent / "competition" / "test.csv", dtype=str)
-    alone = [ku.predict_bundle(ku._open_bundle(runs / name), test) for name in ("one", "two")]
+    alone = [ku.predict_bundle(ku.Bundle.open(runs / name), test) for name in ("one", "two")]
     bundled = ku.load_bundle(target)
     assert "blended by nnls: 0.75 one, 0.5 two, intercept 0.125" in capsys.readouterr().out
     got = ku.predict_bundle(bundled, test)
@@ -295,7 +295,7 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     shared = ku.predict_bundle(bundled, test, processes=2)
     assert shared == pytest.approx(got, abs=1e-6)
     assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES).returncode == 0
-    mean = ku.predict_bundle(ku._open_bundle(tmp_path / "mean"), test)
+    mean = ku.predict_bundle(ku.Bundle.open(tmp_path / "mean"), test)
     assert mean == pytest.approx((alone[0] + alone[1]) / 2, abs=1e-6)
 
 
@@ -303,15 +303,15 @@ def test_weights_are_refused_for_other_runs_than_they_were_fitted_on(copies, tmp
     blend_of(copies, tmp_path / "blend", weights=np.array([0.75, 0.5]), intercept=np.array([0.0]))
     path = tmp_path / "blend" / "blend.json"
     records = {name: copies / name / "record.json" for name in ("one", "two")}
-    assert ku._read_blend(path, records).weights == {"one": 0.75, "two": 0.5}
+    assert ku._Blend.read(path, records).weights == {"one": 0.75, "two": 0.5}
     with pytest.raises(ku.BundleError, match="run two is missing"):
-        ku._read_blend(path, {"one": records["one"]})
+        ku._Blend.read(path, {"one": records["one"]})
     with pytest.raises(ku.BundleError, match="run three is none of its members, one, two"):
-        ku._read_blend(path, records | {"three": records["one"]})
+        ku._Blend.read(path, records | {"three": records["one"]})
     record = json.loads(records["two"].read_text())
     records["two"].write_text(json.dumps(record))  # another layout, as after another training
     with pytest.raises(ku.BundleError, match=r"run two is another one: SHA-256 of its record\.json, expected"):
-        ku._read_blend(path, records)
+        ku._Blend.read(path, records)
     done = bundle_tool(copies / "one", copies / "two", "--blend", path, "-o", tmp_path / "dist", *NAMES)
     assert done.returncode != 0 and "run two is another one" in done.stderr and not (tmp_path / "dist").exists()
 
@@ -332,7 +332,7 @@ def test_a_spoilt_blend_file_is_one_error_that_names_it(spoil, runs, tmp_path):
     spoil(content)
     (tmp_path / "blend.json").write_text(json.dumps(content))
     with pytest.raises(ku.BundleError, match=re.escape(str(tmp_path / "blend.json"))):
-        ku._read_blend(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
+        ku._Blend.read(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
 
 
 def test_a_blend_for_other_outputs_than_those_of_the_runs_is_refused_and_so_is_one_for_a_starter(runs, tmp_path):
@@ -372,7 +372,7 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
     assert done.returncode == 0, done.stderr
-    assert ku._to_levels(rows[:, None], ku._open_bundle(tmp_path / "dist"))[:, 0].tolist() == labels.tolist()
+    assert ku.Bundle.open(tmp_path / "dist").to_levels(rows[:, None])[:, 0].tolist() == labels.tolist()
 
 
 def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():

@@ -594,8 +594,8 @@ def test_a_run_that_a_t4_could_not_predict_with_in_float16_is_warned_of(one, cal
         tensors["backbone.encoder.layer.0.intermediate.dense.bias"][0] = 1e5
         tensors["backbone.encoder.layer.0.output.dense.weight"][:, 0] = 0
         save_file(tensors, path)
-    golden = ku._load_run(one)
-    (predictions,) = ku._golden_predictions(golden, *ku._open_run(golden), ["fp32"]).values()
+    golden = ku._Run.load(one)
+    (predictions,) = golden.predict_golden(*golden.open(), ["fp32"]).values()
     rows = zip(golden.golden["rows"], predictions.tolist(), strict=True)
     rows = [row | {"prediction": prediction} for row, prediction in rows]
     (one / "golden.json").write_text(json.dumps(golden.golden | {"rows": rows}))

@@ -26,7 +26,7 @@ def make_study(target, predictions, metric="rmse", folds=None, groups=None):
     n = len(target)
     record = {"seconds": {"total": 1.0}, "rows_per_second": 1.0, "peak_memory_bytes": 2**30}
     configurations = [
-        comparison.Configuration(name, list(range(len(p))), [record] * len(p), {"last": p, "best": (p + p[::-1]) / 2})
+        comparison.Configuration(name, {i: [record] for i in range(len(p))}, {"last": p, "best": (p + p[::-1]) / 2})
         for name, p in predictions.items()
     ]
     folds = np.arange(n) % 5 if folds is None else folds
@@ -390,14 +390,14 @@ def test_optimism_is_what_the_choice_of_the_other_folds_would_have_lost(tmp_path
     for head in ("cls", "max"):
         write_run(tmp_path / head, settings=dict(head=head), scores=scores)
     study = align(tmp_path, "head=cls")
-    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    assert study.optimism(study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
     higher = study._replace(metric="pearson")
     for record in study.configurations[0].records:
         record["oof"]["metric"] = "pearson"
         log = record["folder"] / "log.jsonl"
         log.write_text(log.read_text().replace("rmse", "pearson"))
     # fold 0 would choose the 3rd, fold 1 the 1st
-    assert comparison._optimism(higher, study.configurations[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
+    assert higher.optimism(study.configurations[0]) == pytest.approx(((0.6 - 0.5) + (0.7 - 0.4)) / 2)
 
 
 def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
@@ -412,7 +412,7 @@ def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
     assert list(oof["group"]) == list(author)
     study = comparison.align_runs(records, "head=cls")
     assert len(set(zip(study.groups, author, strict=True))) == len(set(study.groups)) == 10
-    score = comparison._seed_scores(study, study.configurations[1], "last")[0][0]
+    score = study.seed_scores(study.configurations[1], "last")[0][0]
     assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.configurations[1].name == "head=mean"
 
 
@@ -435,9 +435,7 @@ def test_the_scores_are_those_of_the_record_in_every_task(task, competition, tin
     study = align(tmp_path / "runs", "head=mean")
     for arm in study.configurations:
         for kind in ("last", "best"):
-            assert comparison._seed_scores(study, arm, kind)[0][0] == pytest.approx(
-                arm.records[0]["oof"][kind], abs=1e-6
-            )
+            assert study.seed_scores(arm, kind)[0][0] == pytest.approx(arm.records[0]["oof"][kind], abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------
@@ -529,8 +527,8 @@ def test_uneven_folds_with_eval_steps_are_compared_evaluation_by_evaluation(tmp_
         path = run / "record.json"
         path.write_text(path.read_text().replace('"steps": 6', f'"steps": {6 + 3 * fold}'))
     study = align(tmp_path, "head=cls")
-    assert comparison._optimism(study, study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
-    share, scores = comparison._seed_curves(study.configurations[1], 1, "rmse")
+    assert study.optimism(study.configurations[0]) == pytest.approx(((0.6 - 0.2) + (0.6 - 0.4)) / 2)
+    share, scores = study.configurations[1].curves(1, "rmse")
     np.testing.assert_allclose(share, np.mean([[1 / 3, 2 / 3, 1], [1 / 5, 2 / 5, 3 / 5]], axis=0))
     np.testing.assert_allclose(scores, [[0.5, 0.2, 0.6], [0.7, 0.6, 0.4]])
 
@@ -559,7 +557,7 @@ def test_a_broken_file_of_a_run_is_named(tmp_path, name, broken):
     path.unlink()
     if broken:
         path.write_text('{"fold": 0, "st')
-    with pytest.raises(comparison.ComparisonError, match=rf"other/{name}: \w+Error"):
+    with pytest.raises(ku.KitError, match=rf"other/{name} cannot be read: \w+Error"):
         compare(tmp_path, "head=cls")
 
 
@@ -629,7 +627,7 @@ def test_a_setting_left_open_and_the_same_said_are_one_configuration(tmp_path):
     write_run(tmp_path / "a", 0, settings=dict(head="cls"))
     write_run(tmp_path / "b", 1, settings=dict(head="cls", lr=1e-4, backbone_dropout=0.0))
     write_run(tmp_path / "c", 0, settings=dict(head="max"))
-    assert [c.seeds for c in align(tmp_path, "head=cls").configurations] == [[0, 1], [0]]
+    assert [list(c.runs) for c in align(tmp_path, "head=cls").configurations] == [[0, 1], [0]]
 
 
 def test_runs_of_different_devices_or_versions_are_named(tmp_path, capsys):

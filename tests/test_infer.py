@@ -30,8 +30,9 @@ def bundle_of(three):
     """Function: names of runs and the setting `precision` -> Bundle."""
 
     def load(*names, precision="auto"):
-        return ku.load_bundle(three[names[0]], precision)._replace(
-            runs=[run for name in names for run in ku.load_bundle(three[name], precision).runs]
+        return dataclasses.replace(
+            ku.load_bundle(three[names[0]], precision),
+            runs=[run for name in names for run in ku.load_bundle(three[name], precision).runs],
         )
 
     return load
@@ -53,7 +54,7 @@ def simple_way(run, frame):
     """Mean over folds of the predictions of fresh models, one text at a time in float32."""
     total = []
     for path in run.weights.values():
-        tokenizer, model = ku._open_run(run)
+        tokenizer, model = run.open()
         model.load_state_dict(load_file(path))
         rows = [
             tokenizer(text, truncation=True, max_length=run.cfg.max_length, return_tensors="pt")
@@ -78,9 +79,9 @@ def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_o
 def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(change, bundle_of, counted):
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
-    expected = [ku._predict_runs(bundle._replace(runs=[run]), FRAME, 0) for run in (bundle.runs[0], other)]
+    expected = [dataclasses.replace(bundle, runs=[run]).predict(FRAME) for run in (bundle.runs[0], other)]
     calls = counted("_tokenize")
-    got = ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], other], opened={}), FRAME)
+    got = ku.predict_bundle(dataclasses.replace(bundle, runs=[bundle.runs[0], other]), FRAME)
     assert len(calls) == 2
     np.testing.assert_allclose(got, np.mean(expected, axis=0), atol=1e-6)
 
@@ -94,7 +95,7 @@ def test_another_vocabulary_is_another_tokenisation(bundle_of, counted, tmp_path
     path.write_text(json.dumps(content))
     swapped = bundle.runs[1]._replace(tokenizer=bundle.runs[1].tokenizer | {"tokenizer.json": path})
     calls = counted("_tokenize")
-    ku.predict_bundle(bundle._replace(runs=[bundle.runs[0], swapped]), FRAME)
+    ku.predict_bundle(dataclasses.replace(bundle, runs=[bundle.runs[0], swapped]), FRAME)
     assert len(calls) == 2 and (calls[0].ids != calls[1].ids).any()
 
 
@@ -122,10 +123,10 @@ def test_of_runs_of_two_architectures_in_any_order_one_model_is_in_memory(bundle
 
 def test_a_fold_is_loaded_into_the_memory_of_the_one_before(bundle_of):
     run = bundle_of("two").runs[0]
-    _, model = ku._open_run(run)
+    _, model = run.open()
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     for fold, path in run.weights.items():
-        ku._load_fold(model, run, fold)
+        run.load_fold(model, fold)
         assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
         expected = load_file(path)
         assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
@@ -166,7 +167,7 @@ def gpu(monkeypatch):
 
 def test_auto_is_float32_on_a_cpu_and_as_trained_on_a_gpu(half, gpu):
     assert [run.cfg.precision for run in ku.load_bundle(half).runs] == ["fp32"]
-    assert [run.cfg.precision for run in ku._open_bundle(half).runs] == ["bf16"]
+    assert [run.cfg.precision for run in ku.Bundle.open(half).runs] == ["bf16"]
     gpu(bf16=True)
     assert [run.cfg.precision for run in ku.load_bundle(half).runs] == ["bf16"]
 
@@ -212,5 +213,5 @@ def test_a_process_predicts_in_the_precision_of_its_parent(bundle_of, monkeypatc
     with pytest.raises(InterruptedError):
         ku.predict_bundle(bundle, FRAME, processes=2)
     ku._predict_job(tmp_path / "1.json")
-    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), ku._predict_runs(bundle, FRAME, 0))
-    assert (np.load(tmp_path / "1.npy") != ku._predict_runs(bundle_of("three"), FRAME, 0)).any()
+    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), bundle.predict(FRAME))
+    assert (np.load(tmp_path / "1.npy") != bundle_of("three").predict(FRAME)).any()

@@ -316,7 +316,7 @@ RERUNS = {
 @pytest.mark.parametrize("case", RERUNS)
 def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp_path):
     folder = rerun_inputs(tmp_path / "data", RERUNS[case], new_column="?", another=1)
-    loaded = ku._open_bundle(runs / "one")
+    loaded = ku.Bundle.open(runs / "one")
     with ku.warnings.catch_warnings():
         ku.warnings.simplefilter("ignore")
         test, sample = ku.read_test_set(loaded, str(folder))
@@ -331,7 +331,7 @@ def test_a_hidden_rerun_has_a_row_for_every_id_of_its_own_sample(case, runs, tmp
 @pytest.mark.slow
 def test_twenty_thousand_rows_are_predicted(runs, tmp_path):
     frame = train_frame(20_000, seed=3).assign(id=[f"{i:05d}" for i in range(20_000)])
-    loaded = ku._open_bundle(runs / "one")
+    loaded = ku.Bundle.open(runs / "one")
     test, sample = ku.read_test_set(loaded, str(rerun_inputs(tmp_path / "data", frame)))
     predictions = ku.predict_bundle(loaded, test)
     ku.write_submission(loaded, test, predictions, sample, tmp_path / "submission.csv")
@@ -345,7 +345,7 @@ def test_a_sample_that_the_runs_cannot_fill_is_refused_before_anything_is_predic
     sample = pd.read_csv(folder / "sample_submission.csv", dtype=str).rename(columns={"target": "a"}).assign(b=0)
     sample.to_csv(folder / "sample_submission.csv", index=False)
     with pytest.raises(ku.DataError, match="has columns a, b; the settings predict target"):
-        ku.read_test_set(ku._open_bundle(runs / "one"), str(folder))
+        ku.read_test_set(ku.Bundle.open(runs / "one"), str(folder))
 
 
 def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
@@ -358,15 +358,15 @@ def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
 
 def test_a_process_predicts_with_the_runs_that_it_is_given(dist):
     loaded, frame = ku.load_bundle(dist("one", "two")), train_frame(5, seed=6)
-    second = loaded._replace(runs=loaded.runs[1:])
-    expected = ku.predict_bundle(ku._open_bundle(dist("two")), frame)
+    second = ku.dataclasses.replace(loaded, runs=loaded.runs[1:])
+    expected = ku.predict_bundle(ku.Bundle.open(dist("two")), frame)
     assert ku.predict_bundle(second, frame, processes=2) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
     copy = Path(shutil.copytree(dist("one"), tmp_path / "copy"))
     (copy / "one.record.json").unlink()
-    lost = ku._open_bundle(dist("one"))._replace(folder=copy)
+    lost = ku.dataclasses.replace(ku.Bundle.open(dist("one")), folder=copy)
     with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
         ku.predict_bundle(lost, train_frame(4), processes=2)
     assert "one.record.json" in str(error.value)
@@ -382,7 +382,7 @@ def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp
 
 @pytest.mark.parametrize(("visible", "given"), [(None, ["1", "3"]), ("0,1,2,3", ["1", "3"]), ("5,7,8,9", ["7", "9"])])
 def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, monkeypatch):
-    started, loaded = [], ku._open_bundle(dist("one"))
+    started, loaded = [], ku.Bundle.open(dist("one"))
 
     class Process(subprocess.Popen):
         def __init__(self, command, env, **streams):
@@ -411,7 +411,7 @@ def test_with_parts_of_the_notebook_one_process_predicts_and_says_so(field, name
     own.__module__, own.__name__ = "__main__", "Own"
     monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     train, _, _ = ku.read_competition(cfg := tiny(run_folds="0", run_name="own", **{field: "own"}))
-    loaded = ku._open_bundle(ku.train(ku.make_folds(train, cfg), cfg))
+    loaded = ku.Bundle.open(ku.train(ku.make_folds(train, cfg), cfg))
     capsys.readouterr()
     ku.predict_bundle(loaded, train_frame(4), processes=2)
     assert "1 GPU of 2: Own of the notebook" in (out := capsys.readouterr().out) and "1 process on" in out

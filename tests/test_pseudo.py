@@ -26,7 +26,7 @@ def label(monkeypatch, *arguments):
 
 def folds_of(runs):
     """The training rows of the two runs with their folds."""
-    cfg = ku._load_run(runs / "one").cfg
+    cfg = ku._Run.load(runs / "one").cfg
     return ku.make_folds(ku._read_train(cfg, runs.parent / "competition"), cfg)
 
 
@@ -95,9 +95,9 @@ def test_the_labels_of_a_fold_are_the_mean_of_the_models_that_validated_on_it(ru
     for fold in (0, 1):
         predictions = []
         for name in ("one", "two"):
-            run = ku._load_run(runs / name)
-            tokenizer, model = ku._open_run(run)
-            ku._load_fold(model.eval(), run, fold)
+            run = ku._Run.load(runs / name)
+            tokenizer, model = run.open()
+            run.load_fold(model.eval(), fold)
             inputs = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in texts]
             predictions.append([model(row["input_ids"], row["attention_mask"]).item() for row in inputs])
         labels = table[f"target_fold{fold}"].to_numpy()
@@ -220,7 +220,7 @@ def test_bad_texts_and_a_folder_that_is_there_are_named(runs, made, extra, tmp_p
 
 def test_ids_are_made_where_a_file_has_none(runs, extra, tmp_path):
     pd.read_csv(extra)[["excerpt"]].to_csv(tmp_path / "plain.csv", index=False)
-    table = pseudo_label.read_texts([tmp_path / "plain.csv", extra], ku._load_run(runs / "one").cfg)
+    table = pseudo_label.read_texts([tmp_path / "plain.csv", extra], ku._Run.load(runs / "one").cfg)
     assert list(table["id"][:2]) == ["plain-1", "plain-2"] and list(table.columns) == ["id", "excerpt"]
     assert len(table) == 32 and table["id"].is_unique
 

@@ -250,7 +250,7 @@ def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_with_its_
     scores = [[line["rmse"] for line in log if "rmse" in line] for log in logs]
     last = len(scores[0]) - 1
     assert scores[0][last] != scores[1][last]
-    ku.check_golden(ku._open_bundle(averaged))
+    ku.check_golden(ku.Bundle.open(averaged))
     oof = pd.read_csv(averaged / "oof.csv", dtype={"id": str}).set_index("id")["prediction"]
     for row in json.loads((averaged / "golden.json").read_text())["rows"]:  # of the weights that are saved
         assert row["prediction"] == pytest.approx([oof[row["id"]]], abs=1e-5)

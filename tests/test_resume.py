@@ -493,7 +493,7 @@ def test_a_signal_ends_the_step_saves_evaluates_and_the_run_goes_on_to_the_same_
     assert record["oof"]["last"] == pytest.approx(math.sqrt(((oof["target"] - oof["prediction"]) ** 2).mean()))
     assert record["folds"][0]["last"]["step"] == min(step, 9)
     with pytest.raises(ku.ConfigError, match="did not finish"):
-        ku._load_run(run)
+        ku._Run.load(run)
     assert content(start(cfg)) == whole(tiny, **NOISY)
 
 
@@ -594,7 +594,7 @@ def test_a_run_that_was_stopped_can_be_finished_with_the_folds_that_it_has(tiny,
         at_step(patch, 13, stop_by(signal.SIGTERM))
         start(cfg)
     run = start(ku.dataclasses.replace(cfg, run_folds="0"))
-    assert ku._load_run(run).weights.keys() == {0} and len(pd.read_csv(run / "oof.csv")) == 20
+    assert ku._Run.load(run).weights.keys() == {0} and len(pd.read_csv(run / "oof.csv")) == 20
 
 
 def test_a_stop_before_the_first_step_is_told_and_the_run_goes_on(tiny, whole):

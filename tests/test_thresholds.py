@@ -115,33 +115,33 @@ def test_the_record_has_thresholds_and_both_scores_and_the_submission_their_leve
     submission = pd.read_csv(graded / name / "submission.csv", dtype=str)
     assert set(submission["target"]) <= set("1234") and len(set(submission["target"])) > 1
     assert "qwk with thresholds fitted on other folds" in ku._summary(name, record)
-    bundle = ku._open_bundle(graded / name)
+    bundle = ku.Bundle.open(graded / name)
     test = pd.read_csv(graded / "competition" / "test.csv", dtype=str)
     expected = ku._apply_thresholds(scores["thresholds"][0], ku.predict_bundle(bundle, test)[:, 0], 1)
     assert submission["target"].astype(int).tolist() == expected.tolist()
 
 
 def test_corals_weights_come_back_and_its_rows_round_to_whole_levels(graded):
-    bundle = ku._open_bundle(graded / "coral")
+    bundle = ku.Bundle.open(graded / "coral")
     ku.check_golden(bundle)
     oof = pd.read_csv(graded / "coral" / "oof.csv")["prediction"]
     assert oof.between(1, 4).all() and oof.std() > 0.3
 
 
 def test_runs_are_cut_at_the_mean_of_their_thresholds_and_must_have_the_same_levels(graded, capsys):
-    runs = [ku._load_run(graded / name) for name in ("squared", "coral")]
+    runs = [ku._Run.load(graded / name) for name in ("squared", "coral")]
     predictions = np.linspace(1, 4, 31)[:, None]
     points = np.mean([run.record["oof"]["thresholds"][0] for run in runs], 0)
-    bundle = ku.Bundle(graded, runs, {})
-    got = ku._to_levels(predictions, bundle)
+    bundle = ku.Bundle(graded, runs)
+    got = bundle.to_levels(predictions)
     assert got[:, 0].tolist() == [1 + (points <= p).sum() for p in predictions[:, 0]]
     assert "levels 1 to 4, cut at" in capsys.readouterr().out
     other = json.loads(json.dumps(runs[1].record))
     other["oof"]["levels"] = [[0, 4]]
     with pytest.raises(ku.BundleError, match=r"thresholds between other levels: \[\[1, 4\]\], \[\[0, 4\]\]"):
-        ku._to_levels(predictions, bundle._replace(runs=[runs[0], runs[1]._replace(record=other)]))
+        ku.dataclasses.replace(bundle, runs=[runs[0], runs[1]._replace(record=other)]).to_levels(predictions)
 
 
 def test_predictions_of_other_metrics_stay_as_they_are(runs):
     predictions = np.array([[1.2], [3.4]])
-    assert ku._to_levels(predictions, ku._open_bundle(runs / "one")) is predictions
+    assert ku.Bundle.open(runs / "one").to_levels(predictions) is predictions

@@ -205,7 +205,7 @@ def out_of_memory_above(model, slots, seen):
 
 
 def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs, capsys):
-    tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
+    tokenizer, model = (loaded := ku._Run.load(runs / "one")).open()
     tokens = ku._tokenize(train_frame(30), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     seen, cfg = [], ku.dataclasses.replace(loaded.cfg, batch_tokens=400)
@@ -217,7 +217,7 @@ def test_prediction_survives_out_of_memory_with_half_the_token_budget(tiny, runs
 
 
 def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_length(tiny, runs):
-    tokenizer, model = ku._open_run(loaded := ku._load_run(runs / "one"))
+    tokenizer, model = (loaded := ku._Run.load(runs / "one")).open()
     tokens = ku._tokenize(train_frame(5), tokenizer, loaded.cfg)
     out_of_memory_above(model, 5, [])
     with pytest.raises(ku.KitError, match=rf"a text of {tokens.lengths.max()} tokens does not fit into the memory"):
@@ -227,7 +227,7 @@ def test_a_text_that_does_not_fit_into_memory_alone_is_an_error_that_says_its_le
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tolerance(precision, tiny, capsys):
     folder, record, oof = run(tiny(run_name="half", precision=precision))
-    name, loaded = record["precision"], ku._open_bundle(folder)
+    name, loaded = record["precision"], ku.Bundle.open(folder)
     ku.check_golden(loaded)
     told = dict(re.findall(r"golden rows in (\w+): (\S+) from training", capsys.readouterr().out))
     assert (
@@ -242,7 +242,7 @@ def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tole
         row["prediction"][0] += 2e-4 * record["oof"]["target_sd"]
     (folder / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ku.BundleError, match="in float32 the prediction is"):
-        ku.check_golden(ku._open_bundle(folder))
+        ku.check_golden(ku.Bundle.open(folder))
 
 
 def with_scores(loaded, **scores):
@@ -250,37 +250,37 @@ def with_scores(loaded, **scores):
 
 
 def test_golden_rows_are_compared_in_standard_deviations_of_the_targets(runs):
-    loaded = ku._load_run(runs / "one")
+    loaded = ku._Run.load(runs / "one")
     wide, probabilities, constant = (with_scores(loaded, **s) for s in ({"target_sd": 500.0}, {}, {"target_sd": 0.0}))
-    assert ku._golden_gaps(wide, np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 1])
-    assert ku._golden_gaps(probabilities, np.array([[0.5, 0.5]]), [[0.6, 0.4]]) == pytest.approx([0.1])
-    assert ku._golden_gaps(constant, np.array([[0.0], [0.1]]), [[0.0], [0.0]]) == pytest.approx([0, 0.1])
+    assert wide.golden_gaps(np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 1])
+    assert probabilities.golden_gaps(np.array([[0.5, 0.5]]), [[0.6, 0.4]]) == pytest.approx([0.1])
+    assert constant.golden_gaps(np.array([[0.0], [0.1]]), [[0.0], [0.0]]) == pytest.approx([0, 0.1])
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 0.01, 0.9])
 def test_a_prediction_that_is_off_by_a_small_spread_is_refused_in_every_precision(mean, precision, runs):
-    narrow = with_scores(ku._load_run(runs / "one"), target_sd=0.01)
+    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=0.01)
     rows = [{"id": "a", "fold": 0, "prediction": [mean]}, {"id": "b", "fold": 1, "prediction": [mean]}]
     narrow = narrow._replace(golden=narrow.golden | {"rows": rows})
     near = 0.5 * 0.01 * ku._GOLDEN_TOLERANCES[precision]
-    assert ku._check_gaps(narrow, np.array([[mean], [mean + near]]), precision) == pytest.approx(near / 0.01)
+    assert narrow.check_gaps(np.array([[mean], [mean + near]]), precision) == pytest.approx(near / 0.01)
     with pytest.raises(ku.BundleError, match=f"fold 1, id b: in {precision} the prediction is 1 off"):
-        ku._check_gaps(narrow, np.array([[mean], [mean + 0.01]]), precision)
+        narrow.check_gaps(np.array([[mean], [mean + 0.01]]), precision)
 
 
 def test_a_prediction_far_from_zero_may_be_rounded_to_float32_however_small_the_spread(runs):
-    narrow = with_scores(ku._load_run(runs / "one"), target_sd=0.01)
+    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=0.01)
     rounded = float(np.nextafter(np.float32(1000), np.float32(2000)))
-    assert 0 < ku._golden_gaps(narrow, np.array([[rounded]]), [[1000.0]])[0] < ku._GOLDEN_TOLERANCES["float32"]
-    assert ku._golden_gaps(narrow, np.array([[1000.01]]), [[1000.0]])[0] > ku._GOLDEN_TOLERANCES["float32"]
+    assert 0 < narrow.golden_gaps(np.array([[rounded]]), [[1000.0]])[0] < ku._GOLDEN_TOLERANCES["float32"]
+    assert narrow.golden_gaps(np.array([[1000.01]]), [[1000.0]])[0] > ku._GOLDEN_TOLERANCES["float32"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_that_runs_out_of_memory_predicts_all_the_same(tiny, capsys):
     folder, _, _ = run(tiny(run_name="gpu", precision="fp32"))
-    tokenizer, model = ku._open_run(loaded := ku._load_run(folder))
+    tokenizer, model = (loaded := ku._Run.load(folder)).open()
     tokens = ku._tokenize(train_frame(20_000), tokenizer, loaded.cfg)
     expected = ku.predict(model, tokens, loaded.cfg)
     torch.cuda.set_per_process_memory_fraction(0.02)
@@ -359,8 +359,8 @@ def test_the_saved_weights_predict_what_the_chosen_checkpoint_predicted(checkpoi
     folder, record, oof = run(cfg)
     assert any(fold["best"]["step"] < fold["last"]["step"] for fold in record["folds"])
     assert oof["prediction"].equals(oof[f"prediction_{checkpoint}"])
-    loaded = ku._load_run(folder)
-    tokenizer, model = ku._open_run(loaded)
+    loaded = ku._Run.load(folder)
+    tokenizer, model = loaded.open()
     tokens = ku._tokenize(train_frame(), tokenizer, loaded.cfg)
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
@@ -426,21 +426,21 @@ def test_a_multiclass_submission_with_one_column_holds_the_likeliest_label(tiny,
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
     labels = ku.predict_test(folder, test, sample)["target"]
-    probabilities = ku.predict_bundle(ku._open_bundle(folder), test)
+    probabilities = ku.predict_bundle(ku.Bundle.open(folder), test)
     by_id = dict(zip(test["id"], np.array(["low", "mid", "top"])[probabilities.argmax(1)], strict=True))
     assert list(labels) == [by_id[i] for i in sample["id"]]
 
 
 def test_a_prediction_is_the_mean_of_the_folds(tiny):
     folder, _, _ = run(tiny(run_name="run"))
-    loaded, texts = ku._load_run(folder), pd.DataFrame({"excerpt": make_texts(5)})
-    tokenizer, model = ku._open_run(loaded)
+    loaded, texts = ku._Run.load(folder), pd.DataFrame({"excerpt": make_texts(5)})
+    tokenizer, model = loaded.open()
     tokens = ku._tokenize(texts, tokenizer, loaded.cfg)
     each = []
     for fold in (0, 1):
         ku.load_model(model, folder / f"fold{fold}" / "model.safetensors")
         each.append(ku.predict(model, tokens, loaded.cfg))
-    np.testing.assert_allclose(ku.predict_bundle(ku._open_bundle(folder), texts), np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(ku.predict_bundle(ku.Bundle.open(folder), texts), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(each[0], each[1])
 
 
@@ -450,7 +450,7 @@ def finished(tiny):
     cfg = tiny(run_name="run", run_folds="0")
     folder, _, _ = run(cfg)
     _, test, sample = ku.read_competition(cfg)
-    return ku._open_bundle(folder), test["id"], np.arange(10.0)[:, None], sample
+    return ku.Bundle.open(folder), test["id"], np.arange(10.0)[:, None], sample
 
 
 def test_a_submission_has_the_ids_order_and_columns_of_the_sample(finished, tmp_path):
@@ -498,7 +498,7 @@ def test_an_unfinished_run_is_not_loaded(tiny):
     folder, record, _ = run(tiny(run_name="run", run_folds="0"))
     (folder / "record.json").write_text(json.dumps(record | {"status": "running"}))
     with pytest.raises(ku.ConfigError, match="the run did not finish"):
-        ku._load_run(folder)
+        ku._Run.load(folder)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny):
@@ -649,15 +649,15 @@ def test_a_gpu_learns_eight_rows_by_heart_in_every_precision(precision, tiny):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_run_is_loaded_and_predicts_what_it_validated(tiny):
     folder, record, oof = run(tiny(run_name="gpu"))
-    loaded = ku._load_run(folder)
-    tokenizer, model = ku._open_run(loaded)
+    loaded = ku._Run.load(folder)
+    tokenizer, model = loaded.open()
     tokens = ku._tokenize(train_frame(), tokenizer, loaded.cfg)
     ku.load_model(model, folder / "fold1" / "model.safetensors", device="cuda")
     rows = np.flatnonzero(oof["fold"] == 1)
     got = ku.predict(model, tokens, loaded.cfg, rows)[:, 0]
     np.testing.assert_allclose(got, oof["prediction"].iloc[rows], atol=1e-2)
     assert (
-        np.isfinite(ku.predict_bundle(ku._open_bundle(folder), train_frame())).all() and record["peak_memory_bytes"] > 0
+        np.isfinite(ku.predict_bundle(ku.Bundle.open(folder), train_frame())).all() and record["peak_memory_bytes"] > 0
     )
 
 

@@ -204,7 +204,7 @@ def ensemble_problems(records):
 
 def predict_golden(run, opened, precision):
     """Predictions (n, K) of the golden rows of a run; `opened` is its tokenizer and model."""
-    (predictions,) = ku._golden_predictions(run, *opened, [precision]).values()
+    (predictions,) = run.predict_golden(*opened, [precision]).values()
     return predictions
 
 
@@ -212,12 +212,12 @@ def prove(run):
     """The tokenizer and model of a run; Refused where its golden rows are not predicted as in
     training. Warns of a run that a T4, where precision auto means fp16, would refuse."""
     try:
-        opened = ku._open_run(run)
-        ku._check_probes(run, opened[0])
-        ku._check_gaps(run, predict_golden(run, opened, "fp32"), "float32")
+        opened = run.open()
+        run.check_tokenizer(opened[0])
+        run.check_gaps(predict_golden(run, opened, "fp32"), "float32")
         if run.cfg.precision != "fp32":
             in_fp16 = predict_golden(run, opened, "fp16")
-            for problem in kit_error_problems(ku._check_gaps, run, in_fp16, "float16"):
+            for problem in kit_error_problems(run.check_gaps, in_fp16, "float16"):
                 advice = f"a T4 will refuse {run.name}, train it with precision fp32"
                 print(f"warning: {advice}: {problem}")
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
@@ -240,7 +240,7 @@ def rounded_to_half(run, opened, folder):
     for fold, path in run.weights.items():
         save_half(path, rounded.weights[fold])
     predictions = predict_golden(rounded, opened, "fp32")
-    moved = ku._check_gaps(rounded, predictions, "float16")
+    moved = rounded.check_gaps(predictions, "float16")
     print(f"{run.name}: fp16 weights move the golden predictions by {moved:.1e} at most")
     pairs = zip(run.golden["rows"], predictions.tolist(), strict=True)
     rows = [row | {"prediction": prediction} for row, prediction in pairs]
@@ -373,7 +373,7 @@ def check(folder):
         print(f"predictions not checked: {other}")
         return False
     if manifest["runs"]:
-        ku.check_golden(ku._open_bundle(folder))
+        ku.check_golden(ku.Bundle.open(folder))
     return True
 
 
@@ -509,7 +509,7 @@ class Packing:
             if record:
                 self.records[folder] = record
             if not problems:
-                self.runs[folder] = ku._load_run(folder)
+                self.runs[folder] = ku._Run.load(folder)
         if self.records:
             self.problems += ensemble_problems(self.records)
 
@@ -522,7 +522,7 @@ class Packing:
             blend = Path(args.blend).resolve()
             records = {folder.name: folder / "record.json" for folder in self.records}
             problems = plain_file_problems([blend])
-            self.problems += problems or kit_error_problems(ku._read_blend, blend, records)
+            self.problems += problems or kit_error_problems(ku._Blend.read, blend, records)
             self.files.append((ku._BLEND_FILE, blend))
         if args.backbone:
             try:

@@ -125,7 +125,7 @@ def validated_rows(folder, run, ids):
 def read_runs(folders, data_dir):
     """(runs, training rows with their fold or -1, {fold: ids}), once all runs are complete and
     agree; else one KitError."""
-    runs = [ku._load_run(folder) for folder in folders]
+    runs = [ku._Run.load(folder) for folder in folders]
     partial = [run.name for run in runs if run.record["status"] != "complete"]
     if partial:
         raise ku.ConfigError(f"expected complete runs: {ku._comma_join(partial)} was stopped")
@@ -172,28 +172,13 @@ def read_texts(paths, cfg):
     return table.frame
 
 
-def predict_each_fold(bundle, run, tokens):
-    """What every model of a run predicts, (F, M, K)."""
-    _, model = ku._opened_run(bundle, run)
-    predictions = []
-    for fold in ku._progress(sorted(run.weights), f"label by {run.name}"):
-        ku._load_fold(model, run, fold)
-        predictions.append(ku.predict(model, tokens, run.cfg))
-    return np.stack(predictions)
-
-
 def predict_folds(runs, texts):
     """What every model predicts, (R, F, M, K): of R runs, F folds each, for M texts."""
-    bundle = ku.Bundle(Path(), runs, {})
+    bundle = ku.Bundle(Path(), runs)
     ku.check_golden(bundle)
-    tokens = {}  # what decides them -> tokens
     predictions = []
-    for run in ku._runs_in_turn(bundle):
-        key = ku._tokenization_key(run)
-        if key not in tokens:
-            tokenizer = ku._opened_run(bundle, run)[0]
-            tokens[key] = ku._tokenize(texts, tokenizer, run.cfg)
-        predictions.append(predict_each_fold(bundle, run, tokens[key]))
+    for _, by_fold in bundle.predict_folds(texts):
+        predictions.append(np.stack([by_fold[fold] for fold in sorted(by_fold)]))
     return np.stack(predictions)
 
 
