@@ -271,7 +271,7 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     """The notebooks of `--kernels` as Kaggle runs them: with papermill, here with fewer epochs and folds."""
     kit, ours, kernels = tmp_path / "my-kit", tmp_path / "my-bundle", tmp_path / "kernels"
     for target, title, *arguments in (
-        (kit, "My kit", "--starter", "--backbone", backbone_folder("bert"), "--kernels", kernels / "kit"),
+        (kit, "My kit", "--starter", "--backbone", backbone_folder("tiny"), "--kernels", kernels / "kit"),
         (ours, "My bundle", runs / "one", "--kernels", kernels / "run", "--model-source", "me/tiny/pytorch/default/1"),
     ):
         names = ["--id", f"me/{target.name}", "--title", title, "--competition", "commonlit"]
@@ -280,7 +280,7 @@ def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, r
     env, work = kaggle({"datasets/me/my-kit": kit, COMPETITIONS["new"]: competition})
     done, _ = papermill(kernels / "kit/train/train.ipynb", work / "train.ipynb", *small, cwd=work, env=env)
     assert done.returncode == 0, done.stderr
-    again = {"datasets/me/my-bundle": ours, "models/me/tiny/pytorch/default/1": backbone_folder("bert")}
+    again = {"datasets/me/my-bundle": ours, "models/me/tiny/pytorch/default/1": backbone_folder("tiny")}
     shutil.rmtree(work.parent / "input" / "datasets")
     kaggle(again)
     done, _ = papermill(kernels / "run/train/train.ipynb", work / "again.ipynb", cwd=work, env=env)

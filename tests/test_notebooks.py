@@ -43,7 +43,7 @@ def test_committed_notebooks_are_thin_and_clean(path):
 
 @pytest.mark.slow
 def test_train_then_infer_write_the_same_submission(competition, backbone_folder, tmp_path):
-    parameters = tiny_parameters(competition, backbone_folder("bert"), tmp_path / "runs")
+    parameters = tiny_parameters(competition, backbone_folder("tiny"), tmp_path / "runs")
     done, executed = papermill(
         "train.ipynb", tmp_path / "train.ipynb", *parameters, ("head", "conv1d"), ("run_name", "r")
     )
@@ -113,7 +113,7 @@ def test_the_exported_script_trains_from_a_folder_inside_the_clone(competition, 
     cell = next(cell for cell in notebook.cells if cell.metadata.get("tags") == ["parameters"])
     own = {
         name: repr(str(v) if isinstance(v, Path) else v)
-        for name, v in tiny_parameters(competition, backbone_folder("bert"), "out")
+        for name, v in tiny_parameters(competition, backbone_folder("tiny"), "out")
     }
     kept = [line for line in cell.source.splitlines() if line.split(":")[0] not in own]
     cell.source = "\n".join([*kept, *(f"{name} = {value}" for name, value in own.items())])

@@ -87,7 +87,7 @@ def base(competition, backbone_folder, output):
     """Function: settings -> arguments of a quick grid on the made competition; a setting that is None is left out."""
 
     def arguments(**settings):
-        quick = dict(data_dir=competition, backbone=backbone_folder("bert"), n_folds=2, epochs=1, max_length=32)
+        quick = dict(data_dir=competition, backbone=backbone_folder("tiny"), n_folds=2, epochs=1, max_length=32)
         given = {name: value for name, value in (quick | settings).items() if value is not None}
         return [*(part for name, value in given.items() for part in ("--set", f"{name}={value}")), "-o", str(output)]
 
@@ -169,7 +169,7 @@ def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block
 def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_name_are_refused(
     call, stub, backbone_folder, tmp_path
 ):
-    folder = backbone_folder("bert")
+    folder = backbone_folder("tiny")
     other = tmp_path / folder.name
     other.symlink_to(folder)
     code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)

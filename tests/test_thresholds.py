@@ -97,7 +97,7 @@ def graded(tmp_path_factory, backbone_folder):
     frame.to_csv(folder / "competition" / "train.csv", index=False)
     frame[["id", "excerpt"]].head(12).to_csv(folder / "competition" / "test.csv", index=False)
     frame[["id"]].head(12).assign(target=0).to_csv(folder / "competition" / "sample_submission.csv", index=False)
-    base = dict(data_dir=folder / "competition", backbone=backbone_folder("bert"), output_dir=folder, metric="qwk")
+    base = dict(data_dir=folder / "competition", backbone=backbone_folder("tiny"), output_dir=folder, metric="qwk")
     base |= dict(n_folds=3, epochs=6, batch_size=8, max_length=32, lr=1e-2, error_column="")
     for name, more in (("squared", {}), ("coral", dict(loss="coral", levels=(1, 4)))):
         trained(ku.Config.from_dict(base | more | dict(run_name=name)))
