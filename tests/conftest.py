@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked processes could wait for its threads
 
-import collections
 import contextlib
 import random
 import re
@@ -83,10 +82,13 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONGEST = "resume kaggle sweep training packing pretrain hostile compare backbones processes pseudo blend".split()
+
+
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, so that with -n no worker is left alone with one of them."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Files that take longest first, so that with -n no worker is left alone with one of them."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
@@ -247,6 +249,22 @@ def make_texts(n, seed=0):
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for _ in range(n)]
 
 
+@pytest.fixture
+def build(backbone_folder):
+    """Function: architecture and settings -> (model in eval mode, tokens of six texts of 5 to 32 tokens)."""
+
+    def make(kind, **settings):
+        folder = backbone_folder(kind)
+        cfg = ku.Config(max_length=40, backbone=str(folder), **(dict(backbone_dropout=0.0) | settings))
+        tokenizer = ku._load_tokenizer(folder)
+        torch.manual_seed(0)
+        loss = ku.LOSSES["mse"](cfg, 1)
+        model = ku._build_model(cfg, folder, loss, tokenizer, torch.zeros(1, 1), lambda text: None)
+        return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
+
+    return make
+
+
 def padded_mask(inputs):
     """Where texts stand in [rows, longest text], of the inputs of a model with packed or with padded rows."""
     return inputs["pack"].attention_mask if "pack" in inputs else inputs["attention_mask"]
@@ -345,13 +363,15 @@ class Forked(subprocess.Popen):
     starts anew takes seconds to import the libraries. Patches of this process hold there too."""
 
     def __init__(self, function, env=None, pass_fds=(), **options):
-        super().__init__(["a fork"], preexec_fn=lambda: self.live(function, env, pass_fds), pass_fds=pass_fds, **options)
+        super().__init__(
+            ["a fork"], preexec_fn=lambda: self.live(function, env, pass_fds), pass_fds=pass_fds, **options
+        )
 
     def live(self, function, env, pass_fds):
         for fd in set(range(3, 1024)) - set(pass_fds):
             with contextlib.suppress(OSError):
                 os.close(fd)  # one of them is what the parent waits for
-        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, 1, closefd=False) for fd, mode in enumerate("rww"))
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, 1, closefd=False) for fd, mode in enumerate("rww"))
         signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.tqdm.set_lock(threading.RLock())  # another process may have been killed with the shared one
         if env is not None:

@@ -57,8 +57,9 @@ def refused(call):
 def packed(runs, tmp_path_factory):
     """A bundle of the runs `one` and `two`; copy what you change."""
     target = tmp_path_factory.mktemp("dist") / "my-bundle"
-    command = [sys.executable, ROOT / "tools" / "bundle.py", runs / "one", runs / "two", "-o", target, *NAMES]
-    subprocess.run(command, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bundle.py", *map(str, (runs / "one", runs / "two", "-o", target)), *NAMES])
+        bundle.main()
     return target
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import time
 import weakref
 
