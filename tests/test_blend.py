@@ -282,9 +282,7 @@ def bundle_tool(*arguments):
     return end.value.code
 
 
-def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(
-    runs, tmp_path, capsys, forked_module
-):
+def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, tmp_path, capsys, forked_module):
     content = blend_of(runs, tmp_path / "blend", weights=np.array([0.75, 0.5]), intercept=np.array([0.125]))
     assert content["members"]["one"]["weight"] == 0.75 and content["rows"] == 40
     blend, target = tmp_path / "blend" / "blend.json", tmp_path / "dist"
@@ -382,16 +380,16 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
 
 
 def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():
-    target, predictions = simulated(n_rows=300)
+    target, predictions = simulated(n_rows=100)
     grades = np.clip(np.rint(1.5 + target), 0, 4)
     members = make_members(grades, 1.5 + 0.3 * predictions, "qwk")  # shrunk: rounding gives few levels
     for blended in blending.fit_blends(members):
-        labels = np.empty(300)
+        labels = np.empty(100)
         for fold in range(5):
             own = members.folds == fold
             weights, intercept = blending.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
             raw = blending._blend_rows(weights, intercept, members.predictions)[:, 0]
-            inner = np.empty(300)
+            inner = np.empty(100)
             for other in range(5):
                 rows = members.folds == other
                 weights, intercept = blending.BLENDS[blended.method](
