@@ -6804,8 +6804,6 @@ def load_bundle(bundle_dir="", precision="auto"):
     return bundle
 
 
-
-
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted.
 

@@ -3,12 +3,16 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked processes could wait for its threads
 
-import collections
+import contextlib
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 import kernel_utils as ku
@@ -19,6 +23,7 @@ import pretraining
 import pytest
 import tokenizers
 import torch
+import tqdm
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,10 +82,13 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONGEST = "resume kaggle sweep training packing pretrain hostile compare backbones processes pseudo blend".split()
+
+
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, so that with -n no worker is left alone with one of them."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Files that take longest first, so that with -n no worker is left alone with one of them."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 WORDS = "the a cat dog sat ran on in under big small red blue mat hat tree river slowly quickly why because".split()
@@ -94,6 +102,8 @@ BERT_LIKE = dict(
     intermediate_size=48,
     max_position_embeddings=160,
 )
+
+TINY = ("BertConfig", dict(BERT_LIKE, num_hidden_layers=2))  # for runs, whose time is that of their layers
 
 # architecture -> (config class, its sizes); every model has 4 layers and width 32
 ARCHITECTURES = {
@@ -173,8 +183,8 @@ def make_tokenizer(cls_first=True):
 
 
 def save_backbone(kind, folder):
-    """A random model of an architecture, saved with a tokenizer: loading it back is what users do."""
-    config_class, sizes = ARCHITECTURES[kind]
+    """A random model of an architecture, or `tiny`, saved with a tokenizer: loading it back is what users do."""
+    config_class, sizes = TINY if kind == "tiny" else ARCHITECTURES[kind]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**sizes)
     model = transformers.T5EncoderModel(config) if kind == "t5" else transformers.AutoModel.from_config(config)
@@ -185,12 +195,12 @@ def save_backbone(kind, folder):
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory):
-    """Function: name of an architecture -> folder of a saved tiny model of it."""
+    """Function: name of an architecture, or `tiny` -> folder of a saved model of it."""
     made = {}
 
     def folder(kind):
         if kind not in made:
-            made[kind] = save_backbone(kind, tmp_path_factory.mktemp(kind))
+            made[kind] = save_backbone(kind, tmp_path_factory.mktemp("bert" if kind == "tiny" else kind))
         return made[kind]
 
     return folder
@@ -237,6 +247,22 @@ def make_texts(n, seed=0):
     """Texts of 3 to 30 words."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for _ in range(n)]
+
+
+@pytest.fixture
+def build(backbone_folder):
+    """Function: architecture and settings -> (model in eval mode, tokens of six texts of 5 to 32 tokens)."""
+
+    def make(kind, **settings):
+        folder = backbone_folder(kind)
+        cfg = ku.Config(max_length=40, backbone=str(folder), **(dict(backbone_dropout=0.0) | settings))
+        tokenizer = ku._load_tokenizer(folder)
+        torch.manual_seed(0)
+        loss = ku.LOSSES["mse"](cfg, 1)
+        model = ku._build_model(cfg, folder, loss, tokenizer, torch.zeros(1, 1), lambda text: None)
+        return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
+
+    return make
 
 
 def padded_mask(inputs):
@@ -307,7 +333,7 @@ def tiny(competition, backbone_folder, tmp_path):
     """Function: settings -> Config of a quick run on the made competition with a tiny BERT."""
 
     def config(**settings):
-        return tiny_config(competition, backbone_folder("bert"), tmp_path / "runs", **settings)
+        return tiny_config(competition, backbone_folder("tiny"), tmp_path / "runs", **settings)
 
     return config
 
@@ -327,9 +353,55 @@ def runs(tmp_path_factory, backbone_folder):
     save_competition(folder / "competition")
     for name, settings in (("one", dict(head="conv1d")), ("two", dict(seed=1))):
         trained(
-            tiny_config(folder / "competition", backbone_folder("bert"), folder / "runs", run_name=name, **settings)
+            tiny_config(folder / "competition", backbone_folder("tiny"), folder / "runs", run_name=name, **settings)
         )
     return folder / "runs"
+
+
+class Forked(subprocess.Popen):
+    """A process that calls a function and exits with what that returns. It is a copy of this one: one that Python
+    starts anew takes seconds to import the libraries. Patches of this process hold there too."""
+
+    def __init__(self, function, env=None, pass_fds=(), **options):
+        super().__init__(
+            ["a fork"], preexec_fn=lambda: self.live(function, env, pass_fds), pass_fds=pass_fds, **options
+        )
+
+    def live(self, function, env, pass_fds):
+        for fd in set(range(3, 1024)) - set(pass_fds):
+            with contextlib.suppress(OSError):
+                os.close(fd)  # one of them is what the parent waits for
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, 1, closefd=False) for fd, mode in enumerate("rww"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.tqdm.set_lock(threading.RLock())  # another process may have been killed with the shared one
+        if env is not None:
+            os.environ.clear(), os.environ.update(env)
+        code = 1
+        try:
+            code = function()
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code or 0)
+
+
+@pytest.fixture
+def forked_module(monkeypatch):
+    """Processes that run the module are forks of this one."""
+    start = subprocess.Popen
+
+    def popen(command, *rest, **options):
+        if ku.__file__ not in map(str, command):
+            return start(command, *rest, **options)
+        return Forked(lambda: ku.main(command[-2:]), **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 def flip(path):

@@ -23,21 +23,6 @@ def kinds(*without):
     return pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in without])
 
 
-@pytest.fixture
-def build(backbone_folder):
-    """Function: architecture and settings -> (model in eval mode, tokens of six texts)."""
-
-    def make(kind, **settings):
-        folder = backbone_folder(kind)
-        cfg = ku.Config(max_length=40, backbone=str(folder), backbone_dropout=0.0, **settings)
-        tokenizer = ku._load_tokenizer(folder)
-        torch.manual_seed(0)
-        model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
-        return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
-
-    return make
-
-
 def forward(model, tokens, rows):
     with torch.no_grad():
         return model(**tokens.batch(np.asarray(rows), CPU))

@@ -4,11 +4,11 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import blending
+import bundle
 import comparison
 import kernel_utils as ku
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 import scipy.optimize
 import sklearn.metrics
 
-from conftest import ROOT, papermill, printed, train_frame, trained
+from conftest import papermill, printed, train_frame, trained
 
 NAMES = ["--id", "me/blended", "--title", "Blended bundle"]
 
@@ -274,16 +274,19 @@ def blend_of(runs, folder, method="nnls", **replaced):
 
 
 def bundle_tool(*arguments):
-    command = [sys.executable, ROOT / "tools" / "bundle.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    """What tools/bundle.py exits with: None, or a message."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["bundle.py", *map(str, arguments)])
+        bundle.main()
+        sys.exit()
+    return end.value.code
 
 
-def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, tmp_path, capsys):
+def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, tmp_path, capsys, forked_module):
     content = blend_of(runs, tmp_path / "blend", weights=np.array([0.75, 0.5]), intercept=np.array([0.125]))
     assert content["members"]["one"]["weight"] == 0.75 and content["rows"] == 40
     blend, target = tmp_path / "blend" / "blend.json", tmp_path / "dist"
-    done = bundle_tool(runs / "one", runs / "two", "--blend", blend, "-o", target, *NAMES)
-    assert done.returncode == 0, done.stderr
+    assert bundle_tool(runs / "one", runs / "two", "--blend", blend, "-o", target, *NAMES) is None
     assert (target / "blend.json").read_bytes() == blend.read_bytes()
     test = pd.read_csv(runs.parent / "competition" / "test.csv", dtype=str)
     alone = [ku.predict_bundle(ku.Bundle.open(runs / name), test) for name in ("one", "two")]
@@ -291,10 +294,10 @@ def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, 
     assert "blended by nnls: 0.75 one, 0.5 two, intercept 0.125" in capsys.readouterr().out
     got = ku.predict_bundle(bundled, test)
     assert got == pytest.approx(0.75 * alone[0] + 0.5 * alone[1] + 0.125, abs=1e-6)
-    assert bundle_tool("--check", target).returncode == 0
+    assert not bundle_tool("--check", target)
     shared = ku.predict_bundle(bundled, test, processes=2)
     assert shared == pytest.approx(got, abs=1e-6)
-    assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES).returncode == 0
+    assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES) is None
     mean = ku.predict_bundle(ku.Bundle.open(tmp_path / "mean"), test)
     assert mean == pytest.approx((alone[0] + alone[1]) / 2, abs=1e-6)
 
@@ -312,8 +315,8 @@ def test_weights_are_refused_for_other_runs_than_they_were_fitted_on(copies, tmp
     records["two"].write_text(json.dumps(record))  # another layout, as after another training
     with pytest.raises(ku.BundleError, match=r"run two is another one: SHA-256 of its record\.json, expected"):
         ku._Blend.read(path, records)
-    done = bundle_tool(copies / "one", copies / "two", "--blend", path, "-o", tmp_path / "dist", *NAMES)
-    assert done.returncode != 0 and "run two is another one" in done.stderr and not (tmp_path / "dist").exists()
+    error = bundle_tool(copies / "one", copies / "two", "--blend", path, "-o", tmp_path / "dist", *NAMES)
+    assert "run two is another one" in error and not (tmp_path / "dist").exists()
 
 
 @pytest.mark.parametrize(
@@ -335,12 +338,14 @@ def test_a_spoilt_blend_file_is_one_error_that_names_it(spoil, runs, tmp_path):
         ku._Blend.read(tmp_path / "blend.json", {name: runs / name / "record.json" for name in ("one", "two")})
 
 
-def test_a_blend_for_other_outputs_than_those_of_the_runs_is_refused_and_so_is_one_for_a_starter(runs, tmp_path):
+def test_a_blend_for_other_outputs_than_those_of_the_runs_is_refused_and_so_is_one_for_a_starter(
+    runs, tmp_path, capsys
+):
     blend_of(runs, tmp_path, weights=np.array([0.75, 0.5]), intercept=np.array([0.0, 0.0]))
-    done = bundle_tool(runs / "one", runs / "two", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
-    assert done.returncode != 0 and "expected 1 values of intercept, got 2" in done.stderr
-    done = bundle_tool("--starter", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
-    assert done.returncode != 0 and "--blend goes with runs" in done.stderr and not (tmp_path / "dist").exists()
+    error = bundle_tool(runs / "one", runs / "two", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
+    assert "expected 1 values of intercept, got 2" in error
+    assert bundle_tool("--starter", "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES) == 2
+    assert "--blend goes with runs" in capsys.readouterr().err and not (tmp_path / "dist").exists()
 
 
 def test_members_without_weight_stay_out_of_the_file_and_none_at_all_is_an_error(runs, tmp_path, capsys):
@@ -356,7 +361,7 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     (tmp_path / "competition").mkdir()
     frame = train_frame(60).assign(target=lambda t: np.ceil(4 * t["target"].rank(pct=True)).astype(int))
     frame.to_csv(tmp_path / "competition" / "train.csv", index=False)
-    base = dict(data_dir=tmp_path / "competition", backbone=backbone_folder("bert"), output_dir=tmp_path / "runs")
+    base = dict(data_dir=tmp_path / "competition", backbone=backbone_folder("tiny"), output_dir=tmp_path / "runs")
     base |= dict(metric="qwk", n_folds=3, epochs=2, batch_size=8, max_length=32, lr=1e-2)
     for seed in (0, 1):
         trained(ku.Config.from_dict(base | dict(seed=seed, run_name=f"seed{seed}")))
@@ -370,22 +375,21 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     nested = ku._threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
     assert blended.in_sample == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
-    done = bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES)
-    assert done.returncode == 0, done.stderr
+    assert bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES) is None
     assert ku.Bundle.open(tmp_path / "dist").to_levels(rows[:, None])[:, 0].tolist() == labels.tolist()
 
 
 def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():
-    target, predictions = simulated(n_rows=300)
+    target, predictions = simulated(n_rows=100)
     grades = np.clip(np.rint(1.5 + target), 0, 4)
     members = make_members(grades, 1.5 + 0.3 * predictions, "qwk")  # shrunk: rounding gives few levels
     for blended in blending.fit_blends(members):
-        labels = np.empty(300)
+        labels = np.empty(100)
         for fold in range(5):
             own = members.folds == fold
             weights, intercept = blending.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
             raw = blending._blend_rows(weights, intercept, members.predictions)[:, 0]
-            inner = np.empty(300)
+            inner = np.empty(100)
             for other in range(5):
                 rows = members.folds == other
                 weights, intercept = blending.BLENDS[blended.method](

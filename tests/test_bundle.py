@@ -57,8 +57,9 @@ def refused(call):
 def packed(runs, tmp_path_factory):
     """A bundle of the runs `one` and `two`; copy what you change."""
     target = tmp_path_factory.mktemp("dist") / "my-bundle"
-    command = [sys.executable, ROOT / "tools" / "bundle.py", runs / "one", runs / "two", "-o", target, *NAMES]
-    subprocess.run(command, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bundle.py", *map(str, (runs / "one", runs / "two", "-o", target)), *NAMES])
+        bundle.main()
     return target
 
 
@@ -676,7 +677,7 @@ def test_a_starter_is_a_backbone_that_training_finds_by_the_slug(call, backbone_
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "kaggle"))
     mount = tmp_path / "kaggle" / "input" / "datasets" / "me" / "my-bundle"
     mount.parent.mkdir(parents=True)
-    call("--starter", "--backbone", backbone_folder("bert"), "-o", mount, *NAMES)
+    call("--starter", "--backbone", backbone_folder("tiny"), "-o", mount, *NAMES)
     assert {*MODULES, "config.json", "model.safetensors", "tokenizer.json"} <= set(contents(mount))
     assert ku._find_backbone("my-bundle") == mount
     trained(tiny_config(runs.parent / "competition", "my-bundle", tmp_path / "runs", run_folds="0"))
@@ -717,7 +718,7 @@ def test_a_starter_without_a_backbone_is_the_four_modules(call, tmp_path):
     ],
 )
 def test_a_backbone_that_kaggle_could_not_load_is_refused(spoil, message, backbone_folder, refused, tmp_path):
-    folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
+    folder = Path(shutil.copytree(backbone_folder("tiny"), tmp_path / "backbone"))
     spoil(folder)
     assert message in refused("--starter", "--backbone", folder, "-o", tmp_path / "dist", *NAMES)
 
@@ -774,7 +775,7 @@ def test_an_ensemble_gets_a_train_kernel_for_each_run_with_the_source_of_its_nam
 ):
     edit(one / "record.json", lambda r: r["settings"].update(backbone="microsoft/DeBERTa_v3-base"))
     one.rename(tmp_path / "deberta")
-    backbone = backbone_folder("bert").name
+    backbone = backbone_folder("tiny").name
     sources = [f"me/{backbone}/transformers/tiny/1", "microsoft/deberta-v3-base/pytorch/default/2"]
     more = ["--competition", "commonlit", "--kernels", tmp_path / "kernels"]
     both = [runs / "two", tmp_path / "deberta", "-o", tmp_path / "a", *NAMES, *more]
@@ -786,7 +787,7 @@ def test_an_ensemble_gets_a_train_kernel_for_each_run_with_the_source_of_its_nam
         assert metadata["model_sources"] == [source] and metadata["enable_internet"] is False
         assert settings_of(tmp_path / "kernels" / name / f"{name}.ipynb")["backbone"] == source.split("/")[1]
     assert settings_of(tmp_path / "kernels/train-1/train-1.ipynb")["seed"] == 1
-    call("--starter", "--backbone", backbone_folder("bert"), "-o", tmp_path / "b", *NAMES, *more)
+    call("--starter", "--backbone", backbone_folder("tiny"), "-o", tmp_path / "b", *NAMES, *more)
     metadata = json.loads((tmp_path / "kernels/train/kernel-metadata.json").read_text())
     assert metadata["enable_internet"] is False
     assert settings_of(tmp_path / "kernels/train/train.ipynb")["backbone"] == "my-bundle"
@@ -904,7 +905,7 @@ def test_push_uploads_a_bundle_with_its_infer_kernel_and_a_starter_with_its_trai
     (tmp_path / "home").mkdir()
     more = ["--competition", "commonlitreadabilityprize", "--push"]
     model = ["--model-source", "google/bert/transformers/tiny/1"]
-    kit = ["--starter", "--backbone", backbone_folder("bert"), "--id", "me/my-kit", "--title", "My kit"]
+    kit = ["--starter", "--backbone", backbone_folder("tiny"), "--id", "me/my-kit", "--title", "My kit"]
     with FakeKaggle() as kaggle:
 
         def call(target, *arguments):

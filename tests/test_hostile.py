@@ -37,7 +37,7 @@ def snapshot(folder):
 def train(competition, backbone_folder, tmp_path, monkeypatch):
     """Function: settings -> folder of a quick run that was made as train.ipynb makes it."""
     monkeypatch.chdir(tmp_path)
-    base = dict(data_dir=str(competition), backbone=str(backbone_folder("bert")), n_folds=2, epochs=1, max_length=32)
+    base = dict(data_dir=str(competition), backbone=str(backbone_folder("tiny")), n_folds=2, epochs=1, max_length=32)
     return lambda settings: trained(ku.Config.from_dict(base | settings))
 
 
@@ -523,7 +523,7 @@ SETTINGS = {  # name -> (what is done to the folder, the settings, what the mess
     "more layers than there are": (
         nothing,
         dict(freeze_layers=99),
-        ["freeze_layers must be at most", "4 layers", "99"],
+        ["freeze_layers must be at most", "2 layers", "99"],
     ),
     "a fold that is not there": (nothing, dict(run_folds="2"), ["run_folds must be", "0, 1", "'2'"]),
     "a fold below zero": (nothing, dict(run_folds="-1"), ["run_folds must be", "0, 1", "'-1'"]),
@@ -736,7 +736,7 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
 @pytest.fixture
 def backbone(backbone_folder, tmp_path):
     """A copy of a tiny BERT that may be spoilt."""
-    return Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
+    return Path(shutil.copytree(backbone_folder("tiny"), tmp_path / "backbone"))
 
 
 @cases(BACKBONES)
@@ -796,7 +796,7 @@ RESUMED = {  # name -> (what is done to a run of that name, what the message mus
 @pytest.fixture(scope="module")
 def mine(runs, backbone_folder):
     """A run of that name; copy it."""
-    return trained(tiny_config(runs.parent / "competition", backbone_folder("bert"), runs.parent / "mine", **MINE))
+    return trained(tiny_config(runs.parent / "competition", backbone_folder("tiny"), runs.parent / "mine", **MINE))
 
 
 @cases(RESUMED)

@@ -21,7 +21,7 @@ FRAME = train_frame(12, seed=4)
 def three(runs, backbone_folder, tmp_path_factory):
     """Folders of three runs: `one` has another head than `two` and `three`."""
     folder = tmp_path_factory.mktemp("three")
-    cfg = tiny_config(runs.parent / "competition", backbone_folder("bert"), folder, run_name="three", seed=2, epochs=2)
+    cfg = tiny_config(runs.parent / "competition", backbone_folder("tiny"), folder, run_name="three", seed=2, epochs=2)
     return {"one": runs / "one", "two": runs / "two", "three": trained(cfg)}
 
 

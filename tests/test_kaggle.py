@@ -15,7 +15,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from conftest import ROOT, flip, papermill, train_frame
+from conftest import ROOT, flip, papermill, printed, train_frame
 
 # where Kaggle mounts a dataset and a competition, and the output of a notebook
 BUNDLES = {
@@ -49,30 +49,44 @@ sys.addaudithook(hook)
 """
 
 
-# Runs notebooks one after the other as IPython does, each as if its process were new.
+# Runs notebooks one after the other as IPython does, or exported scripts, each as if its process were new.
 RUN_CELLS = """
-import contextlib, io, json, os, sys
-from IPython.core.interactiveshell import InteractiveShell
+import contextlib, io, json, os, runpy, sys
 
-cells, kernels, results = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])), {}
+kernels, results = json.load(open(sys.argv[1])), {}
 path, environment = list(sys.path), dict(os.environ)
+
+def run_notebook(file, settings):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    cells = ["".join(c["source"]) for c in json.load(open(file))["cells"] if c["cell_type"] == "code"]
+    settings = "# Parameters\\n" + "\\n".join(f"{k} = {v!r}" for k, v in settings.items())
+    shell = InteractiveShell()
+    for cell in [cells[0], settings, *cells[1:]]:
+        ended = shell.run_cell(cell, store_history=True)
+        if not ended.success:
+            raise ended.error_before_exec or ended.error_in_exec
+    return shell.user_ns
+
 for name, kernel in kernels.items():
     sys.path[:] = path
     sys.modules.pop("kernel_utils", None)
     os.environ.clear()
     os.environ.update(environment | {"KAGGLE_ROOT": kernel["root"]})
     os.chdir(kernel["folder"])
-    settings = "# Parameters\\n" + "\\n".join(f"{k} = {v!r}" for k, v in kernel["settings"].items())
-    shell, printed, error = InteractiveShell(), io.StringIO(), None
-    for cell in [cells[0], settings, *cells[1:]]:
+    scope, error, printed = {}, None, io.StringIO()
+    try:
         with contextlib.redirect_stdout(printed):
-            ended = shell.run_cell(cell, store_history=True)
-        if not ended.success:
-            error = str(ended.error_before_exec or ended.error_in_exec)
-            break
-    module = getattr(shell.user_ns.get("ku"), "__file__", None)
+            if kernel["file"].endswith(".py"):
+                sys.path[0] = kernel["folder"]
+                scope = runpy.run_path(kernel["file"], run_name="__main__")
+            else:
+                scope = run_notebook(kernel["file"], kernel["settings"])
+    except Exception as problem:
+        error = str(problem)
+    module = getattr(scope.get("ku"), "__file__", None)
     results[name] = {"printed": printed.getvalue(), "error": error, "module": module}
-json.dump(results, open(sys.argv[3], "w"))
+json.dump(results, open(sys.argv[2], "w"))
 """
 
 
@@ -138,7 +152,7 @@ def submission(folder):
 
 NEW, OLD = COMPETITIONS["new"], COMPETITIONS["old"]
 DAMAGED = ["one.fold1.safetensors", "kernel_utils.py", "manifest.json"]
-MOUNTS = {  # name -> {mount: what is there, see `kernels`}
+MOUNTS = {  # name -> {mount: what is there, see `kernels`}, for infer.ipynb
     **{f"bundle {layout}": {place: "one", NEW: "competition"} for layout, place in BUNDLES.items()},
     "competition old": {BUNDLES["new"]: "one", OLD: "competition"},
     "both old": {BUNDLES["old"]: "one", OLD: "competition"},
@@ -146,30 +160,70 @@ MOUNTS = {  # name -> {mount: what is there, see `kernels`}
     "two runs": {BUNDLES["new"]: "two", NEW: "competition"},
     **{f"damaged {name}": {BUNDLES["new"]: name, NEW: "competition"} for name in DAMAGED},
 }
+OTHERS = {  # the same, of what else runs
+    "exported script": {BUNDLES["old"]: "one", OLD: "competition"},
+    "starter trains": {"datasets/me/my-kit": "my-kit", NEW: "competition"},
+    "run trains": {BUNDLES["new"]: "my-bundle", "models/me/tiny/pytorch/default/1": "backbone", NEW: "competition"},
+    "run infers": {BUNDLES["new"]: "my-bundle", NEW: "competition"},
+}
+SMALL = dict(n_folds=2, epochs=1, max_length=32)
+
+
+def export(notebook, script):
+    script.write_text(nbconvert.ScriptExporter().from_filename(notebook)[0])
+    return script
+
+
+def own_notebook(clone, settings):
+    """The script of a copy of train.ipynb with other settings, in a folder inside a clone."""
+    for folder in ("kernel_utils", "notebooks"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    inside = clone / "notebooks" / "mine"
+    inside.mkdir()
+    notebook = nbformat.read(clone / "notebooks" / "train.ipynb", 4)
+    cell = next(cell for cell in notebook.cells if cell.metadata.get("tags") == ["parameters"])
+    kept = [line for line in cell.source.splitlines() if line.split(":")[0] not in settings]
+    cell.source = "\n".join([*kept, *(f"{name} = {value!r}" for name, value in settings.items())])
+    nbformat.write(notebook, inside / "mine.ipynb")
+    return export(inside / "mine.ipynb", inside / "mine.py")
 
 
 @pytest.fixture(scope="module")
-def kernels(dist, runs, tmp_path_factory):
-    """Function: name of MOUNTS, or `home` -> what became of infer.ipynb there, and its working folder. All cells of all
-    of them run in one process."""
+def kernels(dist, runs, backbone_folder, tmp_path_factory):
+    """Function: name of MOUNTS, OTHERS, or of those below -> what became of the notebook or script there, and its
+    working folder. All of them run in one process."""
     made, kernels, trees = tmp_path_factory.mktemp("kernels"), {}, {}
     folders = {"one": dist("one"), "two": dist("one", "two"), "run": runs / "one", "module": ROOT / "kernel_utils"}
     folders |= {"competition": runs.parent / "competition"} | {name: made / name for name in DAMAGED}
+    folders |= {"backbone": backbone_folder("tiny"), "my-kit": made / "my-kit", "my-bundle": made / "my-bundle"}
     for name in DAMAGED:
         flip(Path(shutil.copytree(dist("one"), made / name)) / name)
+    names = ["--competition", "commonlit", "--title", "My title", "--id"]
+    starter = ["--starter", "--backbone", folders["backbone"], "--kernels", made / "starter"]
+    pack(made / "my-kit", *names, "me/my-kit", *starter)
+    model = ["--model-source", "me/tiny/pytorch/default/1", "--kernels", made / "kernels"]
+    pack(made / "my-bundle", *names, "me/my-bundle", runs / "one", *model)
+    files = {"starter trains": "starter/train/train.ipynb", "run trains": "kernels/train/train.ipynb"}
+    files |= {"run infers": "kernels/infer/infer.ipynb", "exported script": "exported script kaggle/working/infer.py"}
+    home = {"root": str(made / "none"), "folder": str(ROOT), "settings": {}}
     with kaggle_roots(made) as mount:
-        for name, inputs in MOUNTS.items():
+        for name, inputs in (MOUNTS | OTHERS).items():
             env, work = mount({place: folders[what] for place, what in inputs.items()}, f"{name} kaggle")
             kernels[name] = {"root": env["KAGGLE_ROOT"], "folder": str(work), "settings": {}}
+            kernels[name]["file"] = str(made / files.get(name, ROOT / "notebooks" / "infer.ipynb"))
             trees[name] = tree(work.parent / "input")
+        kernels["starter trains"]["settings"] = SMALL
+        export(ROOT / "notebooks" / "infer.ipynb", made / files["exported script"])
         settings = {"bundle_dir": str(dist("one")), "output_dir": str(made / "home")}
-        kernels["home"] = {"root": str(made / "none"), "folder": str(ROOT), "settings": settings}
-        notebook = nbformat.read(ROOT / "notebooks" / "infer.ipynb", 4)
-        cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-        for file, content in (("cells.json", cells), ("kernels.json", kernels)):
-            (made / file).write_text(json.dumps(content))
-        before, env = tree(dist("one")), env | {"IPYTHONDIR": str(made / "ipython")}
-        command = [sys.executable, "-c", RUN_CELLS, "cells.json", "kernels.json", made / "results.json"]
+        kernels["home"] = home | {"settings": settings, "file": str(ROOT / "notebooks" / "infer.ipynb")}
+        settings = {"heda": "conv1d", "head": "conv1", "epochs": 2.5}
+        kernels["misspelt"] = home | {"settings": settings, "file": str(ROOT / "notebooks" / "train.ipynb")}
+        settings = {"data_dir": str(folders["competition"]), "backbone": str(folders["backbone"]), "output_dir": "out"}
+        script = own_notebook(made / "clone", settings | SMALL)
+        kernels["own script"] = home | {"folder": str(script.parent), "file": str(script)}
+        (made / "kernels.json").write_text(json.dumps(kernels))
+        before, env = tree(dist("one")), env | {"IPYTHONDIR": str(made / "ipython"), "MPLBACKEND": "agg"}
+        command = [sys.executable, "-c", RUN_CELLS, made / "kernels.json", made / "results.json"]
         done = subprocess.run(command, cwd=made, env=os.environ | env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not Path(env["NETWORK_LOG"]).exists(), Path(env["NETWORK_LOG"]).read_text()
@@ -221,29 +275,41 @@ def test_at_home_a_bundle_predicts_the_sample_with_its_own_module(kernels, dist)
     assert Path(result["module"]).parent == dist("one") and "all as they were packed" in result["printed"]
 
 
-@pytest.mark.slow
-def test_from_training_on_the_sample_to_a_submission_where_only_loopback_is_up(kaggle, tmp_path):
-    """The default backbone, whose weights are real; everything by the commands of the README."""
-    sample = ROOT / "notebooks" / "sample"
-    small = [
-        ("max_rows", 40),
-        ("n_folds", 2),
-        ("epochs", 1),
-        ("output_dir", tmp_path / "runs"),
-        ("run_name", "reading"),
-    ]
-    done, _ = papermill("train.ipynb", tmp_path / "train.ipynb", ("data_dir", sample), *small)
+@pytest.fixture(scope="module")
+def trained_sample(tmp_path_factory):
+    """Folder of train.ipynb after papermill, with the run `reading` of the default backbone, whose weights are real."""
+    folder = tmp_path_factory.mktemp("sample")
+    small = [("max_rows", 40), ("n_folds", 2), ("epochs", 1), ("output_dir", folder / "runs"), ("run_name", "reading")]
+    done, _ = papermill("train.ipynb", folder / "train.ipynb", ("head", "conv1d"), *small)
     assert done.returncode == 0, done.stderr
-    options = ["--id", "me/reading-bundle", "--title", "Reading bundle", "--report", tmp_path / "train.ipynb"]
+    return folder
+
+
+@pytest.mark.slow
+def test_papermill_trains_on_the_sample_and_shows_curves_and_predictions(trained_sample):
+    executed = nbformat.read(trained_sample / "train.ipynb", 4)
+    record = ku.RunFolder(trained_sample / "runs" / "reading").read_record()
+    assert record["status"] == "complete" and record["settings"]["head"] == "conv1d"
+    images = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(images) == 2 and "out-of-fold over 40 rows, 2 folds" in printed(executed)
+    written = pd.read_csv(ROOT / "notebooks" / "sample" / "sample_submission.csv", dtype={"id": str})
+    assert list(submission(trained_sample / "runs" / "reading")["id"]) == list(written["id"])
+
+
+@pytest.mark.slow
+def test_from_training_on_the_sample_to_a_submission_where_only_loopback_is_up(trained_sample, kaggle, tmp_path):
+    """By the commands of the README."""
+    options = ["--id", "me/reading-bundle", "--title", "Reading bundle", "--report", trained_sample / "train.ipynb"]
     options += ["--kernels", tmp_path / "kernels", "--competition", "commonlitreadabilityprize"]
-    pack(tmp_path / "reading", tmp_path / "runs" / "reading", *options)
+    pack(tmp_path / "reading", trained_sample / "runs" / "reading", *options)
     assert "out-of-fold over 40 rows" in (tmp_path / "reading.html").read_text()
+    sample = ROOT / "notebooks" / "sample"
     inputs = {"datasets/me/reading-bundle": tmp_path / "reading", "competitions/commonlitreadabilityprize": sample}
     env, work = kaggle(inputs)
     command = [sys.executable, "-m", "papermill", tmp_path / "kernels" / "infer" / "infer.ipynb", work / "out.ipynb"]
     done = alone(command, cwd=work, env=os.environ | env)
     assert done.returncode == 0, done.stderr
-    expected = submission(tmp_path / "runs" / "reading")
+    expected = submission(trained_sample / "runs" / "reading")
     pd.testing.assert_frame_equal(submission(work), expected, rtol=0, atol=1e-5)
     assert len(expected) == 49 and not Path(env["NETWORK_LOG"]).exists()
 
@@ -257,44 +323,45 @@ def test_the_guard_of_these_tests_sees_an_attempt_to_leave(kaggle, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_exported_script_of_infer_runs_as_well(kaggle, dist, runs):
-    env, work = kaggle({BUNDLES["old"]: dist("one"), COMPETITIONS["old"]: runs.parent / "competition"})
-    script, _ = nbconvert.ScriptExporter().from_filename(ROOT / "notebooks" / "infer.ipynb")
-    (work / "infer.py").write_text(script)
-    done = subprocess.run([sys.executable, "infer.py"], cwd=work, env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_exported_script_of_infer_runs_as_well(kernels, runs):
+    result, work, _ = kernels("exported script")
+    assert result["error"] is None, result
     pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kaggle, runs, backbone_folder, tmp_path):
-    """The notebooks of `--kernels` as Kaggle runs them: with papermill, here with fewer epochs and folds."""
-    kit, ours, kernels = tmp_path / "my-kit", tmp_path / "my-bundle", tmp_path / "kernels"
-    for target, title, *arguments in (
-        (kit, "My kit", "--starter", "--backbone", backbone_folder("bert"), "--kernels", kernels / "kit"),
-        (ours, "My bundle", runs / "one", "--kernels", kernels / "run", "--model-source", "me/tiny/pytorch/default/1"),
+def test_the_exported_script_of_train_trains_from_a_folder_inside_the_clone(kernels):
+    result, inside, made = kernels("own script")
+    assert result["error"] is None, result
+    (run,) = (inside / "out").iterdir()
+    assert ku.RunFolder(run).read_record()["settings"]["n_folds"] == 2
+    assert Path(result["module"]) == made / "clone" / "kernel_utils" / "kernel_utils.py"
+
+
+@pytest.mark.slow
+def test_a_misspelt_setting_and_a_bad_value_are_one_error(kernels):
+    result, _, _ = kernels("misspelt")
+    for part in (
+        "there is no setting 'heda' (did you mean head?)",
+        "head must be one of cls, mean, max",
+        "got 'conv1' (did you mean conv1d?)",
+        "epochs must be a whole number, got 2.5",
     ):
-        names = ["--id", f"me/{target.name}", "--title", title, "--competition", "commonlit"]
-        pack(target, *names, *arguments)
-    competition, small = runs.parent / "competition", [("n_folds", 2), ("epochs", 1), ("max_length", 32)]
-    env, work = kaggle({"datasets/me/my-kit": kit, COMPETITIONS["new"]: competition})
-    done, _ = papermill(kernels / "kit/train/train.ipynb", work / "train.ipynb", *small, cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
-    again = {"datasets/me/my-bundle": ours, "models/me/tiny/pytorch/default/1": backbone_folder("bert")}
-    shutil.rmtree(work.parent / "input" / "datasets")
-    kaggle(again)
-    done, _ = papermill(kernels / "run/train/train.ipynb", work / "again.ipynb", cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
-    trained = {path.name: ku.RunFolder(path).read_record() for path in (work / "runs").iterdir()}
-    assert trained.keys() == {"my-kit-mean-seed0", "tiny-conv1d-seed0"}
-    assert trained["tiny-conv1d-seed0"]["oof"]["last"] == pytest.approx(
-        ku.RunFolder(runs / "one").read_record()["oof"]["last"]
-    )
-    shutil.move(work / "runs", tmp_path / "output")  # infer.ipynb runs in another kernel
-    done, _ = papermill(kernels / "run/infer/infer.ipynb", work / "infer.ipynb", cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
+        assert part in result["error"]
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kernels, runs):
+    """The notebooks of `--kernels`, here with fewer epochs and folds."""
+    for name, run in (("starter trains", "my-kit-mean-seed0"), ("run trains", "tiny-conv1d-seed0")):
+        result, work, _ = kernels(name)
+        assert result["error"] is None, result
+        assert [path.name for path in (work / "runs").iterdir()] == [run]
+    score = ku.RunFolder(work / "runs" / run).read_record()["oof"]["last"]
+    assert score == pytest.approx(ku.RunFolder(runs / "one").read_record()["oof"]["last"])
+    result, work, _ = kernels("run infers")
+    assert result["error"] is None, result
     pd.testing.assert_frame_equal(submission(work), submission(runs / "one"), rtol=0, atol=1e-5)
-    assert not Path(env["NETWORK_LOG"]).exists()
 
 
 def rerun_inputs(folder, frame, columns=("id", "excerpt"), **more):
@@ -356,14 +423,14 @@ def test_rows_split_over_processes_are_predicted_as_by_one(runs, dist, capsys):
     assert "2 processes, each on" in capsys.readouterr().out
 
 
-def test_a_process_predicts_with_the_runs_that_it_is_given(dist):
+def test_a_process_predicts_with_the_runs_that_it_is_given(dist, forked_module):
     loaded, frame = ku.load_bundle(dist("one", "two")), train_frame(5, seed=6)
     second = ku.dataclasses.replace(loaded, runs=loaded.runs[1:])
     expected = ku.predict_bundle(ku.Bundle.open(dist("two")), frame)
     assert ku.predict_bundle(second, frame, processes=2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path):
+def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path, forked_module):
     copy = Path(shutil.copytree(dist("one"), tmp_path / "copy"))
     (copy / "one.record.json").unlink()
     lost = ku.dataclasses.replace(ku.Bundle.open(dist("one")), folder=copy)

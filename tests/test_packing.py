@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from conftest import ARCHITECTURES, engine_of, make_texts, weights
+from conftest import ARCHITECTURES, engine_of, weights
 
 CPU = torch.device("cpu")
 # those that take packed rows; ModernBERT not yet on transformers 5.0
@@ -19,21 +19,6 @@ if not getattr(ku.transformers.ModernBertModel, "_supports_attention_backend", F
 
 def packed(*kinds):
     return [kind for kind in kinds if kind in PACKED]
-
-
-@pytest.fixture
-def build(backbone_folder):
-    """Function: architecture and settings -> (model in eval mode, tokens of six texts of 5 to 32 tokens)."""
-
-    def make(kind, **settings):
-        folder = backbone_folder(kind)
-        cfg = ku.Config(max_length=40, backbone=str(folder), **({"backbone_dropout": 0.0} | settings))
-        tokenizer = ku._load_tokenizer(folder)
-        torch.manual_seed(0)
-        model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1), lambda text: None)
-        return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
-
-    return make
 
 
 def gradients(model, inputs):
@@ -373,21 +358,28 @@ def attend_dense(query, key, value, pack, dropout, scale, window_size, is_causal
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale).transpose(1, 2)
 
 
-@pytest.mark.parametrize("kind", packed("bert", "roberta", "modernbert", "deberta-v2"))
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(head="mean"),
-        dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
-        dict(head="concat", loss="rmse", max_grad_norm=0.0, backbone_dropout=0.1),
-        dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
-        dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
-        dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
-        dict(head="cls", loss="mse_rank", error_column="standard_error", error_weights=True, label_noise=1.0),
-        dict(head="meanmax", loss="gaussian", error_column="standard_error"),
-    ],
-    ids=lambda settings: settings["head"],
-)
+STEPS = [
+    dict(head="mean"),
+    dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
+    dict(head="concat", loss="rmse", max_grad_norm=0.0, backbone_dropout=0.1),
+    dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
+    dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
+    dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
+    dict(head="cls", loss="mse_rank", error_column="standard_error", error_weights=True, label_noise=1.0),
+    dict(head="meanmax", loss="gaussian", error_column="standard_error"),
+]
+
+
+def step_cases():
+    """All settings with BERT, two of them with the others; a head sees no difference, so the rest is nightly."""
+    for kind in ("tiny", "roberta", "modernbert", "deberta-v2"):
+        for settings in STEPS:
+            quick = kind == "tiny" or settings["head"] in ("mean", "max")
+            marks = [] if quick else [pytest.mark.nightly]
+            yield pytest.param(kind, settings, marks=marks, id=f"{kind}-{settings['head']}")
+
+
+@pytest.mark.parametrize(("kind", "settings"), step_cases())
 def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     kind, settings, tiny, backbone_folder, monkeypatch
 ):
@@ -463,8 +455,8 @@ REPLAYED = [
     dict(),
     dict(micro_batch_size=2, llrd=0.8),
     dict(loss="rmse", max_grad_norm=0.1),
-    dict(awp=0.1, adversarial_start=4, ema=0.9),
-    dict(fgm=0.1, adversarial_start=0, swa_start=4),
+    dict(awp=0.1, adversarial_start=2, ema=0.9),
+    dict(fgm=0.1, adversarial_start=0, swa_start=2),
 ]
 
 
@@ -475,7 +467,7 @@ def test_steps_that_are_replayed_give_the_weights_of_steps_that_are_not(settings
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ku._CudaGraphs, "run_checked", lambda graphs, function, *x: watched.append(1) or function(*x))
     monkeypatch.setattr(ku._CudaGraphs, "capture", capture)
-    cfg = tiny(epochs=12, batch_size=4, lr=1e-2, warmup_ratio=0.3, **settings)
+    cfg = tiny(epochs=6, batch_size=4, lr=2e-2, warmup_ratio=0.3, **settings)
     engines = [engine_of(cfg) for _ in range(2)]
     for engine, captured in zip(engines, (False, True), strict=True):
         engine.setup_fold(0, lambda text: None)

@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, make_pieces, make_texts, tiny_config, trained
+from conftest import ARCHITECTURES, PIECES, ROOT, WORDS, Forked, make_pieces, make_texts, tiny_config, trained
 
 CPU = torch.device("cpu")
 PAD, UNK, BOS, EOS, MASK = range(5)
@@ -420,18 +420,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, given, settings, often, mo
     }
 
 
-PROCESS = """
-import sys, time, math, torch
-import kernel_utils as ku
-import pretraining
-torch.set_num_threads(1)
-ku._MAX_SAVE_FRACTION = math.inf
-step = pretraining._Pretraining.step
-pretraining._Pretraining.step = lambda *given: (step(*given), time.sleep(0.3))
-pretraining.pretrain(pretraining.PretrainConfig.from_dict(__import__("json").loads(sys.argv[1])))
-"""
-
-
 @pytest.mark.parametrize(
     "name, counts",
     [("kernel_utils.py", True), ("pretraining.py", True), ("comparison.py", False), ("blending.py", False)],
@@ -452,8 +440,13 @@ def test_a_change_of_the_core_or_of_pretraining_alone_keeps_a_run_from_going_on(
 def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settings, often):
     expected = content(pretraining.pretrain(settings(run_name="whole")))
     cfg = settings(run_name="killed", **often)
-    command = [sys.executable, "-c", PROCESS, json.dumps(cfg.to_dict())]
-    process = subprocess.Popen(command, cwd=ROOT / "kernel_utils", stdout=subprocess.DEVNULL)
+    step = pretraining._Pretraining.step
+
+    def pretrain_slowly():
+        pretraining._Pretraining.step = lambda *arguments: (step(*arguments), time.sleep(0.3))
+        pretraining.pretrain(cfg)
+
+    process = Forked(pretrain_slowly, stdout=subprocess.DEVNULL)
     run, limit = Path(cfg.output_dir) / "killed", time.monotonic() + 60
     while not (run / "checkpoints" / "fold0-step3" / "manifest.json").is_file():
         assert process.poll() is None and time.monotonic() < limit

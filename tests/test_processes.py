@@ -2,11 +2,11 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from conftest import train_frame
+from conftest import Forked, train_frame
 from test_resume import NOISY, at_step, content, kill, start, stop_by
 
 pytestmark = pytest.mark.slow
@@ -48,28 +48,22 @@ def whole():
 # Folds side by side
 
 
-SLOW = """
-_MAX_SAVE_FRACTION, _quick_step = math.inf, OptimizerStep.__call__
-
-
-def _slow_step(*arguments):
-    time.sleep(0.3)
-    return _quick_step(*arguments)
-
-
-OptimizerStep.__call__ = _slow_step
-"""
+SLOW = dict(checkpoint_minutes=1e-9, fold_processes=2)
 
 
 @pytest.fixture
-def slow(tmp_path, monkeypatch):
-    """The module that other processes run has slow steps and saves after each; settings for that."""
-    text, end = Path(ku.__file__).read_text(), '\n\nif __name__ == "__main__":\n'
-    assert text.count(end) == 1
-    path = tmp_path / "kernel_utils.py"
-    path.write_text(text.replace(end, SLOW + end))
-    monkeypatch.setattr(ku, "__file__", str(path))
-    return dict(checkpoint_minutes=1e-9, fold_processes=2)
+def slow(monkeypatch, forked_module):
+    """Context: with the settings SLOW, steps take long, and there is a checkpoint after each."""
+    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
+
+    @contextlib.contextmanager
+    def steps():
+        step = ku.OptimizerStep.__call__
+        with monkeypatch.context() as patch:
+            patch.setattr(ku.OptimizerStep, "__call__", lambda *rest: time.sleep(0.3) or step(*rest))
+            yield
+
+    return steps
 
 
 def saved_steps(run, fold):
@@ -77,9 +71,10 @@ def saved_steps(run, fold):
 
 
 def workers_of(pid):
+    """Child processes that are forks of this one."""
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(pid).children()
-        return [child for child in children if "train-folds" in child.cmdline()]
+        return [child for child in children if child.cmdline() == psutil.Process().cmdline()]
     return []
 
 
@@ -114,10 +109,10 @@ def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys)
 
 
 def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, slow):
-    cfg = tiny(run_name="r", **SETTINGS, **slow)
+    cfg = tiny(run_name="r", **SETTINGS, **SLOW)
     once_saved(run_of(cfg), (0, 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
     told = r"SIGTERM: fold 0 is at step [2-9] of 12, fold 1 is at step [2-9] of 12, 0 folds are finished"
-    with pytest.raises(ku.Stopped, match=told):
+    with slow(), pytest.raises(ku.Stopped, match=told):
         start(cfg)
     run, before = run_of(cfg), [max(saved_steps(run_of(cfg), fold)) for fold in (0, 1)]
     record = ku.RunFolder(run).read_record()
@@ -127,9 +122,9 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, s
 
 
 def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finish(tiny, whole, slow):
-    cfg = tiny(run_name="r", **SETTINGS, **slow)
+    cfg = tiny(run_name="r", **SETTINGS, **SLOW)
     once_saved(run_of(cfg), (0, 1), lambda: workers_of(os.getpid())[0].kill())
-    with pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
+    with slow(), pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
         start(cfg)
     assert not workers_of(os.getpid()) and ku._read_fold(run_of(cfg) / "fold1")["stopped"]
     other = max(saved_steps(run_of(cfg), 1))
@@ -141,7 +136,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     assert content(start(ku.dataclasses.replace(cfg, fold_processes=1))) == whole(tiny, **SETTINGS)
 
 
-def test_a_problem_in_a_process_arrives_as_in_one_process_and_its_steps_are_in_the_log(tiny):
+def test_a_problem_in_a_process_arrives_as_in_one_process_and_its_steps_are_in_the_log(tiny, forked_module):
     cfg = tiny(run_name="r", fold_processes=2, **SETTINGS | dict(lr=1e36, head_lr=1e36, max_grad_norm=0))
     message = r"^the training went wrong:\n  fold [01], step [12]: the .* is (nan|inf) \(rows .*: lower lr .*$"
     with pytest.raises(ku.NumericError, match=message):
@@ -167,12 +162,13 @@ def test_what_an_earlier_session_left_of_a_fold_that_this_one_has_not_begun_is_n
 
 
 def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until_then(tiny, whole, slow, tmp_path):
-    cfg = tiny(run_name="r", **SETTINGS, **slow)
+    cfg = tiny(run_name="r", **SETTINGS, **SLOW)
     ku._write_json(tmp_path / "run.json", cfg.to_dict())
     killed = threading.Event()
     once_saved(run_of(cfg), (0, 1), killed.set)
-    command = [sys.executable, ku.__file__, "train", "--config", tmp_path / "run.json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["train", "--config", str(tmp_path / "run.json")]
+    with slow(), Forked(lambda: ku.main(command), **streams) as parent:
         assert killed.wait(130)
         workers = workers_of(parent.pid)
         for worker in workers:

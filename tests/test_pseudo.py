@@ -64,7 +64,7 @@ def student(runs, made, backbone_folder, tmp_path):
 
     def config(**settings):
         settings = dict(pseudo_dir=made) | settings
-        return tiny_config(runs.parent / "competition", backbone_folder("bert"), tmp_path / "students", **settings)
+        return tiny_config(runs.parent / "competition", backbone_folder("tiny"), tmp_path / "students", **settings)
 
     return config
 
@@ -446,7 +446,7 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
     frame = train_frame(36).assign(target=[names[i % len(names)] for i in range(36)])
     frame.to_csv(folder / "train.csv", index=False)
     pd.DataFrame({"excerpt": make_texts(6, seed=8)}).to_csv(tmp_path / "extra.csv", index=False)
-    cfg = tiny_config(folder, backbone_folder("bert"), tmp_path / "runs", task=task, run_name="teacher")
+    cfg = tiny_config(folder, backbone_folder("tiny"), tmp_path / "runs", task=task, run_name="teacher")
     run = ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg)
     assert label(monkeypatch, run, "--texts", tmp_path / "extra.csv", "-o", tmp_path / "pseudo") is None
     table = pd.read_csv(tmp_path / "pseudo" / "pseudo.csv")
@@ -503,8 +503,7 @@ def test_other_processes_are_told_of_the_pseudo_labels(student, tmp_path):
         np.testing.assert_array_equal(got.training_targets(fold), data.training_targets(fold))
 
 
-@pytest.mark.slow
-def test_folds_side_by_side_train_with_their_own_labels(student):
+def test_folds_side_by_side_train_with_their_own_labels(student, forked_module):
     turn, side = (trained(student(run_name=f"p{n}", fold_processes=n, pseudo_epochs=1)) for n in (1, 2))
     for name in ("oof.csv", "log.jsonl", "fold0/model.safetensors", "fold1/model.safetensors"):
         assert (turn / name).read_bytes() == (side / name).read_bytes(), name

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zlib
 
@@ -19,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT, Killed, kill, padded_mask, train_frame
+from conftest import Forked, Killed, kill, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
 
@@ -768,22 +767,18 @@ def test_where_room_is_short_one_checkpoint_at_a_time_is_kept(tiny, often, monke
 
 def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tiny, often, whole, tmp_path):
     cfg = tiny(run_name="r", **often, **NOISY)
-    script = (
-        "import json, sys, time, torch, kernel_utils as ku\n"
-        "torch.set_num_threads(1)\n"
-        "cfg = ku.Config.from_dict(json.loads(sys.argv[1]))\n"
-        "ku._MAX_SAVE_FRACTION, save = float('inf'), ku._Checkpoints.save\n"
-        "def slow(self, step, parts):\n"
-        "    save(self, step, parts)\n"
-        "    print('saved', flush=True)\n"
-        "    time.sleep(60)\n"
-        "ku._Checkpoints.save = slow\n"
-        "train, _, _ = ku.read_competition(cfg)\n"
-        "ku.train(ku.make_folds(train, cfg), cfg)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernel_utils")}
-    command = [sys.executable, "-c", script, json.dumps(cfg.to_dict())]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+    save = ku._Checkpoints.save
+
+    def train_slowly():
+        def slow(*arguments):
+            save(*arguments)
+            print("saved", flush=True)
+            time.sleep(60)
+
+        ku._Checkpoints.save = slow
+        start(cfg)
+
+    with Forked(train_slowly, stdout=subprocess.PIPE, text=True) as other:
         while "saved" not in (line := other.stdout.readline()):
             assert line, "the other process has ended"
         with pytest.raises(ku.ConfigError, match=rf"in use by another process {other.pid} on "):

@@ -13,11 +13,12 @@ import tomllib
 from pathlib import Path
 
 import kernel_utils as ku
+import pandas as pd
 import psutil
 import pytest
 import sweep
 
-from conftest import ROOT
+from conftest import ROOT, Forked, papermill, printed
 
 # argv: notebook, its text, run folder, settings as JSON, seconds: trains nothing but leaves what a run leaves. One that
 # takes long has a process of its own, as papermill has the kernel.
@@ -87,7 +88,7 @@ def base(competition, backbone_folder, output):
     """Function: settings -> arguments of a quick grid on the made competition; a setting that is None is left out."""
 
     def arguments(**settings):
-        quick = dict(data_dir=competition, backbone=backbone_folder("bert"), n_folds=2, epochs=1, max_length=32)
+        quick = dict(data_dir=competition, backbone=backbone_folder("tiny"), n_folds=2, epochs=1, max_length=32)
         given = {name: value for name, value in (quick | settings).items() if value is not None}
         return [*(part for name, value in given.items() for part in ("--set", f"{name}={value}")), "-o", str(output)]
 
@@ -169,7 +170,7 @@ def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block
 def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_name_are_refused(
     call, stub, backbone_folder, tmp_path
 ):
-    folder = backbone_folder("bert")
+    folder = backbone_folder("tiny")
     other = tmp_path / folder.name
     other.symlink_to(folder)
     code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)
@@ -475,25 +476,28 @@ def test_a_missing_ray_is_said_with_how_to_install_it(call, stub, monkeypatch, o
 # Sweeps that are a process of their own
 
 
-# argv: of sweep.py; a cell takes so many seconds by its epochs, or longer than any test
-WITH_STUB = """
-import sweep, test_sweep
-sweep.POLL = 0.05
-text = test_sweep.notebook_text()
-def command(cell, notebook):
-    seconds = {1: 0, 2: 5}.get(cell.settings["epochs"], 600)
-    return test_sweep.stub_command(cell, notebook, text, seconds)
-sweep.command = command
-sweep.main()
-"""
+STREAMS = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def start(program, *arguments):
-    paths = [str(ROOT / folder) for folder in ("kernel_utils", "tools", "tests")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    command = [sys.executable, *program, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
+def start(*arguments):
+    """tools/sweep.py, as people start it."""
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **STREAMS)
+
+
+def start_with_stub(*arguments):
+    """A sweep whose cells take so many seconds by their epochs, or longer than any test."""
+
+    def command(cell, notebook):
+        seconds = {1: 0, 2: 5}.get(cell.settings["epochs"], 600)
+        return stub_command(cell, notebook, notebook_text(), seconds)
+
+    def run():
+        sweep.POLL, sweep.command, sys.argv = 0.05, command, ["sweep.py", *arguments]
+        sweep.main()
+
+    return Forked(run, cwd=ROOT, **STREAMS)
 
 
 def wait_for(condition, seconds=120):
@@ -517,12 +521,9 @@ def fingerprint(run):
     return stat.st_ino, stat.st_mtime_ns, (run / "oof.csv").read_bytes()
 
 
-SWEEP = [str(ROOT / "tools" / "sweep.py")]
-
-
-def test_real_notebooks_that_fail_or_are_stopped_are_reported_and_the_next_call_goes_on(base, call, output):
-    run, settings = output / "lr=0.0001+seed=0", dict(epochs=40)  # long enough to be stopped
-    process = start(SWEEP, *base(**settings), "--grid", "lr=1e30,1e-4")
+def test_real_notebooks_that_fail_or_are_stopped_are_reported_go_on_and_are_compared(base, call, output, tmp_path):
+    run, settings = output / "lr=0.0001+seed=0", dict(epochs=30)  # long enough to be stopped
+    process = start(*base(**settings), "--grid", "lr=1e30,1e-4")
     wait_for((run / "log.jsonl").is_file)
     descendants = psutil.Process(process.pid).children(recursive=True)
     assert any("ipykernel_launcher" in child.cmdline() for child in descendants)
@@ -531,19 +532,41 @@ def test_real_notebooks_that_fail_or_are_stopped_are_reported_and_the_next_call_
     assert process.returncode == 130 and "stopped: 0 of 2 runs are complete and kept" in shown
     failed = r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb"
     assert re.search(failed, shown) and psutil.wait_procs(descendants, timeout=10)[1] == []
-    code, shown = call("--grid", "lr=1e-4", **settings)
-    assert code == 0 and "1 finished now, 0 before" in shown
+    executed = (output / "notebooks" / "lr=1e+30+seed=0.ipynb").read_text()
+    assert '"NumericError"' in executed and "Traceback" not in executed  # the error is its message alone
+    code, shown = call("--grid", "lr=1e-4,1e-3", "--jobs", "2", **settings)
+    assert code == 0 and "2 finished now, 0 before" in shown
     assert len(ku.RunFolder(run).read_record()["sessions"]) == 2  # it went on
     executed = json.loads((output / "notebooks" / f"{run.name}.ipynb").read_text())
     assert executed["metadata"]["papermill"]["exception"] is None
     before = fingerprint(run)
-    code, shown = call("--grid", "lr=1e-4", **settings)
-    assert code == 0 and "0 finished now, 1 before" in shown and fingerprint(run) == before
+    code, shown = call("--grid", "lr=1e-4,1e-3", **settings)
+    assert code == 0 and "0 finished now, 2 before" in shown and fingerprint(run) == before
+    assert_compared(output, tmp_path / "comparison")
+
+
+def assert_compared(runs, folder):
+    """compare.ipynb and its page, of runs with rates 0.0001 and 0.001 and one that failed."""
+    parameters = [("runs_dir", runs), ("baseline", "lr=0.0001"), ("output_dir", folder)]
+    done, executed = papermill("compare.ipynb", runs.parent / "compare.ipynb", *parameters)
+    assert done.returncode == 0, done.stderr
+    assert "2 configurations, 40 rows, 2 folds, 1 seeds\nbaseline: lr=0.0001" in printed(executed)
+    table = pd.read_csv(folder / "comparison.csv").set_index(["checkpoint", "configuration"])
+    assert list(table.index) == [(kind, f"lr={lr}") for kind in ("last", "best") for lr in ("0.0001", "0.001")]
+    scores = pd.read_csv(folder / "scores.csv").set_index("configuration")
+    record = ku.RunFolder(runs / "lr=0.001+seed=0").read_record()
+    assert scores["rmse last"]["lr=0.001"] == pytest.approx(record["oof"]["last"], abs=1e-5)
+    page = folder / "page.html"
+    command = [sys.executable, ROOT / "tools" / "report.py", runs.parent / "compare.ipynb", "-o", page]
+    subprocess.run(command, check=True)
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall('<img[^>]*src="data:image/png;base64,', text)) == 4
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
 
 
 def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, call, stub, output):
     first, second = (f"epochs={n}+seed=0" for n in (5000, 1))
-    process = start(["-c", WITH_STUB], *base(epochs=None), "--grid", "epochs=5000,1")
+    process = start_with_stub(*base(epochs=None), "--grid", "epochs=5000,1")
     wait_for((output / first / "oof.csv").is_file)
     worker = papermill_of(first, psutil.Process(process.pid))
     for process_of_it in (*worker.children(), worker):
@@ -560,18 +583,18 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
 
 def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, call, stub, output):
     run = output / "head=cls+seed=0"
-    process = start(["-c", WITH_STUB], *base(epochs=2), "--grid", "head=cls")
+    process = start_with_stub(*base(epochs=2), "--grid", "head=cls")
     wait_for((run / "oof.csv").is_file)
-    papermill = papermill_of(run.name, psutil.Process(process.pid))
-    papermill.suspend()  # or the run could be over before the second call looks
+    worker = papermill_of(run.name, psutil.Process(process.pid))
+    worker.suspend()  # or the run could be over before the second call looks
     try:
         process.kill()
         process.communicate()
         code, shown = call("--grid", "head=cls", epochs=2)
     finally:
-        papermill.resume()
+        worker.resume()
     assert code == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
-    psutil.wait_procs([papermill], timeout=60)
+    psutil.wait_procs([worker], timeout=60)
     before = fingerprint(run)
     code, shown = call("--grid", "head=cls", epochs=2)
     assert code == 0 and "0 finished now, 1 before" in shown
@@ -581,7 +604,7 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(base, output, number):
     grid = ["--grid", "epochs=1,5000,6000"]
-    process = start(["-c", WITH_STUB], *base(epochs=None), *grid)
+    process = start_with_stub(*base(epochs=None), *grid)
     children = psutil.Process(process.pid).children
     descendants = wait_for(lambda: len(found := children(recursive=True)) == 2 and found)
     before = fingerprint(output / "epochs=1+seed=0")
@@ -593,13 +616,31 @@ def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(
     assert not (output / "epochs=6000+seed=0").exists()
 
 
+# In the place of papermill where its module is looked for: trains nothing, and waits for a file `go` beside the runs
+PAPERMILL = f"""
+import json, pathlib, sys, time, yaml
+arguments = sys.argv[1:]
+settings = yaml.safe_load(arguments[arguments.index("-y") + 1])
+(notebook,) = [word for word in arguments if word.startswith(settings["output_dir"] + "/notebooks")]
+while not pathlib.Path(settings["output_dir"], "go").exists():
+    time.sleep(0.1)
+text = {notebook_text()!r}
+run = pathlib.Path(settings["output_dir"], settings["run_name"])
+sys.argv[1:] = [notebook, text, run, json.dumps(settings), 0]
+{STUB}
+"""
+
+
 @pytest.fixture
-def cluster():
-    """Address of a local Ray cluster of two nodes with a core each."""
+def cluster(tmp_path, monkeypatch):
+    """Address of a local Ray cluster of two nodes with a core each, where papermill is PAPERMILL."""
     pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install ray")
     import ray
     from ray.cluster_utils import Cluster
 
+    (tmp_path / "stub" / "papermill").mkdir(parents=True)
+    (tmp_path / "stub" / "papermill" / "__main__.py").write_text(PAPERMILL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield made.address
@@ -619,8 +660,9 @@ def raylets(output):
 
 
 def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_without_it(base, call, output, cluster):
-    process = start(SWEEP, *base(), "--grid", "head=cls,max", "--ray", cluster)
+    process = start(*base(), "--grid", "head=cls,max", "--ray", cluster)
     wait_for(lambda: len(raylets(output)) == 2)  # both at once, each under the daemon of another node
+    (output / "go").touch()
     shown = process.communicate()[0]
     assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown
     runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]

@@ -67,7 +67,7 @@ def test_thresholds_without_predictions_between_them_stay_sorted():
 
 def test_nested_thresholds_are_fitted_on_the_other_folds_and_flatter_less():
     gaps = []
-    for seed in range(12):
+    for seed in range(6):
         target, prediction, folds = simulated(120, seed)
         scores = ku._threshold_scores(target[:, None], prediction[:, None], folds)
         labels = np.empty(120)
@@ -97,7 +97,7 @@ def graded(tmp_path_factory, backbone_folder):
     frame.to_csv(folder / "competition" / "train.csv", index=False)
     frame[["id", "excerpt"]].head(12).to_csv(folder / "competition" / "test.csv", index=False)
     frame[["id"]].head(12).assign(target=0).to_csv(folder / "competition" / "sample_submission.csv", index=False)
-    base = dict(data_dir=folder / "competition", backbone=backbone_folder("bert"), output_dir=folder, metric="qwk")
+    base = dict(data_dir=folder / "competition", backbone=backbone_folder("tiny"), output_dir=folder, metric="qwk")
     base |= dict(n_folds=3, epochs=6, batch_size=8, max_length=32, lr=1e-2, error_column="")
     for name, more in (("squared", {}), ("coral", dict(loss="coral", levels=(1, 4)))):
         trained(ku.Config.from_dict(base | more | dict(run_name=name)))
