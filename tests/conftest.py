@@ -255,7 +255,7 @@ def train_frame(n=40, seed=0):
 def engine_of(cfg, frame=None):
     """An engine over 24 rows in two folds, or over `frame`."""
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
-    cfg = cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
+    cfg = cfg.resolved(ku._BackboneLoader(cfg.backbone, cfg).config)
     tokenizer = ku._load_tokenizer(cfg.backbone)
     tokens = ku._tokenize_frame(frame, tokenizer, cfg)
     targets = ku._encode_targets(frame, cfg, None)
