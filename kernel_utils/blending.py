@@ -114,7 +114,7 @@ def _hill_climbing(predictions, target, metric_name):
         chosen = _best_of(metric_name, scores)
         counts[chosen] += 1
         total += predictions[chosen]
-        if ku._improves(metric_name, scores[chosen], best):
+        if score.is_better(scores[chosen], best):
             weights, best = counts / size, scores[chosen]
     return weights, 0.0
 

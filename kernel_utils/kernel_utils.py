@@ -1884,10 +1884,8 @@ class EncoderInfo(NamedTuple):
 
 
 def cls_token(state, attention_mask, encoder):
-    """The token (B, H) that stands for the text in a state (B, T, H).
-
-    It is the first, or the last that is no padding where the `EncoderInfo` says `cls_is_last`.
-    """
+    """The token (B, H) that stands for the text in a state (B, T, H): the first, or the last that
+    is no padding where the `EncoderInfo` says `cls_is_last`."""
     if not encoder.cls_is_last:
         return state[:, 0]
     last = attention_mask.sum(1) - 1
@@ -1906,49 +1904,45 @@ def masked_max(state, attention_mask):
     return state.masked_fill(is_padding, torch.finfo(state.dtype).min).amax(1)
 
 
-@register(HEADS, "cls")
-class ClsHead(nn.Module):
-    """The token that stands for the text. BERT, arXiv:1810.04805."""
+class _Head(nn.Module):
+    """A head whose features are as wide as a state, until it sets another `out_features`."""
 
     def __init__(self, encoder, cfg):
         super().__init__()
         self.encoder = encoder
         self.out_features = encoder.hidden_size
 
+
+@register(HEADS, "cls")
+class ClsHead(_Head):
+    """The token that stands for the text. BERT, arXiv:1810.04805."""
+
     def forward(self, hidden_states, attention_mask):
         return cls_token(hidden_states[-1], attention_mask, self.encoder)
 
 
 @register(HEADS, "mean")
-class MeanHead(nn.Module):
+class MeanHead(_Head):
     """Average of the tokens. Sentence-BERT, arXiv:1908.10084."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__()
-        self.out_features = encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
         return masked_mean(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "max")
-class MaxHead(nn.Module):
+class MaxHead(_Head):
     """Maximum over the tokens, for each unit."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__()
-        self.out_features = encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
         return masked_max(hidden_states[-1], attention_mask)
 
 
 @register(HEADS, "meanmax")
-class MeanMaxHead(nn.Module):
+class MeanMaxHead(_Head):
     """Mean and max side by side."""
 
     def __init__(self, encoder, cfg):
-        super().__init__()
+        super().__init__(encoder, cfg)
         self.out_features = 2 * encoder.hidden_size
 
     def forward(self, hidden_states, attention_mask):
@@ -1958,16 +1952,15 @@ class MeanMaxHead(nn.Module):
 
 
 @register(HEADS, "conv1d")
-class Conv1dHead(nn.Module):
+class Conv1dHead(_Head):
     """A stack of 1-D convolutions over the tokens, ReLU between them, then the maximum over time.
 
     The default, kernel 2 to 256 channels and kernel 2 to 1 channel for each output, is the
-    article's. The mask is applied before every convolution, so that none reads padding. Kim,
-    arXiv:1408.5882.
+    article's. No convolution reads padding: the mask comes before each. Kim, arXiv:1408.5882.
     """
 
     def __init__(self, encoder, cfg):
-        super().__init__()
+        super().__init__(encoder, cfg)
         *inner, last = cfg.conv_channels
         widths = [encoder.hidden_size, *inner, last * encoder.num_outputs]
         sizes = zip(widths[:-1], widths[1:], cfg.conv_kernels, strict=True)
@@ -1989,15 +1982,12 @@ class Conv1dHead(nn.Module):
 @register(HEADS, "gru")
 @register(HEADS, "bilstm")
 @register(HEADS, "lstm")
-class RecurrentHead(nn.Module):
-    """Final state of a recurrent layer that runs over the real tokens alone (packed).
-
-    LSTM, Hochreiter and Schmidhuber 1997; in both directions, it ends at the last token in one and
-    at the first in the other; GRU, arXiv:1406.1078.
-    """
+class RecurrentHead(_Head):
+    """Final state of a recurrent layer over the real tokens: LSTM, Hochreiter and Schmidhuber 1997,
+    in one direction or in both; GRU, arXiv:1406.1078."""
 
     def __init__(self, encoder, cfg):
-        super().__init__()
+        super().__init__(encoder, cfg)
         layer = nn.GRU if cfg.head == "gru" else nn.LSTM
         both = cfg.head == "bilstm"
         self.rnn = layer(encoder.hidden_size, cfg.rnn_size, batch_first=True, bidirectional=both)
@@ -2015,20 +2005,17 @@ class RecurrentHead(nn.Module):
 
 
 @register(HEADS, "concat")
-class ConcatHead(nn.Module):
-    """The classification token of the last `concat_layers` layers, side by side.
-
-    Each is normalised first: in architectures that normalise before a layer, only the last state
-    is. BERT, arXiv:1810.04805, 5.3.
+class ConcatHead(_Head):
+    """The classification token of the last `concat_layers` layers, side by side (BERT,
+    arXiv:1810.04805, 5.3). Each is normalised: some architectures normalise the last state alone.
     """
 
     def __init__(self, encoder, cfg):
-        super().__init__()
+        super().__init__(encoder, cfg)
         n_layers = encoder.num_hidden_states - 1
         if cfg.concat_layers > n_layers:
             limit = f"at most the backbone's {n_layers} layers"
             raise ConfigError(f"concat_layers must be {limit}, got {cfg.concat_layers}")
-        self.encoder = encoder
         self.layers = cfg.concat_layers
         self.out_features = self.layers * encoder.hidden_size
 
@@ -2041,19 +2028,15 @@ class ConcatHead(nn.Module):
 
 
 @register(HEADS, "weighted")
-class WeightedHead(nn.Module):
-    """Learned average over all layers, softmax weights times a factor (ELMo, arXiv:1802.05365).
-
-    Averages the classification token or the mean (`weighted_pool`), normalised for each layer.
-    """
+class WeightedHead(_Head):
+    """Learned average over all layers, softmax weights times a factor (ELMo, arXiv:1802.05365), of
+    the classification token or the mean (`weighted_pool`), normalised for each layer."""
 
     def __init__(self, encoder, cfg):
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder, cfg)
         self.weighted_pool = cfg.weighted_pool
         self.weights = nn.Parameter(torch.zeros(encoder.num_hidden_states))
         self.factor = nn.Parameter(torch.ones(1))
-        self.out_features = encoder.hidden_size
 
     def pool(self, state, attention_mask):
         if self.weighted_pool == "mean":
@@ -2069,12 +2052,11 @@ class WeightedHead(nn.Module):
 
 
 @register(HEADS, "attention")
-class AttentionHead(nn.Module):
+class AttentionHead(_Head):
     """Average of the tokens weighted by a small learned attention: one hop of arXiv:1703.03130."""
 
     def __init__(self, encoder, cfg):
-        super().__init__()
-        self.out_features = encoder.hidden_size
+        super().__init__(encoder, cfg)
         self.hidden = nn.Linear(encoder.hidden_size, encoder.hidden_size)
         self.score = nn.Linear(encoder.hidden_size, 1, bias=False)  # softmax ignores a bias
 
@@ -2086,15 +2068,11 @@ class AttentionHead(nn.Module):
 
 
 @register(HEADS, "gem")
-class GemHead(nn.Module):
-    """Generalised mean with a learned power, from 3; negative values count as 0.
-
-    Radenovic et al., arXiv:1711.02512.
-    """
+class GemHead(_Head):
+    """Generalised mean with a learned power, from 3; negative values are 0. arXiv:1711.02512."""
 
     def __init__(self, encoder, cfg):
-        super().__init__()
-        self.out_features = encoder.hidden_size
+        super().__init__(encoder, cfg)
         self.power = nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, hidden_states, attention_mask):
@@ -2128,71 +2106,69 @@ def _is_backbone(folder):
 
 
 def _short_name(name):
-    """The last part of a path or hub name that has a letter, as Kaggle spells it.
-
-    The version of a Kaggle model has none.
-    """
+    """The last part of a path or hub name with a letter, which a version has not, as on Kaggle."""
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
 
-def _attached_backbone(name):
-    """Folder of the attached Kaggle input that a name fits, or None and why there is none."""
-    folders = list(filter(_is_backbone, _Kaggle().attached_folders("config.json")))
-    fitting = []
-    for folder in folders:
-        mount = folder.relative_to(_Kaggle().input)
-        if _short_name(name) in [_short_name(part) for part in mount.parts]:
-            fitting.append(folder)
-    if Path(name).expanduser().is_absolute():  # no part of a wrong path is the name of an input
+class _BackboneSearch:
+    """Looks for a backbone in places; each gives a folder, or None and why it is not there."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def find_attached(self):
+        folders = list(filter(_is_backbone, _Kaggle().attached_folders("config.json")))
         fitting = []
-    if len(fitting) > 1:
-        problem = f"backbone {name!r} fits several attached inputs, set the folder"
-        raise ConfigError(f"{problem}: {_comma_join(fitting)}")
-    return (fitting[0], None) if fitting else (None, _comma_join(folders))
+        for folder in folders:
+            mount = folder.relative_to(_Kaggle().input)
+            if _short_name(self.name) in [_short_name(part) for part in mount.parts]:
+                fitting.append(folder)
+        if Path(self.name).expanduser().is_absolute():
+            fitting = []  # no part of a wrong path is the name of an input
+        if len(fitting) > 1:
+            remedy = f"fits several attached inputs, set the folder: {_comma_join(fitting)}"
+            raise ConfigError(f"backbone {self.name!r} {remedy}")
+        return fitting[0] if fitting else None, _comma_join(folders)
 
+    def find_packaged(self):
+        """The package is never imported."""
+        packages = {}
+        for hub_name, package in _WEIGHT_PACKAGES.items():
+            packages[hub_name.lower()] = packages[Path(hub_name).name.lower()] = package
+        if self.name.lower() not in packages:
+            return None, "none is known for this name"
+        package, subfolder, hashes = packages[self.name.lower()]
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            return None, f"{package} is not installed"
+        folder = Path(spec.submodule_search_locations[0]) / subfolder
+        for file, published in hashes.items():
+            if _file_sha256(folder / file) != published:
+                return None, f"{file} of {package} does not have the published SHA-256"
+        return folder, None
 
-def _packaged_backbone(name):
-    """Folder of the weights in an installed package, or None and why there is none.
+    def find_cached(self):
+        return self.download(local_files_only=True)
 
-    The package is never imported.
-    """
-    packages = {}
-    for hub_name, package in _WEIGHT_PACKAGES.items():
-        packages[hub_name.lower()] = package
-        packages[Path(hub_name).name.lower()] = package
-    if name.lower() not in packages:
-        return None, "none is known for this name"
-    package, subfolder, hashes = packages[name.lower()]
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        return None, f"{package} is not installed"
-    folder = Path(spec.submodule_search_locations[0]) / subfolder
-    for file, published in hashes.items():
-        if _file_sha256(folder / file) != published:
-            return None, f"{file} of {package} does not have the published SHA-256"
-    return folder, None
+    def download(self, local_files_only=False):
+        import huggingface_hub
 
-
-def _hub_backbone(name, local_files_only):
-    """Folder of a hub model in the local cache, downloaded if need be, or None and why not."""
-    import huggingface_hub
-
-    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
-        # the variable was read when transformers was imported: too late to set it here
-        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    try:
-        for allow_patterns in (patterns, [*patterns, "*.bin"]):
-            folder = huggingface_hub.snapshot_download(
-                name, allow_patterns=allow_patterns, local_files_only=local_files_only
-            )
-            if _is_backbone(Path(folder)):
-                return Path(folder), None
-    except Exception as error:  # whatever the client raises stands in the error of _find_backbone
-        first_line, _, _ = str(error).strip().partition("\n")
-        return None, f"{type(error).__name__}: {first_line}"
-    return None, f"{folder} lacks config.json or weights"
+        if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+            # the variable was read when transformers was imported: too late to set it here
+            huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        try:
+            for allow_patterns in (patterns, [*patterns, "*.bin"]):
+                folder = huggingface_hub.snapshot_download(
+                    self.name, allow_patterns=allow_patterns, local_files_only=local_files_only
+                )
+                if _is_backbone(Path(folder)):
+                    return Path(folder), None
+        except Exception as error:  # whatever the client raises is among the reasons
+            first_line, _, _ = str(error).strip().partition("\n")
+            return None, f"{type(error).__name__}: {first_line}"
+        return None, f"{folder} lacks config.json or weights"
 
 
 def _find_backbone(name):
@@ -2203,27 +2179,24 @@ def _find_backbone(name):
         return path
     problem = "lacks config.json or weights" if path.is_dir() else "not there"
     problems = [f"folder {path}: {problem}"]
+    search = _BackboneSearch(name)
     places = {
-        "attached Kaggle inputs": _attached_backbone,
-        "installed package": _packaged_backbone,
-        "hub cache": functools.partial(_hub_backbone, local_files_only=True),
-        "hub": functools.partial(_hub_backbone, local_files_only=False),
+        "attached Kaggle inputs": search.find_attached,
+        "installed package": search.find_packaged,
+        "hub cache": search.find_cached,
+        "hub": search.download,
     }
     for place, find in places.items():
-        folder, problem = find(name)
+        folder, problem = find()
         if folder:
             return folder
         problems.append(f"{place}: {problem}")
     raise ConfigError([f"backbone {name!r} was not found; tried", *problems])
 
 
-# Loading
-
-
 @contextlib.contextmanager
 def _quiet_transformers():
-    """Without the progress bars and load reports of transformers: what matters of them is checked
-    and printed here."""
+    """Without progress bars and load reports: what matters of them is checked and printed here."""
     verbosity = transformers.logging.get_verbosity()
     has_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -2237,11 +2210,8 @@ def _quiet_transformers():
 
 
 def _set_dropout(config, rate):
-    """Set every dropout rate in a backbone's config; returns the old values of those that changed.
-
-    It must happen before the model is built: several architectures read the config, not a module.
-    Dropping whole layers is not dropout; it is only ever switched off.
-    """
+    """Set every dropout rate in a config, before a model is built; returns the old values of those
+    that changed. Dropping whole layers is not dropout; it is only ever switched off."""
     old_rates = {}
     for name, value in config.to_dict().items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -2252,120 +2222,108 @@ def _set_dropout(config, rate):
     return old_rates
 
 
-def _load_config(folder, cfg):
-    """The config of a backbone as the settings want it, and the dropout rates that they changed."""
-    with _wrap_read_errors(f"the config of {folder}"):
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        for name in ("hidden_size", "num_hidden_layers"):
-            size = getattr(config, name)
-            if not (isinstance(size, int) and size > 0):
-                raise ValueError(f"expected a positive {name}, got {size!r}")
-    for key in _HARMLESS_KEYS:
-        vars(config).pop(key, None)
-    old_rates = {}
-    if cfg.backbone_dropout >= 0:
-        old_rates = _set_dropout(config, cfg.backbone_dropout)
-    if cfg.attention:
-        config._attn_implementation = cfg.attention
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # decoders would keep keys and values that nobody reads
-    return config, old_rates
+class _BackboneLoader:
+    """Makes the encoder of a folder: `config` is that of the folder as the settings want it."""
 
+    def __init__(self, folder, cfg, say=print):
+        self.folder, self.cfg, self.say = folder, cfg, say
+        with _wrap_read_errors(f"the config of {folder}"):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            for name in ("hidden_size", "num_hidden_layers"):
+                size = getattr(config, name)
+                if not (isinstance(size, int) and size > 0):
+                    raise ValueError(f"expected a positive {name}, got {size!r}")
+        for key in _HARMLESS_KEYS:
+            vars(config).pop(key, None)
+        self.old_rates = {}
+        if cfg.backbone_dropout >= 0:
+            self.old_rates = _set_dropout(config, cfg.backbone_dropout)
+        if cfg.attention:
+            config._attn_implementation = cfg.attention
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # decoders would keep keys and values that nobody reads
+        self.config = config
 
-def _encoder_class(config):
-    """AutoModel, or the class of the encoder alone where an architecture has one: a saved encoder
-    of T5 has no decoder."""
-    if type(config) in transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING:
-        return transformers.AutoModelForTextEncoding
-    return transformers.AutoModel
+    def load(self, n_tokens=0):
+        """The pre-trained encoder in float32, with `n_tokens` embeddings if it has fewer."""
+        if self.old_rates:
+            rates = ", ".join(f"{name} {rate}" for name, rate in self.old_rates.items())
+            self.say(f"set to {self.cfg.backbone_dropout:g} in the backbone: {rates}")
+        model, info = self.load_weights(self.encoder_class)
+        with _quiet_transformers(), _wrap_read_errors(f"the backbone {self.folder}"):
+            n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
+            if n_added > 0:
+                model.resize_token_embeddings(n_tokens)
+                unknown = "tokens that the backbone does not know"
+                self.say(f"{n_added} embeddings added, at random, for {unknown}")
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        self.check_weights(model, missing, info)
+        return self.encoder_of(model)
 
+    def build_empty(self):
+        """The encoder that the config describes, for weights to be loaded into."""
+        with _wrap_read_errors(f"the config of {self.folder}"):
+            model = self.encoder_class.from_config(
+                self.config, dtype=torch.float32, trust_remote_code=False
+            )
+            return self.encoder_of(model)
 
-def _encoder_only(model):
-    """The encoder of an encoder-decoder, without a pooler, which no head reads and many lack."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        model = model.get_encoder()
-    if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = nn.Identity()
-    return model
+    @property
+    def encoder_class(self):
+        # a saved encoder of T5 has no decoder, and a class of its own
+        encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+        has_class = type(self.config) in encoders
+        return transformers.AutoModelForTextEncoding if has_class else transformers.AutoModel
 
+    @staticmethod
+    def encoder_of(model):
+        """Without the decoder, and without a pooler, which no head reads and many lack."""
+        if getattr(model.config, "is_encoder_decoder", False):
+            model = model.get_encoder()
+        if isinstance(getattr(model, "pooler", None), nn.Module):
+            model.pooler = nn.Identity()
+        return model
 
-def _load_weights(model_class, folder, config, say=print):
-    """The model of an auto class in float32 with the weights of a folder, and transformers' loading
-    info: the keys that are missing, unexpected or of another shape."""
-    files = [path.name for path in _weight_files(folder)]
-    if not any(".safetensors" in name for name in files):
-        if torch.__version__ < (2, 10):  # CVE-2026-24747
-            problem = f"{folder} has its weights in a pickle, safe to read from torch 2.10 on"
-            raise KitError(f"{problem}: {files[0]}")
-        say(f"weights from {_comma_join(files)}: a pickle, of which nothing but tensors is read")
-    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder} ({_comma_join(files)})"):
-        return model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_weights` raises a clearer error
-        )
+    def load_weights(self, model_class):
+        """(model of an auto class in float32, transformers' loading info)."""
+        files = [path.name for path in _weight_files(self.folder)]
+        names = _comma_join(files)
+        if not any(".safetensors" in name for name in files):
+            if torch.__version__ < (2, 10):  # CVE-2026-24747
+                problem = "has its weights in a pickle, safe to read from torch 2.10 on"
+                raise KitError(f"{self.folder} {problem}: {files[0]}")
+            self.say(f"weights from {names}: a pickle, of which nothing but tensors is read")
+        with _quiet_transformers(), _wrap_read_errors(f"the backbone {self.folder} ({names})"):
+            return model_class.from_pretrained(
+                self.folder,
+                config=self.config,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_weights` raises a clearer error
+            )
 
-
-def _check_weights(folder, model, missing, info, say=print):
-    """Raise KitError where weights are `missing`, of another shape or not finite; say which of the
-    checkpoint are not used."""
-    name = type(model).__name__
-    missing = sorted(map(str, [*missing, *info["mismatched_keys"]]))
-    if missing:
-        first = _comma_join(missing[:5])
-        raise KitError(f"{folder} lacks {len(missing)} weights of {name}: {first}")
-    weights = model.named_parameters()
-    not_finite = [key for key, weight in weights if not weight.isfinite().all()]
-    if not_finite:
-        first = _comma_join(not_finite[:5])
-        raise KitError(f"{folder}: weights of {name} that are not finite: {first}")
-    unused = sorted(info["unexpected_keys"])
-    if unused:
-        more = ", ..." if len(unused) > 3 else ""
-        names = f"{_comma_join(unused[:3])}{more}"
-        say(f"not used of the checkpoint: {len(unused)} tensors ({names})")
-
-
-def _load_backbone(folder, cfg, n_tokens=0, say=print):
-    """The pre-trained encoder of a folder in float32.
-
-    Its embeddings are enlarged to `n_tokens` where it has fewer. Raises KitError for weights that
-    the checkpoint lacks; says which it has to spare.
-    """
-    config, old_rates = _load_config(folder, cfg)
-    if old_rates:
-        rates = ", ".join(f"{name} {rate}" for name, rate in old_rates.items())
-        say(f"set to {cfg.backbone_dropout:g} in the backbone: {rates}")
-    model, info = _load_weights(_encoder_class(config), folder, config, say)
-    with _quiet_transformers(), _wrap_read_errors(f"the backbone {folder}"):
-        n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
-        if n_added > 0:
-            model.resize_token_embeddings(n_tokens)
-            reason = "for tokens that the backbone does not know"
-            say(f"{n_added} embeddings added, at random, {reason}")
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
-    _check_weights(folder, model, missing, info, say)
-    return _encoder_only(model)
-
-
-def _empty_backbone(folder, cfg):
-    """The encoder that `config.json` of a fold describes, for weights to be loaded into."""
-    config, _ = _load_config(folder, cfg)
-    with _wrap_read_errors(f"the config of {folder}"):
-        model = _encoder_class(config).from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-        return _encoder_only(model)
-
-
-# The layers of a backbone, and its positions
+    def check_weights(self, model, missing, info):
+        """Raise KitError where weights are `missing`, of another shape or not finite; say which of
+        the checkpoint are not used."""
+        name = type(model).__name__
+        missing = sorted(map(str, [*missing, *info["mismatched_keys"]]))
+        if missing:
+            first = _comma_join(missing[:5])
+            raise KitError(f"{self.folder} lacks {len(missing)} weights of {name}: {first}")
+        weights = model.named_parameters()
+        not_finite = [key for key, weight in weights if not weight.isfinite().all()]
+        if not_finite:
+            first = _comma_join(not_finite[:5])
+            raise KitError(f"{self.folder}: weights of {name} that are not finite: {first}")
+        unused = sorted(info["unexpected_keys"])
+        if unused:
+            first = _comma_join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            self.say(f"not used of the checkpoint: {len(unused)} tensors ({first})")
 
 
 def _num_parameters(module):
@@ -2389,30 +2347,14 @@ def transformer_layers(backbone):
     n_elsewhere = _num_parameters(backbone) - _num_parameters(largest) - n_in_tables
     are_alike = len({type(layer) for layer in layers}) == 1
     if not are_alike or n_elsewhere > 0.5 * _num_parameters(largest):
-        problem = f"{type(backbone).__name__} has no single list of layers"
-        raise KitError(f"{problem}; llrd, reinit and freezing need one")
-    return layers
-
-
-def _layers_of_setting(backbone, setting, n):
-    """`transformer_layers`, refused where fewer than the `n` that a setting names are there, or
-    where layers are shared, since the setting then has no meaning."""
-    layers = transformer_layers(backbone)
-    if len(layers) < backbone.config.num_hidden_layers:
         name = type(backbone).__name__
-        raise ConfigError(f"{setting} must be 0 for {name}: its layers share their weights")
-    if n > len(layers):
-        limit = f"at most the backbone's {len(layers)} layers"
-        raise ConfigError(f"{setting} must be {limit}, got {n}")
+        raise KitError(f"{name} has no single list of layers; llrd, reinit and freezing need one")
     return layers
 
 
 def _parameter_depths(backbone):
-    """id of every parameter -> depth: 0 before the layers, 1 .. L the layers, L + 1 after them.
-
-    Outside the layers, embedding tables and what is registered before the layers or named an
-    embedding is depth 0, the rest (final norms) is L + 1.
-    """
+    """id of every parameter -> depth: 1 .. L the layers, L + 1 what follows them (final norms), 0
+    embedding tables and what is registered before the layers or named an embedding."""
     layers = transformer_layers(backbone)
     depths = {}
     for depth, layer in enumerate(layers, 1):
@@ -2424,40 +2366,32 @@ def _parameter_depths(backbone):
                 depths.setdefault(id(parameter), 0)
     is_past_layers = False
     for name, parameter in backbone.named_parameters():
-        if depths.get(id(parameter), 0) > 0:
-            is_past_layers = True
-        elif is_past_layers and "emb" not in name:
-            depths.setdefault(id(parameter), len(layers) + 1)
-        else:
-            depths.setdefault(id(parameter), 0)
+        is_past_layers |= depths.get(id(parameter), 0) > 0
+        is_last = is_past_layers and "emb" not in name
+        depths.setdefault(id(parameter), len(layers) + 1 if is_last else 0)
     return depths
 
 
-def _position_embeddings(backbone):
-    """(table, number of the first position) of each table of absolute positions."""
+def _position_range(backbone):
+    """(first, most tokens) by the tables of absolute positions; (0, infinity) without any."""
+    first, limit = 0, math.inf
     for name, module in backbone.named_modules():
-        if not isinstance(module, nn.Embedding):
-            continue
         name = name.rsplit(".", 1)[-1]
-        if name == "wpe" or ("position" in name and "relative" not in name):
+        has_name = name == "wpe" or ("position" in name and "relative" not in name)
+        if has_name and isinstance(module, nn.Embedding):
             # RoBERTa counts from the place after that of padding
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            yield module, first
+            own_first = 0 if module.padding_idx is None else module.padding_idx + 1
+            offset = getattr(module, "offset", 0)  # BART's is 2
+            limit = min(limit, module.num_embeddings - max(own_first, offset))
+            first = max(first, own_first)
+    return first, limit
 
 
 def _check_max_length(backbone, cfg):
-    """Raise ConfigError where a table of absolute positions has no room for `max_length` tokens."""
-    limits = []
-    for table, first in _position_embeddings(backbone):
-        offset = getattr(table, "offset", 0)  # BART's is 2
-        limits.append(table.num_embeddings - max(first, offset))
-    limit = min(limits, default=math.inf)
+    _, limit = _position_range(backbone)
     if cfg.max_length > limit:
         name = type(backbone).__name__
         raise ConfigError(f"max_length must be at most {limit} for {name}, got {cfg.max_length}")
-
-
-# Layers that are re-initialised, frozen, or mixed with what they were
 
 
 def reinit_layers(model, n):
@@ -2468,35 +2402,19 @@ def reinit_layers(model, n):
     """
     if n == 0:
         return 0
-    layers = _layers_of_setting(model.backbone, "reinit_layers", n)[-n:]
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    before = [parameter.detach().clone() for parameter in parameters]
+    layers = nn.ModuleList(model.own_layers("reinit_layers", n)[-n:])
+    before = [parameter.detach().clone() for parameter in layers.parameters()]
     for layer in layers:
         for module in layer.modules():
             module._is_hf_initialized = False
         for tensor in itertools.chain(layer.parameters(), layer.buffers()):
             tensor._is_hf_initialized = False
         layer.apply(model.backbone._init_weights)  # children first, as the library does
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    pairs = zip(before, parameters, strict=True)
+    pairs = zip(before, layers.parameters(), strict=True)
     n_changed = sum(not torch.equal(old, new) for old, new in pairs)
     if n_changed == 0:
         raise KitError(f"reinit_layers {n} changed no tensor of {type(model.backbone).__name__}")
     return n_changed
-
-
-def _freeze(model, cfg):
-    """Switch off the gradients of the first `freeze_layers` layers and, if set, of all that feeds
-    the layers."""
-    if cfg.freeze_layers:
-        layers = _layers_of_setting(model.backbone, "freeze_layers", cfg.freeze_layers)
-        for layer in layers[: cfg.freeze_layers]:
-            layer.requires_grad_(False)
-    if cfg.freeze_embeddings:
-        depths = _parameter_depths(model.backbone)
-        for parameter in model.backbone.parameters():
-            if depths[id(parameter)] == 0:
-                parameter.requires_grad_(False)
 
 
 class _MixoutLinear(nn.Linear):
@@ -2515,29 +2433,6 @@ class _MixoutLinear(nn.Linear):
         keep = 1 - self.p
         mask = torch.empty_like(self.weight[:1]).bernoulli_(keep)
         return self.pretrained + mask / keep * (self.weight - self.pretrained)
-
-
-def _install_mixout(backbone, cfg):
-    """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights, in
-    place; names of weights stay. Returns how many there are; ConfigError where there are none
-    (GPT-2 and XLNet have other classes)."""
-    reinitialised = set()
-    if cfg.reinit_layers:
-        for layer in transformer_layers(backbone)[-cfg.reinit_layers :]:
-            reinitialised.update(layer.modules())
-    linears = []
-    for module in backbone.modules():
-        is_trainable_linear = type(module) is nn.Linear and module.weight.requires_grad
-        if is_trainable_linear and module not in reinitialised:
-            linears.append(module)
-    if not linears:
-        name = type(backbone).__name__
-        raise ConfigError(f"mixout does nothing for {name}: it has no trainable nn.Linear")
-    for linear in linears:
-        linear.__class__ = _MixoutLinear
-        linear.p = cfg.mixout
-        linear.register_buffer("pretrained", linear.weight.detach().clone(), persistent=False)
-    return len(linears)
 
 
 # ---------------------------------------------------------------------------------------
@@ -2580,10 +2475,7 @@ def _sdpa_per_sequence(query, key, value, pack, dropout, scale, window_size, is_
 
 
 def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causal):
-    """Flash attention over texts of various lengths, arXiv:2307.08691.
-
-    It needs half precision, no dropout, and a GPU of sm_80 or later.
-    """
+    """Flash attention, arXiv:2307.08691: half precision, no dropout, a GPU of sm_80 or later."""
     from torch.nn.attention.varlen import varlen_attn
 
     if window_size >= pack.max_seqlen - 1:
@@ -2601,10 +2493,7 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
 
 
 def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, is_causal):
-    """Memory-efficient attention over texts of various lengths, arXiv:2112.05682.
-
-    It runs on any GPU, in any precision and with dropout, but knows no window.
-    """
+    """Memory-efficient attention, arXiv:2112.05682: any GPU and precision, dropout, no window."""
     if 0 <= window_size < pack.max_seqlen - 1:
         raise _PackingError("the memory-efficient kernel has no local attention")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (1, N, heads, d)
@@ -2616,7 +2505,7 @@ def _varlen_mem_efficient(query, key, value, pack, dropout, scale, window_size, 
 
 
 def _pick_attention_kernel(device, dtype, dropout):
-    """The kernel that is quickest on a device among those that can do what is needed."""
+    """The quickest kernel that can do what is needed."""
     if device.type == "cpu":
         return _sdpa_per_sequence
     has_flash = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -2665,56 +2554,12 @@ transformers.AttentionInterface.register(_PACKED_ATTENTION, _packed_attention)
 transformers.AttentionMaskInterface.register(_PACKED_ATTENTION, _packed_mask)
 
 
-def _relative_position_rows(T, buckets, max_distance, device):
-    """Rows (2, 2T) of DeBERTa's position table for the distances T - 1, ..., -T, and negated.
-
-    Distances are exact up to half the buckets; farther ones share a row per step of their logarithm
-    (DeBERTa-v2). What lies outside the table takes its first or last row.
-    """
-    distance = torch.arange(T - 1, -T - 1, -1, device=device)
-    span = max_distance
-    if buckets > 0:
-        # float32 and the order of operations matter: where a bucket ends is a matter of rounding
-        span = buckets
-        exact = buckets // 2
-        size = distance.abs()
-        last_step = torch.tensor((max_distance - 1) / exact).log()
-        steps = (size / exact).log() / last_step * (exact - 1)
-        far = distance.sign() * (steps.ceil() + exact)
-        distance = torch.where(size <= exact, distance, far).long()
-    rows = torch.stack([distance, -distance]) + span
-    return rows.clamp(0, 2 * span - 1)
-
-
-def _relative_scores(x, table):
-    """Products (heads, B, T, T) of x (B, T, heads, d) with the table's row for every j - i.
-
-    Row r of the table (2T, heads * d) is for j - i = r - T + 1. A block of C rows of x meets T + C
-    rows of it; what row i of the block needs begins at column C - 1 - i of the products: a view
-    with steps of T + C - 1 elements.
-    """
-    B, T, heads, d = x.shape
-    table = table.unflatten(-1, (heads, d)).permute(1, 2, 0)  # (heads, d, 2T)
-    blocks = []
-    for start in range(0, T, 128):
-        block = x[:, start : start + 128]  # (B, C, heads, d)
-        C = block.shape[1]
-        near = table[..., T - start - C : 2 * T - start]  # (heads, d, T + C)
-        rows = block.flatten(0, 1).transpose(0, 1)  # (heads, B * C, d)
-        products = torch.bmm(rows, near)  # (heads, B * C, T + C), in new memory
-        width = T + C
-        steps = (B * C * width, C * width, width - 1, 1)
-        blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
-    return torch.cat(blocks, 2)
-
-
 class _DisentangledAttention(nn.Module):
     """Self attention of DeBERTa-v2 and v3: scores of content, plus content with position.
 
     It takes over the parts of Hugging Face's module `old` and gives the same numbers, for tokens
     that are no padding. Positions are projected once per distance, not looked up per pair of
-    tokens, and their scores go into PyTorch's attention as a bias. Attention weights are never
-    returned. He et al., arXiv:2006.03654.
+    tokens, and their scores go into PyTorch's attention as a bias. He et al., arXiv:2006.03654.
     """
 
     def __init__(self, old):
@@ -2732,30 +2577,36 @@ class _DisentangledAttention(nn.Module):
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_attention_heads, -1))  # (B, T, heads, d)
 
-    def score_scale(self, hidden_size):
-        """One over the root of the size of a head times the number of scores that are added up."""
-        n_scores = 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
-        return 1 / math.sqrt(hidden_size / self.num_attention_heads * n_scores)
+    def relative_scores(self, x, positions):
+        """Products (heads, B, T, T) of x (B, T, heads, d) with row r of `positions` (2T, H) for
+        j - i = r - T + 1.
 
-    def forward(
-        self,
-        hidden_states,
-        padding_mask,
-        output_attentions=False,
-        query_states=None,
-        relative_pos=None,
-        rel_embeddings=None,
-    ):
-        """States (B, T, H) -> states (B, T, H) and None; packed ones are (1, N, H).
-
-        padding_mask: (1, B, 1, T), True where there is no token; relative_pos: what
-        `_DebertaLayout.get_rel_pos` gives.
+        A block of C rows of x meets T + C positions; what its row i needs begins at column
+        C - 1 - i of the products: a view with steps of T + C - 1 elements.
         """
+        B, T, heads, _ = x.shape
+        table = self.split_heads(positions).permute(1, 2, 0)  # (heads, d, 2T)
+        blocks = []
+        for start in range(0, T, 128):
+            block = x[:, start : start + 128]  # (B, C, heads, d)
+            C = block.shape[1]
+            near = table[..., T - start - C : 2 * T - start]  # (heads, d, T + C)
+            rows = block.flatten(0, 1).transpose(0, 1)  # (heads, B * C, d)
+            products = torch.bmm(rows, near)  # (heads, B * C, T + C), in new memory
+            width = T + C
+            steps = (B * C * width, C * width, width - 1, 1)
+            blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
+        return torch.cat(blocks, 2)
+
+    def forward(self, hidden_states, padding_mask, *_, relative_pos, rel_embeddings, **__):
+        """States (B, T, H) or packed (1, N, H) -> the same and None; a `_DebertaLayout` gives the
+        mask and `relative_pos`."""
         rows, pack = relative_pos
         q = self.query_proj(hidden_states)
         k = self.key_proj(hidden_states)
         v = self.value_proj(hidden_states)
-        scale = self.score_scale(q.shape[-1])
+        n_scores = 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
+        scale = 1 / math.sqrt(q.shape[-1] / self.num_attention_heads * n_scores)
         if self.relative_attention:
             table = self.pos_dropout(rel_embeddings)
         if pack is not None:
@@ -2766,20 +2617,14 @@ class _DisentangledAttention(nn.Module):
         c2p = self.position_projection("c2p")
         if c2p:
             positions = c2p(F.embedding(rows[0], table)) * scale
-            bias = bias + _relative_scores(q, positions)  # (heads, B, T, T)
+            bias = bias + self.relative_scores(q, positions)  # (heads, B, T, T)
         p2c = self.position_projection("p2c")
         if p2c:
             positions = p2c(F.embedding(rows[1], table)) * scale
-            bias = bias + _relative_scores(k, positions).transpose(-1, -2)
+            bias = bias + self.relative_scores(k, positions).transpose(-1, -2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
-        output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias.transpose(0, 1),
-            dropout_p=self.dropout.p if self.training else 0.0,
-            scale=scale,
-        )
+        dropout = self.dropout.p if self.training else 0.0
+        output = F.scaled_dot_product_attention(q, k, v, bias.transpose(0, 1), dropout, scale=scale)
         output = output.transpose(1, 2).flatten(2)  # (B, T, H)
         return (output if pack is None else pack.unpad(output)[None]), None
 
@@ -2787,8 +2632,9 @@ class _DisentangledAttention(nn.Module):
 class _DebertaLayout:
     """How the input of a DebertaV2Encoder lies, which Hugging Face's forward does not pass on.
 
-    `pack` is that of packed rows, or None. The methods stand in for two of the encoder's, that
-    would make tensors (T, T), and pad its convolution (DeBERTa-v2 xlarge), that reads neighbours.
+    Set `pack` before each forward: that of packed input (1, N), or None for padded input (B, T).
+    Layers get it as an argument: gradient checkpointing recomputes with the right one. Packed input
+    needs position_ids (1, N) that start at 0 in each text, and an attention_mask (1, N) of ones.
     """
 
     def __init__(self, encoder):
@@ -2797,6 +2643,21 @@ class _DebertaLayout:
         if encoder.relative_attention:
             self.table = (encoder.position_buckets, encoder.max_relative_positions)
 
+    @classmethod
+    def install(cls, backbone):
+        """Give a DebertaV2Model a layout, in place of two methods that would make tensors (T, T),
+        and the attention above; weights, their names and the config stay."""
+        encoder = backbone.encoder
+        layout = cls(encoder)
+        encoder.layout = layout
+        encoder.get_attention_mask = layout.get_attention_mask
+        encoder.get_rel_pos = layout.get_rel_pos
+        if encoder.conv is not None:  # of DeBERTa-v2 xlarge; it reads neighbours
+            encoder.conv.register_forward_pre_hook(layout.pad)
+            encoder.conv.register_forward_hook(layout.unpad)
+        for layer in encoder.layer:
+            layer.attention.self = _DisentangledAttention(layer.attention.self)
+
     def get_attention_mask(self, attention_mask):
         """Of the input (B, T) or the pack: (1, B, 1, T), True where there is no token."""
         if self.pack is not None:
@@ -2804,13 +2665,28 @@ class _DebertaLayout:
         return (attention_mask == 0)[None, :, None]
 
     def get_rel_pos(self, hidden_states, *_):
-        """What the attention of every layer takes as relative_pos: `_relative_position_rows`, and
-        the pack of packed rows."""
+        """The relative_pos of the attention of every layer: rows of the table, and the pack."""
         if self.table is None:
             return None, self.pack
         padded = hidden_states if self.pack is None else self.pack.attention_mask
-        rows = _relative_position_rows(padded.shape[1], *self.table, hidden_states.device)
-        return rows, self.pack
+        return self.position_rows(padded.shape[1], hidden_states.device), self.pack
+
+    def position_rows(self, T, device):
+        """Rows (2, 2T) of the position table for the distances T - 1, ..., -T, and negated: exact
+        up to half the buckets, farther ones by steps of their logarithm (DeBERTa-v2)."""
+        buckets, span = self.table
+        distance = torch.arange(T - 1, -T - 1, -1, device=device)
+        if buckets > 0:
+            # float32 and the order of operations matter: where a bucket ends depends on rounding
+            exact = buckets // 2
+            size = distance.abs()
+            last_step = torch.tensor((span - 1) / exact).log()
+            steps = (size / exact).log() / last_step * (exact - 1)
+            far = distance.sign() * (steps.ceil() + exact)
+            distance = torch.where(size <= exact, distance, far).long()
+            span = buckets
+        rows = torch.stack([distance, -distance]) + span
+        return rows.clamp(0, 2 * span - 1)
 
     def pad(self, _, inputs):
         """Before the convolution, which takes two states and the mask."""
@@ -2821,47 +2697,6 @@ class _DebertaLayout:
     def unpad(self, _, inputs, output):
         """After the convolution."""
         return output if self.pack is None else self.pack.unpad(output)[None]
-
-
-def _replace_deberta_attention(backbone):
-    """Give a DebertaV2Model the attention above, in place.
-
-    Its weights, their names and its config stay. Before each forward, set
-    `backbone.encoder.layout.pack` to the `_Pack` of packed input (1, N), or to None for padded
-    input (B, T). Layers get it as an argument: gradient checkpointing recomputes with the right
-    one. Packed input needs position_ids (1, N) that start at 0 in each text, and an attention_mask
-    (1, N) of ones.
-    """
-    encoder = backbone.encoder
-    layout = _DebertaLayout(encoder)
-    encoder.layout = layout
-    encoder.get_attention_mask = layout.get_attention_mask
-    encoder.get_rel_pos = layout.get_rel_pos
-    if encoder.conv is not None:
-        encoder.conv.register_forward_pre_hook(layout.pad)
-        encoder.conv.register_forward_hook(layout.unpad)
-    for layer in encoder.layer:
-        layer.attention.self = _DisentangledAttention(layer.attention.self)
-
-
-def _install_packed_attention(backbone):
-    """Give a backbone attention that takes packed rows, beside padded ones as before.
-
-    Returns None, or why it cannot have it.
-    """
-    if isinstance(backbone, transformers.DebertaV2Model):
-        _replace_deberta_attention(backbone)
-        return None
-    has_interface = getattr(backbone, "_supports_attention_backend", False)
-    if not has_interface or backbone.config._attn_implementation != "sdpa":
-        return "its attention is its own"
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return "it takes no position ids"
-    with _quiet_transformers():
-        backbone.set_attn_implementation(_PACKED_ATTENTION)
-    if backbone.config._attn_implementation != _PACKED_ATTENTION:
-        return "its attention cannot be replaced"
-    return None
 
 
 class _PaddedStates(Sequence):
@@ -2886,8 +2721,7 @@ class _PaddedStates(Sequence):
 
 
 class Loss:
-    """A training loss, and the link from logits to predictions that belongs to it: both in one
-    place, so that training, validation and submission cannot disagree.
+    """A training loss, and the link from logits to predictions that belongs to it.
 
     A loss of your own derives from this class, or from a loss below, and defines `__call__`; it
     overrides the other methods where their defaults do not fit. `n_outputs` is the number of
@@ -2990,9 +2824,8 @@ class CrossEntropyLoss(Loss):
         self.label_smoothing = cfg.label_smoothing
 
     def __call__(self, logits, target):
-        return F.cross_entropy(
-            logits, target, reduction="none", label_smoothing=self.label_smoothing
-        )
+        smoothing = self.label_smoothing
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
     def predict(self, logits):
         return logits.softmax(1)
@@ -3027,9 +2860,8 @@ class RankLoss(MseLoss):
     def __call__(self, logits, target, valid_mask):
         score_gaps = logits[:, None] - logits  # (B, B, K), of row i and row j
         target_gaps = target[:, None] - target
-        pair_losses = F.binary_cross_entropy_with_logits(
-            score_gaps, target_gaps.sigmoid(), reduction="none"
-        )
+        goals = target_gaps.sigmoid()
+        pair_losses = F.binary_cross_entropy_with_logits(score_gaps, goals, reduction="none")
         counts = (target_gaps != 0) & valid_mask[:, None]  # the mask broadcasts over rows j
         n_pairs = counts.sum(1).clamp(min=1)
         rank_losses = (pair_losses * counts).sum(1) / n_pairs  # (B, K)
@@ -3038,8 +2870,8 @@ class RankLoss(MseLoss):
 
 @register(LOSSES, "gaussian")
 class GaussianLoss(Loss):
-    """Predicts a normal distribution of the target: its mean, and the log of its spread s. The mean
-    is the prediction.
+    """Predicts a normal distribution of the target: its mean, which is the prediction, and the log
+    of its spread s.
 
     The loss is the divergence KL(N(y, e) || N(mean, s)) from the distribution that the target y and
     its standard error e stand for, less what depends on e alone:
@@ -3068,9 +2900,7 @@ class GaussianLoss(Loss):
 
 @register(LOSSES, "focal")
 class FocalLoss(Loss):
-    """Cross-entropy times (1 - p) ** `focal_gamma`, p the probability of the truth.
-    arXiv:1708.02002.
-    """
+    """Cross-entropy times (1 - p) ** `focal_gamma`, p the chance of the truth. arXiv:1708.02002."""
 
     tasks = ("binary", "multilabel", "multiclass")
 
@@ -3078,10 +2908,9 @@ class FocalLoss(Loss):
         super().__init__(cfg, n_outputs)
         self.focal_gamma = cfg.focal_gamma
         self.is_multiclass = cfg.task == "multiclass"
-        cross_entropy = LOSSES["cross_entropy" if self.is_multiclass else "bce"](cfg, n_outputs)
-        self.predict = cross_entropy.predict
-        self.distance = cross_entropy.distance
-        self.init_bias = cross_entropy.init_bias
+        base = CrossEntropyLoss if self.is_multiclass else BceLoss
+        plain = base(cfg, n_outputs)
+        self.predict, self.distance, self.init_bias = plain.predict, plain.distance, plain.init_bias
 
     def __call__(self, logits, target):
         if self.is_multiclass:
@@ -3093,9 +2922,8 @@ class FocalLoss(Loss):
 
 
 class _OrdinalLinear(nn.Linear):
-    """Logits (B, K) that share one weight vector and fall from each to the next, as their biases
-    do: the first bias, less the softplus of those after it, summed up.
-    """
+    """Logits (B, K) that share one weight vector and fall as their biases do: the first, less the
+    running sum of the softplus of the others."""
 
     def __init__(self, in_features, num_logits):
         super().__init__(in_features, 1)
@@ -3111,8 +2939,8 @@ class CoralLoss(BceLoss):
     """Ordinal regression: targets are whole numbers from the first to the second of `levels`, logit
     k says that the target is above level k. CORAL, arXiv:1901.07884.
 
-    A prediction rounds to CORAL's own, the level that as many logits are positive for; between two
-    levels it says how near the next one is.
+    A prediction rounds to CORAL's own, the level that as many logits are positive for; its fraction
+    says how near the next level is.
     """
 
     tasks = ("regression",)
@@ -3159,6 +2987,27 @@ class CoralLoss(BceLoss):
 # 11. Metrics, thresholds
 
 
+class _Metric:
+    """A score of predictions over all rows, as `metric` lists it."""
+
+    def __init__(self, function, better, tasks, reduce):
+        functools.update_wrapper(self, function)
+        self.better = better
+        self.tasks = tasks
+        self.reduce = reduce
+        self.per_row = function if reduce else None
+
+    def __call__(self, target, prediction):
+        value = self.__wrapped__(target, prediction)
+        return float(self.reduce(value.mean(0)) if self.reduce else value)
+
+    def is_better(self, new, old):
+        """Whether a score beats the best so far. NaN never beats a number."""
+        if math.isnan(old):
+            return not math.isnan(new)
+        return new < old if self.better == "lower" else new > old
+
+
 def metric(name, better, tasks, reduce=None):
     """Decorator that lists `function(target, prediction) -> float` in METRICS under `name`, for the
     `tasks` it can score; `better` is "lower" or "higher".
@@ -3169,29 +3018,22 @@ def metric(name, better, tasks, reduce=None):
     """
 
     def add(function):
-        @functools.wraps(function)
-        def score(target, prediction):
-            value = function(target, prediction)
-            return float(value if reduce is None else reduce(value.mean(0)))
-
-        score.better = better
-        score.tasks = tasks
-        score.per_row = None if reduce is None else function
-        score.reduce = reduce
-        return register(METRICS, name)(score)
+        return register(METRICS, name)(_Metric(function, better, tasks, reduce))
 
     return add
 
 
-def _mean_last(values):
-    return values.mean(-1)
+_mean_last = functools.partial(np.mean, axis=-1)
+_CLASS_TASKS = ("binary", "multiclass", "multilabel")
 
 
 def _mean_root(values):
     return np.sqrt(values).mean(-1)
 
 
-_CLASS_TASKS = ("binary", "multiclass", "multilabel")
+def _mean_of_columns(score, target, prediction):
+    """Mean of a score over the columns of targets and predictions (N, K)."""
+    return np.mean([score(t, p) for t, p in zip(target.T, prediction.T, strict=True)])
 
 
 def _predicted_labels(target, prediction):
@@ -3222,15 +3064,13 @@ def mcrmse(target, prediction):
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns."""
-    columns = zip(target.T, prediction.T, strict=True)
-    return np.mean([scipy.stats.pearsonr(t, p).statistic for t, p in columns])
+    return _mean_of_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns."""
-    columns = zip(target.T, prediction.T, strict=True)
-    return np.mean([scipy.stats.spearmanr(t, p).statistic for t, p in columns])
+    return _mean_of_columns(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
 
 
 @metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
@@ -3258,8 +3098,8 @@ def auc(target, prediction):
     has_both = (n_positive > 0) & (n_positive < len(target))
     if not has_both.any():
         return math.nan
-    columns = zip(target[:, has_both].T, prediction[:, has_both].T, strict=True)
-    return np.mean([sklearn.metrics.roc_auc_score(t, p) for t, p in columns])
+    score = sklearn.metrics.roc_auc_score
+    return _mean_of_columns(score, target[:, has_both], prediction[:, has_both])
 
 
 @metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
@@ -3280,89 +3120,99 @@ def qwk(target, prediction):
     if target.ndim == 1:
         return _quadratic_kappa(target, prediction.argmax(1))
     rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    columns = zip(np.rint(target).T, np.rint(rounded).T, strict=True)
-    return np.mean([_quadratic_kappa(t, p) for t, p in columns])
+    return _mean_of_columns(_quadratic_kappa, np.rint(target), np.rint(rounded))
 
 
 def _quadratic_kappa(target, labels):
     """Quadratic weighted kappa of whole numbers (N,): 1 less their mean squared distance by that of
-    random pairs. 0 where both have one and the same number in all rows.
-    """
+    random pairs; 0 where all numbers are the same."""
     by_chance = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
     if by_chance == 0:
         return 0.0
     return 1 - ((target - labels) ** 2).mean() / by_chance
 
 
-def _apply_thresholds(thresholds, prediction, lowest):
-    """Whole numbers (N,) from `lowest` up, one more for each of the sorted thresholds that a
-    prediction reaches.
-    """
-    return lowest + np.searchsorted(thresholds, prediction, side="right")
+class _Thresholds:
+    """Sorted `points` between whole `levels`, from the first to the second; by default halfway."""
+
+    def __init__(self, levels, points=None):
+        self.lowest = levels[0]
+        self.points = np.arange(*levels) + 0.5 if points is None else points
+
+    def apply(self, prediction):
+        """Whole numbers (N,), one more for each point that a prediction reaches."""
+        return self.lowest + np.searchsorted(self.points, prediction, side="right")
+
+    def fit(self, target, prediction):
+        """Move one point after another to the best quadratic weighted kappa, until none moves."""
+        best_score = _quadratic_kappa(target, self.apply(prediction))
+        has_moved = True
+        while has_moved:
+            has_moved = False
+            for k in range(len(self.points)):
+                for candidate in self.candidates(k, prediction):
+                    old_point = self.points[k]
+                    self.points[k] = candidate
+                    score = _quadratic_kappa(target, self.apply(prediction))
+                    if score > best_score + 1e-12:
+                        best_score = score
+                        has_moved = True
+                    else:
+                        self.points[k] = old_point
+        return self
+
+    def candidates(self, k, prediction):
+        """Where point k may move: to its neighbours, to percentiles of predictions between them."""
+        below = self.points[k - 1] if k > 0 else -np.inf
+        above = self.points[k + 1] if k + 1 < len(self.points) else np.inf
+        values = [neighbour for neighbour in (below, above) if np.isfinite(neighbour)]
+        between = prediction[(prediction > below) & (prediction < above)]
+        if len(between):
+            values.extend(np.quantile(between, np.linspace(0, 1, 101)))
+        return np.unique(values)
 
 
-def _fit_thresholds(target, prediction, levels):
-    """Sorted thresholds (L - 1,) between L levels that make the quadratic weighted kappa largest.
-
-    They start in the middle between levels. One after another moves to the best of its candidates,
-    until none moves.
-    """
-    lowest, highest = levels
-
-    def score_of(thresholds):
-        return _quadratic_kappa(target, _apply_thresholds(thresholds, prediction, lowest))
-
-    thresholds = np.arange(lowest, highest) + 0.5
-    best_score = score_of(thresholds)
-    has_moved = True
-    while has_moved:
-        has_moved = False
-        for k in range(len(thresholds)):
-            for candidate in _threshold_candidates(thresholds, k, prediction):
-                trial = thresholds.copy()
-                trial[k] = candidate
-                score = score_of(trial)
-                if score > best_score + 1e-12:
-                    thresholds, best_score = trial, score
-                    has_moved = True
-    return thresholds
+def _nested_levels(target, prediction, folds):
+    """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
+    labels = np.empty_like(target)
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        levels = (int(truth.min()), int(truth.max()))
+        for fold in np.unique(folds):
+            inside = folds == fold
+            thresholds = _Thresholds(levels).fit(truth[~inside], values[~inside])
+            labels[inside, k] = thresholds.apply(values[inside])
+    return labels
 
 
-def _threshold_candidates(thresholds, k, prediction):
-    """Where threshold k may move: to its neighbours, to percentiles of predictions between them."""
-    below = thresholds[k - 1] if k > 0 else -np.inf
-    above = thresholds[k + 1] if k + 1 < len(thresholds) else np.inf
-    candidates = [neighbour for neighbour in (below, above) if np.isfinite(neighbour)]
-    between = prediction[(prediction > below) & (prediction < above)]
-    if len(between):
-        candidates.extend(np.quantile(between, np.linspace(0, 1, 101)))
-    return np.unique(candidates)
-
-
-def _improves(metric_name, new, old):
-    """Whether a score beats the best so far. NaN never beats a number."""
-    if math.isnan(old):
-        return not math.isnan(new)
-    if METRICS[metric_name].better == "lower":
-        return new < old
-    return new > old
+def _threshold_scores(target, prediction, folds):
+    """Thresholds for whole targets (N, K), fitted for each output on all rows, and mean kappas:
+    `fitted` on the same rows, which flatters, `nested` as `_nested_levels` cuts them."""
+    scores = {"thresholds": [], "levels": [], "fitted": None, "nested": None}
+    labels = np.empty_like(target)
+    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
+        levels = [int(truth.min()), int(truth.max())]
+        thresholds = _Thresholds(levels).fit(truth, values)
+        labels[:, k] = thresholds.apply(values)
+        scores["thresholds"].append(thresholds.points.tolist())
+        scores["levels"].append(levels)
+    scores["fitted"] = float(_mean_of_columns(_quadratic_kappa, target, labels))
+    if len(set(folds)) > 1:
+        labels = _nested_levels(target, prediction, folds)
+        scores["nested"] = float(_mean_of_columns(_quadratic_kappa, target, labels))
+    return scores
 
 
 # ---------------------------------------------------------------------------------------
 # 12. Model
 
 
-def _cls_is_last(tokenizer):
-    """Whether the last token stands for a text: where the tokenizer puts no classification token
-    first (XLNet, T5's end of sequence, decoders).
-    """
+def _is_cls_last(tokenizer):
+    """Whether the last token stands for a text, as in XLNet, T5 (its end) and decoders."""
     return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
 class TextModel(nn.Module):
-    """Backbone, head, dropout and output layer. `loss` says how many logits K they make, and turns
-    them into predictions.
-    """
+    """Backbone, head, dropout and output layer; `loss` turns their K logits into predictions."""
 
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
@@ -3381,13 +3231,115 @@ class TextModel(nn.Module):
 
         has_type_argument = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.uses_token_types = has_type_argument and getattr(config, "type_vocab_size", 2) > 1
-        first_positions = [first for _, first in _position_embeddings(backbone)]
-        self.first_position = max(first_positions, default=0)
+        self.first_position, _ = _position_range(backbone)
         self.packing_errors = {}  # dtype -> why rows are padded, or None; the key None: in any
-        error = "attention is set" if cfg.attention else _install_packed_attention(backbone)
+        error = "attention is set" if cfg.attention else self.install_packed_attention()
         if error:
             self.packing_errors[None] = error
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
+
+    @classmethod
+    def build(cls, cfg, folder, loss, tokenizer, targets, say=print):
+        """The model that a fold starts with. Its output layer predicts the best constant for the
+        `targets` of the training rows."""
+        backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
+        _check_max_length(backbone, cfg)
+        model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
+        bias = loss.init_bias(targets)
+        if bias.shape != model.output.bias.shape:
+            shapes = f"{loss.num_logits} values, gave shape {tuple(bias.shape)}"
+            raise KitError(f"loss {cfg.loss}: init_bias must give {shapes}")
+        with torch.no_grad():
+            model.output.bias.copy_(bias)
+        if cfg.reinit_layers:
+            n_tensors = reinit_layers(model, cfg.reinit_layers)
+            say(f"re-initialised {n_tensors} tensors of {cfg.reinit_layers} layers")
+        model.freeze(cfg)
+        if cfg.mixout:
+            say(f"mixout {cfg.mixout:g} in {model.install_mixout(cfg)} linear layers")
+        if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
+            what = "shares the weights of its layers: llrd sets them apart from the embeddings only"
+            say(f"{model.backbone_name} {what}")
+        if cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing(cfg)
+        return model
+
+    def install_packed_attention(self):
+        """Attention that takes packed rows beside padded ones; returns why not, or None."""
+        backbone = self.backbone
+        if isinstance(backbone, transformers.DebertaV2Model):
+            _DebertaLayout.install(backbone)
+            return None
+        has_interface = getattr(backbone, "_supports_attention_backend", False)
+        if not has_interface or backbone.config._attn_implementation != "sdpa":
+            return "its attention is its own"
+        if "position_ids" not in inspect.signature(backbone.forward).parameters:
+            return "it takes no position ids"
+        with _quiet_transformers():
+            backbone.set_attn_implementation(_PACKED_ATTENTION)
+        if backbone.config._attn_implementation != _PACKED_ATTENTION:
+            return "its attention cannot be replaced"
+        return None
+
+    @property
+    def backbone_name(self):
+        return type(self.backbone).__name__
+
+    def own_layers(self, setting, n):
+        """`transformer_layers`, refused where they are fewer than `n` or share their weights."""
+        layers = transformer_layers(self.backbone)
+        if len(layers) < self.backbone.config.num_hidden_layers:
+            problem = "its layers share their weights"
+            raise ConfigError(f"{setting} must be 0 for {self.backbone_name}: {problem}")
+        if n > len(layers):
+            limit = f"at most the backbone's {len(layers)} layers"
+            raise ConfigError(f"{setting} must be {limit}, got {n}")
+        return layers
+
+    def freeze(self, cfg):
+        """Freeze the first `freeze_layers` layers and, if set, all that feeds the layers."""
+        if cfg.freeze_layers:
+            layers = self.own_layers("freeze_layers", cfg.freeze_layers)
+            for layer in layers[: cfg.freeze_layers]:
+                layer.requires_grad_(False)
+        if cfg.freeze_embeddings:
+            depths = _parameter_depths(self.backbone)
+            for parameter in self.backbone.parameters():
+                if depths[id(parameter)] == 0:
+                    parameter.requires_grad_(False)
+
+    def install_mixout(self, cfg):
+        """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights;
+        names of weights stay. Returns how many: GPT-2 and XLNet have none."""
+        reinitialised = set()
+        if cfg.reinit_layers:
+            for layer in transformer_layers(self.backbone)[-cfg.reinit_layers :]:
+                reinitialised.update(layer.modules())
+        n_layers = 0
+        for module in self.backbone.modules():
+            is_trainable_linear = type(module) is nn.Linear and module.weight.requires_grad
+            if is_trainable_linear and module not in reinitialised:
+                module.__class__ = _MixoutLinear
+                module.p = cfg.mixout
+                weight = module.weight.detach().clone()
+                module.register_buffer("pretrained", weight, persistent=False)
+                n_layers += 1
+        if n_layers == 0:
+            problem = "it has no trainable nn.Linear"
+            raise ConfigError(f"mixout does nothing for {self.backbone_name}: {problem}")
+        return n_layers
+
+    def enable_gradient_checkpointing(self, cfg):
+        backbone = self.backbone
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        is_random = cfg.backbone_dropout != 0 or cfg.mixout > 0
+        try:
+            enable({"use_reentrant": False, "preserve_rng_state": is_random})
+        except ValueError as error:
+            name = self.backbone_name
+            raise ConfigError(f"gradient_checkpointing must be off for {name}: {error}") from None
 
     def encode(self, input_ids, attention_mask=None, token_type_ids=None, pack=None):
         """What a head reads of token tensors, padded (B, T) or packed (1, N) with their `pack`: the
@@ -3407,7 +3359,7 @@ class TextModel(nn.Module):
         elif pack is not None:
             inputs["pack"] = pack
 
-        name = type(self.backbone).__name__
+        name = self.backbone_name
         try:
             out = self.backbone(input_ids=input_ids, output_hidden_states=True, **inputs)
         except RuntimeError as error:
@@ -3417,10 +3369,8 @@ class TextModel(nn.Module):
         states = (*out.hidden_states[:-1], out.last_hidden_state)
         has_all_states = len(states) == self.encoder_info.num_hidden_states
         if not has_all_states or states[-1].shape[1] != input_ids.shape[1]:
-            raise KitError(
-                f"{name} changes the number of tokens or states on the way; "
-                "the heads cannot read it"
-            )
+            problem = "changes the number of tokens or states on the way"
+            raise KitError(f"{name} {problem}; the heads cannot read it")
 
         if pack is not None:
             return _PaddedStates(states, pack), pack.attention_mask
@@ -3440,56 +3390,64 @@ class TextModel(nn.Module):
                 return torch.stack(samples)
             return self.output(self.dropout(features))
 
-    def enable_gradient_checkpointing(self, cfg):
-        backbone = self.backbone
-        enable = getattr(
-            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
-        )
-        is_random = cfg.backbone_dropout != 0 or cfg.mixout > 0
+    def can_pack(self, tokens, dtype, gradients=False):
+        """Whether it may be given packed rows: tried once in each precision, and printed. With
+        `gradients` it is about to be trained on them."""
+        errors = self.packing_errors
+        if None in errors:
+            return False
+        if dtype not in errors:
+            was_training = self.training
+            errors[dtype] = self.eval().packing_error(tokens, dtype, gradients)
+            self.train(was_training)
+            precision = str(dtype).removeprefix("torch.")
+            rows = f"padded rows, {errors[dtype]}" if errors[dtype] else "packed rows"
+            print(f"{self.backbone_name} in {precision}: {rows}")
+        return errors[dtype] is None
+
+    def packing_error(self, tokens, dtype, gradients=False):
+        """Why packed rows must not be used in evaluation mode, or None."""
         try:
-            enable({"use_reentrant": False, "preserve_rng_state": is_random})
-        except ValueError as error:
-            name = type(backbone).__name__
-            raise ConfigError(f"gradient_checkpointing must be off for {name}: {error}") from None
+            trial = _PackingTrial(self, tokens, dtype)
+            error = trial.state_error()
+            if gradients and not error:
+                error = trial.gradient_error()
+            if gradients and not error:
+                trial.run_with_dropout()
+            return error
+        except (KitError, torch.OutOfMemoryError):
+            raise
+        except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
+            return f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
 
-
-@torch.no_grad()
-def _check_padding(model, tokens, dtype=torch.float32):
-    """Warn where padding changes the output of a model in evaluation mode, as in FNet and
-    ConvBERT.
-    """
-    device = next(model.parameters()).device
-    shortest = np.array([tokens.lengths.argmin()])
-    inputs, padded = {}, {}
-    for name, ids in tokens.batch(shortest, device).items():
-        inputs[name] = ids[:, :8]
-        fill = tokens.pad_id if name == "input_ids" else 0
-        padded[name] = F.pad(inputs[name], (0, 8), value=fill)
-    with _autocast(device, dtype):  # flash attention knows no float32
-        change = (model(**padded) - model(**inputs)).abs().max().item()
-    if change > (1e-3 if dtype == torch.float32 else 0.05):
-        name = type(model.backbone).__name__
-        warnings.warn(
-            f"{name} reads padding: a text's prediction moves by {change:.2g} with its batch",
-            stacklevel=2,
-        )
-
-
-# Largest distance of a state of packed rows from that of padded rows, in standard deviations of the
-# states
-_PACKING_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+    @torch.no_grad()
+    def check_padding(self, tokens, dtype=torch.float32):
+        """Warn where padding changes the output in evaluation mode, as in FNet and ConvBERT."""
+        device = next(self.parameters()).device
+        shortest = np.array([tokens.lengths.argmin()])
+        inputs, padded = {}, {}
+        for name, ids in tokens.batch(shortest, device).items():
+            inputs[name] = ids[:, :8]
+            fill = tokens.pad_id if name == "input_ids" else 0
+            padded[name] = F.pad(inputs[name], (0, 8), value=fill)
+        with _autocast(device, dtype):  # flash attention knows no float32
+            change = (self(**padded) - self(**inputs)).abs().max().item()
+        if change > (1e-3 if dtype == torch.float32 else 0.05):
+            problem = f"a text's prediction moves by {change:.2g} with its batch"
+            warnings.warn(f"{self.backbone_name} reads padding: {problem}", stacklevel=2)
 
 
 class _PackingTrial:
-    """The longest and the shortest text, packed and padded, in a model in evaluation mode. Each
-    check returns what is wrong with packed rows, or None.
-    """
+    """The longest and the shortest text, packed and padded, in a model in evaluation mode."""
+
+    # largest distance of states of packed and padded rows, in standard deviations of the states
+    tolerances: ClassVar = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
     def __init__(self, model, tokens, dtype):
         self.model = model
         self.dtype = dtype
         self.device = next(model.parameters()).device
-        self.tolerance = _PACKING_TOLERANCES[dtype]
+        self.tolerance = self.tolerances[dtype]
         rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
         self.first_length = tokens.lengths[rows[0]]
         self.padded = tokens.batch(rows, self.device)
@@ -3505,26 +3463,21 @@ class _PackingTrial:
         with _autocast(self.device, self.dtype):
             return self.model.encode(**inputs)[0][-1]
 
-    def hidden_state_error(self):
+    def state_error(self):
+        """Why the states are not those of padded rows, or move with another text; or None."""
         difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
         distance = difference.abs().max() / self.scale
+        problem = "states of packed and padded rows differ"
         if distance <= self.tolerance:  # NaN is not
-            return None
-        return (
-            f"states differ by {distance:.1e} from those of padded rows, "
-            f"{self.tolerance:g} is allowed"
-        )
-
-    def neighbour_error(self):
-        """The states of the first text must not move with the tokens of the second."""
-        other_ids = self.packed["input_ids"].clone()
-        other_ids[0, self.first_length :] = other_ids[0, 1]
-        with torch.no_grad():
-            other_states = self.encode(self.packed | {"input_ids": other_ids})
-        distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
+            other_ids = self.packed["input_ids"].clone()
+            other_ids[0, self.first_length :] = other_ids[0, 1]
+            with torch.no_grad():
+                other_states = self.encode(self.packed | {"input_ids": other_ids})
+            distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
+            problem = "a text moves with its neighbour"
         if distance <= self.tolerance:
             return None
-        return f"a text moves by {distance:.1e} with its neighbour, {self.tolerance:g} is allowed"
+        return f"{problem} by {distance:.1e}, {self.tolerance:g} is allowed"
 
     def gradient_error(self):
         weights = [weight for weight in self.model.backbone.parameters() if weight.requires_grad]
@@ -3539,10 +3492,8 @@ class _PackingTrial:
         cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
         if cosine > 1 - self.tolerance:
             return None
-        return (
-            f"gradients have a cosine of {cosine:.5f} with those of padded rows, "
-            f"{1 - self.tolerance:g} is needed"
-        )
+        what = f"gradients have a cosine of {cosine:.5f} with those of padded rows"
+        return f"{what}, {1 - self.tolerance:g} is needed"
 
     def gradients(self, inputs, weights):
         """Gradients of a sum over all states that is not constant after a norm, as squares are."""
@@ -3558,79 +3509,13 @@ class _PackingTrial:
         products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
         return torch.stack(products).sum()
 
-    def dropout_error(self):
-        """Raises where the kernel for training with dropout, which may be another, cannot run."""
+    def run_with_dropout(self):
+        """Run the kernel for training with dropout, which may be another."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             self.model.train()
             self.encode(self.packed)
         self.model.eval()
-
-
-def _packing_error(model, tokens, dtype, gradients=False):
-    """Why packed rows must not be used with a model in evaluation mode, or None. With `gradients`
-    it is about to be trained on them.
-    """
-    try:
-        trial = _PackingTrial(model, tokens, dtype)
-        error = trial.hidden_state_error() or trial.neighbour_error()
-        if gradients:
-            error = error or trial.gradient_error() or trial.dropout_error()
-    except (KitError, torch.OutOfMemoryError):
-        raise
-    except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
-        return f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
-    return error
-
-
-def _takes_packed_rows(model, tokens, dtype, gradients=False):
-    """Whether packed rows may be used with a model: tried once in each precision, and printed."""
-    errors = model.packing_errors
-    if None in errors:
-        return False
-    if dtype not in errors:
-        was_training = model.training
-        errors[dtype] = _packing_error(model.eval(), tokens, dtype, gradients)
-        model.train(was_training)
-        name = type(model.backbone).__name__
-        precision = str(dtype).removeprefix("torch.")
-        rows = f"padded rows, {errors[dtype]}" if errors[dtype] else "packed rows"
-        print(f"{name} in {precision}: {rows}")
-    return errors[dtype] is None
-
-
-def _build_model(cfg, folder, loss, tokenizer, targets, say=print):
-    """A fresh model for one fold: pre-trained backbone, re-initialised and frozen as set.
-
-    `targets` are those of the training rows: the output layer starts at their best constant
-    prediction.
-    """
-    backbone = _load_backbone(folder, cfg, len(tokenizer), say)
-    _check_max_length(backbone, cfg)
-    model = TextModel(cfg, backbone, loss, _cls_is_last(tokenizer))
-    bias = loss.init_bias(targets)
-    if bias.shape != model.output.bias.shape:
-        raise KitError(
-            f"loss {cfg.loss}: init_bias must give {loss.num_logits} values, "
-            f"gave shape {tuple(bias.shape)}"
-        )
-    with torch.no_grad():
-        model.output.bias.copy_(bias)
-    if cfg.reinit_layers:
-        n_tensors = reinit_layers(model, cfg.reinit_layers)
-        say(f"re-initialised {n_tensors} tensors of {cfg.reinit_layers} layers")
-    _freeze(model, cfg)
-    if cfg.mixout:
-        n_layers = _install_mixout(backbone, cfg)
-        say(f"mixout {cfg.mixout:g} in {n_layers} linear layers")
-    if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
-        say(
-            f"{type(backbone).__name__} shares the weights of its layers: "
-            "llrd sets them apart from the embeddings only"
-        )
-    if cfg.gradient_checkpointing:
-        model.enable_gradient_checkpointing(cfg)
-    return model
 
 
 # ---------------------------------------------------------------------------------------
@@ -3667,8 +3552,7 @@ def parameter_groups(model, cfg):
     return list(groups.values())
 
 
-def _group_table(groups):
-    """Depth, rate, decay, tensors and parameters of each optimiser group, as text."""
+def _format_groups(groups):
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
         n_tensors = len(group["params"])
@@ -3701,9 +3585,7 @@ def _constant_schedule(progress):
 
 
 def _learning_rates(groups, steps, cfg):
-    """Learning rates (steps, G) of every group in every step: up over the fraction `warmup_ratio`
-    of the steps, then as `schedule` says.
-    """
+    """Learning rates (steps, G): up over a fraction `warmup_ratio`, then as `schedule` says."""
     n_warmup = round(cfg.warmup_ratio * steps)
     n_after = max(1, steps - n_warmup)
     schedule = SCHEDULES[cfg.schedule]
@@ -3713,16 +3595,12 @@ def _learning_rates(groups, steps, cfg):
 
 
 def _make_optimizer(groups, cfg):
-    """AdamW (arXiv:1711.05101), fused; or with its two moments in 8 bits (arXiv:2110.02861), which
-    saves 6 of the 8 bytes that they take for each parameter.
-    """
+    """AdamW (arXiv:1711.05101), or with its moments in 8 bits each (arXiv:2110.02861)."""
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimizer adamw8bit needs the package bitsandbytes: "
-            "pip install bitsandbytes, or set adamw"
-        )
+        remedy = "pip install bitsandbytes, or set adamw"
+        raise ConfigError(f"optimizer adamw8bit needs the package bitsandbytes: {remedy}")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups)
@@ -3747,22 +3625,17 @@ class _AdversarialPerturbation:
     def __init__(self, model, cfg):
         self.cfg = cfg
         if cfg.fgm:
-            embeddings = model.backbone.get_input_embeddings().weight
-            if not embeddings.requires_grad:
-                raise ConfigError(
-                    "fgm moves the word embeddings: "
-                    "freeze_embeddings and freeze_layers must leave them"
-                )
-            self.weights = [embeddings]
+            self.weights = [model.backbone.get_input_embeddings().weight]
+            if not self.weights[0].requires_grad:
+                remedy = "freeze_embeddings and freeze_layers must leave them"
+                raise ConfigError(f"fgm moves the word embeddings: {remedy}")
         else:
             self.weights = [w for w in model.parameters() if w.ndim > 1 and w.requires_grad]
         self.originals = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def perturb(self):
-        """Move the weights along their gradients. Returns the length of the move, a tensor, as a
-        fraction of theirs.
-        """
+        """Move the weights along their gradients; returns how far, a tensor, as a fraction."""
         move_norms, weight_norms = [], []
         for weight, original in zip(self.weights, self.originals, strict=True):
             original.copy_(weight)
@@ -3795,12 +3668,9 @@ class _WeightAverage:
     """A running average of the trainable weights; a part of a checkpoint."""
 
     def __init__(self, model):
-        self.weights = {}
-        self.means = {}
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                self.weights[name] = weight
-                self.means[name] = weight.detach().clone()
+        named = model.named_parameters()
+        self.weights = {name: weight for name, weight in named if weight.requires_grad}
+        self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def update(self, rate):
@@ -3885,7 +3755,7 @@ def predict(model, tokens, cfg, rows=None):
     was_training = model.training
     model.eval()
     with _uncompiled(cfg):
-        make_inputs = tokens.packed if _takes_packed_rows(model, tokens, dtype) else tokens.batch
+        make_inputs = tokens.packed if model.can_pack(tokens, dtype) else tokens.batch
 
     remaining = _plan_prediction_batches(lengths, batch_tokens)
     done, outputs = [], []
@@ -4065,7 +3935,7 @@ class _TrainingData(NamedTuple):
         tokens = self.tokens
         state = self._asdict()
         state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
-        state["tokenizer"] = (len(self.tokenizer), _cls_is_last(self.tokenizer))
+        state["tokenizer"] = (len(self.tokenizer), _is_cls_last(self.tokenizer))
         state["folder"] = str(self.folder.resolve())
         state["folds"] = self.folds.copy()  # a column of a frame, which is read-only
         state["ids"] = [str(name) for name in self.ids]
@@ -4075,7 +3945,7 @@ class _TrainingData(NamedTuple):
     def load(cls, folder, tokenizer):
         """What `save` wrote; KitError where the tokenizer, read anew, is not what it was."""
         state = _read_state(folder)
-        if (len(tokenizer), _cls_is_last(tokenizer)) != state["tokenizer"]:
+        if (len(tokenizer), _is_cls_last(tokenizer)) != state["tokenizer"]:
             problem = "the tokenizer of the run is another where it is read again"
             raise KitError(f"{problem}: set fold_processes 1")
         ids, types, lengths, pad_id = state["tokens"]
@@ -4384,7 +4254,7 @@ class OptimizerStep:
             self.targets = targets.to(self.device)
         self.targets.copy_(targets)
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = _build_model(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
+        fresh = TextModel.build(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
         groups = parameter_groups(fresh, cfg)
         self.set_schedule(stages, groups)
         if cfg.error_weights:
@@ -4392,7 +4262,7 @@ class OptimizerStep:
         if can_reuse:
             self._reuse_model(fresh)
         else:
-            say(_group_table(groups))
+            say(_format_groups(groups))
             self._new_model(fresh, groups)
             self._print_setup(say)
 
@@ -4451,9 +4321,9 @@ class OptimizerStep:
             self.average = _WeightAverage(self.model)
         self.optimizer = _make_optimizer(groups, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.is_packed = _takes_packed_rows(self.model, tokens, self.dtype, gradients=True)
+        self.is_packed = self.model.can_pack(tokens, self.dtype, gradients=True)
         if not self.is_packed:
-            _check_padding(self.model.eval(), tokens, self.dtype)
+            self.model.eval().check_padding(tokens, self.dtype)
         can_be_static = self.static_shape_error() is None
         self.is_compiled = cfg.compile and can_be_static
         self.is_captured = self.should_capture and can_be_static
@@ -4918,7 +4788,7 @@ class FoldTrainer:
         score = float(metric(self.data.targets[self.valid_rows], predictions))
         state.last = {"predictions": predictions, "score": score, "step": state.step}
         self.budget.row_seconds = state.spend("evaluate") / len(self.valid_rows)
-        is_best = state.best is None or _improves(self.cfg.metric, score, state.best["score"])
+        is_best = state.best is None or metric.is_better(score, state.best["score"])
         if is_best:
             state.best = state.last
         if is_best and self.cfg.keep == "best":
@@ -5488,7 +5358,7 @@ class _DiskSpace:
     def __init__(self, run, backbone, cfg):
         self.run = run
         with torch.device("meta"):
-            self.weights = 4 * _num_parameters(_empty_backbone(backbone, cfg))
+            self.weights = 4 * _num_parameters(_BackboneLoader(backbone, cfg).build_empty())
         n_copies = 4 if cfg.keep == "best" else 3  # weights, two moments, and the best weights
         self.checkpoints = 2 * n_copies * self.weights if cfg.checkpoint_minutes else 0
 
@@ -5748,46 +5618,6 @@ class _RunLog:
             self.tracker.log({f"fold{fold}/{name}": value for name, value in numbers.items()})
 
 
-def _nested_levels(target, prediction, folds):
-    """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
-    labels = np.empty_like(target)
-    for k in range(target.shape[1]):
-        truth, values = target[:, k], prediction[:, k]
-        levels = (int(truth.min()), int(truth.max()))
-        for fold in np.unique(folds):
-            inside = folds == fold
-            points = _fit_thresholds(truth[~inside], values[~inside], levels)
-            labels[inside, k] = _apply_thresholds(points, values[inside], levels[0])
-    return labels
-
-
-def _mean_kappa(target, labels):
-    """Mean over the outputs of whole numbers (N, K)."""
-    n_outputs = target.shape[1]
-    kappas = [_quadratic_kappa(target[:, k], labels[:, k]) for k in range(n_outputs)]
-    return float(np.mean(kappas))
-
-
-def _threshold_scores(target, prediction, folds):
-    """Thresholds for whole targets (N, K), fitted for each output on all rows, and mean kappas.
-
-    `fitted` is on the rows that they were fitted on, which flatters, `nested` is with thresholds
-    that were fitted on the other folds each time.
-    """
-    thresholds, levels = [], []
-    labels = np.empty_like(target)
-    for k in range(target.shape[1]):
-        truth, values = target[:, k], prediction[:, k]
-        levels.append([int(truth.min()), int(truth.max())])
-        thresholds.append(_fit_thresholds(truth, values, levels[k]).tolist())
-        labels[:, k] = _apply_thresholds(thresholds[k], values, levels[k][0])
-    nested = None
-    if len(set(folds)) > 1:
-        nested = _mean_kappa(target, _nested_levels(target, prediction, folds))
-    fitted = _mean_kappa(target, labels)
-    return {"thresholds": thresholds, "levels": levels, "fitted": fitted, "nested": nested}
-
-
 # Of pretrain.json, what a run on its backbone records
 _PROVENANCE = ("settings", "backbone", "weights", "pretrained", "texts", "windows", "head", "steps")
 _PROVENANCE += ("held_out", "seconds", "device", "versions")
@@ -5847,7 +5677,7 @@ class _TrainingRun:
         self.budget = budget
         self.backbone = _find_backbone(user_cfg.backbone)
         _check_no_foreign_code(self.backbone / "config.json", _HARMLESS_KEYS)
-        self.backbone_config, _ = _load_config(self.backbone, user_cfg)
+        self.backbone_config = _BackboneLoader(self.backbone, user_cfg).config
         self.tokenizer = _load_tokenizer(self.backbone)
         self.cfg = user_cfg.resolved(self.backbone_config)
         self.classes = self.cfg.class_labels(frame)
@@ -6473,8 +6303,8 @@ class _Run(NamedTuple):
                 shutil.copyfile(path, Path(folder) / name)
             tokenizer = _load_tokenizer(folder)
         loss = LOSSES[self.cfg.loss](self.cfg, len(self.record["outputs"]))
-        backbone = _empty_backbone(self.config, self.cfg)
-        model = TextModel(self.cfg, backbone, loss, _cls_is_last(tokenizer))
+        backbone = _BackboneLoader(self.config, self.cfg).build_empty()
+        model = TextModel(self.cfg, backbone, loss, _is_cls_last(tokenizer))
         return tokenizer, model.to(_pick_device())
 
     def load_fold(self, model, fold):
@@ -6688,7 +6518,7 @@ class Bundle:
         columns = []
         for k, (lowest, highest) in enumerate(levels[0]):
             thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-            columns.append(_apply_thresholds(thresholds, predictions[:, k], lowest))
+            columns.append(_Thresholds(levels[0][k], thresholds).apply(predictions[:, k]))
             points = ", ".join(f"{point:.3f}" for point in thresholds)
             print(f"levels {lowest} to {highest}, cut at {points}")
         return np.stack(columns, axis=1)

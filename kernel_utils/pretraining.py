@@ -294,7 +294,8 @@ def _load_masked_model(folder, cfg):
     architecture ties them. Raises KitError for an architecture without one, and for weights of
     the backbone that are missing.
     """
-    config, _ = ku._load_config(folder, cfg)
+    loader = ku._BackboneLoader(folder, cfg)
+    config = loader.config
     has_head = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if not has_head or getattr(config, "is_encoder_decoder", False):
         name = type(config).__name__.removesuffix("Config")
@@ -302,7 +303,7 @@ def _load_masked_model(folder, cfg):
         others = "Decoders (GPT-2, Llama), encoder-decoders (T5, BART) and XLNet"
         remedy = "train on it as it is, or take BERT, RoBERTa, DeBERTa, ..."
         raise ku.KitError(f"{problem}. {others} are not pre-trained here: {remedy}")
-    model, info = ku._load_weights(transformers.AutoModelForMaskedLM, folder, config)
+    model, info = loader.load_weights(transformers.AutoModelForMaskedLM)
     missing = info["missing_keys"]
     for key, weight in model.named_parameters():
         # transformers 5.0 leaves the bias of Longformer's head as memory was
@@ -310,7 +311,7 @@ def _load_masked_model(folder, cfg):
             weight.data.zero_()
     of_backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     model = _MaskedModel(model)
-    ku._check_weights(folder, model.language_model, of_backbone, info)
+    loader.check_weights(model.language_model, of_backbone, info)
     if missing:
         _print_new_head(model, sorted(missing))
     return model, bool(missing)
@@ -361,7 +362,7 @@ class _Pretraining:
         head_lr = cfg.head_lr if new_head else cfg.lr
         grouped_by = dataclasses.replace(self.training_cfg, head_lr=head_lr)
         groups = ku.parameter_groups(model, grouped_by)
-        print(ku._group_table(groups))
+        print(ku._format_groups(groups))
         self.rates = ku._learning_rates(groups, self.total, self.training_cfg)
         self.optimizer = ku._make_optimizer(groups, self.training_cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

@@ -259,7 +259,7 @@ def build(backbone_folder):
         tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
         loss = ku.LOSSES["mse"](cfg, 1)
-        model = ku._build_model(cfg, folder, loss, tokenizer, torch.zeros(1, 1), lambda text: None)
+        model = ku.TextModel.build(cfg, folder, loss, tokenizer, torch.zeros(1, 1), lambda text: None)
         return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
 
     return make
@@ -281,7 +281,7 @@ def train_frame(n=40, seed=0):
 def engine_of(cfg, frame=None):
     """An engine over 24 rows in two folds, or over `frame`."""
     frame = train_frame(24).assign(fold=[0, 1] * 12) if frame is None else frame
-    cfg = cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
+    cfg = cfg.resolved(ku._BackboneLoader(cfg.backbone, cfg).config)
     tokenizer = ku._load_tokenizer(cfg.backbone)
     tokens = ku._tokenize(frame, tokenizer, cfg)
     targets = cfg.encode_targets(frame, None)

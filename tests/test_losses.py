@@ -280,7 +280,7 @@ def test_a_perfect_prediction_is_the_best_value_of_a_metric(name):
     for target, perfect, poor in cases(name):
         best, worse = metric(target, perfect), metric(target, poor)
         assert best == pytest.approx(1.0 if metric.better == "higher" else 0.0, abs=1e-6)
-        assert ku._improves(name, best, worse) and not ku._improves(name, worse, best)
+        assert metric.is_better(best, worse) and not metric.is_better(worse, best)
 
 
 def rank(x):
@@ -341,5 +341,5 @@ def test_auc_leaves_out_a_class_that_has_no_row():
 
 
 def test_a_score_that_is_not_a_number_never_counts_as_the_best():
-    assert not ku._improves("rmse", math.nan, 0.5)
-    assert ku._improves("rmse", 0.5, math.nan)
+    assert not ku.METRICS["rmse"].is_better(math.nan, 0.5)
+    assert ku.METRICS["rmse"].is_better(0.5, math.nan)

@@ -89,7 +89,7 @@ def test_budgets_hold_every_batch_and_are_few():
 )
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, build):
     model, tokens = build(kind, head=head)
-    if not ku._takes_packed_rows(model, tokens, torch.float32):
+    if not model.can_pack(tokens, torch.float32):
         assert kind not in PACKED
         pytest.skip(f"{kind} gets padded rows: {model.packing_errors}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
@@ -127,14 +127,14 @@ def everywhere(query, key, value, pack, dropout, scale, window_size, is_causal):
         (
             "bert",
             lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: leaky),
-            "states differ by",
+            "states of packed and padded",
         ),
         (
             "modernbert",
             lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: everywhere),
-            "states differ",
+            "states of packed and padded",
         ),
-        ("roberta", lambda model, patch: setattr(model, "first_position", 0), "states differ by"),
+        ("roberta", lambda model, patch: setattr(model, "first_position", 0), "states of packed and padded"),
         (
             "bert",
             lambda model, patch: patch.setattr(ku, "_pick_attention_kernel", lambda *_: absent_kernel),
@@ -156,7 +156,7 @@ def test_a_fault_of_packed_rows_is_found_at_the_start_and_rows_are_padded(
                     parameter.mul_(10)
     padded = model(**tokens.batch(np.arange(6), CPU))
     fault(model, monkeypatch)
-    assert not ku._takes_packed_rows(model, tokens, torch.float32)
+    assert not model.can_pack(tokens, torch.float32)
     assert f"Model in float32: padded rows, {told}" in capsys.readouterr().out
     predictions = ku.predict(model, tokens, ku.Config())
     torch.testing.assert_close(torch.from_numpy(predictions).float(), padded.detach(), atol=1e-5, rtol=0)
@@ -194,10 +194,10 @@ class Backwards(torch.autograd.Function):
 def test_a_kernel_that_is_wrong_backwards_only_is_found_before_training(build, monkeypatch, capsys):
     model, tokens = build("bert")
     wrong = lambda *arguments: Backwards.apply(ku._sdpa_per_sequence(*arguments))  # noqa: E731
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
+    assert model.packing_error(tokens, torch.float32, gradients=True) is None
     monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: wrong)
-    assert ku._packing_error(model, tokens, torch.float32) is None
-    assert "gradients have a cosine of" in ku._packing_error(model, tokens, torch.float32, gradients=True)
+    assert model.packing_error(tokens, torch.float32) is None
+    assert "gradients have a cosine of" in model.packing_error(tokens, torch.float32, gradients=True)
 
 
 def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build, monkeypatch):
@@ -207,15 +207,15 @@ def test_a_kernel_that_cannot_train_with_dropout_is_found_before_training(build,
     model, tokens = build("bert", backbone_dropout=0.1)
     monkeypatch.setattr(ku, "_pick_attention_kernel", kernel)
     before = torch.get_rng_state()
-    assert ku._packing_error(model, tokens, torch.float32) is None
-    assert "TypeError: no op" in ku._packing_error(model, tokens, torch.float32, gradients=True)
+    assert model.packing_error(tokens, torch.float32) is None
+    assert "TypeError: no op" in model.packing_error(tokens, torch.float32, gradients=True)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_head_alone_can_be_trained_on_packed_rows(build):
     model, tokens = build("bert", freeze_layers=4, freeze_embeddings=True)
     assert not any(p.requires_grad for p in model.backbone.parameters())
-    assert ku._takes_packed_rows(model, tokens, torch.float32, gradients=True)
+    assert model.can_pack(tokens, torch.float32, gradients=True)
 
 
 def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_rows(build, monkeypatch):
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_in_the_test_of_gradients_is_no_fault_of_packed_row
 
     model, tokens = build("bert")
     monkeypatch.setattr(torch.autograd, "grad", full)
-    assert ku._packing_error(model, tokens, torch.float32, gradients=True) is None
+    assert model.packing_error(tokens, torch.float32, gradients=True) is None
 
 
 def absent_kernel(*_):
@@ -240,7 +240,7 @@ def test_a_text_that_moves_with_its_neighbour_is_found_even_where_its_states_wer
         return (states + (last[-1] - last[0] if pack else 0),), pack and pack.attention_mask
 
     monkeypatch.setattr(model, "encode", encode)
-    assert "a text moves by" in ku._packing_error(model, tokens, torch.float32)
+    assert "a text moves with its neighbour by" in model.packing_error(tokens, torch.float32)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -580,7 +580,7 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, win
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert ku._takes_packed_rows(model, tokens, torch.float32), model.packing_errors
+    assert model.can_pack(tokens, torch.float32), model.packing_errors
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
         torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)

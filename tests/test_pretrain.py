@@ -230,7 +230,7 @@ def test_what_comes_out_is_a_backbone_with_the_trained_weights_and_nothing_to_sp
             moved += not torch.equal(weight, before[name])
     assert moved > 10 and model.dtype == torch.float32
     lines = []
-    ku._load_backbone(run, ku.Config(), say=lines.append)
+    ku._BackboneLoader(run, ku.Config(), say=lines.append).load()
     assert not [line for line in lines if "not used" in line]
     assert ku._load_tokenizer(run)("slowly a cat")["input_ids"] == make_pieces()("slowly a cat")["input_ids"]
 
@@ -565,7 +565,7 @@ def test_a_backbone_whose_pretraining_is_not_complete_is_refused(pretrained, com
 
 
 def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monkeypatch):
-    load = ku._load_weights
+    load = ku._BackboneLoader.load_weights
 
     def uninitialised(*arguments):
         model, info = load(*arguments)
@@ -574,7 +574,7 @@ def test_biases_of_a_new_head_start_at_zero_whatever_memory_held(maskable, monke
                 weight.data.fill_(torch.nan)
         return model, info
 
-    monkeypatch.setattr(ku, "_load_weights", uninitialised)
+    monkeypatch.setattr(ku._BackboneLoader, "load_weights", uninitialised)
     model, new = pretraining._load_masked_model(maskable("longformer"), pretraining.PretrainConfig().training())
     head = {key: weight for key, weight in model.language_model.named_parameters() if key.startswith("lm_head")}
     assert new and (head["lm_head.bias"] == 0).all() and head["lm_head.dense.weight"].any()

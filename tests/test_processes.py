@@ -212,7 +212,7 @@ def test_there_is_a_process_for_each_equal_gpu_unless_set_and_for_each_fold_at_m
 
     assert [chosen(5), chosen(2), chosen(1), chosen(0)] == [3, 2, 1, 0]
     assert [chosen(5, fold_processes=n) for n in (1, 2, 4, 9)] == [1, 2, 4, 5]
-    parameters = ku._num_parameters(ku._load_backbone(backbone, tiny()))
+    parameters = ku._num_parameters(ku._BackboneLoader(backbone, tiny()).load())
     for more, count in ((-1, 1), (1, 2)):  # five folds of weights, two times two checkpoints of three as large
         monkeypatch.setattr(ku, "_free_bytes", lambda folder, more=more: 4 * parameters * (5 + 12) + more)
         assert chosen(5) == count

@@ -323,7 +323,7 @@ def test_a_mistake_met_by_a_run_that_goes_on_leaves_it_as_it_is(tiny, often, who
         raise ku.KitError("the backbone cannot be read")
 
     with monkeypatch.context() as patch, pytest.raises(ku.KitError, match="the backbone cannot be read"):
-        patch.setattr(ku, "_build_model", unreadable)
+        patch.setattr(ku.TextModel, "build", unreadable)
         start(cfg)
     assert [path.name for path in ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths()] == [
         "fold0-step4",

@@ -20,6 +20,14 @@ def simulated(n, seed, low=1, high=4):
     return target, 2.0 + 0.4 * (quality + 0.5 * rng.normal(size=n)), rng.permutation(n) % 5
 
 
+def fit(target, prediction, levels=(1, 4)):
+    return ku._Thresholds(levels).fit(target, prediction).points
+
+
+def cut(points, prediction, levels=(1, 4)):
+    return ku._Thresholds(levels, points).apply(prediction)
+
+
 def test_kappa_is_that_of_scikit_learn():
     target, prediction, _ = simulated(80, 0)
     labels = np.rint(prediction)
@@ -38,31 +46,27 @@ def test_kappa_counts_a_level_that_no_row_has():
 
 
 def test_a_prediction_that_reaches_a_threshold_belongs_above_it():
-    assert ku._apply_thresholds([1.5, 2.5], np.array([1.4999, 1.5, 2.4, 2.5, 9, -9]), 1).tolist() == [1, 2, 2, 3, 3, 1]
+    assert cut([1.5, 2.5], np.array([1.4999, 1.5, 2.4, 2.5, 9, -9]), (1, 3)).tolist() == [1, 2, 2, 3, 3, 1]
 
 
 def test_fitted_thresholds_are_about_as_good_as_the_best_of_a_fine_grid():
     target, prediction, _ = simulated(150, 1)
-    thresholds = ku._fit_thresholds(target, prediction, (1, 4))
+    thresholds = fit(target, prediction)
     assert len(thresholds) == 3 and (np.diff(thresholds) >= 0).all()
     grid = np.quantile(prediction, np.linspace(0.02, 0.98, 40))
-    best = max(
-        ku._quadratic_kappa(target, ku._apply_thresholds(points, prediction, 1))
-        for points in itertools.combinations(grid, 3)
-    )
+    best = max(ku._quadratic_kappa(target, cut(points, prediction)) for points in itertools.combinations(grid, 3))
     got, rounded = (
-        ku._quadratic_kappa(target, labels)
-        for labels in (ku._apply_thresholds(thresholds, prediction, 1), np.rint(prediction))
+        ku._quadratic_kappa(target, labels) for labels in (cut(thresholds, prediction), np.rint(prediction))
     )
     assert got > best - 0.005 and got > rounded + 0.05
 
 
 def test_thresholds_without_predictions_between_them_stay_sorted():
-    thresholds = ku._fit_thresholds(np.array([1.0, 1, 5, 5]), np.array([2.0, 2, 3, 3]), (1, 5))
+    thresholds = fit(np.array([1.0, 1, 5, 5]), np.array([2.0, 2, 3, 3]), (1, 5))
     assert (np.diff(thresholds) >= 0).all()
-    assert ku._apply_thresholds(thresholds, np.array([2.0, 3]), 1).tolist() == [1, 5]
-    far = ku._fit_thresholds(np.array([1.0, 2, 3]), np.array([7.0, 8, 9]), (1, 3))
-    assert ku._apply_thresholds(far, np.array([7.0, 8, 9]), 1).tolist() == [1, 2, 3]
+    assert cut(thresholds, np.array([2.0, 3]), (1, 5)).tolist() == [1, 5]
+    far = fit(np.array([1.0, 2, 3]), np.array([7.0, 8, 9]), (1, 3))
+    assert cut(far, np.array([7.0, 8, 9]), (1, 3)).tolist() == [1, 2, 3]
 
 
 def test_nested_thresholds_are_fitted_on_the_other_folds_and_flatter_less():
@@ -72,12 +76,12 @@ def test_nested_thresholds_are_fitted_on_the_other_folds_and_flatter_less():
         scores = ku._threshold_scores(target[:, None], prediction[:, None], folds)
         labels = np.empty(120)
         for fold in range(5):
-            points = ku._fit_thresholds(target[folds != fold], prediction[folds != fold], (1, 4))
-            labels[folds == fold] = ku._apply_thresholds(points, prediction[folds == fold], 1)
+            points = fit(target[folds != fold], prediction[folds != fold])
+            labels[folds == fold] = cut(points, prediction[folds == fold])
         whole = target.astype(int), labels.astype(int)
         assert scores["nested"] == pytest.approx(sklearn.metrics.cohen_kappa_score(*whole, weights="quadratic"))
         fresh, guesses, _ = simulated(5000, 1000 + seed)
-        there = ku._quadratic_kappa(fresh, ku._apply_thresholds(scores["thresholds"][0], guesses, 1))
+        there = ku._quadratic_kappa(fresh, cut(scores["thresholds"][0], guesses))
         gaps.append((scores["fitted"] - there, scores["nested"] - there))
     fitted, nested = np.mean(gaps, 0)
     assert fitted > 0.015 and -0.03 < nested < 0.005
@@ -110,14 +114,14 @@ def test_the_record_has_thresholds_and_both_scores_and_the_submission_their_leve
     scores, oof = record["oof"], pd.read_csv(graded / name / "oof.csv")
     target, prediction = oof["target"].to_numpy(float), oof["prediction"].to_numpy()
     assert scores["levels"] == [[1, 4]] and len(scores["thresholds"][0]) == 3
-    assert scores["thresholds"][0] == pytest.approx(ku._fit_thresholds(target, prediction, (1, 4)))
+    assert scores["thresholds"][0] == pytest.approx(fit(target, prediction))
     assert scores["nested"] <= scores["fitted"] and scores["fitted"] >= scores["last"]
     submission = pd.read_csv(graded / name / "submission.csv", dtype=str)
     assert set(submission["target"]) <= set("1234") and len(set(submission["target"])) > 1
     assert "qwk with thresholds fitted on other folds" in ku._summary(name, record)
     bundle = ku.Bundle.open(graded / name)
     test = pd.read_csv(graded / "competition" / "test.csv", dtype=str)
-    expected = ku._apply_thresholds(scores["thresholds"][0], ku.predict_bundle(bundle, test)[:, 0], 1)
+    expected = cut(scores["thresholds"][0], ku.predict_bundle(bundle, test)[:, 0])
     assert submission["target"].astype(int).tolist() == expected.tolist()
 
 

@@ -315,8 +315,8 @@ def test_embeddings_grow_by_the_new_words_and_keep_the_old_rows(backbone_folder,
     tokenizer = ku._load_tokenizer(folder)
     ku._add_prefix_tokens(tokenizer, levels(), cfg)
     loss, targets = ku.LOSSES["mse"](cfg, 1), torch.zeros(2, 1)
-    model = ku._build_model(cfg, folder, loss, tokenizer, targets, lambda text: None)
-    old = ku._load_backbone(folder, cfg).get_input_embeddings().weight
+    model = ku.TextModel.build(cfg, folder, loss, tokenizer, targets, lambda text: None)
+    old = ku._BackboneLoader(folder, cfg).load().get_input_embeddings().weight
     grown = model.backbone.get_input_embeddings().weight
     assert len(old) < len(tokenizer) == len(grown) == len(WORDS) + len(SPECIAL) + 10
     assert torch.equal(grown[: len(old)], old)

@@ -35,7 +35,7 @@ def train_fold(data, fold, cfg, write_log):
 
 
 def resolved(cfg):
-    return cfg.resolved(ku._load_config(cfg.backbone, cfg)[0])
+    return cfg.resolved(ku._BackboneLoader(cfg.backbone, cfg).config)
 
 
 def run(cfg):
@@ -155,14 +155,14 @@ def test_training_learns_eight_rows_by_heart(tiny):
 def test_the_first_prediction_is_the_mean_of_the_training_targets(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg)
-    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.full((4, 1), 7.25), **QUIET)
+    model = ku.TextModel.build(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.full((4, 1), 7.25), **QUIET)
     assert model.output.bias.item() == 7.25
 
 
 def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(tiny):
     cfg = resolved(tiny(head_dropout=0.5, dropout_samples=4))
     data = fold_data(cfg)
-    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
+    model = ku.TextModel.build(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET)
     batch = data.tokens.batch(np.arange(3), CPU)
     outputs = model.train()(**batch)
     assert outputs.shape == (4, 3, 1) and not torch.equal(outputs[0], outputs[1])
@@ -181,7 +181,7 @@ def test_multi_sample_dropout_averages_losses_of_several_masks_in_training_only(
 def test_predictions_come_in_the_order_of_the_rows_whatever_the_batches(tiny):
     cfg = resolved(tiny())
     data = fold_data(cfg, train_frame(24).assign(fold=0))
-    model = ku._build_model(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET).train()
+    model = ku.TextModel.build(cfg, data.folder, ku.MseLoss(cfg, 1), data.tokenizer, torch.zeros(1, 1), **QUIET).train()
     alone = [ku.predict(model, data.tokens, cfg, [i])[0] for i in range(24)]
     for budget in (8, 40, 10_000):
         got = ku.predict(model, data.tokens, ku.dataclasses.replace(cfg, batch_tokens=budget))
@@ -301,7 +301,7 @@ def test_weights_that_would_not_fit_into_kaggles_working_folder_are_refused_befo
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "kaggle"))
     (working / "earlier.bin").write_bytes(b"x" * 1000)
     cfg = ku.dataclasses.replace(tiny(run_name="large"), output_dir=str(working / "runs"))
-    fold = 4 * ku._num_parameters(ku._empty_backbone(cfg.backbone, cfg))
+    fold = 4 * ku._num_parameters(ku._BackboneLoader(cfg.backbone, cfg).build_empty())
     n_bytes = 2 * fold + 2 * 3 * fold  # a checkpoint has the weights and two moments of each
     monkeypatch.setattr(ku, "_KAGGLE_OUTPUT_BYTES", n_bytes + 500)
     with pytest.raises(
@@ -529,7 +529,7 @@ def test_predictions_that_are_not_finite_stop_the_run_and_name_the_step(tiny):
 
 
 def test_the_model_of_a_fold_is_gone_before_the_next_is_built(tiny, monkeypatch):
-    built, alive, build = [], [], ku._build_model
+    built, alive, build = [], [], ku.TextModel.build
 
     def counting(*arguments):
         alive.append(sum(model() is not None for model in built))
@@ -537,7 +537,7 @@ def test_the_model_of_a_fold_is_gone_before_the_next_is_built(tiny, monkeypatch)
         built.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(ku, "_build_model", counting)
+    monkeypatch.setattr(ku.TextModel, "build", counting)
     run(tiny(n_folds=3))
     assert alive == [0, 0, 0]
 
@@ -576,7 +576,7 @@ def test_eight_bit_adamw_trains_with_a_quarter_of_the_moments():
 def resolved_default(**settings):
     cfg = ku.Config(**settings)
     folder = ku._find_backbone(cfg.backbone)
-    return ku.dataclasses.replace(cfg, backbone=str(folder)).resolved(ku._load_config(folder, cfg)[0])
+    return ku.dataclasses.replace(cfg, backbone=str(folder)).resolved(ku._BackboneLoader(folder, cfg).config)
 
 
 def test_without_bitsandbytes_eight_bit_adamw_is_an_error_that_says_what_to_install(tiny, monkeypatch):

@@ -55,13 +55,13 @@ def load(cfg):
     new = ku._add_prefix_tokens(tokenizer, frame, cfg)
     tokens = ku._tokenize(frame, tokenizer, cfg)
     tokens.check_vocabulary(tokenizer)
-    config = ku._load_config(folder, cfg)[0]
-    tokens.check_embeddings(tokenizer.convert_tokens_to_ids(new), config, folder)
+    loader = ku._BackboneLoader(folder, cfg)
+    tokens.check_embeddings(tokenizer.convert_tokens_to_ids(new), loader.config, folder)
     ku._seed_everything(cfg.seed)  # embeddings of new tokens
-    backbone = ku._load_backbone(folder, cfg, len(tokenizer))
+    backbone = loader.load(len(tokenizer))
     ku._check_max_length(backbone, cfg)
     loss = ku.MseLoss(cfg, 1)  # its output is not read
-    model = ku.TextModel(cfg, backbone, loss, ku._cls_is_last(tokenizer))
+    model = ku.TextModel(cfg, backbone, loss, ku._is_cls_last(tokenizer))
     return model.to(ku._pick_device()).eval(), tokens, frame
 
 
@@ -71,8 +71,8 @@ def pool_layers(model, tokens, cfg):
     device = next(model.parameters()).device
     dtype = ku._pick_dtype(cfg.precision, device)
     make_batch = tokens.packed
-    if not ku._takes_packed_rows(model, tokens, dtype):
-        ku._check_padding(model, tokens, dtype)
+    if not model.can_pack(tokens, dtype):
+        model.check_padding(tokens, dtype)
         make_batch = tokens.batch
     info = model.encoder_info
     shape = (info.num_hidden_states, len(FEATURES), len(tokens), info.hidden_size)
