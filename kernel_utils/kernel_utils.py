@@ -2999,7 +2999,11 @@ class _Metric:
 
     def __call__(self, target, prediction):
         value = self.__wrapped__(target, prediction)
-        return float(self.reduce(value.mean(0)) if self.reduce else value)
+        if self.reduce:
+            value = self.reduce(value.mean(0))
+        if np.ndim(value) > 0:
+            raise KitError(f"metric {self.__name__} must give a number, gave shape {value.shape}")
+        return float(value)
 
     def is_better(self, new, old):
         """Whether a score beats the best so far. NaN never beats a number."""
@@ -3245,7 +3249,7 @@ class TextModel(nn.Module):
         backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
-        bias = loss.init_bias(targets)
+        bias = torch.as_tensor(loss.init_bias(targets))
         if bias.shape != model.output.bias.shape:
             shapes = f"{loss.num_logits} values, gave shape {tuple(bias.shape)}"
             raise KitError(f"loss {cfg.loss}: init_bias must give {shapes}")
@@ -5409,7 +5413,7 @@ def _train_job(path):
     cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
     budget = TimeBudget(cfg, job["test_rows"])
     budget.began -= time.time() - job["began"]
-    # not as by `with budget`: a signal may come from several sides
+    # unlike `with budget`, it lets a second signal pass: the parent and Kaggle may both send one
     signal.signal(signal.SIGTERM, budget.on_signal)
     threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
     _prepare_process()
@@ -5834,11 +5838,11 @@ class _TrainingRun:
                 if n_processes > 1:
                     return self.train_side_by_side(old_results, n_processes, lock)
                 return self.train_in_turn(old_results)
-        except KitError:
+        except Exception:  # a mistake in the settings or in a part of the notebook
             run, log = self.folder.path, self.folder.log
             has_log = log.is_file() and log.stat().st_size > 0
             if self.is_new and not has_log and not any(run.glob("fold*")):
-                shutil.rmtree(run, ignore_errors=True)  # a mistake in the settings
+                shutil.rmtree(run, ignore_errors=True)
             raise
 
     def read_old_results(self):

@@ -548,8 +548,15 @@ def test_a_loss_of_ones_own_trains_by_its_name(tiny):
         def __call__(self, raw, target):
             return torch.log(torch.cosh(raw - target)).mean(1)
 
+        def init_bias(self, targets):
+            return targets.numpy().mean(0) if bias == "array" else targets.mean_of_nothing
+
     try:
-        _, record, _ = run(tiny(loss="log_cosh", run_folds="0"))
+        bias = "a mistake"
+        with pytest.raises(AttributeError, match="mean_of_nothing"):
+            run(tiny(loss="log_cosh", run_folds="0", run_name="r"))
+        bias = "array"  # the mistake is mended, and nothing of it stands in the way
+        _, record, _ = run(tiny(loss="log_cosh", run_folds="0", run_name="r"))
         assert record["resolved"]["loss"] == "log_cosh"
     finally:
         del ku.LOSSES["log_cosh"]
@@ -680,9 +687,14 @@ def test_a_metric_of_ones_own_chooses_the_best_evaluation(tiny):
     def largest_error(target, prediction):
         return np.abs(target - prediction).max()
 
+    def largest_errors(target, prediction):
+        return np.abs(target - prediction)
+
     try:
         _, record, oof = run(tiny(metric="largest_error", epochs=2))
         assert record["oof"]["last"] == pytest.approx((oof["target"] - oof["prediction"]).abs().max())
+        with pytest.raises(ku.KitError, match=r"metric largest_errors must give a number, gave shape \(3,\)"):
+            ku._Metric(largest_errors, "lower", (), None)(np.ones(3), np.zeros(3))
     finally:
         del ku.METRICS["largest_error"]
 
