@@ -106,8 +106,8 @@ class Configuration(NamedTuple):
         log["number"] = by_fold.cumcount()
         log["share"] = log["step"] / by_fold["step"].transform("max")
         log = log.pivot(index="fold", columns="number", values=["share", metric_name])
-        shares, scores = (log[name].dropna(axis=1) for name in ("share", metric_name))  # (F, E)
-        return shares.mean().to_numpy(), scores.to_numpy()
+        shares = log["share"].dropna(axis=1).mean()
+        return shares.to_numpy(), log[metric_name].dropna(axis=1).to_numpy()
 
 
 class Comparison(NamedTuple):
@@ -121,31 +121,40 @@ class Comparison(NamedTuple):
     configurations: list
 
     @property
+    def baseline(self):
+        return self.configurations[0]
+
+    @property
     def lower_is_better(self):
         return ku.METRICS[self.metric].better == "lower"
 
-    def seed_scores(self, configuration, checkpoint):
-        """(S,) scores over all rows and (S, F) scores of each fold."""
-        score, target = ku.METRICS[self.metric], self.target
+    def is_better(self, scores, base):
+        return scores < base if self.lower_is_better else scores > base
+
+    def scores(self, configuration, checkpoint):
+        """(S,) scores over all rows."""
+        score = ku.METRICS[self.metric]
+        predictions = configuration.predictions[checkpoint]
+        return np.array([score(self.target, p) for p in predictions])
+
+    def fold_scores(self, configuration, checkpoint):
+        """(S, F) scores of each fold."""
+        score = ku.METRICS[self.metric]
+        scores = []
         folds = [self.folds == fold for fold in np.unique(self.folds)]
-        overall, by_fold = [], []
         for predictions in configuration.predictions[checkpoint]:
-            overall.append(score(target, predictions))
-            by_fold.append([score(target[rows], predictions[rows]) for rows in folds])
-        return np.array(overall), np.array(by_fold)
+            scores.append([score(self.target[rows], predictions[rows]) for rows in folds])
+        return np.array(scores)
 
     def check_scores(self):
         """ComparisonError where a seed has no score: constant predictions have no correlation."""
-        for configuration, checkpoint in itertools.product(self.configurations, CHECKPOINTS):
-            scores, _ = self.seed_scores(configuration, checkpoint)
-            seeds = [
-                s for s, x in zip(configuration.runs, scores, strict=True) if not np.isfinite(x)
-            ]
-            if seeds:
-                raise ComparisonError(
-                    f"{configuration.name}, seed {ku._comma_join(seeds)}: "
-                    f"the {checkpoint} predictions have no {self.metric}"
-                )
+        for configuration in self.configurations:
+            for checkpoint in CHECKPOINTS:
+                is_undefined = ~np.isfinite(self.scores(configuration, checkpoint))
+                if is_undefined.any():
+                    seeds = ku._comma_join(np.array(list(configuration.runs))[is_undefined])
+                    problem = f"the {checkpoint} predictions have no {self.metric}"
+                    raise ComparisonError(f"{configuration.name}, seed {seeds}: {problem}")
 
     def optimism(self, configuration):
         """How much better `best` looks for being chosen on the rows it is scored on.
@@ -309,7 +318,8 @@ def setting_problems(record, first, other="the baseline"):
     """How a run differs from the first, one of `other`, in what makes scores comparable."""
     problems = []
     for name in ("metric", "outputs", "classes"):
-        ours, theirs = ((run | run["oof"])[name] for run in (record, first))
+        ours = (record | record["oof"])[name]
+        theirs = (first | first["oof"])[name]
         if ours != theirs:
             problems.append(f"{record['folder']} has {name} {ours}, {other} {theirs}")
     return problems
@@ -324,14 +334,17 @@ def row_problems(name, oof, reference, other="the baseline"):
     if len(apart):
         sizes = f"{name} has {_size_text(oof)}, {other} {_size_text(reference)}"
         return [f"{sizes}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
-    columns = [c for c in dict.fromkeys([*reference, *oof]) if not c.startswith("prediction")]
-    ours = oof.reindex(index=reference.index, columns=columns, fill_value="none")
-    theirs = reference.reindex(columns=columns, fill_value="none")
+    none = pd.Series("none", reference.index)
     problems = []
-    for column in columns:
-        rows = ours.index[ours[column] != theirs[column]]
+    for column in dict.fromkeys([*reference, *oof]):
+        if column.startswith("prediction"):
+            continue
+        ours = oof.get(column, none).loc[reference.index]
+        theirs = reference.get(column, none)
+        rows = reference.index[ours != theirs]
         if len(rows):
-            example = f"{ours[column][rows[0]]} against {theirs[column][rows[0]]} at id {rows[0]!r}"
+            row = rows[0]
+            example = f"{ours[row]} against {theirs[row]} at id {row!r}"
             problem = f"{name} has another {column} than {other} in {len(rows)} rows"
             problems.append(f"{problem}, such as {example}")
     return problems
@@ -393,17 +406,21 @@ def align_runs(records, baseline=""):
             by_seed.setdefault(record["settings"]["seed"], []).append(record)
         configurations.append(Configuration(name, by_seed, {}))
     first = next(iter(configurations[0].runs.values()))  # the first seed of the baseline
-    problems = [problem for record in records for problem in setting_problems(record, first[0])]
+    problems = []
+    for record in records:
+        problems += setting_problems(record, first[0])
     if problems:
         raise ComparisonError(problems)
     reference = read_oof(first)
     tables = {}  # configuration -> table of each seed
     for name, by_seed, _ in configurations:
-        tables[name] = [read_oof(runs) for runs in by_seed.values()]
-        for (seed, runs), oof in zip(by_seed.items(), tables[name], strict=True):
+        tables[name] = []
+        for seed, runs in by_seed.items():
+            oof = read_oof(runs)
             folders = ku._comma_join(record["folder"] for record in runs)
             title = f"{name}, seed {seed} ({folders})"
             problems += _seed_problems(title, runs, oof, first, reference)
+            tables[name].append(oof)
     if problems:
         raise ComparisonError(problems)
 
@@ -436,8 +453,10 @@ def resampled_scores(metric_name, target, predictions, groups, n_resamples, rng)
 
     Whole groups are drawn at once, and the same rows for each prediction.
     """
-    score, n_groups = ku.METRICS[metric_name], groups.max() + 1
-    scores, resamples = np.empty((n_resamples, len(predictions))), range(n_resamples)
+    score = ku.METRICS[metric_name]
+    scores = np.empty((n_resamples, len(predictions)))
+    resamples = range(n_resamples)
+    n_groups = groups.max() + 1
     if score.per_row:
         values = np.stack([score.per_row(target, p) for p in predictions], axis=1)  # (N, P, M)
         values = values.astype(np.float64)
@@ -554,16 +573,23 @@ def _two_way_bootstrap(comparison, checkpoint, n_resamples, seed):
     its interval is over rows alone, and p is NaN. The detectable difference allows for the number
     of configurations as Bonferroni does, and so for a little more than Holm.
     """
-    rng, n_groups = np.random.default_rng(seed), comparison.groups.max() + 1
-    metric, target, groups = comparison.metric, comparison.target, comparison.groups
+    rng = np.random.default_rng(seed)
+    n_groups = comparison.groups.max() + 1
     predictions = [c.predictions[checkpoint] for c in comparison.configurations]
-    cuts = np.cumsum([len(p) for p in predictions])[:-1]
-    predictions = np.concatenate(predictions)  # (P, N, K)
-    scores = np.array([ku.METRICS[metric](target, p) for p in predictions])  # (P,)
-    drawn = resampled_scores(metric, target, predictions, groups, n_resamples, rng)  # (R, P)
-    sides = []
-    for own, resamples in zip(np.split(scores, cuts), np.split(drawn, cuts, axis=1), strict=True):
-        sides.append(_Side.draw(own, resamples, n_groups, rng))
+    drawn = resampled_scores(
+        comparison.metric,
+        comparison.target,
+        np.concatenate(predictions),  # (P, N, K)
+        comparison.groups,
+        n_resamples,
+        rng,
+    )  # (R, P)
+    sides, start = [], 0
+    for configuration in comparison.configurations:
+        scores = comparison.scores(configuration, checkpoint)
+        resamples = drawn[:, start : start + len(scores)]
+        sides.append(_Side.draw(scores, resamples, n_groups, rng))
+        start += len(scores)
     base, *others = sides
     return [side.compare(base, n_groups, _LEVEL / len(others)) for side in others]
 
@@ -574,9 +600,8 @@ def _two_way_bootstrap(comparison, checkpoint, n_resamples, seed):
 
 def _describe_configuration(comparison, configuration, checkpoint):
     """What the table says of a configuration by itself."""
-    scores, _ = comparison.seed_scores(configuration, checkpoint)
+    scores = comparison.scores(configuration, checkpoint)
     records = configuration.records
-    seconds = sum(record["seconds"]["total"] for record in records)
     return {
         "configuration": configuration.name,
         "checkpoint": checkpoint,
@@ -586,7 +611,7 @@ def _describe_configuration(comparison, configuration, checkpoint):
         comparison.metric: scores.mean(),
         "sd over seeds": scores.std(ddof=1) if len(scores) > 1 else math.nan,
         "optimism": comparison.optimism(configuration) if checkpoint == "best" else math.nan,
-        "seconds": seconds / len(scores),
+        "seconds": _total_seconds(records) / len(scores),
         "rows/s": np.mean([record["rows_per_second"] for record in records]),
         "peak GB": max(record["peak_memory_bytes"] for record in records) / 2**30,
     }
@@ -598,10 +623,9 @@ def _fold_evidence(comparison, configuration, checkpoint):
     p of `corrected_t` over folds x seeds, the seeds paired in their order, and the share of all
     folds and pairs of seeds in which the configuration wins.
     """
-    _, folds = comparison.seed_scores(configuration, checkpoint)  # (S, F)
-    _, base = comparison.seed_scores(comparison.configurations[0], checkpoint)
-    every_pair = folds[:, None] - base[None]  # (S, S of the baseline, F)
-    won = every_pair < 0 if comparison.lower_is_better else every_pair > 0
+    folds = comparison.fold_scores(configuration, checkpoint)  # (S, F)
+    base = comparison.fold_scores(comparison.baseline, checkpoint)
+    won = comparison.is_better(folds[:, None], base[None])  # (S, S of the baseline, F)
     n = min(len(folds), len(base))
     paired = (folds[:n] - base[:n]).T  # (F, n)
     p = math.nan
@@ -649,22 +673,27 @@ def compare_runs(comparison, n_resamples=2000, seed=0):
 
 def run_scores(comparison):
     """Table with a row for each configuration and seed: its scores, of each fold too, and cost."""
-    rows, folds = [], np.unique(comparison.folds)
+    tables, metric = [], comparison.metric
+    folds = np.unique(comparison.folds)
     for configuration in comparison.configurations:
-        scores = [comparison.seed_scores(configuration, checkpoint) for checkpoint in CHECKPOINTS]
-        for i, (seed, runs) in enumerate(configuration.runs.items()):
-            row = {"configuration": configuration.name, "seed": seed}
-            row |= {"rows": len(comparison.folds), "epochs": runs[0]["settings"]["epochs"]}
-            for checkpoint, (overall, _) in zip(CHECKPOINTS, scores, strict=True):
-                row[f"{comparison.metric} {checkpoint}"] = overall[i]
-            for checkpoint, (_, by_fold) in zip(CHECKPOINTS, scores, strict=True):
-                names = [f"{checkpoint} fold {fold}" for fold in folds]
-                row |= dict(zip(names, by_fold[i], strict=True))
-            row["lr"] = runs[0]["resolved"]["lr"]
-            row["seconds"] = sum(record["seconds"]["total"] for record in runs)
-            row["device"] = ku._comma_join(dict.fromkeys(map(_device_text, runs)))
-            rows.append(row)
-    return pd.DataFrame(rows)
+        runs = configuration.runs.values()
+        table = pd.DataFrame({"configuration": configuration.name, "seed": [*configuration.runs]})
+        table["rows"] = len(comparison.folds)
+        table["epochs"] = [records[0]["settings"]["epochs"] for records in runs]
+        for checkpoint in CHECKPOINTS:
+            table[f"{metric} {checkpoint}"] = comparison.scores(configuration, checkpoint)
+        for checkpoint in CHECKPOINTS:
+            names = [f"{checkpoint} fold {fold}" for fold in folds]
+            table[names] = comparison.fold_scores(configuration, checkpoint)
+        table["lr"] = [records[0]["resolved"]["lr"] for records in runs]
+        table["seconds"] = [_total_seconds(records) for records in runs]
+        table["device"] = [ku._comma_join(dict.fromkeys(map(_device_text, r))) for r in runs]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _total_seconds(records):
+    return sum(record["seconds"]["total"] for record in records)
 
 
 def _device_text(record):
@@ -717,8 +746,7 @@ def plot_differences(comparison, table, folder):
     _label_right(axis, (-0.6, len(names) - 0.4), range(len(names)), texts)
     side = "left" if comparison.lower_is_better else "right"
     title = f"difference in out-of-fold {comparison.metric} ({side} is better), 95 % interval"
-    baseline = comparison.configurations[0].name
-    axis.set_xlabel(textwrap.fill(f"{title}, to {baseline}", 70))
+    axis.set_xlabel(textwrap.fill(f"{title}, to {comparison.baseline.name}", 70))
     for checkpoint, style in _CHECKPOINT_STYLES.items():
         style = dict(markerfacecolor="black", color="black") | style | dict(linestyle="none")
         axis.plot([], [], label=f"{checkpoint} checkpoint", **style)
@@ -747,16 +775,15 @@ def _make_panels(comparison, ylabel, title):
 
 def plot_folds(comparison, folder):
     """Score of each fold from the baseline to a configuration, as folds.png; blue is better."""
-    baseline = comparison.configurations[0]
-    title = f"last checkpoint, mean over seeds; baseline: {baseline.name}"
+    title = f"last checkpoint, mean over seeds; baseline: {comparison.baseline.name}"
     figure, panels = _make_panels(comparison, f"{comparison.metric} of each fold", title)
-    base = comparison.seed_scores(baseline, "last")[1].mean(0)
+    base = comparison.fold_scores(comparison.baseline, "last").mean(0)
     for configuration, axis in panels:
-        scores = comparison.seed_scores(configuration, "last")[1].mean(0)
-        better = scores < base if comparison.lower_is_better else scores > base
-        for ends, is_better in zip(np.stack([base, scores], axis=1), better, strict=True):
-            color, style = (BLUE, "o-") if is_better else (RED, "o--")
-            axis.plot([0, 1], ends, style, color=color, markersize=3)
+        scores = comparison.fold_scores(configuration, "last").mean(0)
+        better = comparison.is_better(scores, base)
+        ends = np.stack([base, scores])  # (2, F): a line a fold
+        axis.plot([0, 1], ends[:, better], "o-", color=BLUE, markersize=3)
+        axis.plot([0, 1], ends[:, ~better], "o--", color=RED, markersize=3)
         axis.set_xticks([0, 1], ["baseline", "this"])
         axis.set_xlim(-0.3, 1.3)
         axis.set_xlabel(f"{better.sum()} of {len(better)} folds better", fontsize="small")
@@ -768,24 +795,29 @@ def plot_learning(comparison, folder):
 
     The band is the range over seeds.
     """
-    baseline = comparison.configurations[0]
-    title = f"mean over folds, band: range over seeds; dashed: {baseline.name}"
+    title = f"mean over folds, band: range over seeds; dashed: {comparison.baseline.name}"
     figure, panels = _make_panels(comparison, f"validation {comparison.metric}", title)
     for configuration, axis in panels:
-        for side, color, style in ((baseline, GREY, "--"), (configuration, BLUE, "-")):
-            curves = [side.curves(seed, comparison.metric) for seed in side.runs]
-            share = curves[0][0]
-            scores = np.stack([scores.mean(0) for _, scores in curves])  # (S, E)
-            axis.plot(share, scores.mean(0), color=color, linestyle=style, marker=".")
-            low, high = scores.min(0), scores.max(0)
-            axis.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
+        _draw_curves(comparison, comparison.baseline, axis, GREY, ".--")
+        _draw_curves(comparison, configuration, axis, BLUE, ".-")
         axis.set_xlabel("share of the training", fontsize="small")
     ku._save_figure(figure, folder / "learning.png")
 
 
+def _draw_curves(comparison, configuration, axis, color, style):
+    scores = []  # (S, E)
+    for seed in configuration.runs:
+        shares, own = configuration.curves(seed, comparison.metric)
+        scores.append(own.mean(0))
+    axis.plot(shares, np.mean(scores, 0), style, color=color)
+    low, high = np.min(scores, 0), np.max(scores, 0)
+    axis.fill_between(shares, low, high, color=color, alpha=0.2, linewidth=0)
+
+
 def _spread_apart(heights, distance):
     """Heights moved as little upwards as it takes for neighbours to be `distance` apart."""
-    moved, previous = np.empty(len(heights)), -math.inf
+    moved = np.empty(len(heights))
+    previous = -math.inf
     for i in np.argsort(heights, kind="stable"):
         previous = max(heights[i], previous + distance)
         moved[i] = previous
@@ -796,7 +828,8 @@ def plot_cost(comparison, table, folder):
     """Score of the last checkpoint by the seconds of a seed, as cost.png; square: baseline."""
     metric = comparison.metric
     rows = table[table["checkpoint"] == "last"]
-    seconds, mean, spread = rows["seconds"], rows[metric], rows["sd over seeds"].fillna(0)
+    seconds, mean = rows["seconds"], rows[metric]
+    spread = rows["sd over seeds"].fillna(0)
     figure = ku._new_figure(10, max(4, 1 + 0.35 * len(rows)))
     axis = figure.subplots()
     axis.errorbar(seconds, mean, spread, fmt="o", color=BLUE, ecolor=GREY)

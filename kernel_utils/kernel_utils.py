@@ -6219,7 +6219,7 @@ def _run_problems(record, golden, config, tokenizer, weights):
             row["id"], row["prediction"], weights[row["fold"]]
             [row["cells"][name] for name in cfg.input_columns]
         if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            raise TypeError("no rows, or other texts than token_ids")
+            problems.append("what is golden is malformed: no rows, or other texts than token_ids")
     except ConfigError as error:
         problems += [f"record.json: {problem}" for problem in error.problems]
     except (AttributeError, KeyError, TypeError) as error:
@@ -6331,14 +6331,13 @@ class _Run(NamedTuple):
 
     def predict_golden(self, tokenizer, model, precisions):
         """{precision: predictions (n, K)} of the golden rows, by the folds that validated them."""
-        rows = self.golden["rows"]
-        folds = np.array([row["fold"] for row in rows])
-        tokens = _tokenize(pd.DataFrame([row["cells"] for row in rows]), tokenizer, self.cfg)
+        rows = pd.DataFrame(self.golden["rows"])
+        tokens = _tokenize(pd.DataFrame([*rows["cells"]]), tokenizer, self.cfg)
         shape = (len(rows), len(self.record["outputs"]))
         predictions = {precision: np.empty(shape) for precision in precisions}
         for fold in self.weights:
             self.load_fold(model, fold)
-            own = np.flatnonzero(folds == fold)
+            own = np.flatnonzero(rows["fold"] == fold)
             for precision in predictions:
                 cfg = dataclasses.replace(self.cfg, precision=precision)
                 predictions[precision][own] = predict(model, tokens, cfg, own)
@@ -6541,9 +6540,7 @@ def _manifest_problems(manifest):
         for run in manifest["runs"].values():
             tokenizer, weights = run["tokenizer"], run["weights"]
             needed |= {run["record"], run["config"], *tokenizer.values(), *weights.values()}
-            for fold in weights:
-                if not fold.isdecimal():
-                    problems.append(f"{fold!r} is no number of a fold")
+            problems += [f"{fold!r} is no fold" for fold in weights if not fold.isdecimal()]
             for name in tokenizer:
                 if Path(name).name != name:  # the files are copied under these names
                     problems.append(f"{name!r} is no name of a tokenizer's file")
@@ -6782,17 +6779,16 @@ def _train_by_config(path):
 def main(arguments):
     """`train --config run.json`, or a job of `_Worker`; the exit code."""
     jobs = {"predict": _predict_job, "train-folds": _train_job}
-    if len(arguments) == 2 and arguments[0] in jobs:
-        execute, path = jobs[arguments[0]], arguments[1]
-    else:
-        parser = argparse.ArgumentParser(prog="kernel_utils.py")
-        commands = parser.add_subparsers(required=True, metavar="train")
-        command = commands.add_parser("train", help="what train.ipynb does")
-        settings = "a JSON file with settings: the fields of Config"
-        command.add_argument("--config", required=True, help=settings)
-        execute, path = _train_by_config, parser.parse_args(arguments).config
     try:
-        execute(path)
+        if len(arguments) == 2 and arguments[0] in jobs:
+            jobs[arguments[0]](arguments[1])
+        else:
+            parser = argparse.ArgumentParser(prog="kernel_utils.py")
+            commands = parser.add_subparsers(required=True, metavar="train")
+            command = commands.add_parser("train", help="what train.ipynb does")
+            settings = "a JSON file with settings: the fields of Config"
+            command.add_argument("--config", required=True, help=settings)
+            _train_by_config(parser.parse_args(arguments).config)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

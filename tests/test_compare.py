@@ -401,7 +401,7 @@ def test_groups_of_the_folds_reach_the_bootstrap(tiny, tmp_path):
     assert list(oof["group"]) == list(author)
     study = comparison.align_runs(records, "head=cls")
     assert len(set(zip(study.groups, author, strict=True))) == len(set(study.groups)) == 10
-    score = study.seed_scores(study.configurations[1], "last")[0][0]
+    score = study.scores(study.configurations[1], "last")[0]
     assert score == pytest.approx(records[1]["oof"]["last"], rel=1e-6) and study.configurations[1].name == "head=mean"
 
 
@@ -424,7 +424,7 @@ def test_the_scores_are_those_of_the_record_in_every_task(task, competition, tin
     study = align(tmp_path / "runs", "head=mean")
     for arm in study.configurations:
         for kind in ("last", "best"):
-            assert study.seed_scores(arm, kind)[0][0] == pytest.approx(arm.records[0]["oof"][kind], abs=1e-6)
+            assert study.scores(arm, kind)[0] == pytest.approx(arm.records[0]["oof"][kind], abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ that verifies itself.
         --title "My kit"
     python tools/bundle.py --check dist/my-bundle
 
-Several runs make an ensemble, the mean of their predictions or, with the blend.json of
-blend.ipynb, their blend. Everything is checked before anything is written where you asked for it:
-the runs, their files and predictions, and what Kaggle wants of names and metadata; one message
-lists every problem. The folder is built elsewhere and moved; the same runs give the same bytes. A
-bundle holds the texts of four training rows a fold, on which infer.ipynb proves its predictions:
-keep it private where they are.
+Several runs make an ensemble: the mean of their predictions or, with the blend.json of
+blend.ipynb, their blend. All is checked before anything is written where you asked for it, and one
+message lists every problem; the same runs give the same bytes. A bundle holds the texts of four
+training rows a fold, on which infer.ipynb proves its predictions: keep it private where they are.
 """
 
 import argparse
@@ -120,16 +118,8 @@ def kit_error_problems(function, *arguments):
 
 def json_problems(path):
     """Problems of a file that must hold a JSON object, and of a config that could run code."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return [f"{path}: not a JSON file ({error})"]
-    if not isinstance(content, dict):
-        return [f"{path}: expected a JSON object, got {type(content).__name__}"]
-    if path.name not in ("config.json", "tokenizer_config.json"):
-        return []
-    keys = ku._foreign_code_keys(content)
-    return [f"{path}: {k} could make transformers run code from elsewhere; delete it" for k in keys]
+    is_config = path.name in ("config.json", "tokenizer_config.json")
+    return kit_error_problems(ku._check_no_foreign_code if is_config else ku._read_json, path)
 
 
 def notebook_part_problems(folder, record):
@@ -202,44 +192,34 @@ def ensemble_problems(records):
     return problems
 
 
-def predict_golden(run, opened, precision):
-    """Predictions (n, K) of the golden rows of a run; `opened` is its tokenizer and model."""
-    (predictions,) = run.predict_golden(*opened, [precision]).values()
-    return predictions
-
-
 def prove(run):
     """The tokenizer and model of a run; Refused where its golden rows are not predicted as in
     training. Warns of a run that a T4, where precision auto means fp16, would refuse."""
+    precisions = ["fp32"] if run.cfg.precision == "fp32" else ["fp32", "fp16"]
     try:
-        opened = run.open()
-        run.check_tokenizer(opened[0])
-        run.check_gaps(predict_golden(run, opened, "fp32"), "float32")
-        if run.cfg.precision != "fp32":
-            in_fp16 = predict_golden(run, opened, "fp16")
-            for problem in kit_error_problems(run.check_gaps, in_fp16, "float16"):
-                advice = f"a T4 will refuse {run.name}, train it with precision fp32"
-                print(f"warning: {advice}: {problem}")
+        tokenizer, model = run.open()
+        run.check_tokenizer(tokenizer)
+        predictions = run.predict_golden(tokenizer, model, precisions)
+        run.check_gaps(predictions["fp32"], "float32")
     except (ku.KitError, RuntimeError, TypeError, ValueError, LookupError, ImportError) as error:
         raise Refused(f"{run.name}: does not predict what training predicted: {error}") from error
-    return opened
+    if "fp16" in predictions:
+        for problem in kit_error_problems(run.check_gaps, predictions["fp16"], "float16"):
+            advice = f"a T4 will refuse {run.name}, train it with precision fp32"
+            print(f"warning: {advice}: {problem}")
+    return tokenizer, model
 
 
-def save_half(path, target):
-    """Store weights as fp16. No metadata: safetensors would write them in any order."""
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
-    save_file(tensors, target)
-
-
-def rounded_to_half(run, opened, folder):
+def round_to_half(run, tokenizer, model, folder):
     """(the run with weights in fp16, how far this moves a golden prediction at most). What the
     rounded weights predict becomes golden."""
     rounded = run._replace(weights={fold: folder / f"{run.name}.{fold}" for fold in run.weights})
     for fold, path in run.weights.items():
-        save_half(path, rounded.weights[fold])
-    predictions = predict_golden(rounded, opened, "fp32")
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+        save_file(tensors, rounded.weights[fold])  # metadata would be written in any order
+    predictions = rounded.predict_golden(tokenizer, model, ["fp32"])["fp32"]
     moved = rounded.check_gaps(predictions, "float16")
     print(f"{run.name}: fp16 weights move the golden predictions by {moved:.1e} at most")
     pairs = zip(run.golden["rows"], predictions.tolist(), strict=True)
@@ -318,9 +298,8 @@ def write_folder(folder, files, manifest):
     """Copy the files and write manifest.json and dataset-metadata.json."""
     entries = {}
     for name, source in files:
-        path = folder / name
-        shutil.copyfile(source, path)
-        entries[name] = ku._describe_file(path)
+        shutil.copyfile(source, folder / name)
+        entries[name] = ku._describe_file(folder / name)
     (folder / ku._DATASET_METADATA).write_bytes(ku._sorted_json(manifest["dataset"]))
     (folder / ku._MANIFEST).write_bytes(ku._seal_manifest(manifest | {"files": entries}))
 
@@ -349,11 +328,10 @@ def target_problems(target, kernel_id=None):
     if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
         metadata = json.loads((target / kaggle_metadata.KERNEL_FILE).read_text(encoding="utf-8"))
         return [] if metadata.get("id") == kernel_id else [refusal]
-    try:
+    with contextlib.suppress(ku.BundleError):
         made = {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
-    except ku.BundleError:
-        made = set()
-    return [] if names <= made else [refusal]
+        return [] if names <= made else [refusal]
+    return [refusal] if names else []
 
 
 def check(folder):
@@ -482,11 +460,10 @@ class Packing:
         if args.kernels:
             kernels = Path(args.kernels).resolve()
             if target.is_relative_to(kernels) or kernels.is_relative_to(target):
-                both = f"--kernels {kernels} and -o {target}"
-                self.problems.append(f"{both} must not lie in each other")
+                places = f"--kernels {kernels} and -o {target}"
+                self.problems.append(f"{places} must not lie in each other")
             if not args.competition:
-                needed = "--competition, the slug of what the kernels read"
-                self.problems.append(f"--kernels needs {needed}")
+                self.problems.append("--kernels needs --competition, the slug of what they read")
         if args.report:
             try:
                 nbformat.read(args.report, 4)
@@ -550,9 +527,9 @@ class Packing:
         for folder, run in self.runs.items():
             entry = {"half": self.args.half}
             try:
-                opened = prove(run)
+                tokenizer, model = prove(run)
                 if self.args.half:
-                    run, moved = rounded_to_half(run, opened, self.folder)
+                    run, moved = round_to_half(run, tokenizer, model, self.folder)
                     entry["golden_moved_by_half"] = moved
             except ku.KitError as error:
                 self.problems += error.problems
@@ -584,7 +561,8 @@ class Packing:
         backbone = ku.Config.from_dict(record["settings"]).backbone
         sources = self.args.model_source
         if len(self.args.runs) > 1 or len(sources) > 1:
-            sources = [source for source in sources if names_backbone(source, backbone)]
+            name = ku._short_name(backbone)  # a part of owner/model/framework/variation/version
+            sources = [s for s in sources if name in map(ku._short_name, s.split("/"))]
         if len(sources) == 1:
             return sources[0].split("/")[1], sources
         path, was = Path(backbone).expanduser(), record.get("backbone", "")
@@ -610,11 +588,6 @@ class Packing:
         problems = kaggle_metadata.folder_problems(folder)
         self.problems += [f"--kernels {name}: {problem}" for problem in problems]
         self.problems += target_problems(Path(args.kernels, name), metadata["id"])
-
-
-def names_backbone(source, backbone):
-    """Whether a part of owner/model/framework/variation/version is the name of the backbone."""
-    return ku._short_name(backbone) in [ku._short_name(part) for part in source.split("/")]
 
 
 def pack(args):

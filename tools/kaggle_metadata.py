@@ -225,14 +225,16 @@ def folder_problems(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="as it would be uploaded")
-    problems = {folder: folder_problems(folder) for folder in parser.parse_args().folders}
-    for folder, found in problems.items():
-        print(*[f"{folder}: {problem}" for problem in found or ["fine"]], sep="\n")
-    sys.exit(1 if any(problems.values()) else 0)
+    is_fine = True
+    for folder in parser.parse_args().folders:
+        problems = folder_problems(folder)
+        is_fine = is_fine and not problems
+        for problem in problems or ["fine"]:
+            print(f"{folder}: {problem}")
+    sys.exit(0 if is_fine else 1)
 
 
 if __name__ == "__main__":

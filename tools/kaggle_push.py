@@ -6,12 +6,11 @@ A folder holds dataset-metadata.json (a flat folder of files) or kernel-metadata
 Datasets go first, since notebooks attach them; one that exists gets a new version. The client ends
 with code 0 after many failures, and with an error after some successes, so what counts is what
 Kaggle has afterwards: a new version that lists every file of the folder in its size, and no other.
-(Kaggle tells no checksum; infer.ipynb checks those of the manifest.)
+(Kaggle tells no checksum; infer.ipynb checks those of the manifest.) A model that Kaggle drops from
+the inputs of a notebook goes unnoticed: the client does not show it.
 
 Needs the client 2.2.4 or newer (pip install kaggle six) and an account (kaggle auth login). Exit
-code 0 only if all folders are verified. What the client says goes to stderr. A model that Kaggle
-drops from the inputs of a notebook goes unnoticed: the client shows dropped datasets, notebooks
-and competitions only.
+code 0 only if all folders are verified. What the client says goes to stderr.
 """
 
 import argparse
@@ -196,8 +195,8 @@ def damage(folder):
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return []
-    named = b"kernel_utils bundle" in manifest.read_bytes()
-    if not named and not (folder / "kernel_utils.py").is_file():
+    is_named = b"kernel_utils bundle" in manifest.read_bytes()
+    if not is_named and not (folder / "kernel_utils.py").is_file():
         return []  # a manifest of something else
     import kernel_utils as ku  # takes seconds, and other folders do not need it
 
@@ -209,7 +208,7 @@ def damage(folder):
 
 
 def check(folder):
-    """A PushError with what Kaggle would refuse or lose of a folder, and what was damaged."""
+    """Raise a PushError with what Kaggle would refuse or lose, and with what was damaged."""
     problems = kaggle_metadata.folder_problems(folder) + damage(folder)
     if problems:
         raise PushError("\n".join(f"{folder}: {problem}" for problem in problems))
@@ -306,22 +305,17 @@ def commands(folders):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="with dataset- or kernel-metadata.json"
-    )
-    parser.add_argument("-m", "--notes", default="update", help="what is new in a dataset")
-    parser.add_argument(
-        "--wait", type=float, default=600, metavar="SECONDS", help="for a dataset to be ready (600)"
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add, wait = parser.add_argument, dict(type=float, default=600, metavar="SECONDS")
+    add("folders", nargs="+", metavar="FOLDER", help="with dataset- or kernel-metadata.json")
+    add("-m", "--notes", default="update", help="what is new in a dataset")
+    add("--wait", **wait, help="for a dataset to be ready (600)")
     arguments = parser.parse_args()
     try:
         push(arguments.folders, arguments.notes, arguments.wait)
     except PushError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

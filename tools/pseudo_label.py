@@ -7,7 +7,7 @@ The model that validates on fold f is later trained with the labels of fold f: t
 runs of their models that validated on fold f. A csv of texts has the text columns of train.csv; ids
 are made where it has none. A text that is a training row, by id or text, gets no label; one that
 nearly is a row of fold f gets none for fold f: the two share at least --threshold of the word
-trigrams of the shorter one. train.ipynb checks what comes out before it trains.
+trigrams of the shorter one.
 """
 
 import argparse
@@ -106,9 +106,9 @@ def validated_rows(folder, run, ids):
     folds, problems = {}, []
     for fold, weights in run.weights.items():
         sealed = weights.parent
-        damages = ku._SealedFolder(sealed).problems()
-        if damages:
-            problems += [f"{sealed}: {damage}" for damage in damages]
+        damage = ku._SealedFolder(sealed).problems()
+        if damage:
+            problems += [f"{sealed}: {problem}" for problem in damage]
             continue
         state = ku._read_state(sealed)
         folds[fold] = frozenset(ids[state["rows"]])
@@ -132,18 +132,18 @@ def read_runs(folders, data_dir):
     check_alike(runs)
     id_column = runs[0].cfg.id_column
     frames = [read_rows(run, data_dir) for run in runs]
-    folds_of_runs = []
+    first = None  # folds of the first run
     for folder, run, frame in zip(folders, runs, frames, strict=True):
-        folds_of_runs.append(validated_rows(folder, run, frame[id_column].to_numpy()))
-    first = folds_of_runs[0]
-    for run, folds in zip(runs, folds_of_runs, strict=True):
+        folds = validated_rows(folder, run, frame[id_column].to_numpy())
+        first = first or folds
         other = [fold for fold in first | folds if folds.get(fold) != first.get(fold)]
         if other:
             expected = f"must have the rows that {runs[0].name} has there"
             raise ku.DataError(f"{run.name}: folds {ku._comma_join(other)} {expected}")
-    fold_of = {name: fold for fold, names in first.items() for name in names}
-    frame = frames[0]
-    return runs, frame.assign(fold=[fold_of.get(name, -1) for name in frame[id_column]]), first
+    frame = frames[0].assign(fold=-1)
+    for fold, names in first.items():
+        frame.loc[frame[id_column].isin(names), "fold"] = fold
+    return runs, frame, first
 
 
 # ---------------------------------------------------------------------------------------
@@ -182,16 +182,6 @@ def predict_folds(runs, texts):
     return np.stack(predictions)
 
 
-def models_of(runs, fold):
-    """Which weights labelled for a fold."""
-    models = []
-    for run in runs:
-        manifest = ku._SealedFolder(run.weights[fold].parent).read_manifest()
-        weights = manifest["files"]["model.safetensors"]["sha256"]
-        models.append({"run": run.name, "fold": fold, "weights": weights})
-    return models
-
-
 def label_fold(runs, fold, predictions, is_seen, is_twin):
     """(cells of pseudo.csv, what pseudo.json says) of predictions (R, M, K) for a fold."""
     is_used, labels = ~(is_seen | is_twin), predictions.mean(0)
@@ -202,8 +192,13 @@ def label_fold(runs, fold, predictions, is_seen, is_twin):
     for row, used in zip(labels, is_used, strict=True):
         cells.append([f"{value:.9g}" if used else "" for value in row])
     spread = float(predictions[:, is_used].std(0).mean()) if len(runs) > 1 else None
+    models = []  # which weights labelled
+    for run in runs:
+        sealed = ku._SealedFolder(run.weights[fold].parent).read_manifest()
+        weights = sealed["files"]["model.safetensors"]["sha256"]
+        models.append({"run": run.name, "fold": fold, "weights": weights})
     return cells, {
-        "models": models_of(runs, fold),
+        "models": models,
         "labels": ku._digest(cells),
         "rows": int(is_used.sum()),
         "near_duplicates": int(is_twin.sum()),
@@ -235,8 +230,9 @@ def label(folders, paths, data_dir, threshold):
     rows = frame[frame["fold"] >= 0]
     digests = ku._row_digests(rows, cfg)
     rows = pd.DataFrame({"id": rows[cfg.id_column], "fold": rows["fold"], "digest": digests})
-    records = [ku._file_sha256(folder / "record.json") for folder in folders]
-    members = [{"name": run.name, "record": sha} for run, sha in zip(runs, records, strict=True)]
+    members = []
+    for run, folder in zip(runs, folders, strict=True):
+        members.append({"name": run.name, "record": ku._file_sha256(folder / "record.json")})
     manifest = {
         "format": ku._PSEUDO_FORMAT,
         "task": cfg.task,
@@ -260,7 +256,8 @@ def describe(manifest):
     seen = f"{manifest['training_rows']} are training rows and get no label"
     lines = [f"{manifest['rows']} texts, of which {seen}"]
     for fold, labels in manifest["sets"].items():
-        mean, sd = (", ".join(f"{value:.4f}" for value in labels[name]) for name in ("mean", "sd"))
+        mean = ", ".join(f"{value:.4f}" for value in labels["mean"])
+        sd = ", ".join(f"{value:.4f}" for value in labels["sd"])
         line = f"fold {fold}: {labels['rows']} labels, mean {mean}, sd {sd}"
         if labels["sd_between_runs"] is not None:
             line += f", sd between runs {labels['sd_between_runs']:.4f}"

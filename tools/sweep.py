@@ -4,13 +4,11 @@
     python tools/sweep.py tools/grids/lr.toml --set data_dir=path/to/clear --jobs 4 -o runs/lr
     python tools/sweep.py tools/grids/lr.toml --set data_dir=path/to/clear --ray auto -o runs/lr
 
-A grid file is TOML: `seeds = [0, 1]`, a table [settings] that is the same in every run unless
-something else sets it, and tables [[grid]] with a list of values for each setting; every
-combination is run. The same command again goes on where it stopped: complete runs are skipped,
-those that failed or were killed go on from their checkpoints, and two terminals may share a grid.
-`notebooks` in the folder of -o has each run's executed notebook, log and lock, which lives as long
-as the process. A run is complete once it has its scores: a notebook that fails after that is
-reported and not repeated.
+A grid file is TOML: `seeds = [0, 1]`, a table [settings] for every run, and tables [[grid]] with a
+list of values for each setting, of which every combination is run. The same command again goes on
+where it stopped, and two terminals may share a grid. `notebooks` in the folder of -o has each run's
+executed notebook, log and lock. A run is complete once it has its scores: a notebook that fails
+after that is reported and not repeated.
 """
 
 import argparse
@@ -80,17 +78,15 @@ def read_grid(path):
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ku.KitError(f"{path}: {error}") from None
-    seeds, settings, blocks = content.get("seeds"), content.get("settings", {}), [{}]
-    problems = []
+    seeds, settings = content.get("seeds"), content.get("settings", {})
+    blocks, problems = content.get("grid", [{}]), []
     for name in sorted(content.keys() - {"seeds", "settings", "grid"}):
         problems.append(f"there is no {name!r}, only seeds, [settings] and [[grid]]")
     if not isinstance(settings, dict):
         problems.append(f"settings must be a table [settings], got {settings!r}")
-    if "grid" in content:
-        blocks = content["grid"]
-        if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
-            problems.append(f"grid must be tables [[grid]], got {blocks!r}")
-            blocks = []
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        problems.append(f"grid must be tables [[grid]], got {blocks!r}")
+        blocks = []
     for block in ({"seeds": seeds} if "seeds" in content else {}, *blocks):
         for name, values in block.items():
             if not isinstance(values, list) or not values:
@@ -105,8 +101,10 @@ def check_given_once(args, seeds, settings, blocks):
     sources = [("the grid file", name) for name in set(itertools.chain(*blocks))]
     sources += [("--set", name) for name in dict(args.set)]
     sources += [("--grid", name) for name, _ in args.grid]
-    sources += [("seeds", "seed")] if seeds else []
-    sources += [("--folds", "run_folds")] if args.folds else []
+    if seeds:
+        sources.append(("seeds", "seed"))
+    if args.folds:
+        sources.append(("--folds", "run_folds"))
     places = {name: [] for name in settings}
     for source, name in sources:
         places.setdefault(name, []).append(source)
@@ -166,8 +164,8 @@ def name_run(cfg, names, settings, single_folds):
 
 def identity(settings):
     """Settings without those of keeping, as JSON. What an older record lacks was the default."""
-    kept = {name: value for name, value in (DEFAULTS | settings).items() if name not in KEEPING}
-    return json.loads(json.dumps(kept))
+    settings = json.loads(json.dumps(DEFAULTS | settings))
+    return {name: value for name, value in settings.items() if name not in KEEPING}
 
 
 @contextlib.contextmanager
@@ -229,9 +227,9 @@ def read_record(folder):
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = ku._read_json(path)
         record["status"], record["settings"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ku.KitError, KeyError) as error:
         problem = f"{path} is not the record of a run ({type(error).__name__})"
         raise ku.KitError(f"{problem}: delete or mend it") from None
     return record
@@ -262,26 +260,24 @@ def finished(cells, output):
     return [cell for cell in cells if cell.identity in done]
 
 
-def changes(folder, wanted):
-    """`epochs was 3, now 5`, for each setting that differs from the record's."""
-    was = identity(read_record(folder)["settings"])
-    names = [name for name in wanted | was if was.get(name) != wanted.get(name)]
-    return "; ".join(f"{name} was {was.get(name)!r}, now {wanted.get(name)!r}" for name in names)
-
-
-def states(cells, output):
+def read_states(cells, output):
     """The state of each cell, by name. KitError lists every folder that stands in the way."""
-    done, found, problems = finished(cells, output), {}, []
+    done, states, problems = finished(cells, output), {}, []
     for cell in cells:
         folder = output / cell.name
-        found[cell.name] = FINISHED if cell in done else state(folder, cell.identity)
-        if found[cell.name] == FOREIGN:
+        states[cell.name] = FINISHED if cell in done else state(folder, cell.identity)
+        if states[cell.name] == FOREIGN:
             problems.append(f"{folder} {FOREIGN}")
-        if found[cell.name] == OTHER:
-            problems.append(f"{cell.name} {OTHER}: {changes(folder, cell.identity)}")
+        if states[cell.name] == OTHER:
+            changes, was = [], identity(read_record(folder)["settings"])
+            for name in cell.identity | was:
+                old, new = was.get(name), cell.identity.get(name)
+                if old != new:
+                    changes.append(f"{name} was {old!r}, now {new!r}")
+            problems.append(f"{cell.name} {OTHER}: {'; '.join(changes)}")
     if problems:
         raise ku.KitError([*problems, "choose another -o, or delete what is named here"])
-    return found
+    return states
 
 
 # ---------------------------------------------------------------------------------------
@@ -478,22 +474,15 @@ def outcome(future, cell, output):
     return result
 
 
-def report(name, record):
-    """The line of a finished run."""
-    oof, seconds = record["oof"], record["seconds"]["total"]
-    scores = f"{oof['metric']} {oof['last']:.4f} last, {oof['best']:.4f} best"
-    return f"{name}: {scores}, {seconds:.0f} s"
-
-
 @contextlib.contextmanager
-def caught_signals():
+def catch_signals():
     """A list of the signals that come. They raise nothing: that could leave a process behind."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    old = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in numbers}
     try:
-        yield caught
+        yield signals
     finally:
-        for number, handler in zip(numbers, old, strict=True):
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -502,7 +491,7 @@ def train_cells(todo, n_before, output, submit):
     what failed, by name, and whether a signal stopped it."""
     failed, total = {}, n_before + len(todo)
     bar = tqdm(total=total, initial=n_before, unit=" runs", mininterval=0)
-    with caught_signals() as signals, bar:
+    with catch_signals() as signals, bar:
         futures, stop = submit(todo)
         try:
             while futures and not signals:
@@ -511,7 +500,10 @@ def train_cells(todo, n_before, output, submit):
                     cell = futures.pop(future)
                     result = outcome(future, cell, output)
                     if result == FINISHED:
-                        bar.write(report(cell.name, read_record(output / cell.name)))
+                        record = read_record(output / cell.name)
+                        oof, seconds = record["oof"], record["seconds"]["total"]
+                        scores = f"{oof['metric']} {oof['last']:.4f} last, {oof['best']:.4f} best"
+                        bar.write(f"{cell.name}: {scores}, {seconds:.0f} s")
                     elif result in (ELSEWHERE, TRAINED):
                         bar.write(f"{cell.name}: {result}")
                     else:
@@ -564,15 +556,6 @@ def estimate(todo, output, jobs, gpus):
     return f"about {time_left} for {rows:,} training rows, {pace}"
 
 
-def show(cells, found, output, jobs, gpus):
-    for cell in cells:
-        print(f"{cell.name}: {found[cell.name]}")
-    todo = [cell for cell in cells if found[cell.name] != FINISHED]
-    print(f"{len(cells)} runs: {len(cells) - len(todo)} finished, {len(todo)} to run")
-    if todo:
-        print(estimate(todo, output, jobs, gpus))
-
-
 # ---------------------------------------------------------------------------------------
 # Command line
 
@@ -585,13 +568,13 @@ def assignment(text):
     return name, value
 
 
-def commas(text):
+def split(text):
     return text.split(",")
 
 
 def axis(text):
     name, values = assignment(text)
-    return name, commas(values)
+    return name, split(values)
 
 
 def count(text):
@@ -604,20 +587,19 @@ def parse():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add, many = parser.add_argument, dict(action="append", default=[])
-    values = "values to try, in every block; values that are lists themselves need a grid file"
+    values = "values to try, in every block; lists as values need a grid file"
     jobs = "runs side by side; default: --per-gpu for each GPU, on a CPU 1"
-    ray = "run on this Ray cluster; nodes see clone, data and -o by the same paths"
-    drop = "delete the weights of each run that this call completes"
+    ray = "run on this Ray cluster, whose nodes see clone, data and -o by the same paths"
     add("grid_file", nargs="?", help="TOML file with seeds, [settings] and [[grid]]")
     add("--grid", metavar="NAME=V1,V2", type=axis, **many, help=values)
     add("--set", metavar="NAME=VALUE", type=assignment, **many, help="a setting of every run")
-    add("--seeds", type=commas, help="such as 0,1,2; default: those of the file, else 0")
-    add("--folds", type=commas, help="such as 0,1,2: each fold a run of its own")
+    add("--seeds", type=split, help="such as 0,1,2; default: those of the file, else 0")
+    add("--folds", type=split, help="such as 0,1,2: each fold a run of its own")
     add("-o", "--output", required=True, help="folder of the run folders")
     add("--jobs", type=count, help=jobs)
     add("--per-gpu", type=count, default=1, help="runs that may share a GPU; default 1")
     add("--ray", metavar="ADDRESS", help=ray)
-    add("--drop-weights", action="store_true", help=drop)
+    add("--drop-weights", action="store_true", help="delete the weights of runs completed now")
     add("--dry-run", action="store_true", help="list the runs and the time; changes nothing")
     args = parser.parse_args()
     if args.ray and args.jobs:
@@ -625,26 +607,27 @@ def parse():
     return args
 
 
-def check_folders(folder, output):
+def sweep(args):
+    """Do what the command line asks for; the exit code."""
+    folder, output, gpus = Path.cwd(), Path(args.output).expanduser().absolute(), gpu_names()
     if ROOT not in (folder, *folder.parents) and not ku._Kaggle().is_here():
         where = f"start this in {ROOT} or below"
         raise ku.KitError(f"{where}: train.ipynb looks for the module from there, not {folder}")
     if output.exists() and not output.is_dir():
         raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")
-
-
-def sweep(args):
-    """Do what the command line asks for; the exit code."""
-    folder, output, gpus = Path.cwd(), Path(args.output).expanduser().absolute(), gpu_names()
-    check_folders(folder, output)
     jobs = 1 if args.ray else count_jobs(args, gpus)
     cells = make_cells(args)
-    found = states(cells, output)
+    states = read_states(cells, output)
+    todo = [cell for cell in cells if states[cell.name] != FINISHED]
+    before = len(cells) - len(todo)
     if args.dry_run:
-        show(cells, found, output, jobs, gpus)
+        for cell in cells:
+            print(f"{cell.name}: {states[cell.name]}")
+        print(f"{len(cells)} runs: {before} finished, {len(todo)} to run")
+        if todo:
+            print(estimate(todo, output, jobs, gpus))
         return 0
-    todo = [cell for cell in cells if found[cell.name] != FINISHED]
-    failed, stopped = {}, False
+    failed, is_stopped = {}, False
     if todo:
         job = (output, folder, args.drop_weights)
         submit = functools.partial(submit_here, job=job, jobs=jobs, gpus=gpus)
@@ -652,13 +635,12 @@ def sweep(args):
             ray = connect_ray(args.ray)
             submit = functools.partial(submit_ray, job=job, ray=ray, per_gpu=args.per_gpu)
         (output / "notebooks").mkdir(parents=True, exist_ok=True)
-        failed, stopped = train_cells(todo, len(cells) - len(todo), output, submit)
+        failed, is_stopped = train_cells(todo, before, output, submit)
     done = [cell for cell in finished(cells, output) if cell.name not in failed]
-    if stopped:
-        kept = f"{len(done)} of {len(cells)} runs are complete and kept"
-        print(f"stopped: {kept}; the next call trains the others")
+    if is_stopped:
+        share = f"{len(done)} of {len(cells)} runs"
+        print(f"stopped: {share} are complete and kept; the next call trains the others")
         return 130
-    before = len(cells) - len(todo)
     elsewhere = len(cells) - len(done) - len(failed)
     counts = f"{len(done) - before} finished now, {before} before"
     print(f"{len(cells)} runs: {counts}, {len(failed)} failed, {elsewhere} running elsewhere")
