@@ -4025,7 +4025,7 @@ class TimeBudget:
         self.step_seconds = 0.0
         self.save_seconds = 0.0
         self.row_seconds = None  # of evaluation; until it is known, half of what training takes
-        self.restored = 0.0  # seconds that earlier sessions spent
+        self.earlier_seconds = 0.0  # seconds that earlier sessions spent
         self.signal_name = ""
         self.handlers = {}  # signal -> what handled it before
 
@@ -4657,7 +4657,7 @@ class _FoldState:
     """Where the training of a fold stands, beside its model, optimiser and random states."""
 
     step: int = 0
-    skipped: int = 0  # steps that fp16's loss scaling left out
+    skipped_steps: int = 0  # steps that fp16's loss scaling left out
     skipped_in_a_row: int = 0
     best: dict | None = None  # evaluations: predictions, score, step
     last: dict | None = None
@@ -4734,7 +4734,7 @@ class FoldTrainer:
         state = self.state
         if self.checkpoints and self.checkpoints.load(self.stateful):
             print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
-            self.budget.restored += sum(state.seconds.values())
+            self.budget.earlier_seconds += sum(state.seconds.values())
             for line in state.lines:
                 self.write_log(json.loads(line))
 
@@ -4871,7 +4871,7 @@ class FoldTrainer:
         elif math.isfinite(measures["grad_norm"]):
             state.skipped_in_a_row = 0
         else:
-            state.skipped += 1
+            state.skipped_steps += 1
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row == _MAX_SKIPPED_STEPS:
                 problem = f"no finite gradient in {_MAX_SKIPPED_STEPS} steps"
@@ -4916,17 +4916,17 @@ class FoldTrainer:
             "fold": self.fold,
             "rows": self.valid_rows,
             "steps": self.total_steps,
-            "stopped": stop_reason,
-            "micro": self.optimizer_step.micro_batch_size,
+            "stop_reason": stop_reason,
+            "micro_batch_size": self.optimizer_step.micro_batch_size,
             "pseudo_rows": int(is_pseudo.sum()),
             "pseudo_steps": self.pseudo_steps,
             "step": state.step,
-            "skipped": state.skipped,
+            "skipped_steps": state.skipped_steps,
             "best": state.best,
             "last": state.last,
             "seconds": state.seconds,
             "lines": state.lines,
-            "acted": self.regularizer_report(),
+            "regularisers": self.regularizer_report(),
         }
 
     def regularizer_report(self):
@@ -5229,11 +5229,11 @@ class _FoldsInTurn:
 
     def train(self, fold):
         """The result of a fold: that of its trainer, with `golden` rows, `peak_memory` in bytes
-        and the `restored_seconds` of earlier sessions.
+        and the `earlier_seconds` that earlier sessions spent on it.
         """
         budget = self.budget
         checkpoints = _Checkpoints(self.folder.path, fold)
-        restored = budget.restored
+        seconds_before = budget.earlier_seconds
         say, step = self.print_setup, self.optimizer_step
         try:
             trainer = FoldTrainer(step, fold, self.log, budget, checkpoints, say)
@@ -5248,11 +5248,11 @@ class _FoldsInTurn:
             ) from None
         self.print_setup = lambda text: None
         result["peak_memory"] = _peak_memory()
-        result["restored_seconds"] = budget.restored - restored
+        result["earlier_seconds"] = budget.earlier_seconds - seconds_before
         mark = time.perf_counter()
         _save_fold(trainer.model if result["last"] else None, self.folder.fold(fold), result)
         result["seconds"]["save"] += time.perf_counter() - mark
-        if not result["stopped"]:
+        if not result["stop_reason"]:
             checkpoints.prune(0)
             self.print_scores(result)
         return result
@@ -5272,7 +5272,7 @@ class _FoldsInTurn:
         scores = f"{self.cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best"
         place = f"step {best['step']} of {result['steps']}"
         print(f"fold {result['fold']}: {scores} ({place}){self.budget.remaining_text()}")
-        for regularizer, numbers in result["acted"].items():
+        for regularizer, numbers in result["regularisers"].items():
             effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
             print(f"  {regularizer}: {', '.join(effects)}")
 
@@ -5428,7 +5428,7 @@ def _train_job(path):
             budget.models = min(job["n_finished"] + n_rounds * job["n_processes"], job["n_folds"])
             result = trainer.train(fold)
             (output / f"fold{fold}").touch()  # what is in its folder is of this session
-            if result["stopped"]:
+            if result["stop_reason"]:
                 break
 
 
@@ -5850,9 +5850,9 @@ class _TrainingRun:
         results = {}
         for fold in self.folds:
             result = _read_fold(self.folder.fold(fold))
-            if result and not result["stopped"]:
+            if result and not result["stop_reason"]:
                 results[fold] = result
-                self.budget.restored += sum(result["seconds"].values())
+                self.budget.earlier_seconds += sum(result["seconds"].values())
                 _Checkpoints(self.folder.path, fold).prune(0)  # a kill may have left some
                 print(f"fold {fold} was finished before")
         return results
@@ -5869,7 +5869,7 @@ class _TrainingRun:
                     continue
                 self.budget.models = len(results) + 1
                 results.append(trainer.train(fold))
-                if results[-1]["stopped"]:
+                if results[-1]["stop_reason"]:
                     break
         return results
 
@@ -5912,7 +5912,7 @@ class _TrainingRun:
             result = _read_fold(self.folder.fold(fold))
             if result:
                 results[fold] = result
-                self.budget.restored += result["restored_seconds"]
+                self.budget.earlier_seconds += result["earlier_seconds"]
         return [results[fold] for fold in self.folds if fold in results]
 
     def wait_for(self, workers):
@@ -5951,8 +5951,8 @@ class _TrainingRun:
 
         Scores are of the folds that are complete, else of those that were stopped.
         """
-        complete = [result for result in results if not result["stopped"]]
-        partial = [result for result in results if result["stopped"]]
+        complete = [result for result in results if not result["stop_reason"]]
+        partial = [result for result in results if result["stop_reason"]]
         usable = complete or [result for result in partial if result["last"]]
         oof = None
         if usable:
@@ -6011,7 +6011,7 @@ class _TrainingRun:
         """Why the run was stopped, and where its folds stand."""
         reason = self.budget.signal_name or "SIGTERM"  # a worker may not have begun a fold
         if partial and not self.budget.signal_name:
-            reason = partial[0]["stopped"]
+            reason = partial[0]["stop_reason"]
         states = [f"fold {r['fold']} is at step {r['step']} of {r['steps']}, " for r in partial]
         return f"{reason}: {''.join(states)}{n_complete} folds are finished"
 
@@ -6039,7 +6039,7 @@ class _TrainingRun:
         for part in ("train", "evaluate", "save"):
             seconds[part] = sum(result["seconds"][part] for result in results)
         elapsed = time.perf_counter() - self.budget.began
-        seconds["total"] = elapsed + self.budget.restored
+        seconds["total"] = elapsed + self.budget.earlier_seconds
         peaks = [result["peak_memory"] for result in results]
         return {
             "folds": [self.describe_fold(result) for result in results],
@@ -6055,11 +6055,11 @@ class _TrainingRun:
             "fold": result["fold"],
             "rows": len(result["rows"]),
             "steps": result["steps"],
-            "micro_batch_size": result["micro"],
-            "skipped_steps": result["skipped"],
+            "micro_batch_size": result["micro_batch_size"],
+            "skipped_steps": result["skipped_steps"],
             "pseudo_rows": result["pseudo_rows"],
             "pseudo_steps": result["pseudo_steps"],
-            "regularisers": result["acted"],
+            "regularisers": result["regularisers"],
             "best": {name: result["best"][name] for name in ("score", "step")},
             "last": {name: result["last"][name] for name in ("score", "step")},
         }

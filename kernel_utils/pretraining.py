@@ -457,50 +457,50 @@ class _Pretraining:
         return f"held-out loss {loss:.4f}, perplexity {torch.tensor(loss).exp():.4g}"
 
 
-def _run_pretraining(training, checkpoints, watch):
-    """Pre-train to the end, or until the watch stops it; why it did, or None."""
+def _run_pretraining(training, checkpoints, budget):
+    """Pre-train to the end, or until the budget stops it; why it did, or None."""
     state = training.state
     if checkpoints.load(training.parts):
         print(f"goes on after step {state.step} of {training.total}")
     began = time.perf_counter() - state.seconds
     # a guess, until the first is measured
-    watch.save_seconds = 12 * ku._num_parameters(training.model) / 3e8
+    budget.save_seconds = 12 * ku._num_parameters(training.model) / 3e8
 
     def save():
         mark = time.perf_counter()
         state.seconds = mark - began
         checkpoints.save(state.step, training.parts)
-        watch.note_save(time.perf_counter() - mark)
+        budget.note_save(time.perf_counter() - mark)
 
     if not state.held_out:
         print(f"before the first step: {training.evaluate()}")
-    stopped, mark = None, time.perf_counter()
+    stop_reason, mark = None, time.perf_counter()
     bar = ku._progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
-        stopped = watch.stop_reason(len(training.rows))
-        if stopped:
+        stop_reason = budget.stop_reason(len(training.rows))
+        if stop_reason:
             training.flush()
-            if watch.checkpoint_seconds:
+            if budget.checkpoint_seconds:
                 save()
             break
         training.step(rows)
-        evaluated = state.step % training.per_epoch == 0
-        due = watch.should_save(evaluated)
+        should_evaluate = state.step % training.per_epoch == 0
+        should_save = budget.should_save(should_evaluate)
         n_pending = len(training.pending)
-        if evaluated or due or n_pending == ku._LOG_STEPS or not watch.step_seconds:
+        if should_evaluate or should_save or n_pending == ku._LOG_STEPS or not budget.step_seconds:
             training.flush()
-            watch.step_seconds = (time.perf_counter() - mark) / n_pending
+            budget.step_seconds = (time.perf_counter() - mark) / n_pending
             mark = time.perf_counter()
-        if evaluated:
+        if should_evaluate:
             epoch = state.step // training.per_epoch
-            bar.write(f"epoch {epoch}: {training.evaluate()}{watch.remaining_text()}")
-            watch.row_seconds = (time.perf_counter() - mark) / len(training.rows)
-        if due:
+            bar.write(f"epoch {epoch}: {training.evaluate()}{budget.remaining_text()}")
+            budget.row_seconds = (time.perf_counter() - mark) / len(training.rows)
+        if should_save:
             save()
-        if evaluated or due:
+        if should_evaluate or should_save:
             mark = time.perf_counter()
     state.seconds = time.perf_counter() - began
-    return stopped
+    return stop_reason
 
 
 # ---------------------------------------------------------------------------------------
@@ -514,9 +514,9 @@ def _plot_pretraining(run, state):
     smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
     axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
     axis.plot(steps, smooth, color="C0", label="training, running mean")
-    evaluated, held_out = zip(*state.held_out, strict=True)
+    steps, held_out = zip(*state.held_out, strict=True)
     label = "held out, the same words masked"
-    axis.plot(evaluated, held_out, color="C1", marker=".", label=label)
+    axis.plot(steps, held_out, color="C1", marker=".", label=label)
     axis.set(xlabel="optimiser step", ylabel="loss of a masked token (nats)")
     axis.legend(fontsize="small")
     losses = f"held-out loss {held_out[0]:.3f} before, {held_out[-1]:.3f} after"
@@ -555,23 +555,23 @@ def _describe_pretraining(training):
     }
 
 
-def _train_in(run, training, tokenizer, record, watch):
-    """Pre-train in a run folder that is not complete; Stopped where the watch ended it early."""
+def _train_in(run, training, tokenizer, record, budget):
+    """Pre-train in a run folder that is not complete; Stopped where the budget ended it early."""
     path = run / PRETRAIN_RECORD
     ku._write_json(path, record)
     try:
-        with watch:
-            stopped = _run_pretraining(training, ku._Checkpoints(run, 0), watch)
+        with budget:
+            stop_reason = _run_pretraining(training, ku._Checkpoints(run, 0), budget)
     except torch.OutOfMemoryError as error:
         reason = str(error).strip().splitlines()[0]
         remedy = "lower micro_batch_size or max_length"
         raise ku.KitError(f"out of memory on {ku._device_name()}: {remedy} ({reason})") from None
     record = record | _describe_pretraining(training)
-    if stopped:
-        why = f"{stopped}: step {record['steps']} of {record['of_steps']}"
+    if stop_reason:
+        why = f"{stop_reason}: step {record['steps']} of {record['of_steps']}"
         ku._write_json(path, record | {"status": "stopped", "stopped": why})
         place = "from there"
-        if not watch.checkpoint_seconds:
+        if not budget.checkpoint_seconds:
             place = "from the beginning (checkpoint_minutes is 0)"
         raise ku.Stopped([why, f"the same command goes on {place}"])
     _plot_pretraining(run, training.state)
@@ -581,7 +581,7 @@ def _train_in(run, training, tokenizer, record, watch):
     print(f"{run}: {cost}; set backbone to this folder")
 
 
-def _pretrain_in(run, training, tokenizer, record, watch):
+def _pretrain_in(run, training, tokenizer, record, budget):
     """What `pretrain` does in a run folder that is its own."""
     path, is_complete = run / PRETRAIN_RECORD, False
     if path.is_file():
@@ -591,7 +591,7 @@ def _pretrain_in(run, training, tokenizer, record, watch):
     if is_complete:
         print(f"{run} is complete, nothing is trained")
     else:
-        _train_in(run, training, tokenizer, record, watch)
+        _train_in(run, training, tokenizer, record, budget)
     checkpoints = ku._Checkpoints(run, 0)
     checkpoints.prune(0)
     with ku._wrap_write_errors(run):
@@ -623,7 +623,7 @@ def pretrain(cfg):
     that cannot be pre-trained so.
     """
     ku._prepare_process()
-    watch, folder = ku.TimeBudget(cfg), ku._find_backbone(cfg.backbone)
+    budget, folder = ku.TimeBudget(cfg), ku._find_backbone(cfg.backbone)
     config_path = folder / "config.json"
     ku._check_no_foreign_code(config_path, ku._HARMLESS_KEYS)
     tokenizer = ku._load_tokenizer(folder)
@@ -667,5 +667,5 @@ def pretrain(cfg):
     usual_name = f"{ku._short_name(cfg.backbone)}-pretrained-seed{cfg.seed}"
     run = ku._RunFinder(cfg, record, PRETRAIN_RECORD).find(usual_name)
     with ku._locked(run):
-        _pretrain_in(run, training, tokenizer, record, watch)
+        _pretrain_in(run, training, tokenizer, record, budget)
     return run

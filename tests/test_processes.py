@@ -126,7 +126,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     once_saved(run_of(cfg), (0, 1), lambda: workers_of(os.getpid())[0].kill())
     with slow(), pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
         start(cfg)
-    assert not workers_of(os.getpid()) and ku._read_fold(run_of(cfg) / "fold1")["stopped"]
+    assert not workers_of(os.getpid()) and ku._read_fold(run_of(cfg) / "fold1")["stop_reason"]
     other = max(saved_steps(run_of(cfg), 1))
     with ku._locked(run_of(cfg)):  # nobody holds it any more
         pass
@@ -150,15 +150,15 @@ def test_what_an_earlier_session_left_of_a_fold_that_this_one_has_not_begun_is_n
     with monkeypatch.context() as patch, pytest.raises(ku.Stopped, match="fold 2 is at step 5 of 12"):
         at_step(patch, 5, stop_by(signal.SIGTERM))
         start(cfg)
-    read, reads, restored, save = ku._read_fold, [], [], ku._TrainingRun.save
+    read, reads, seconds, save = ku._read_fold, [], [], ku._TrainingRun.save
     monkeypatch.setattr(ku, "_read_fold", lambda folder: reads.append(folder.name) or read(folder))
     monkeypatch.setattr(
-        ku._TrainingRun, "save", lambda run, results: restored.append(run.budget.restored) or save(run, results)
+        ku._TrainingRun, "save", lambda run, results: seconds.append(run.budget.earlier_seconds) or save(run, results)
     )
     told = "fold 0 is at step 0 of 12, fold 1 is at step 0 of 12, 0 folds are finished"
     with pytest.raises(ku.Stopped, match=f"max_minutes 1e-06, .*: {told}"):
         start(ku.dataclasses.replace(cfg, run_folds="all", fold_processes=2, max_minutes=1e-6))
-    assert reads == ["fold0", "fold1", "fold2", "fold0", "fold1"] and restored == [0]
+    assert reads == ["fold0", "fold1", "fold2", "fold0", "fold1"] and seconds == [0]
 
 
 def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until_then(tiny, whole, slow, tmp_path):

@@ -426,7 +426,7 @@ def is_good(folder):
 
 def kit_progress(folder):
     good = [fold for fold in range(FOLDS) if is_good(folder / f"fold{fold}")]
-    finished = [fold for fold in good if not ku._read_state(folder / f"fold{fold}")["stopped"]]
+    finished = [fold for fold in good if not ku._read_state(folder / f"fold{fold}")["stop_reason"]]
     steps = [0]
     for path in folder.glob("checkpoints/fold*-step*"):
         fold, step = map(int, re.findall(r"\d+", path.name))
