@@ -70,7 +70,7 @@ def pool_layers(model, tokens, cfg):
     """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
     device = next(model.parameters()).device
     dtype = ku._pick_dtype(cfg.precision, device)
-    make_batch = tokens.packed
+    make_batch = tokens.pack_rows
     if not ku._takes_packed_rows(model, tokens, dtype):
         ku._check_padding(model, tokens, dtype)
         make_batch = tokens.batch
