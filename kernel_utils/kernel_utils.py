@@ -478,36 +478,36 @@ class Config(Settings):
     freeze_layers: int = _training(0, "keep this many first layers as they are", low=0)
     freeze_embeddings: bool = _training(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = _training(False, "recompute activations: less memory, slower")
-    attention: str = _model("", "empty: packed rows; a name: padded rows with it", _ATTENTIONS)
+    attention: str = _model("", "empty: packed rows; else this, on padded rows", _ATTENTIONS)
     cuda_graphs: bool = _training(True, "launch each step at once on a GPU, where rows are packed")
     compile: bool = _model(False, "torch.compile the backbone: half a minute, pays in long runs")
-    fold_processes: int = _place(0, "folds side by side, a process each; 0: one a GPU", low=0)
+    fold_processes: int = _place(0, "folds trained side by side; 0: one a GPU", low=0)
     # optimisation
     loss: str = _model("", "training loss; empty: mse, bce or cross_entropy by task", LOSSES)
     focal_gamma: float = _model(2.0, "focal: power of the probability that is missing", low=0)
     rank_weight: float = _model(1.0, "mse_rank: weight of the loss of pairs beside rows", low=0)
     levels: tuple = _model((0, 0), "coral: lowest and highest of the whole numbers to predict")
     error_weights: bool = _training(False, "weight rows by standard error, the surer the more")
-    label_smoothing: float = _model(0.0, "share of the target for all classes", low=0, high=0.99)
+    label_smoothing: float = _model(0.0, "share of target for all classes", low=0, high=0.99)
     metric: str = _training("", "score; empty: rmse, auc or accuracy by task", METRICS)
     epochs: int = _training(3, "passes over the training folds", low=1)
     batch_size: int = _training(16, "rows of an optimiser step", low=1)
-    micro_batch_size: int = _training(0, "rows of a forward pass; 0: all of batch_size", low=0)
+    micro_batch_size: int = _training(0, "rows of a forward pass; 0: batch_size", low=0)
     length_bucket: int = _training(
         0, "batches sorted by length together; 0: 1 where rows are packed, else 4", low=0
     )
     lr: float = _training(0.0, "peak learning rate of the last layer; 0: by backbone width", low=0)
     head_lr: float = _training(1e-3, "peak learning rate of the head", low=0)
-    llrd: float = _training(1.0, "factor of lr from a layer to the one below", low=0.01, high=1)
+    llrd: float = _training(1.0, "factor of lr to each layer below; 1: off", low=0.01, high=1)
     weight_decay: float = _training(0.01, "AdamW weight decay; never on biases and norms", low=0)
     schedule: str = _training("cosine", "after warm-up: linear, cosine or constant", SCHEDULES)
-    warmup_ratio: float = _training(0.1, "share of the steps while rates rise", low=0, high=1)
-    optimizer: str = _training("adamw", "adamw8bit: by bitsandbytes, a byte a state", _OPTIMIZERS)
+    warmup_ratio: float = _training(0.1, "share of the steps in which rates rise", low=0, high=1)
+    optimizer: str = _training("adamw", "adamw, or adamw8bit of bitsandbytes", _OPTIMIZERS)
     max_grad_norm: float = _training(1.0, "largest norm of the gradient; 0: off", low=0)
     precision: str = _training("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU", _PRECISIONS)
     # regularisation
-    awp: float = _training(0.0, "adversarial weights: step, as share of a weight; 0: off", low=0)
-    awp_eps: float = _training(0.01, "awp: largest move, as a share of a weight", low=0, high=1)
+    awp: float = _training(0.0, "adversarial weights: step as a share of each; 0: off", low=0)
+    awp_eps: float = _training(0.01, "awp: largest move as a share of a weight", low=0, high=1)
     fgm: float = _training(0.0, "adversarial word embeddings: length of the step; 0: off", low=0)
     adversarial_start: float = _training(1.0, "awp, fgm: epochs before the first step", low=0)
     rdrop: float = _training(0.0, "weight of the distance of two dropout passes; 0: off", low=0)
@@ -516,7 +516,7 @@ class Config(Settings):
         0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
     )
     ema: float = _training(0.0, "decay of a running average of weights; 0: off", low=0, high=0.9999)
-    swa_start: float = _training(0.0, "epochs before steps are averaged alike; 0: off", low=0)
+    swa_start: float = _training(0.0, "epochs after which weights are averaged; 0: off", low=0)
     # evaluation and records
     evals_per_epoch: int = _training(1, "evaluations an epoch", low=1)
     eval_steps: int = _training(0, "evaluate every so many steps; 0: by evals_per_epoch", low=0)
@@ -525,12 +525,12 @@ class Config(Settings):
     seed: int = _training(0, "seed of everything but the folds", low=0, high=_MAX_SEED)
     output_dir: str = _place("runs", "folder of the run folders")
     run_name: str = _place("", "folder of the run; empty: by backbone, head, seed", kind="name")
-    report_to: str = _place("", "log there too; offline unless WANDB_MODE is set", ("wandb",))
+    report_to: str = _place("", "also log to wandb, offline unless WANDB_MODE is set", ("wandb",))
     # interruptions
     resume: bool = _place(True, "go on with an unfinished run of the same name and settings")
     resume_from: str = _place("", "run folder to copy and go on with, such as an attached output")
     checkpoint_minutes: float = _place(10.0, "minutes between checkpoints; 0: none", low=0)
-    max_minutes: float = _place(0.0, "from start of training to submission; 0: no limit", low=0)
+    max_minutes: float = _place(0.0, "minutes from training to submission; 0: no limit", low=0)
     predict_partial: bool = _place(False, "if stopped, predict with what is trained, else fail")
 
     def conflicts(self):
@@ -1694,7 +1694,7 @@ class Tokens:
         )
         return inputs
 
-    def packed(self, rows, device):
+    def pack_rows(self, rows, device):
         """`pack` for rows as they are, without fillers or spare slots."""
         lengths = self.lengths[rows]
         num_tokens = int(lengths.sum())
@@ -3455,7 +3455,7 @@ class _PackingTrial:
         rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
         self.first_length = tokens.lengths[rows[0]]
         self.padded = tokens.batch(rows, self.device)
-        self.packed = tokens.packed(rows, self.device)
+        self.packed = tokens.pack_rows(rows, self.device)
         self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
         with torch.no_grad():
             self.padded_states = self.encode(self.padded)
@@ -3759,7 +3759,7 @@ def predict(model, tokens, cfg, rows=None):
     was_training = model.training
     model.eval()
     with _uncompiled(cfg):
-        make_inputs = tokens.packed if model.can_pack(tokens, dtype) else tokens.batch
+        make_inputs = tokens.pack_rows if model.can_pack(tokens, dtype) else tokens.batch
 
     remaining = _plan_prediction_batches(lengths, batch_tokens)
     done, outputs = [], []

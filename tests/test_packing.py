@@ -36,7 +36,7 @@ def gradients(model, inputs):
 def test_texts_are_packed_end_to_end_and_padded_for_the_heads_again(build):
     _, tokens = build("bert")
     rows = np.array([4, 0, 2])
-    inputs = tokens.packed(rows, CPU)
+    inputs = tokens.pack_rows(rows, CPU)
     spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
     assert inputs["input_ids"].tolist() == [np.concatenate(spans).tolist()]
     pack = inputs["pack"]
@@ -94,7 +94,7 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, b
         pytest.skip(f"{kind} gets padded rows: {model.packing_errors}")
     padded, slopes = gradients(model, tokens.batch(np.arange(6), CPU))
     static = tokens.pack(torch.tensor([*range(6), -1, -1]), 256, 40, spare=True)
-    for inputs in (tokens.packed(np.arange(6), CPU), static):
+    for inputs in (tokens.pack_rows(np.arange(6), CPU), static):
         packed, got = gradients(model, inputs)
         torch.testing.assert_close(packed[:6], padded, atol=1e-5, rtol=0)
         assert packed.isfinite().all() and got.keys() == slopes.keys()
@@ -108,9 +108,10 @@ def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(kind, head, b
 def test_a_text_does_not_move_with_its_neighbours(kind, build):
     model, tokens = build(kind)
     with torch.no_grad():
-        alone = model(**tokens.packed(np.array([3]), CPU))
+        alone = model(**tokens.pack_rows(np.array([3]), CPU))
         for neighbours in ([3, 1, 2], [3, 5], [3, 0, 4, 1]):
-            torch.testing.assert_close(model(**tokens.packed(np.array(neighbours), CPU))[:1], alone, atol=1e-6, rtol=0)
+            together = model(**tokens.pack_rows(np.array(neighbours), CPU))
+            torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=0)
 
 
 def leaky(query, key, value, pack, dropout, scale, window_size, is_causal):
@@ -258,15 +259,15 @@ def test_attention_that_is_set_gets_padded_rows_and_predicts_the_same(attention,
 def test_checkpointed_gradients_of_packed_rows_are_the_same(kind, build):
     model, tokens = build(kind)
     again, _ = build(kind, gradient_checkpointing=True)
-    _, expected = gradients(model.train(), tokens.packed(np.arange(6), CPU))
-    _, got = gradients(again.train(), tokens.packed(np.arange(6), CPU))
+    _, expected = gradients(model.train(), tokens.pack_rows(np.arange(6), CPU))
+    _, got = gradients(again.train(), tokens.pack_rows(np.arange(6), CPU))
     for name, slope in expected.items():
         torch.testing.assert_close(got[name], slope, atol=1e-6, rtol=1e-5)
 
 
 def test_dropout_of_the_attention_is_kept(build):
     model, tokens = build("bert", backbone_dropout=0.0)
-    inputs = tokens.packed(np.arange(6), CPU)
+    inputs = tokens.pack_rows(np.arange(6), CPU)
     for layer in ku.transformer_layers(model.backbone):
         layer.attention.self.dropout.p = 0.5
     assert torch.equal(model(**inputs), model(**inputs))
@@ -583,7 +584,7 @@ def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
     assert model.can_pack(tokens, torch.float32), model.packing_errors
     with torch.no_grad():
         padded = model(**tokens.batch(np.arange(6), device))
-        torch.testing.assert_close(model(**tokens.packed(np.arange(6), device)), padded, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(**tokens.pack_rows(np.arange(6), device)), padded, atol=1e-4, rtol=0)
 
 
 @gpu

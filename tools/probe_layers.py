@@ -70,7 +70,7 @@ def pool_layers(model, tokens, cfg):
     """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
     device = next(model.parameters()).device
     dtype = ku._pick_dtype(cfg.precision, device)
-    make_batch = tokens.packed
+    make_batch = tokens.pack_rows
     if not model.can_pack(tokens, dtype):
         model.check_padding(tokens, dtype)
         make_batch = tokens.batch
