@@ -488,17 +488,23 @@ class Config(Settings):
     rank_weight: float = _model(1.0, "mse_rank: weight of the loss of pairs beside rows", low=0)
     levels: tuple = _model((0, 0), "coral: lowest and highest of the whole numbers to predict")
     error_weights: bool = _training(False, "weight rows by standard error, the surer the more")
-    label_smoothing: float = _model(0.0, "share of target for all classes", low=0, high=0.99)
+    label_smoothing: float = _model(
+        0.0, "cross_entropy: share of the target spread over all classes", low=0, high=0.99
+    )
     metric: str = _training("", "score; empty: rmse, auc or accuracy by task", METRICS)
     epochs: int = _training(3, "passes over the training folds", low=1)
     batch_size: int = _training(16, "rows of an optimiser step", low=1)
-    micro_batch_size: int = _training(0, "rows of a forward pass; 0: batch_size", low=0)
+    micro_batch_size: int = _training(
+        0, "rows of a forward pass, gradients accumulate; 0: batch_size", low=0
+    )
     length_bucket: int = _training(
         0, "batches sorted by length together; 0: 1 where rows are packed, else 4", low=0
     )
     lr: float = _training(0.0, "peak learning rate of the last layer; 0: by backbone width", low=0)
     head_lr: float = _training(1e-3, "peak learning rate of the head", low=0)
-    llrd: float = _training(1.0, "factor of lr to each layer below; 1: off", low=0.01, high=1)
+    llrd: float = _training(
+        1.0, "learning-rate factor from a layer to the one below; 1: off", low=0.01, high=1
+    )
     weight_decay: float = _training(0.01, "AdamW weight decay; never on biases and norms", low=0)
     schedule: str = _training("cosine", "after warm-up: linear, cosine or constant", SCHEDULES)
     warmup_ratio: float = _training(0.1, "share of the steps in which rates rise", low=0, high=1)
@@ -515,7 +521,9 @@ class Config(Settings):
     mixout: float = _training(
         0.0, "share of inputs of Linear layers mixed with pre-trained weights", low=0, high=0.99
     )
-    ema: float = _training(0.0, "decay of a running average of weights; 0: off", low=0, high=0.9999)
+    ema: float = _training(
+        0.0, "decay of an average of the weights, such as 0.99; 0: off", low=0, high=0.9999
+    )
     swa_start: float = _training(0.0, "epochs after which weights are averaged; 0: off", low=0)
     # evaluation and records
     evals_per_epoch: int = _training(1, "evaluations an epoch", low=1)
