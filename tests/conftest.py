@@ -258,8 +258,7 @@ def build(backbone_folder):
         cfg = ku.Config(max_length=40, backbone=str(folder), **(dict(backbone_dropout=0.0) | settings))
         tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
-        loss = ku.LOSSES["mse"](cfg, 1)
-        model = ku._build_model(cfg, folder, loss, tokenizer, torch.zeros(1, 1), lambda text: None)
+        model = ku._build_model(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
         return model.eval(), ku._tokenize(make_texts(6), tokenizer, cfg)
 
     return make

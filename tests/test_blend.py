@@ -380,16 +380,16 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
 
 
 def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is():
-    target, predictions = simulated(n_rows=100)
+    target, predictions = simulated(n_rows=300)
     grades = np.clip(np.rint(1.5 + target), 0, 4)
     members = make_members(grades, 1.5 + 0.3 * predictions, "qwk")  # shrunk: rounding gives few levels
     for blended in blending.fit_blends(members):
-        labels = np.empty(100)
+        labels = np.empty(300)
         for fold in range(5):
             own = members.folds == fold
             weights, intercept = blending.BLENDS[blended.method](members.predictions[:, ~own], grades[~own], "qwk")
             raw = blending._blend_rows(weights, intercept, members.predictions)[:, 0]
-            inner = np.empty(100)
+            inner = np.empty(300)
             for other in range(5):
                 rows = members.folds == other
                 weights, intercept = blending.BLENDS[blended.method](

@@ -67,7 +67,7 @@ def test_thresholds_without_predictions_between_them_stay_sorted():
 
 def test_nested_thresholds_are_fitted_on_the_other_folds_and_flatter_less():
     gaps = []
-    for seed in range(6):
+    for seed in range(12):
         target, prediction, folds = simulated(120, seed)
         scores = ku._threshold_scores(target[:, None], prediction[:, None], folds)
         labels = np.empty(120)
