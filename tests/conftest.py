@@ -253,13 +253,12 @@ def make_texts(n, seed=0):
 def build(backbone_folder):
     """Function: architecture and settings -> (model in eval mode, tokens of six texts of 5 to 32 tokens)."""
 
-    def make(kind, say=QUIET["say"], **settings):
+    def make(kind, **settings):
         folder = backbone_folder(kind)
         cfg = ku.Config(max_length=40, backbone=str(folder), **(dict(backbone_dropout=0.0) | settings))
         tokenizer = ku._load_tokenizer(folder)
         torch.manual_seed(0)
-        loss = ku.LOSSES["mse"](cfg, 1)
-        model = ku.TextModel.build(cfg, folder, loss, tokenizer, torch.zeros(1, 1), say)
+        model = ku.TextModel.build(cfg, folder, ku.LOSSES["mse"](cfg, 1), tokenizer, torch.zeros(1, 1))
         return model.eval(), ku._tokenize({"excerpt": make_texts(6)}, tokenizer, cfg)
 
     return make

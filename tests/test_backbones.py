@@ -189,7 +189,7 @@ def test_reinit_changes_the_last_layers_only_and_as_a_fresh_model_has_them(kind,
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_reinit_in_a_run_counts_the_tensors(n, build, capsys):
-    build("bert", say=print, reinit_layers=n)
+    build("bert", reinit_layers=n)
     assert ("re-initialised 6 tensors of 1 layers" in capsys.readouterr().out) == bool(n)
 
 

@@ -116,7 +116,7 @@ def parity_cases():
                 yield pytest.param(case, lengths, layout, marks=marks, id=f"{layout}-{case}-{lengths}")
 
 
-@pytest.mark.parametrize(("case", "lengths", "layout"), parity_cases())
+@pytest.mark.parametrize(("case", "lengths", "layout"), list(parity_cases()))
 def test_states_and_gradients_equal_hugging_face(case, lengths, layout):
     theirs, ours = models(**CASES[case])
     pack, padded, packed = batch(lengths, CASES[case].get("type_vocab_size"))

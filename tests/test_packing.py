@@ -362,7 +362,7 @@ def attend_dense(query, key, value, pack, dropout, scale, window_size, is_causal
 STEPS = [
     dict(head="mean"),
     dict(head="conv1d", llrd=0.9, head_dropout=0.1, dropout_samples=2),
-    dict(head="concat", loss="rmse", max_grad_norm=0.0, backbone_dropout=0.1),
+    dict(head="concat", concat_layers=2, loss="rmse", max_grad_norm=0.0, backbone_dropout=0.1),
     dict(head="attention", loss="smooth_l1", freeze_embeddings=True, precision="bf16"),
     dict(head="max", awp=0.1, adversarial_start=0, ema=0.9, mixout=0.1, rdrop=0.5, head_dropout=0.1),
     dict(head="gem", fgm=0.1, adversarial_start=0, swa_start=1.0, loss="rmse"),
@@ -380,7 +380,7 @@ def step_cases():
             yield pytest.param(kind, settings, marks=marks, id=f"{kind}-{settings['head']}")
 
 
-@pytest.mark.parametrize(("kind", "settings"), step_cases())
+@pytest.mark.parametrize(("kind", "settings"), list(step_cases()))
 def test_a_step_never_waits_and_has_no_number_that_a_graph_would_freeze(
     kind, settings, tiny, backbone_folder, monkeypatch
 ):
