@@ -348,7 +348,7 @@ def test_an_error_of_the_sweep_itself_stops_its_runs(call, stub, monkeypatch):
     def broken(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(sweep, "report", broken)
+    monkeypatch.setattr(sweep.tqdm, "write", broken)
     with pytest.raises(BrokenPipeError):
         call("--grid", "head=cls,max,gem,mean,gru")
     assert len(stub) < 5
