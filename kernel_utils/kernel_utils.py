@@ -2120,7 +2120,7 @@ def _short_name(name):
 
 
 class _BackboneSearch:
-    """Looks for a backbone in places; each gives a folder, or None and why it is not there."""
+    """Looks for a backbone; each place gives (folder or None, why it is not there)."""
 
     def __init__(self, name):
         self.name = name
@@ -2135,13 +2135,12 @@ class _BackboneSearch:
         if Path(self.name).expanduser().is_absolute():
             fitting = []  # no part of a wrong path is the name of an input
         if len(fitting) > 1:
-            remedy = f"fits several attached inputs, set the folder: {_comma_join(fitting)}"
-            raise ConfigError(f"backbone {self.name!r} {remedy}")
+            name, inputs = self.name, _comma_join(fitting)
+            raise ConfigError(f"backbone {name!r} fits several attached inputs, set one: {inputs}")
         return fitting[0] if fitting else None, _comma_join(folders)
 
     def find_packaged(self):
-        """The package is never imported."""
-        packages = {}
+        packages = {}  # none of them is imported
         for hub_name, package in _WEIGHT_PACKAGES.items():
             packages[hub_name.lower()] = packages[Path(hub_name).name.lower()] = package
         if self.name.lower() not in packages:
@@ -2155,9 +2154,6 @@ class _BackboneSearch:
             if _file_sha256(folder / file) != published:
                 return None, f"{file} of {package} does not have the published SHA-256"
         return folder, None
-
-    def find_cached(self):
-        return self.download(local_files_only=True)
 
     def download(self, local_files_only=False):
         import huggingface_hub
@@ -2191,7 +2187,7 @@ def _find_backbone(name):
     places = {
         "attached Kaggle inputs": search.find_attached,
         "installed package": search.find_packaged,
-        "hub cache": search.find_cached,
+        "hub cache": functools.partial(search.download, local_files_only=True),
         "hub": search.download,
     }
     for place, find in places.items():
@@ -2264,8 +2260,7 @@ class _BackboneLoader:
             n_added = n_tokens - model.get_input_embeddings().num_embeddings  # it may have no table
             if n_added > 0:
                 model.resize_token_embeddings(n_tokens)
-                unknown = "tokens that the backbone does not know"
-                self.say(f"{n_added} embeddings added, at random, for {unknown}")
+                self.say(f"{n_added} embeddings added, at random, for tokens new to the backbone")
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         self.check_weights(model, missing, info)
         return self.encoder_of(model)
@@ -2300,8 +2295,8 @@ class _BackboneLoader:
         names = _comma_join(files)
         if not any(".safetensors" in name for name in files):
             if torch.__version__ < (2, 10):  # CVE-2026-24747
-                problem = "has its weights in a pickle, safe to read from torch 2.10 on"
-                raise KitError(f"{self.folder} {problem}: {files[0]}")
+                pickle = f"a pickle, safe to read from torch 2.10 on: {files[0]}"
+                raise KitError(f"{self.folder} has its weights in {pickle}")
             self.say(f"weights from {names}: a pickle, of which nothing but tensors is read")
         with _quiet_transformers(), _wrap_read_errors(f"the backbone {self.folder} ({names})"):
             return model_class.from_pretrained(
@@ -3223,6 +3218,87 @@ def _is_cls_last(tokenizer):
     return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
+class _PackingTrial:
+    """The longest and the shortest text, packed and padded, in a model in evaluation mode."""
+
+    # largest distance of states of packed and padded rows, in standard deviations of the states
+    tolerances: ClassVar = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+    def __init__(self, model, tokens, dtype):
+        self.model = model
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.tolerance = self.tolerances[dtype]
+        rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+        self.first_length = tokens.lengths[rows[0]]
+        self.padded = tokens.batch(rows, self.device)
+        self.packed = tokens.pack_rows(rows, self.device)
+        self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
+        with torch.no_grad():
+            self.padded_states = self.encode(self.padded)
+            self.packed_states = self.encode(self.packed)
+        self.scale = self.padded_states[self.is_token].std()
+
+    def encode(self, inputs):
+        """The last hidden states (2, T, H)."""
+        with _autocast(self.device, self.dtype):
+            return self.model.encode(**inputs)[0][-1]
+
+    def state_error(self):
+        """Why the states are not those of padded rows, or move with another text; or None."""
+        difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
+        distance = difference.abs().max() / self.scale
+        problem = "states of packed and padded rows differ"
+        if distance <= self.tolerance:  # NaN is not
+            other_ids = self.packed["input_ids"].clone()
+            other_ids[0, self.first_length :] = other_ids[0, 1]
+            with torch.no_grad():
+                other_states = self.encode(self.packed | {"input_ids": other_ids})
+            distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
+            problem = "a text moves with its neighbour"
+        if distance <= self.tolerance:
+            return None
+        return f"{problem} by {distance:.1e}, {self.tolerance:g} is allowed"
+
+    def gradient_error(self):
+        weights = [weight for weight in self.model.backbone.parameters() if weight.requires_grad]
+        if not weights:
+            return None
+        try:
+            padded = self.gradients(self.padded, weights)
+            packed = self.gradients(self.packed, weights)
+        except torch.OutOfMemoryError:
+            return None  # two whole texts may be more than a micro-batch
+        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
+        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
+        if cosine > 1 - self.tolerance:
+            return None
+        needed = 1 - self.tolerance
+        return f"gradients have a cosine of {cosine:.5f} with padded ones, {needed:g} is needed"
+
+    def gradients(self, inputs, weights):
+        """Gradients of a sum over all states that is not constant after a norm, as squares are."""
+        states = self.encode(inputs)[self.is_token]
+        with _autocast(self.device, self.dtype):
+            directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
+            loss = (states @ directions).sin().sum()
+        return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    @staticmethod
+    def inner_product(tensors, others):
+        """Of two lists of tensors, each list as one long vector."""
+        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
+        return torch.stack(products).sum()
+
+    def run_with_dropout(self):
+        """Raises where the kernel for training with dropout, which may be another, cannot run."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model.train()
+            self.encode(self.packed)
+        self.model.eval()
+
+
 class TextModel(nn.Module):
     """Backbone, head, dropout and output layer; `loss` turns their K logits into predictions."""
 
@@ -3250,6 +3326,10 @@ class TextModel(nn.Module):
             self.packing_errors[None] = error
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
 
+    @property
+    def backbone_name(self):
+        return type(self.backbone).__name__
+
     @classmethod
     def build(cls, cfg, folder, loss, tokenizer, targets, say=print):
         """The model that a fold starts with. Its output layer predicts the best constant for the
@@ -3270,8 +3350,8 @@ class TextModel(nn.Module):
         if cfg.mixout:
             say(f"mixout {cfg.mixout:g} in {model.install_mixout(cfg)} linear layers")
         if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
-            what = "shares the weights of its layers: llrd sets them apart from the embeddings only"
-            say(f"{model.backbone_name} {what}")
+            name = model.backbone_name
+            say(f"{name} shares its layers: llrd sets them apart from the embeddings only")
         if cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing(cfg)
         return model
@@ -3293,19 +3373,15 @@ class TextModel(nn.Module):
             return "its attention cannot be replaced"
         return None
 
-    @property
-    def backbone_name(self):
-        return type(self.backbone).__name__
-
     def own_layers(self, setting, n):
         """`transformer_layers`, refused where they are fewer than `n` or share their weights."""
         layers = transformer_layers(self.backbone)
         if len(layers) < self.backbone.config.num_hidden_layers:
-            problem = "its layers share their weights"
-            raise ConfigError(f"{setting} must be 0 for {self.backbone_name}: {problem}")
+            name = self.backbone_name
+            raise ConfigError(f"{setting} must be 0 for {name}: its layers share their weights")
         if n > len(layers):
-            limit = f"at most the backbone's {len(layers)} layers"
-            raise ConfigError(f"{setting} must be {limit}, got {n}")
+            limit = f"the backbone's {len(layers)} layers"
+            raise ConfigError(f"{setting} must be at most {limit}, got {n}")
         return layers
 
     def freeze(self, cfg):
@@ -3322,7 +3398,7 @@ class TextModel(nn.Module):
 
     def install_mixout(self, cfg):
         """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights;
-        names of weights stay. Returns how many: GPT-2 and XLNet have none."""
+        names of weights stay. Returns how many they are; GPT-2 and XLNet have none."""
         reinitialised = set()
         if cfg.reinit_layers:
             for layer in transformer_layers(self.backbone)[-cfg.reinit_layers :]:
@@ -3337,8 +3413,8 @@ class TextModel(nn.Module):
                 module.register_buffer("pretrained", weight, persistent=False)
                 n_layers += 1
         if n_layers == 0:
-            problem = "it has no trainable nn.Linear"
-            raise ConfigError(f"mixout does nothing for {self.backbone_name}: {problem}")
+            name = self.backbone_name
+            raise ConfigError(f"mixout does nothing for {name}: it has no trainable nn.Linear")
         return n_layers
 
     def enable_gradient_checkpointing(self, cfg):
@@ -3381,8 +3457,7 @@ class TextModel(nn.Module):
         states = (*out.hidden_states[:-1], out.last_hidden_state)
         has_all_states = len(states) == self.encoder_info.num_hidden_states
         if not has_all_states or states[-1].shape[1] != input_ids.shape[1]:
-            problem = "changes the number of tokens or states on the way"
-            raise KitError(f"{name} {problem}; the heads cannot read it")
+            raise KitError(f"{name} changes the number of tokens or states; no head can read it")
 
         if pack is not None:
             return _PaddedStates(states, pack), pack.attention_mask
@@ -3445,89 +3520,9 @@ class TextModel(nn.Module):
         with _autocast(device, dtype):  # flash attention knows no float32
             change = (self(**padded) - self(**inputs)).abs().max().item()
         if change > (1e-3 if dtype == torch.float32 else 0.05):
-            problem = f"a text's prediction moves by {change:.2g} with its batch"
-            warnings.warn(f"{self.backbone_name} reads padding: {problem}", stacklevel=2)
-
-
-class _PackingTrial:
-    """The longest and the shortest text, packed and padded, in a model in evaluation mode."""
-
-    # largest distance of states of packed and padded rows, in standard deviations of the states
-    tolerances: ClassVar = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
-
-    def __init__(self, model, tokens, dtype):
-        self.model = model
-        self.dtype = dtype
-        self.device = next(model.parameters()).device
-        self.tolerance = self.tolerances[dtype]
-        rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
-        self.first_length = tokens.lengths[rows[0]]
-        self.padded = tokens.batch(rows, self.device)
-        self.packed = tokens.pack_rows(rows, self.device)
-        self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
-        with torch.no_grad():
-            self.padded_states = self.encode(self.padded)
-            self.packed_states = self.encode(self.packed)
-        self.scale = self.padded_states[self.is_token].std()
-
-    def encode(self, inputs):
-        """The last hidden states (2, T, H)."""
-        with _autocast(self.device, self.dtype):
-            return self.model.encode(**inputs)[0][-1]
-
-    def state_error(self):
-        """Why the states are not those of padded rows, or move with another text; or None."""
-        difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
-        distance = difference.abs().max() / self.scale
-        problem = "states of packed and padded rows differ"
-        if distance <= self.tolerance:  # NaN is not
-            other_ids = self.packed["input_ids"].clone()
-            other_ids[0, self.first_length :] = other_ids[0, 1]
-            with torch.no_grad():
-                other_states = self.encode(self.packed | {"input_ids": other_ids})
-            distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
-            problem = "a text moves with its neighbour"
-        if distance <= self.tolerance:
-            return None
-        return f"{problem} by {distance:.1e}, {self.tolerance:g} is allowed"
-
-    def gradient_error(self):
-        weights = [weight for weight in self.model.backbone.parameters() if weight.requires_grad]
-        if not weights:
-            return None
-        try:
-            padded = self.gradients(self.padded, weights)
-            packed = self.gradients(self.packed, weights)
-        except torch.OutOfMemoryError:
-            return None  # two whole texts may be more than a micro-batch
-        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
-        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
-        if cosine > 1 - self.tolerance:
-            return None
-        what = f"gradients have a cosine of {cosine:.5f} with those of padded rows"
-        return f"{what}, {1 - self.tolerance:g} is needed"
-
-    def gradients(self, inputs, weights):
-        """Gradients of a sum over all states that is not constant after a norm, as squares are."""
-        states = self.encode(inputs)[self.is_token]
-        with _autocast(self.device, self.dtype):
-            directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
-            loss = (states @ directions).sin().sum()
-        return torch.autograd.grad(loss, weights, materialize_grads=True)
-
-    @staticmethod
-    def inner_product(tensors, others):
-        """Of two lists of tensors, each list as one long vector."""
-        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
-        return torch.stack(products).sum()
-
-    def run_with_dropout(self):
-        """Run the kernel for training with dropout, which may be another."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            self.model.train()
-            self.encode(self.packed)
-        self.model.eval()
+            name = self.backbone_name
+            message = f"{name} reads padding: a prediction moves by {change:.2g} with its batch"
+            warnings.warn(message, stacklevel=2)
 
 
 # ---------------------------------------------------------------------------------------
