@@ -225,7 +225,7 @@ _ACCEPTS = {
 
 
 def _cast(value, kind):
-    """`value`, which papermill may hand over as text, in its kind; an exception if it is none."""
+    """`value`, which papermill may hand over as text, as one of `kind`; raises where it is none."""
     if kind is str and isinstance(value, (str, Path)):
         return str(value)
     if kind is bool and isinstance(value, str):
@@ -552,11 +552,13 @@ class Config(Settings):
             tasks = parts[name].tasks if name else [task]
             if task not in tasks:
                 yield f"{setting} {name} is for {', '.join(tasks)}; task is {task}"
-        has_many = f"takes one target column, got target_columns {self.target_columns!r}"
+        one_column = f"takes one target column, got target_columns {self.target_columns!r}"
         if task in ("binary", "multiclass") and len(targets) > 1:
-            yield f"task {task} {has_many}"
+            yield f"task {task} {one_column}"
         if loss == "coral" and len(targets) > 1:
-            yield f"loss coral {has_many}"
+            yield f"loss coral {one_column}"
+        if self.pair_column == self.text_column:
+            yield f"pair_column must be another column than text_column, got {self.pair_column!r}"
         if not all(targets) or len(set(targets)) < len(targets):
             yield f"target_columns has an empty or repeated name: {self.target_columns!r}"
         if "fold" in targets:
@@ -745,7 +747,7 @@ class _Kaggle:
 
 
 def _user_path(setting, value):
-    """The path that a setting names; ConfigError where nothing can be there, such as too long."""
+    """The path that a setting names; ConfigError for one that cannot be, such as a too long one."""
     try:
         path = Path(value).expanduser()
         with contextlib.suppress(FileNotFoundError):
@@ -1394,8 +1396,12 @@ def _read_train(cfg, data_dir):
         is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
         frame = frame[is_drawn].reset_index(drop=True)
     n_labels = len(cfg.class_labels(frame))
-    expected = {"binary": "two labels", "multiclass": "two or more labels"}.get(cfg.task)
-    if (cfg.task == "binary" and n_labels != 2) or (cfg.task == "multiclass" and n_labels < 2):
+    expected = None
+    if cfg.task == "binary" and n_labels != 2:
+        expected = "two labels"
+    elif cfg.task == "multiclass" and n_labels < 2:
+        expected = "two or more labels"
+    if expected:
         problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
         raise DataError(f"{path}, column {cfg.targets[0]}: {problem}")
     return frame
@@ -1788,7 +1794,8 @@ def _truncate(texts, room, truncation):
 
 
 def _tokenize(columns, tokenizer, cfg):
-    """`Tokens` of the texts or pairs in `columns`, a frame or dictionary, special tokens included.
+    """`Tokens` of the texts or pairs in `columns`, a frame or dictionary: for each at most
+    `max_length`, special tokens included.
 
     The prefix is never cut. A row without any token becomes one end-of-text token, so that every
     row has something to pool.
@@ -1992,7 +1999,8 @@ class Conv1dHead(_Head):
 @register(HEADS, "lstm")
 class RecurrentHead(_Head):
     """Final state of a recurrent layer over the real tokens: LSTM, Hochreiter and Schmidhuber 1997,
-    in one direction or in both; GRU, arXiv:1406.1078."""
+    in one direction or in both, which ends at the last and at the first token; GRU,
+    arXiv:1406.1078."""
 
     def __init__(self, encoder, cfg):
         super().__init__(encoder, cfg)
@@ -2114,7 +2122,7 @@ def _is_backbone(folder):
 
 
 def _short_name(name):
-    """The last part of a path or hub name with a letter, which a version has not, as on Kaggle."""
+    """The last part of a path or hub name that has a letter, as Kaggle spells it: no version."""
     parts = [part for part in Path(name).parts if re.search("[A-Za-z]", part)]
     return re.sub(r"[^a-z0-9]+", "-", parts[-1].lower()) if parts else "backbone"
 
@@ -2214,8 +2222,11 @@ def _quiet_transformers():
 
 
 def _set_dropout(config, rate):
-    """Set every dropout rate in a config, before a model is built; returns the old values of those
-    that changed. Dropping whole layers is not dropout; it is only ever switched off."""
+    """Set every dropout rate in a config; returns the old values of those that changed.
+
+    It happens before the model is built, since several architectures read the config and no module.
+    Dropping whole layers is not dropout; it is only ever switched off.
+    """
     old_rates = {}
     for name, value in config.to_dict().items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -2282,7 +2293,7 @@ class _BackboneLoader:
 
     @staticmethod
     def encoder_of(model):
-        """Without the decoder, and without a pooler, which no head reads and many lack."""
+        """The model without its decoder, and without a pooler, which no head reads."""
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
         if isinstance(getattr(model, "pooler", None), nn.Module):
@@ -2601,7 +2612,15 @@ class _DisentangledAttention(nn.Module):
             blocks.append(products.as_strided((heads, B, C, T), steps, C - 1))
         return torch.cat(blocks, 2)
 
-    def forward(self, hidden_states, padding_mask, *_, relative_pos, rel_embeddings, **__):
+    def forward(
+        self,
+        hidden_states,
+        padding_mask,
+        output_attentions=False,
+        query_states=None,
+        relative_pos=None,
+        rel_embeddings=None,
+    ):
         """States (B, T, H) or packed (1, N, H) -> the same and None; a `_DebertaLayout` gives the
         mask and `relative_pos`."""
         rows, pack = relative_pos
@@ -2677,17 +2696,17 @@ class _DebertaLayout:
     def position_rows(self, T, device):
         """Rows (2, 2T) of the position table for the distances T - 1, ..., -T, and negated: exact
         up to half the buckets, farther ones by steps of their logarithm (DeBERTa-v2)."""
-        buckets, span = self.table
+        buckets, max_distance = self.table
+        span = buckets if buckets > 0 else max_distance
         distance = torch.arange(T - 1, -T - 1, -1, device=device)
         if buckets > 0:
             # float32 and the order of operations matter: where a bucket ends depends on rounding
             exact = buckets // 2
             size = distance.abs()
-            last_step = torch.tensor((span - 1) / exact).log()
+            last_step = torch.tensor((max_distance - 1) / exact).log()
             steps = (size / exact).log() / last_step * (exact - 1)
             far = distance.sign() * (steps.ceil() + exact)
             distance = torch.where(size <= exact, distance, far).long()
-            span = buckets
         rows = torch.stack([distance, -distance]) + span
         return rows.clamp(0, 2 * span - 1)
 
@@ -2995,6 +3014,7 @@ class _Metric:
 
     def __init__(self, function, better, tasks, reduce):
         functools.update_wrapper(self, function)
+        self.__qualname__ = getattr(function, "__qualname__", repr(function))
         self.better = better
         self.tasks = tasks
         self.reduce = reduce
@@ -3005,7 +3025,8 @@ class _Metric:
         if self.reduce:
             value = self.reduce(value.mean(0))
         if np.ndim(value) > 0:
-            raise KitError(f"metric {self.__name__} must give a number, gave shape {value.shape}")
+            name, shape = self.__qualname__, np.shape(value)
+            raise KitError(f"metric {name} must give a number, gave shape {shape}")
         return float(value)
 
     def is_better(self, new, old):
@@ -3214,7 +3235,8 @@ def _threshold_scores(target, prediction, folds):
 
 
 def _is_cls_last(tokenizer):
-    """Whether the last token stands for a text, as in XLNet, T5 (its end) and decoders."""
+    """Whether the last token stands for a text: in XLNet, T5 and decoders, where no classification
+    token comes first."""
     return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
@@ -3245,18 +3267,21 @@ class _PackingTrial:
             return self.model.encode(**inputs)[0][-1]
 
     def state_error(self):
-        """Why the states are not those of padded rows, or move with another text; or None."""
-        difference = self.padded_states[self.is_token] - self.packed_states[self.is_token]
-        distance = difference.abs().max() / self.scale
-        problem = "states of packed and padded rows differ"
+        padded, packed = self.padded_states[self.is_token], self.packed_states[self.is_token]
+        return self.distance_error("states of packed and padded rows differ", padded, packed)
+
+    def neighbour_error(self):
+        """Why the first text is not the same beside another second one, or None."""
+        other_ids = self.packed["input_ids"].clone()
+        other_ids[0, self.first_length :] = other_ids[0, 1]
+        with torch.no_grad():
+            other_states = self.encode(self.packed | {"input_ids": other_ids})
+        problem = "a text moves with its neighbour"
+        return self.distance_error(problem, self.packed_states[0], other_states[0])
+
+    def distance_error(self, problem, states, other_states):
+        distance = (states - other_states).abs().max() / self.scale
         if distance <= self.tolerance:  # NaN is not
-            other_ids = self.packed["input_ids"].clone()
-            other_ids[0, self.first_length :] = other_ids[0, 1]
-            with torch.no_grad():
-                other_states = self.encode(self.packed | {"input_ids": other_ids})
-            distance = (self.packed_states[0] - other_states[0]).abs().max() / self.scale
-            problem = "a text moves with its neighbour"
-        if distance <= self.tolerance:
             return None
         return f"{problem} by {distance:.1e}, {self.tolerance:g} is allowed"
 
@@ -3348,7 +3373,8 @@ class TextModel(nn.Module):
             say(f"re-initialised {n_tensors} tensors of {cfg.reinit_layers} layers")
         model.freeze(cfg)
         if cfg.mixout:
-            say(f"mixout {cfg.mixout:g} in {model.install_mixout(cfg)} linear layers")
+            n_layers = model.install_mixout(cfg)
+            say(f"mixout {cfg.mixout:g} in {n_layers} linear layers")
         if cfg.llrd < 1 and len(transformer_layers(backbone)) < backbone.config.num_hidden_layers:
             name = model.backbone_name
             say(f"{name} shares its layers: llrd sets them apart from the embeddings only")
@@ -3374,7 +3400,8 @@ class TextModel(nn.Module):
         return None
 
     def own_layers(self, setting, n):
-        """`transformer_layers`, refused where they are fewer than `n` or share their weights."""
+        """`transformer_layers`, refused where they are fewer than `n` or share their weights, as a
+        setting by layer then has no meaning."""
         layers = transformer_layers(self.backbone)
         if len(layers) < self.backbone.config.num_hidden_layers:
             name = self.backbone_name
@@ -3398,7 +3425,7 @@ class TextModel(nn.Module):
 
     def install_mixout(self, cfg):
         """Make `_MixoutLinear` of the trainable linear layers that have their pre-trained weights;
-        names of weights stay. Returns how many they are; GPT-2 and XLNet have none."""
+        names of weights stay. Returns how many; ConfigError for none, as in GPT-2 and XLNet."""
         reinitialised = set()
         if cfg.reinit_layers:
             for layer in transformer_layers(self.backbone)[-cfg.reinit_layers :]:
@@ -3496,7 +3523,7 @@ class TextModel(nn.Module):
         """Why packed rows must not be used in evaluation mode, or None."""
         try:
             trial = _PackingTrial(self, tokens, dtype)
-            error = trial.state_error()
+            error = trial.state_error() or trial.neighbour_error()
             if gradients and not error:
                 error = trial.gradient_error()
             if gradients and not error:
@@ -3560,6 +3587,7 @@ def parameter_groups(model, cfg):
 
 
 def _format_groups(groups):
+    """Depth, rate, decay, tensors and parameters of each optimiser group, as a table."""
     rows = [f"{'depth':>10} {'lr':>9} {'decay':>6} {'tensors':>7} {'parameters':>11}"]
     for group in groups:
         n_tensors = len(group["params"])
@@ -3642,7 +3670,8 @@ class _AdversarialPerturbation:
 
     @torch.no_grad()
     def perturb(self):
-        """Move the weights along their gradients; returns how far, a tensor, as a fraction."""
+        """Move the weights along their gradients. Returns the length of the move, a tensor, as a
+        fraction of the length of the weights."""
         move_norms, weight_norms = [], []
         for weight, original in zip(self.weights, self.originals, strict=True):
             original.copy_(weight)

@@ -67,6 +67,12 @@ def test_misspelt_names_and_bad_values_come_in_one_error():
     assert "n_folds must be at least 2, got 1" in message
 
 
+def test_a_column_cannot_be_its_own_pair():
+    assert "pair_column must be another column than text_column, got 'text'" in problems_of(
+        text_column="text", pair_column="text"
+    )
+
+
 def test_the_error_of_a_misspelt_name_lists_every_setting():
     listed = set(re.findall(r"\w+", problems_of(heda="conv1d").split("the settings are:")[1]))
     assert listed == {field.name for field in dataclasses.fields(ku.Config)} | {"recipe"}
