@@ -334,13 +334,13 @@ def row_problems(name, oof, reference, other="the baseline"):
     if len(apart):
         sizes = f"{name} has {_size_text(oof)}, {other} {_size_text(reference)}"
         return [f"{sizes}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+    oof = oof.loc[reference.index]
     none = pd.Series("none", reference.index)
     problems = []
     for column in dict.fromkeys([*reference, *oof]):
         if column.startswith("prediction"):
             continue
-        ours = oof.get(column, none).loc[reference.index]
-        theirs = reference.get(column, none)
+        ours, theirs = oof.get(column, none), reference.get(column, none)
         rows = reference.index[ours != theirs]
         if len(rows):
             row = rows[0]

@@ -3824,7 +3824,7 @@ def _halve_batches(batches, lengths, memory_error):
     torch.cuda.empty_cache()
     batch_tokens = n_rows * n_tokens // 2
     size = f"{n_rows} rows of {n_tokens} tokens"
-    print(f"out of memory with {size}: on with batch_tokens {batch_tokens}")
+    tqdm.write(f"out of memory with {size}: on with batch_tokens {batch_tokens}")
     rows = np.concatenate(batches)
     return [rows[part] for part in _plan_prediction_batches(lengths[rows], batch_tokens)]
 
@@ -4394,6 +4394,7 @@ class OptimizerStep:
 
     @property
     def length_bucket(self):
+        # packed rows need no neighbours of their length
         return self.cfg.length_bucket or (1 if self.is_packed else 4)
 
     def bind_buffers(self):
@@ -4725,7 +4726,7 @@ class FoldTrainer:
     """
 
     def __init__(self, optimizer_step, fold, write_log, budget, checkpoints=None, say=print):
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         optimizer_step.setup_fold(fold, say)
         self.optimizer_step = optimizer_step
         self.model = optimizer_step.model
@@ -4754,21 +4755,20 @@ class FoldTrainer:
         }
         if optimizer_step.average:
             self.stateful["average"] = optimizer_step.average
-        self.resume()
-        self.first_step = self.state.step  # of this session
-        self.state.mark = time.perf_counter()
-        budget.build_seconds = self.state.mark - began  # the next fold takes as long to begin
-        if not budget.save_seconds:  # a guess, until the first save is measured
-            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def resume(self):
         """Go on from the newest checkpoint, if there is one."""
-        state = self.state
+        state, budget = self.state, self.budget
         if self.checkpoints and self.checkpoints.load(self.stateful):
             print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
-            self.budget.earlier_seconds += sum(state.seconds.values())
+            budget.earlier_seconds += sum(state.seconds.values())
             for line in state.lines:
                 self.write_log(json.loads(line))
+        self.first_step = state.step  # of this session
+        state.mark = time.perf_counter()
+        budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
+        if not budget.save_seconds:  # a guess, until the first save is measured
+            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def train(self):
         """Train to the end, or until the budget stops it; returns `result`.
@@ -4777,6 +4777,7 @@ class FoldTrainer:
         loss, gradient or prediction that is not finite.
         """
         state, budget = self.state, self.budget
+        self.resume()
         stop_reason = None
         self.model.train()
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
@@ -4933,6 +4934,7 @@ class FoldTrainer:
         """The best ones, if those are kept; else the ones that were evaluated last."""
         if self.state.best_weights is not None:
             self.model.load_state_dict(self.state.best_weights)
+            self.state.best_weights = None
         elif self.state.last:
             self.optimizer_step.swap_average(self.state.step)
 
@@ -5213,8 +5215,9 @@ def _plot_oof(folder, record, oof):
         figure = _plot_matrix(np.stack(fractions, axis=1), names, ["absent", "present"], *labels)
     else:
         chosen = predictions.argmax(1) if task == "multiclass" else is_predicted[:, 0].astype(int)
-        guesses, shares = np.array(classes)[chosen], dict(labels=classes, normalize="true")
-        fractions = sklearn.metrics.confusion_matrix(oof["target"], guesses, **shares)
+        fractions = sklearn.metrics.confusion_matrix(
+            oof["target"], np.array(classes)[chosen], labels=classes, normalize="true"
+        )
         labels = ("predicted class", "true class: share of its rows")
         figure = _plot_matrix(fractions, classes, classes, *labels)
     _save_figure(figure, folder.oof_plot)
@@ -5266,9 +5269,9 @@ class _FoldsInTurn:
         budget = self.budget
         checkpoints = _Checkpoints(self.folder.path, fold)
         seconds_before = budget.earlier_seconds
-        say, step = self.print_setup, self.optimizer_step
+        parts = (self.optimizer_step, fold, self.log, budget, checkpoints, self.print_setup)
         try:
-            trainer = FoldTrainer(step, fold, self.log, budget, checkpoints, say)
+            trainer = FoldTrainer(*parts)
             result = trainer.train()
             if result["last"]:  # else it was stopped before its first step
                 result["golden"] = self.golden_rows(trainer.model, result["rows"])
@@ -5326,9 +5329,9 @@ def _foreign_parts(cfg):
     return parts
 
 
-class _Worker(subprocess.Popen):
-    """This module as another process, on the GPU that has its number here, which does a job of a
-    kind that `main` knows. (Threads would wait for each other: most time goes into launching.)
+class _Worker:
+    """A process of its own that runs this module as `kind`, a job of `main`, on the GPU that has
+    its number here. (Threads would wait for each other: most time goes into launching.)
     """
 
     def __init__(self, number, kind, job, folder, **options):
@@ -5346,12 +5349,20 @@ class _Worker(subprocess.Popen):
         command = [sys.executable, "-u", "-P", __file__, kind, str(path)]
         options["env"] = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         with open(self.log, "w") as file:
-            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, **options)
+            streams = dict(stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, **streams, **options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
 
     def lines(self):
         """What it has printed so far, but for progress bars and a line that may go on."""
         text = self.log.read_text()
-        if self.returncode is None:
+        if self.process.returncode is None:
             text = text[: text.rfind("\n") + 1]
         lines = [line.rstrip() for line in re.split("[\r\n]+", text)]
         return [line for line in lines if line and "%|" not in line]
@@ -5369,14 +5380,11 @@ class _Worker(subprocess.Popen):
         for kind in (KitError, *KitError.__subclasses__()):
             title = f"{kind.__name__}: {kind.title}"  # as `main` prints it
             if title in lines:
-                problems = lines[lines.index(title) + 1 :]
+                rest = lines[lines.index(title) + 1 :]
+                problems = itertools.takewhile(lambda line: line.startswith("  "), rest)
                 return kind([problem.removeprefix("  ") for problem in problems])
-        end = f"ended with exit code {self.returncode}; last lines:"
+        end = f"ended with exit code {self.process.returncode}; last lines:"
         return KitError([f"process {self.number} of {count} {end}", *lines[-30:]])
-
-    def __exit__(self, *_):
-        self.kill()
-        self.wait()
 
 
 def _read_job(path):
@@ -5419,9 +5427,10 @@ def _choose_processes(n_folds, cfg, space):
     """How many processes train so many folds side by side; why not more is printed."""
     wanted = min(cfg.fold_processes or max(1, len(_equal_gpus())), n_folds)
     parts = [part.__name__ for part in _foreign_parts(cfg).values()]
-    count, problem = wanted, ""
+    count = wanted
     if wanted > 1 and parts:
-        count, problem = 1, f"{_comma_join(parts)} of the notebook cannot be read by others"
+        count = 1
+        problem = f"{_comma_join(parts)} of the notebook cannot be read by others"
     elif wanted > 1 and space.checkpoints:
         room = space.room() - space.weights * n_folds
         count = min(wanted, int(max(1, room // space.checkpoints)))
@@ -5445,7 +5454,7 @@ def _train_job(path):
     cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
     budget = TimeBudget(cfg, job["test_rows"])
     budget.began -= time.time() - job["began"]
-    # unlike `with budget`, it lets a second signal pass: the parent and Kaggle may both send one
+    # unlike `with budget` it ignores a second signal: the parent and Kaggle may both send one
     signal.signal(signal.SIGTERM, budget.on_signal)
     threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
     _prepare_process()
@@ -5952,13 +5961,13 @@ class _TrainingRun:
         harmless = (None, 0, -signal.SIGTERM)  # the signal ends who does not listen yet
         failures, is_running, is_stopping = [], True, False
         while is_running:
-            is_running = None in [worker.poll() for worker in workers]
+            is_running = None in [worker.process.poll() for worker in workers]
             if not failures:
-                failures = [worker for worker in workers if worker.returncode not in harmless]
+                failures = [w for w in workers if w.process.returncode not in harmless]
             if (self.budget.signal_name or failures) and not is_stopping:
                 is_stopping = True
                 for worker in workers:
-                    worker.terminate()
+                    worker.process.terminate()
             for worker in workers:
                 worker.relay()
             if is_running:
@@ -6044,8 +6053,9 @@ class _TrainingRun:
         reason = self.budget.signal_name or "SIGTERM"  # a worker may not have begun a fold
         if partial and not self.budget.signal_name:
             reason = partial[0]["stop_reason"]
-        states = [f"fold {r['fold']} is at step {r['step']} of {r['steps']}, " for r in partial]
-        return f"{reason}: {''.join(states)}{n_complete} folds are finished"
+        states = [f"fold {r['fold']} is at step {r['step']} of {r['steps']}" for r in partial]
+        states.append(f"{n_complete} folds are finished")
+        return f"{reason}: {', '.join(states)}"
 
     def make_golden(self, results):
         """What inference must reproduce: the token ids of the probes and the golden rows."""
@@ -6710,19 +6720,19 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     job = {"bundle": str(bundle.folder), "batch_tokens": batch_tokens}
     job["precisions"] = {run.name: run.cfg.precision for run in bundle.runs}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        others = []
+        workers = []
         for number in range(1, count):
             share = frame.iloc[number::count]
             job["cells"] = {name: list(share[name]) for name in columns}
-            process = _Worker(number, "predict", job, folder)
-            others.append(stack.enter_context(process))
+            worker = _Worker(number, "predict", job, folder)
+            workers.append(stack.enter_context(worker))
         own = bundle.predict(frame.iloc[::count], batch_tokens)
         predictions = np.empty((len(frame), own.shape[1]))
         predictions[::count] = own
-        for number, process in enumerate(others, 1):
-            if process.wait():
-                raise process.error(count)
-            for line in process.lines():
+        for number, worker in enumerate(workers, 1):
+            if worker.process.wait():
+                raise worker.error(count)
+            for line in worker.lines():
                 if "memory" in line:
                     print(f"process {number}: {line}")
             predictions[number::count] = np.load(Path(folder, f"{number}.npy"))

@@ -430,13 +430,12 @@ def test_a_process_predicts_with_the_runs_that_it_is_given(dist, forked_module):
     assert ku.predict_bundle(second, frame, processes=2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_process_that_fails_fails_the_prediction_with_its_last_words(dist, tmp_path, forked_module):
+def test_a_process_that_fails_fails_the_prediction_with_its_problem(dist, tmp_path, forked_module):
     copy = Path(shutil.copytree(dist("one"), tmp_path / "copy"))
     (copy / "one.record.json").unlink()
     lost = ku.dataclasses.replace(ku.Bundle.open(dist("one")), folder=copy)
-    with pytest.raises(ku.KitError, match="process 1 of 2 ended with exit code 1; last lines:") as error:
+    with pytest.raises(ku.KitError, match=r"^cannot go on:\n  .*one.record.json: not a JSON file"):
         ku.predict_bundle(lost, train_frame(4), processes=2)
-    assert "one.record.json" in str(error.value)
 
 
 def test_a_process_on_another_device_than_the_first_refuses_to_predict(dist, tmp_path):

@@ -210,15 +210,20 @@ def prove(run):
     return tokenizer, model
 
 
+def save_half(source, target):
+    """Copy weights in fp16, without metadata, which would be written in any order."""
+    tensors = load_file(source)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+    save_file(tensors, target)
+
+
 def round_to_half(run, tokenizer, model, folder):
     """(the run with weights in fp16, how far this moves a golden prediction at most). What the
     rounded weights predict becomes golden."""
     rounded = run._replace(weights={fold: folder / f"{run.name}.{fold}" for fold in run.weights})
     for fold, path in run.weights.items():
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
-        save_file(tensors, rounded.weights[fold])  # metadata would be written in any order
+        save_half(path, rounded.weights[fold])
     predictions = rounded.predict_golden(tokenizer, model, ["fp32"])["fp32"]
     moved = rounded.check_gaps(predictions, "float16")
     print(f"{run.name}: fp16 weights move the golden predictions by {moved:.1e} at most")
