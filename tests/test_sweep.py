@@ -664,7 +664,7 @@ def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_w
     wait_for(lambda: len(raylets(output)) == 2)  # both at once, each under the daemon of another node
     (output / "go").touch()
     shown = process.communicate()[0]
-    assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown
+    assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown, shown
     runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]
     before = [fingerprint(run) for run in runs]
     code, shown = call("--grid", "head=cls,max")

@@ -227,9 +227,10 @@ def read_record(folder):
     if not path.is_file():
         return {}
     try:
-        record = ku._read_json(path)
+        # the nodes of a Ray cluster have not imported the module, whose reader this would be
+        record = json.loads(path.read_text(encoding="utf-8"))
         record["status"], record["settings"]
-    except (ku.KitError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         problem = f"{path} is not the record of a run ({type(error).__name__})"
         raise ku.KitError(f"{problem}: delete or mend it") from None
     return record
