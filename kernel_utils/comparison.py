@@ -296,7 +296,7 @@ def _count_evaluations(records):
     for record in records:
         for fold in record["folds"]:
             steps = fold["steps"] - fold.get("pseudo_steps", 0)
-            counts[fold["fold"]] = len(ku._evaluation_steps(steps // cfg.epochs, cfg))
+            counts[fold["fold"]] = len(cfg.evaluation_steps(steps // cfg.epochs))
     return counts
 
 

@@ -661,6 +661,14 @@ class Config(Settings):
             raise ConfigError(f"run_folds must be {expected}, got {self.run_folds!r}")
         return sorted(requested)
 
+    def evaluation_steps(self, per_epoch):
+        """Optimiser steps after which to evaluate: as set, and always the last."""
+        total = per_epoch * self.epochs
+        if self.eval_steps:
+            return {*range(self.eval_steps, total, self.eval_steps), total}
+        numbers = range(1, self.epochs * self.evals_per_epoch + 1)
+        return {round(i * per_epoch / self.evals_per_epoch) for i in numbers} - {0}
+
     def fill_prefix(self, columns):
         """The prefix of every row of `columns`, a frame or a dictionary of columns."""
         n_rows = len(columns[self.text_column])
@@ -3708,6 +3716,20 @@ class _WeightAverage:
         self.weights = {name: weight for name, weight in named if weight.requires_grad}
         self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
+    @staticmethod
+    def rates(steps, per_epoch, cfg, first=0):
+        """Fraction (steps,) by which the average moves in every step.
+
+        EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten.
+        SWA (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which begin after
+        the `first` steps.
+        """
+        t = np.arange(steps)
+        if cfg.ema:
+            return 1 - np.minimum(cfg.ema, (1 + t) / (10 + t))
+        n = t + 1 - first - round(cfg.swa_start * per_epoch)
+        return np.where(n > 0, 1 / np.maximum(n, 1), 0.0)
+
     @torch.no_grad()
     def update(self, rate):
         """Move the average by a fraction `rate`, a tensor, towards the weights."""
@@ -3730,20 +3752,6 @@ class _WeightAverage:
     def load_state_dict(self, state):
         for name, mean in self.means.items():
             mean.copy_(state[name])
-
-
-def _average_rates(steps, per_epoch, cfg, first=0):
-    """Fraction (steps,) by which `_WeightAverage` moves in every step.
-
-    EMA: 1 - min(ema, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten. SWA
-    (arXiv:1803.05407): 1 / n in the n-th step after `swa_start` epochs, which begin after the
-    `first` steps.
-    """
-    t = np.arange(steps)
-    if cfg.ema:
-        return 1 - np.minimum(cfg.ema, (1 + t) / (10 + t))
-    n = t + 1 - first - round(cfg.swa_start * per_epoch)
-    return np.where(n > 0, 1 / np.maximum(n, 1), 0.0)
 
 
 @torch.no_grad()
@@ -4023,16 +4031,6 @@ def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
         yield from _plan_batches(lengths, cfg.batch_size, rng, length_bucket)
 
 
-def _evaluation_steps(per_epoch, cfg):
-    """Optimiser steps after which to evaluate: as set, and always the last."""
-    total = per_epoch * cfg.epochs
-    if cfg.eval_steps:
-        return {*range(cfg.eval_steps, total, cfg.eval_steps), total}
-    n_evaluations = cfg.epochs * cfg.evals_per_epoch
-    numbers = range(1, n_evaluations + 1)
-    return {round(i * per_epoch / cfg.evals_per_epoch) for i in numbers} - {0}
-
-
 # ---------------------------------------------------------------------------------------
 # 18. Time budget
 
@@ -4224,13 +4222,13 @@ class StepResult(NamedTuple):
 class OptimizerStep:
     """Makes optimiser steps: the gradient of a batch in micro-batches, clipped and applied.
 
-    It holds the model of a fold, its optimiser and loss scaler, and the targets on the device. It
-    reads in the order in which things happen: `__call__` sets the learning rates, `accumulate` sums
-    up gradients (`forward_backward`), `update` clips, steps and averages.
+    It holds the model of a fold, its optimiser and loss scaler, and the targets on the device. Its
+    methods stand in the order in which they run: `__call__` sets the learning rates, `accumulate`
+    sums up gradients (`forward_backward`), `update` clips, steps and averages.
 
-    Where to change it: gradient noise goes into `update`, between unscaling and clipping; a
-    schedule of two stages into `set_schedule`, whose table has learning rates for every step;
-    another optimiser into `_make_optimizer`.
+    Where to change it: gradient noise goes into `update`, between unscaling and clipping; learning
+    rates that differ by group or phase into `_learning_rates`; another optimiser into
+    `_make_optimizer`.
 
     Compiled code and CUDA graphs need static shapes, a few numbers of tokens, and read the memory
     they were made with: buffers stay at their places, and the next fold has the same model.
@@ -4311,7 +4309,7 @@ class OptimizerStep:
         n_steps, per_epoch = len(self.learning_rate_table), stages[-1].per_epoch
         first = n_steps - stages[-1].steps  # of the last stage
         self.first_adversarial_step = first + round(self.cfg.adversarial_start * per_epoch)
-        self.average_table = _average_rates(n_steps, per_epoch, self.cfg, first)
+        self.average_table = _WeightAverage.rates(n_steps, per_epoch, self.cfg, first)
         # also on the device, where a step need not wait for its rates
         self.device_learning_rates, self.device_average_rates = (
             _to_device(table.astype(np.float32), self.device)
@@ -4440,7 +4438,7 @@ class OptimizerStep:
         return StepResult(step + 1, rows, ("loss", "grad_norm", *self.active_metrics), values)
 
     def set_learning_rates(self, step):
-        self.learning_rates.copy_(self.device_learning_rates[step])  # AdamW has them bound
+        self.learning_rates.copy_(self.device_learning_rates[step])  # of AdamW's groups
         self.average_rate.copy_(self.device_average_rates[step])
         if self.cfg.optimizer != "adamw":
             groups, rates = self.optimizer.param_groups, self.learning_rate_table[step]
@@ -4741,7 +4739,7 @@ class FoldTrainer:
         last = self.stages[-1]
         self.total_steps = sum(stage.steps for stage in self.stages)
         self.pseudo_steps = self.total_steps - last.steps  # before the last stage
-        steps = _evaluation_steps(last.per_epoch, self.cfg)
+        steps = self.cfg.evaluation_steps(last.per_epoch)
         self.eval_steps = {self.pseudo_steps + step for step in steps}
         self.state = _FoldState()
         self.pending = []  # results of the steps since the last `flush`
@@ -6481,7 +6479,7 @@ class Bundle:
             return cls(folder, [_Run.load(folder)])
         manifest = _read_bundle_manifest(folder)
         if verify:
-            _verify_bundle(folder, manifest["files"])
+            cls._verify(folder, manifest["files"])
         entries, path = manifest["runs"], folder / _BLEND_FILE
         bundle = cls(folder, [_Run.from_bundle(folder, *entry) for entry in entries.items()])
         if path.is_file():
@@ -6491,6 +6489,18 @@ class Bundle:
             if actual != expected:
                 raise BundleError(f"{path}: expected {expected} values of intercept, got {actual}")
         return bundle
+
+    @staticmethod
+    def _verify(folder, files):
+        """Raise BundleError where a file is not what was packed, or another module runs."""
+        problems = _SealedFolder(folder).integrity_problems(files)
+        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
+            running = f"{__file__}, version {__version__}"
+            problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
+        if problems:
+            raise BundleError([f"{folder}", *problems])
+        size = sum(file["bytes"] for file in files.values())
+        print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
     @property
     def cfg(self):
@@ -6604,20 +6614,6 @@ def _read_bundle_manifest(folder):
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
     return manifest
-
-
-def _verify_bundle(folder, files):
-    """Raise BundleError where a file is not what was packed, or another module runs."""
-    problems = _SealedFolder(folder).integrity_problems(files)
-    if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-        problems = [
-            f"kernel_utils.py: {__file__}, version {__version__}, runs instead of the one of the "
-            f"bundle"
-        ]
-    if problems:
-        raise BundleError([f"{folder}", *problems])
-    size = sum(file["bytes"] for file in files.values())
-    print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
 
 
 def _find_bundle(bundle_dir):

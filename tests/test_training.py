@@ -140,7 +140,7 @@ def test_the_schedule_moves_the_rate_of_every_group(schedule, after, tiny):
     ],
 )
 def test_evaluations_come_as_set_and_always_at_the_end(settings, steps):
-    assert ku._evaluation_steps(5, ku.Config(epochs=3, **settings)) == steps
+    assert ku.Config(epochs=3, **settings).evaluation_steps(5) == steps
 
 
 def test_training_learns_eight_rows_by_heart(tiny):
