@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import Forked, Killed, kill, padded_mask, train_frame
+from conftest import Forked, Killed, flip, kill, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
 
@@ -117,6 +117,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whol
         patch.setattr(ku.OptimizerStep, "__call__", lambda *rest: steps.append(1) or counting(*rest))
         assert content(start(cfg)) == expected
     assert len(steps) == 2 * 9 - (step - 1)  # none is repeated: the killed one had not begun
+
+
+@pytest.mark.parametrize("place", ["checkpoints/fold1-step4", "fold0"])
+def test_what_was_damaged_since_it_was_saved_is_named_and_not_used(place, tiny, often, whole, monkeypatch, capsys):
+    cfg = tiny(run_name="killed", **often, **NOISY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 14, kill)
+        start(cfg)
+    folder = ku.Path(cfg.output_dir) / "killed" / place
+    flip(folder / "state.safetensors")
+    capsys.readouterr()
+    assert content(start(cfg)) == whole(tiny, **NOISY)
+    assert f"{folder} is damaged and " in capsys.readouterr().out
 
 
 def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes(tiny, often, whole, monkeypatch):
