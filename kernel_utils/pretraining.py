@@ -514,9 +514,9 @@ def _plot_pretraining(run, state):
     smooth = pd.Series(state.losses).ewm(span=max(5, len(state.losses) // 10)).mean()
     axis.plot(steps, state.losses, color="C0", alpha=0.2, linewidth=0.8)
     axis.plot(steps, smooth, color="C0", label="training, running mean")
-    steps, held_out = zip(*state.held_out, strict=True)
+    evaluated_steps, held_out = zip(*state.held_out, strict=True)
     label = "held out, the same words masked"
-    axis.plot(steps, held_out, color="C1", marker=".", label=label)
+    axis.plot(evaluated_steps, held_out, color="C1", marker=".", label=label)
     axis.set(xlabel="optimiser step", ylabel="loss of a masked token (nats)")
     axis.legend(fontsize="small")
     losses = f"held-out loss {held_out[0]:.3f} before, {held_out[-1]:.3f} after"
