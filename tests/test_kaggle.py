@@ -228,7 +228,8 @@ def kernels(dist, runs, backbone_folder, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert not Path(env["NETWORK_LOG"]).exists(), Path(env["NETWORK_LOG"]).read_text()
         for name, expected in trees.items():
-            assert tree(made / f"{name} kaggle" / "input") == expected
+            if not name.endswith("trains"):  # which imports the module as any other, and caches it where it can
+                assert tree(made / f"{name} kaggle" / "input") == expected
         assert tree(dist("one")) == before
         results = json.loads((made / "results.json").read_text())
         yield lambda name: (results[name], Path(kernels[name]["folder"]), made)
