@@ -373,7 +373,7 @@ STEPS = [
 
 def step_cases():
     """All settings with BERT, two of them with the others; a head sees no difference, so the rest is nightly."""
-    for kind in ("tiny", "roberta", "modernbert", "deberta-v2"):
+    for kind in ("tiny", *packed("roberta", "modernbert", "deberta-v2")):
         for settings in STEPS:
             quick = kind == "tiny" or settings["head"] in ("mean", "max")
             marks = [] if quick else [pytest.mark.nightly]
