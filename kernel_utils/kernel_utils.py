@@ -5082,10 +5082,9 @@ class _PseudoLabels:
             problems.append(f"{self.folder / 'rows.csv'}: not the folds of the runs that labelled")
         is_seen = _seen_rows(self.texts, frame, cfg)
         for fold, labels in cells.items():
-            theirs = rows[rows["fold"] == str(fold)]
-            theirs = dict(zip(theirs["id"], theirs["digest"], strict=True))
-            ours = frame[frame["fold"] == fold]
-            ours = dict(zip(ours[cfg.id_column], _row_digests(ours, cfg), strict=True))
+            labelled, own = rows[rows["fold"] == str(fold)], frame[frame["fold"] == fold]
+            theirs = dict(zip(labelled["id"], labelled["digest"], strict=True))
+            ours = dict(zip(own[cfg.id_column], _row_digests(own, cfg), strict=True))
             leaks = self.leak_problems(fold, labels, is_seen, theirs, ours)
             problems += [f"labels of fold {fold} in {self.folder}: {problem}" for problem in leaks]
         if problems:
@@ -6573,7 +6572,7 @@ class Bundle:
         columns = []
         for k, (lowest, highest) in enumerate(levels[0]):
             thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-            columns.append(_Thresholds(levels[0][k], thresholds).apply(predictions[:, k]))
+            columns.append(_Thresholds((lowest, highest), thresholds).apply(predictions[:, k]))
             points = ", ".join(f"{point:.3f}" for point in thresholds)
             print(f"levels {lowest} to {highest}, cut at {points}")
         return np.stack(columns, axis=1)
