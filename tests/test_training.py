@@ -555,6 +555,7 @@ def test_a_loss_of_ones_own_trains_by_its_name(tiny):
         bias = "a mistake"
         with pytest.raises(AttributeError, match="mean_of_nothing"):
             run(tiny(loss="log_cosh", run_folds="0", run_name="r"))
+        assert not (ku.Path(tiny().output_dir) / "r").exists()
         bias = "array"  # the mistake is mended, and nothing of it stands in the way
         _, record, _ = run(tiny(loss="log_cosh", run_folds="0", run_name="r"))
         assert record["resolved"]["loss"] == "log_cosh"
