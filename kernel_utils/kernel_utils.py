@@ -192,6 +192,11 @@ class BundleError(KitError):
     title = "the bundle is refused:"
 
 
+def _error_text(error):
+    """An error of a library in one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+
+
 def _comma_join(items):
     return ", ".join(str(item) for item in items) or "nothing"
 
@@ -479,7 +484,9 @@ class Config(Settings):
     freeze_embeddings: bool = _training(False, "keep the embeddings as they are")
     gradient_checkpointing: bool = _training(False, "recompute activations: less memory, slower")
     attention: str = _model("", "empty: packed rows; else this, on padded rows", _ATTENTIONS)
-    cuda_graphs: bool = _training(True, "launch each step at once on a GPU, where rows are packed")
+    cuda_graphs: str = _training(
+        "auto", "launch packed steps at once; auto: on GPUs from sm_80", ("auto", "on", "off")
+    )
     compile: bool = _model(False, "torch.compile the backbone: half a minute, pays in long runs")
     fold_processes: int = _place(0, "folds trained side by side; 0: one a GPU", low=0)
     # optimisation
@@ -3248,6 +3255,12 @@ def _is_cls_last(tokenizer):
     return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
+def _inner_product(tensors, others):
+    """Of two lists of tensors, each list as one long vector."""
+    products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
+    return torch.stack(products).sum()
+
+
 class _PackingTrial:
     """The longest and the shortest text, packed and padded, in a model in evaluation mode."""
 
@@ -3302,8 +3315,8 @@ class _PackingTrial:
             packed = self.gradients(self.packed, weights)
         except torch.OutOfMemoryError:
             return None  # two whole texts may be more than a micro-batch
-        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
-        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
+        squared_norms = _inner_product(padded, padded) * _inner_product(packed, packed)
+        cosine = _inner_product(padded, packed) / squared_norms.sqrt()
         if cosine > 1 - self.tolerance:
             return None
         needed = 1 - self.tolerance
@@ -3316,12 +3329,6 @@ class _PackingTrial:
             directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
             loss = (states @ directions).sin().sum()
         return torch.autograd.grad(loss, weights, materialize_grads=True)
-
-    @staticmethod
-    def inner_product(tensors, others):
-        """Of two lists of tensors, each list as one long vector."""
-        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
-        return torch.stack(products).sum()
 
     def run_with_dropout(self):
         """Raises where the kernel for training with dropout, which may be another, cannot run."""
@@ -3540,7 +3547,7 @@ class TextModel(nn.Module):
         except (KitError, torch.OutOfMemoryError):
             raise
         except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
-            return f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
+            return _error_text(fault)
 
     @torch.no_grad()
     def check_padding(self, tokens, dtype=torch.float32):
@@ -3677,12 +3684,17 @@ class _AdversarialPerturbation:
         self.originals = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
+    def remember(self):
+        """Copy the weights, so that `restore` can bring them back."""
+        for weight, original in zip(self.weights, self.originals, strict=True):
+            original.copy_(weight)
+
+    @torch.no_grad()
     def perturb(self):
         """Move the weights along their gradients. Returns the length of the move, a tensor, as a
         fraction of the length of the weights."""
         move_norms, weight_norms = [], []
         for weight, original in zip(self.weights, self.originals, strict=True):
-            original.copy_(weight)
             if weight.grad is None:  # some models have weights that they do not use
                 continue
             move = self.move_of(weight)
@@ -3703,7 +3715,7 @@ class _AdversarialPerturbation:
 
     @torch.no_grad()
     def restore(self):
-        """Move the weights back to where they were before `perturb`."""
+        """Move the weights back to where they were at `remember`."""
         for weight, original in zip(self.weights, self.originals, strict=True):
             weight.copy_(original)
 
@@ -3784,12 +3796,13 @@ def _uncompiled(cfg):
 
 
 @torch.inference_mode()
-def predict(model, tokens, cfg, rows=None):
+def predict(model, tokens, cfg, rows=None, can_halve=True):
     """Predictions (n, K) in target units or probabilities, in the order of `rows` (default: all of
     `tokens`).
 
     Where a batch does not fit into the GPU's memory, what is left goes on in batches of half its
-    size; KitError where one text alone does not fit.
+    size, unless `can_halve` is False; KitError where one text alone does not fit. Where packed rows
+    fail, it goes on with padded ones, and says so.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     lengths = tokens.lengths[rows]
@@ -3810,7 +3823,16 @@ def predict(model, tokens, cfg, rows=None):
             with _autocast(device, dtype), _uncompiled(cfg):
                 logits = model(**make_inputs(rows[batch], device))
         except torch.OutOfMemoryError as error:
+            if not can_halve:
+                raise
             memory_error = str(error).strip().partition("\n")[0]
+        except Exception as error:
+            if isinstance(error, KitError) or make_inputs == tokens.batch:
+                raise
+            model.packing_errors[dtype] = _error_text(error)
+            tqdm.write(f"packed rows are off: {_error_text(error)}")
+            make_inputs = tokens.batch
+            continue
         if memory_error is None:
             outputs.append(model.loss.predict(logits).float())
             done.append(remaining.pop(0))
@@ -4121,76 +4143,79 @@ class TimeBudget:
 # 19. CUDA graphs
 
 
-class _CaptureError(Exception):
-    """Why a function cannot be captured in a CUDA graph."""
-
-
 class _CudaGraphs:
-    """Calls functions and captures them in CUDA graphs, which launch all their kernels at once.
+    """Calls functions in CUDA graphs, which launch all kernels of a call at once.
 
-    It is called as `_plain_call` is and gives the same result, a tensor or None. Each of the calls
-    in `keys` first runs as it is, then is checked for waiting. After two of each, all are captured,
-    in the order of `keys`, and replayed from then on: no call has to be undone, and memory is not
-    needed for captured and other steps at once. Whatever a function reads or changes, besides the
-    tensors among its arguments, must stay at its place in memory.
+    It is called as `_plain_call` is and gives the same result, a tensor or None. The first call of
+    each kind is captured. Whatever a function reads or changes, besides the tensors among its
+    arguments, must stay at its place in memory.
     """
 
-    def __init__(self, keys):
-        self.pool = torch.cuda.graph_pool_handle()
-        self.counts = dict.fromkeys(keys, 0)
-        self.last_calls = {}
-        self.captured = {}
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.clear()
 
-    @staticmethod
-    def key(function, *arguments):
-        """What tells graphs apart: a function, and those of its arguments that are no tensors."""
-        numbers = [value for value in arguments if not isinstance(value, torch.Tensor)]
-        return (function.__name__, *numbers)
+    def clear(self):
+        self.captured = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def on_stream(self):
+        """A stream of their own: what the default stream does cannot be captured."""
+        caller = torch.cuda.current_stream()
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            yield
+        caller.wait_stream(self.stream)
 
     def __call__(self, function, *arguments):
-        key = self.key(function, *arguments)
-        if not self.captured and min(self.counts.values()) >= 2:
-            self.captured = {key: self.capture(*self.last_calls[key]) for key in self.counts}
-            self.last_calls.clear()
-        if self.captured:
-            return self.replay(key, arguments)
-        self.counts[key] += 1
-        self.last_calls[key] = (function, *arguments)
-        if self.counts[key] == 1:
-            return function(*arguments)
-        return self.run_checked(function, *arguments)
-
-    def run_checked(self, function, *arguments):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return function(*arguments)
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            raise _CaptureError("the model, its head or its loss waits for the GPU") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
-    def capture(self, function, *arguments):
-        graph = torch.cuda.CUDAGraph()
-        places = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
-        try:
-            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
-                output = function(*places)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise _CaptureError(textwrap.shorten(str(error), 200)) from error
-        return graph, places, output
-
-    def replay(self, key, arguments):
+        # a function and those of its arguments that are no tensors tell graphs apart
+        numbers = [value for value in arguments if not isinstance(value, torch.Tensor)]
+        key = (function.__name__, *numbers)
+        if key not in self.captured:
+            self.captured[key] = self.capture(function, *arguments)
         graph, places, output = self.captured[key]
         for place, value in zip(places, arguments, strict=True):
             if isinstance(value, torch.Tensor):
                 place.copy_(value)
         graph.replay()
         return None if output is None else output.clone()
+
+    def capture(self, function, *arguments):
+        """The graph of a call, the places of its arguments and its output; nothing is computed."""
+        graph = torch.cuda.CUDAGraph()
+        places = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                output = function(*places)
+        except Exception:
+            self.clean_up()
+            raise
+        return graph, places, output
+
+    def clean_up(self):
+        """Undo what a failed capture leaves behind, up to torch 2.12: a generator that draws no
+        more numbers outside of captures, and an allocator that goes on filling the graphs' pool."""
+        device = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(RuntimeError):  # the capture may have left the pool by itself
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
+
+    @contextlib.contextmanager
+    def forbid_waiting(self):
+        """Raise RuntimeError where something waits for the GPU, which no graph can hold."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise RuntimeError("the model, its head or its loss waits for the GPU") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _plain_call(function, *arguments):
@@ -4203,8 +4228,72 @@ def _capture_sizes(totals, count=4):
     return sorted({64 * math.ceil(edge / 64) for edge in edges})
 
 
+class _StepSnapshot:
+    """What an optimiser step changes, as it was before the step, so that it can be made again.
+
+    On `device` lies a copy of all tensors; without one the snapshot only serves a step that failed
+    before it moved the weights.
+    """
+
+    def __init__(self, step, device=None):
+        self.step = step
+        self.random_states = _RandomStates()
+        self.random_state = self.random_states.state_dict()
+        self.has_moments = bool(step.optimizer.state)
+        tensors = self.changing_tensors() if device else []
+        self.copies = [(tensor, tensor.detach().to(device, copy=True)) for tensor in tensors]
+
+    def changing_tensors(self):
+        step = self.step
+        yield from step.model.parameters()
+        yield from step.model.buffers()
+        for state in step.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        if step.average:
+            yield from step.average.means.values()
+        if step.scaler.is_enabled() and step.scaler._scale is not None:
+            yield from (step.scaler._scale, step.scaler._growth_tracker)
+
+    @torch.no_grad()
+    def restore(self):
+        step = self.step
+        for tensor, copy in self.copies:
+            tensor.copy_(copy)
+        if not self.has_moments:
+            step.optimizer.state.clear()
+        if step.scaler.is_enabled():  # what a failed update leaves behind
+            step.scaler._per_optimizer_states.clear()
+            for name in ("grad_scale", "found_inf"):
+                vars(step.optimizer).pop(name, None)
+        step.optimizer.zero_grad(set_to_none=not step.is_captured)
+        step.zero_sums()
+        self.random_states.load_state_dict(self.random_state)
+
+
+def _sample(tensors, count=4096):
+    """At most so many numbers of each tensor, evenly spread, as one vector."""
+    parts = [tensor.detach().flatten()[:: 1 + tensor.numel() // count] for tensor in tensors]
+    return torch.cat(parts)
+
+
+def _step_error(expected, actual):
+    """Why a step, as `OptimizerStep.observe` describes it, is not the expected one, or None."""
+    for name, vector in expected.items():
+        length, expected_length = actual[name].norm().item(), vector.norm().item()
+        if length == expected_length == 0:
+            continue
+        ratio = length / expected_length if expected_length else math.inf
+        cosine = F.cosine_similarity(actual[name], vector, dim=0).item()
+        if not (cosine >= 0.98 and abs(ratio - 1) <= 0.03):  # NaN too
+            difference = f"cosine {cosine:.3f}, {ratio:.3g} times as long"
+            return f"they come to other {name} than plain calls: {difference}"
+    return None
+
+
 # ---------------------------------------------------------------------------------------
 # 20. The optimiser step
+
+_PLAIN_STEPS = 3  # before CUDA graphs are tried: until then moments say little
 
 # What steps measure of regularisers, to show that they act
 _STEP_METRICS = ("adversarial_loss", "perturbation", "rdrop", "label_noise")
@@ -4226,6 +4315,9 @@ class OptimizerStep:
     methods stand in the order in which they run: `__call__` sets the learning rates, `accumulate`
     sums up gradients (`forward_backward`), `update` clips, steps and averages.
 
+    Where something that only makes it fast fails (CUDA graphs, compiled code, packed rows), it is
+    given up aloud, for the folds to come too, and the same step is made again without it.
+
     Where to change it: gradient noise goes into `update`, between unscaling and clipping; learning
     rates that differ by group or phase into `_learning_rates`; another optimiser into
     `_make_optimizer`.
@@ -4239,19 +4331,27 @@ class OptimizerStep:
         self.cfg = cfg
         self.device = _pick_device()
         self.dtype = _pick_dtype(cfg.precision, self.device)
-        self.should_capture = cfg.cuda_graphs and self.device.type == "cuda"
+        self.graphs = _CudaGraphs() if self.can_capture() else None
         self.model = self.optimizer = self.scaler = None  # until `setup_fold`
         self.adversary = self.average = None
         self.is_packed = self.is_compiled = self.is_captured = False
         self.is_adversarial = False  # whether the present step is
         self.packing_errors = {}  # those of `TextModel`, the same in all folds
-        self.run = _plain_call  # or `_CudaGraphs`
+        self.fallbacks = {}  # what was given up -> why
+        self.run = _plain_call  # or `graphs`
+        self.plain_steps = 0  # since `bind_buffers`
+        self.is_updating = False  # whether the weights may have moved in this step
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
         self.max_seqlen = 8 * math.ceil(data.tokens.lengths.max() / 8)  # aligned for GPU kernels
-        if self.should_capture:  # what the default stream does cannot be captured
-            torch.cuda.set_stream(torch.cuda.Stream())
         self.make_buffers()
+
+    def can_capture(self):
+        """Whether steps are to be captured: of itself where launches are slow beside kernels."""
+        if self.cfg.cuda_graphs == "off" or self.device.type != "cuda":
+            return False
+        is_quick = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return is_quick or self.cfg.cuda_graphs == "on"
 
     def make_buffers(self):
         """Allocate what steps read and write, at fixed places on the device."""
@@ -4354,22 +4454,38 @@ class OptimizerStep:
         if cfg.ema or cfg.swa_start:
             self.average = _WeightAverage(self.model)
         self.optimizer = _make_optimizer(groups, cfg)
+        self.optimizer.register_step_pre_hook(self.note_update)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.is_packed = self.model.can_pack(tokens, self.dtype, gradients=True)
-        if not self.is_packed:
+        if not self.model.can_pack(tokens, self.dtype, gradients=True):
             self.model.eval().check_padding(tokens, self.dtype)
+        self.choose_path()
+        # of the whole fold, whatever is given up on the way: packed rows need no neighbours
+        self.length_bucket = cfg.length_bucket or (1 if self.is_packed else 4)
+
+    def choose_path(self):
+        """Take what is fast, can be had and has not failed yet."""
+        error = self.fallbacks.get("packed rows")
+        if error:
+            self.model.packing_errors[self.dtype] = error
+        self.is_packed = self.model.can_pack(self.data.tokens, self.dtype, gradients=True)
         can_be_static = self.static_shape_error() is None
-        self.is_compiled = cfg.compile and can_be_static
-        self.is_captured = self.should_capture and can_be_static
+        self.is_compiled = (
+            self.cfg.compile and can_be_static and "compiled layers" not in self.fallbacks
+        )
+        self.is_captured = (
+            self.graphs is not None and can_be_static and "CUDA graphs" not in self.fallbacks
+        )
         if self.is_compiled:
             self.model.backbone.compile(dynamic=False)
+        else:
+            self.model.backbone._compiled_call_impl = None
         self.bind_buffers()
 
     def _print_setup(self, say):
         error = self.static_shape_error()
         if error and self.cfg.compile:
             say(f"compile is left out: {error}")
-        if error and self.should_capture:
+        if error and self.graphs:
             say(f"cuda_graphs is left out: {error}")
         if self.has_static_shapes:
             compiled = "compiled, " if self.is_compiled else ""
@@ -4390,11 +4506,6 @@ class OptimizerStep:
         """Whether shapes and places in memory must stay as they are."""
         return self.is_compiled or self.is_captured
 
-    @property
-    def length_bucket(self):
-        # packed rows need no neighbours of their length
-        return self.cfg.length_bucket or (1 if self.is_packed else 4)
-
     def bind_buffers(self):
         """Bind the learning rates to the optimiser and forget graphs, after a move in memory."""
         if self.cfg.optimizer == "adamw":
@@ -4404,25 +4515,18 @@ class OptimizerStep:
                 group["capturable"] = self.is_captured
         if self.has_static_shapes:
             self.capture_sizes = _capture_sizes(self.micro_batch_tokens())
-        self.run = _CudaGraphs(self.calls_to_capture()) if self.is_captured else _plain_call
+        self.run = _plain_call
+        self.plain_steps = 0
+        if self.graphs:
+            self.graphs.clear()
 
     def micro_batch_tokens(self):
         """Tokens of every micro-batch of all folds, so that the sizes are the same in each."""
         totals = []
         for fold in self.data.pseudo or np.unique(self.data.folds):
-            for rows in self.data.batches(fold, self.cfg, self.length_bucket):
-                for start in range(0, len(rows), self.micro_batch_size):
-                    micro_batch = rows[start : start + self.micro_batch_size]
-                    totals.append(self.data.tokens.lengths[micro_batch].sum())
+            for rows in self.data.batches(fold, self.cfg, self.cfg.length_bucket or 1):
+                totals += [self.data.tokens.lengths[part].sum() for part in self.split(rows)]
         return totals
-
-    def calls_to_capture(self):
-        """Keys for `_CudaGraphs`; the largest comes first, because it needs most memory."""
-        sizes = reversed(self.capture_sizes)
-        keys = [("forward_backward_packed", size, self.max_seqlen) for size in sizes]
-        if self.is_adversarial:
-            keys += [("perturb",), ("restore",)]
-        return [*keys, ("update",)]
 
     # A step
 
@@ -4433,8 +4537,10 @@ class OptimizerStep:
         """
         self.set_learning_rates(step)
         self.set_adversarial(step)
-        self.accumulate_with_oom_retry(rows)
-        values = self.update_with_capture_retry()
+        with self.graphs.on_stream() if self.is_captured else contextlib.nullcontext():
+            if self.is_captured and self.run is _plain_call and self.plain_steps >= _PLAIN_STEPS:
+                self.try_graphs(rows)
+            values = self.make_step(rows)
         return StepResult(step + 1, rows, ("loss", "grad_norm", *self.active_metrics), values)
 
     def set_learning_rates(self, step):
@@ -4451,76 +4557,75 @@ class OptimizerStep:
             self.is_adversarial = is_adversarial
             self.bind_buffers()
 
-    def accumulate_with_oom_retry(self, rows):
-        """`accumulate`, again from the same random state with half the rows at a time until they
-        fit into memory."""
-        random_states = _RandomStates()
-        before = random_states.state_dict()
+    def make_step(self, rows):
+        """`accumulate` and `update`. After an error `simplify` gives something up, and the step is
+        made again from where it began."""
+        # the first update still asks for memory, so that it may stop half-way
+        before = _StepSnapshot(self, None if self.optimizer.state else "cpu")
+        reasons = []
         while True:
+            self.is_updating = False
             try:
-                self.accumulate(rows)
-                return
-            except _CaptureError as error:
-                self.is_captured = False
-                reason = f"CUDA graphs are off: {error}"
-            except torch.OutOfMemoryError as error:
-                reason = self.halve_micro_batch(rows, error)
+                self.accumulate(self.micro_batches(rows))
+                values = self.run(self.update)
+                break
+            except Exception as error:
+                if self.is_updating and not before.copies:
+                    raise
+                reasons.append(self.simplify(rows, error))
             # here, where the failed pass has let go of its memory
-            self.optimizer.zero_grad(set_to_none=True)
-            self.zero_sums()
-            self.bind_buffers()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            tqdm.write(f"{reason}: on with {self.micro_batch_size} at a time, same step")
-            random_states.load_state_dict(before)
+            before.restore()
+            torch.cuda.empty_cache()
+        for reason in reasons:
+            tqdm.write(f"{reason}; the same step again")
+        self.plain_steps += 1
+        return values
 
-    def halve_micro_batch(self, rows, error):
-        """Say what did not fit; KitError where it was one row."""
-        n_rows = min(self.micro_batch_size, len(rows))
-        max_tokens = self.data.tokens.lengths[rows].max()
-        if n_rows == 1:
-            raise KitError(
-                f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "
-                "training: set gradient_checkpointing True, a smaller max_length or backbone, or "
-                f"freeze_layers ({str(error).strip().splitlines()[0]})"
-            ) from None
-        self.micro_batch_size = n_rows // 2
-        return f"out of memory with {n_rows} rows of {max_tokens} tokens"
+    def split(self, rows):
+        """`rows` in micro-batches."""
+        starts = range(0, len(rows), self.micro_batch_size)
+        return [rows[start : start + self.micro_batch_size] for start in starts]
 
-    def accumulate(self, rows):
-        """Sum up the gradient of the mean loss of `rows`.
+    def micro_batches(self, rows):
+        """`rows` in micro-batches, each with the number of tokens that hold it without padding."""
+        parts = self.split(rows)
+        totals = [int(self.data.tokens.lengths[part].sum()) for part in parts]
+        if self.has_static_shapes:
+            totals = [next(n for n in self.capture_sizes if n >= total) for total in totals]
+        return list(zip(parts, totals, strict=True))
+
+    def accumulate(self, micro_batches):
+        """Sum up the gradient of the mean loss over the rows of all micro-batches.
 
         An adversarial step has a second pass where the loss is larger: AWP takes the gradient
         there, FGM adds it.
         """
-        self.rows_in_step.fill_(len(rows))
-        self.accumulate_micro_batches(rows)
+        self.rows_in_step.fill_(sum(len(rows) for rows, _ in micro_batches))
+        self.accumulate_pass(micro_batches)
         if self.is_adversarial:
-            self.run(self.perturb)
+            self.run(self.adversary.remember)
             try:
-                self.accumulate_micro_batches(rows)
+                self.run(self.perturb)
+                self.accumulate_pass(micro_batches)
             finally:
                 self.run(self.adversary.restore)
 
-    def accumulate_micro_batches(self, rows):
-        for start in range(0, len(rows), self.micro_batch_size):
-            micro_batch = rows[start : start + self.micro_batch_size]
+    def accumulate_pass(self, micro_batches):
+        for rows, num_tokens in micro_batches:
             if self.is_packed:
-                self.run_packed(micro_batch)
+                self.run_packed(rows, num_tokens)
             else:
-                inputs = self.data.tokens.batch(micro_batch, self.device)
-                self.forward_backward(inputs, _to_device(micro_batch, self.device))
+                inputs = self.data.tokens.batch(rows, self.device)
+                self.forward_backward(inputs, _to_device(rows, self.device))
 
-    def run_packed(self, micro_batch):
+    def run_packed(self, rows, num_tokens):
         """`forward_backward` over packed rows; static shapes are filled up with rows of -1."""
-        lengths = self.data.tokens.lengths[micro_batch]
-        num_tokens, max_seqlen = int(lengths.sum()), int(lengths.max())
+        max_seqlen = int(self.data.tokens.lengths[rows].max())
         if self.has_static_shapes:
-            num_tokens = next(size for size in self.capture_sizes if size >= num_tokens)
-            max_seqlen = self.max_seqlen
-            n_fillers = self.micro_batch_size - len(micro_batch)
-            micro_batch = np.pad(micro_batch, (0, n_fillers), constant_values=-1)
-        rows = _to_device(micro_batch, self.device)
+            # kernels refuse a text that may be longer than all tokens
+            max_seqlen = min(self.max_seqlen, num_tokens)
+            rows = np.pad(rows, (0, self.micro_batch_size - len(rows)), constant_values=-1)
+        rows = _to_device(rows, self.device)
         self.run(self.forward_backward_packed, rows, num_tokens, max_seqlen)
 
     def forward_backward_packed(self, rows, num_tokens, max_seqlen):
@@ -4581,17 +4686,6 @@ class OptimizerStep:
         if self.cfg.awp:
             self.optimizer.zero_grad(set_to_none=False)
             self.mean_loss.zero_()
-
-    def update_with_capture_retry(self):
-        try:
-            return self.run(self.update)
-        except _CaptureError as error:
-            tqdm.write(f"CUDA graphs are off: {error}")
-            self.is_captured = False
-            if self.scaler.is_enabled():  # a capture that failed did nothing, but left its marks
-                self.scaler._per_optimizer_states.clear()
-            self.bind_buffers()
-            return self.update()
 
     def update(self):
         """Clip, step and average, once all gradients are there; the values of a `StepResult`."""
@@ -4656,7 +4750,112 @@ class OptimizerStep:
         for total in (self.mean_loss, *self.metrics.values()):
             total.zero_()
 
+    # Where what is fast fails
+
+    def try_graphs(self, rows):
+        """Go on in CUDA graphs if they make the step that plain calls make.
+
+        A step with a micro-batch of every size is made plainly and in graphs, from the same
+        weights, moments and random state, and is undone.
+        """
+        # the largest comes first, because it needs most memory
+        parts = [(self.rows_that_fit(rows, size), size) for size in reversed(self.capture_sizes)]
+        if not all(len(part) for part, _ in parts):
+            return  # the rows of the next batch may be shorter
+        before = error = None
+        try:
+            before = _StepSnapshot(self, self.device)
+            self.observe(parts)  # loads kernels, and compiles, for every size
+            before.restore()
+            with self.graphs.forbid_waiting():
+                expected = self.observe(parts)
+            before.restore()
+            if all(vector.isfinite().all() for vector in expected.values()):
+                self.run = self.graphs
+                error = _step_error(expected, self.observe(parts))
+            else:  # fp16 still looks for its loss scale
+                self.plain_steps = 0
+        except Exception as fault:
+            error = _error_text(fault)
+        if before:
+            before.restore()
+        if error:
+            tqdm.write(self.give_up("CUDA graphs", error))
+            torch.cuda.empty_cache()
+
+    def rows_that_fit(self, rows, size):
+        """The shortest of `rows`, as many as go into a micro-batch of `size` tokens."""
+        lengths = self.data.tokens.lengths
+        rows = rows[np.argsort(lengths[rows])][: self.micro_batch_size]
+        return rows[np.cumsum(lengths[rows]) <= size]
+
+    def observe(self, micro_batches):
+        """Make a step; what it did, each as a vector."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        old_weights = _sample(weights)
+        self.accumulate(micro_batches)
+        gradients = _sample([weight.grad for weight in weights if weight.grad is not None])
+        losses = self.run(self.update)
+        return {"gradients": gradients, "weights": _sample(weights) - old_weights, "losses": losses}
+
+    def note_update(self, *_):
+        self.is_updating = True
+
+    def simplify(self, rows, error):
+        """Give up one thing because of an error: CUDA graphs, half of the micro-batch for lack of
+        memory, compiled code, packed rows. Says what and why; raises the error if none is left."""
+        if isinstance(error, KitError):
+            raise error
+        if self.run is not _plain_call:
+            return self.give_up("CUDA graphs", _error_text(error))
+        if isinstance(error, torch.OutOfMemoryError):
+            return self.halve_micro_batch(rows, error)
+        if self.is_compiled:
+            return self.give_up("compiled layers", _error_text(error))
+        if self.is_packed:
+            return self.give_up("packed rows", _error_text(error))
+        raise error
+
+    def give_up(self, name, reason):
+        """Go on without something fast, in the folds to come too; what and why, as text."""
+        self.fallbacks[name] = reason
+        self.choose_path()
+        return f"{name} are off: {reason}"
+
+    def halve_micro_batch(self, rows, error):
+        """Say what did not fit; KitError where it was one row."""
+        n_rows = min(self.micro_batch_size, len(rows))
+        max_tokens = self.data.tokens.lengths[rows].max()
+        if n_rows == 1:
+            raise KitError(
+                f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "
+                "training: set gradient_checkpointing True, a smaller max_length or backbone, or "
+                f"freeze_layers ({str(error).strip().splitlines()[0]})"
+            ) from None
+        self.micro_batch_size = n_rows // 2
+        self.bind_buffers()
+        problem = f"out of memory with {n_rows} rows of {max_tokens} tokens"
+        return f"{problem}: on with {self.micro_batch_size} at a time"
+
     # Between steps
+
+    def predict(self, rows):
+        """`predict`, for which graphs give up their memory before batches are halved. Packed rows
+        that fail in it are given up in training too."""
+        arguments = (self.model, self.data.tokens, self.cfg, rows)
+        try:
+            predictions = predict(*arguments, can_halve=self.run is _plain_call)
+        except torch.OutOfMemoryError:
+            predictions = None  # goes on below, where the failed pass has let go of its memory
+        if predictions is None:
+            tqdm.write(self.give_up("CUDA graphs", "evaluation needs their memory"))
+            torch.cuda.empty_cache()
+            predictions = predict(*arguments)
+            self.model.train()
+        error = self.model.packing_errors.get(self.dtype)
+        if self.is_packed and error:
+            self.give_up("packed rows", error)
+        return predictions
 
     def swap_average(self, step):
         """Exchange the weights and their average, where `step` steps have made one."""
@@ -4668,12 +4867,13 @@ class OptimizerStep:
         return dict(zip(self.group_depths, self.learning_rate_table[step].tolist(), strict=True))
 
     def state_dict(self):
-        return {"micro_batch_size": self.micro_batch_size}
+        names = ("micro_batch_size", "length_bucket", "fallbacks")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
         """Called after the states of the other parts, which may move what `bind_buffers` binds."""
-        self.micro_batch_size = state["micro_batch_size"]
-        self.bind_buffers()
+        vars(self).update(state)
+        self.choose_path()
 
 
 # ---------------------------------------------------------------------------------------
@@ -4817,7 +5017,7 @@ class FoldTrainer:
         """Score the model, or the average of its weights; whether it is the best so far."""
         state = self.state
         self.optimizer_step.swap_average(state.step)
-        predictions = predict(self.model, self.data.tokens, self.cfg, self.valid_rows)
+        predictions = self.optimizer_step.predict(self.valid_rows)
         self.check_predictions(predictions)
         metric = METRICS[self.cfg.metric]
         score = float(metric(self.data.targets[self.valid_rows], predictions))
@@ -4950,6 +5150,7 @@ class FoldTrainer:
             "steps": self.total_steps,
             "stop_reason": stop_reason,
             "micro_batch_size": self.optimizer_step.micro_batch_size,
+            "fallbacks": dict(self.optimizer_step.fallbacks),
             "pseudo_rows": int(is_pseudo.sum()),
             "pseudo_steps": self.pseudo_steps,
             "step": state.step,
@@ -6095,6 +6296,7 @@ class _TrainingRun:
             "rows": len(result["rows"]),
             "steps": result["steps"],
             "micro_batch_size": result["micro_batch_size"],
+            "fallbacks": result["fallbacks"],
             "skipped_steps": result["skipped_steps"],
             "pseudo_rows": result["pseudo_rows"],
             "pseudo_steps": result["pseudo_steps"],
