@@ -99,7 +99,7 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 __all__ = [
     # settings
     *("Config", "InferConfig", "Settings", "option", "RECIPES", "TASKS"),
@@ -6423,7 +6423,7 @@ _GOLDEN_MIN_FRACTION = 0.01
 def _version_error(version):
     """Why files that another version of this module wrote cannot be read, or None."""
     numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    if numbers and tuple(map(int, numbers.groups())) >= (0, 8):
+    if numbers and tuple(map(int, numbers.groups())) >= (0, 9):
         return None
     number = numbers[0] if numbers else version
     return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
