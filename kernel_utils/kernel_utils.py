@@ -4340,7 +4340,7 @@ class OptimizerStep:
         self.fallbacks = {}  # what was given up -> why
         self.run = _plain_call  # or `graphs`
         self.plain_steps = 0  # since `bind_buffers`
-        self.is_updating = False  # whether the weights may have moved in this step
+        self.phase = ""  # of a step: accumulate, update or, once weights may have moved, move
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
         self.max_seqlen = 8 * math.ceil(data.tokens.lengths.max() / 8)  # aligned for GPU kernels
@@ -4564,13 +4564,14 @@ class OptimizerStep:
         before = _StepSnapshot(self, None if self.optimizer.state else "cpu")
         reasons = []
         while True:
-            self.is_updating = False
             try:
+                self.phase = "accumulate"
                 self.accumulate(self.micro_batches(rows))
+                self.phase = "update"
                 values = self.run(self.update)
                 break
             except Exception as error:
-                if self.is_updating and not before.copies:
+                if self.phase == "move" and not before.copies:
                     raise
                 reasons.append(self.simplify(rows, error))
             # here, where the failed pass has let go of its memory
@@ -4799,7 +4800,7 @@ class OptimizerStep:
         return {"gradients": gradients, "weights": _sample(weights) - old_weights, "losses": losses}
 
     def note_update(self, *_):
-        self.is_updating = True
+        self.phase = "move"
 
     def simplify(self, rows, error):
         """Give up one thing because of an error: CUDA graphs, half of the micro-batch for lack of
@@ -4823,9 +4824,11 @@ class OptimizerStep:
         return f"{name} are off: {reason}"
 
     def halve_micro_batch(self, rows, error):
-        """Say what did not fit; KitError where it was one row."""
+        """Say what did not fit; an error where it was one row, or the optimiser beside one."""
         n_rows = min(self.micro_batch_size, len(rows))
         max_tokens = self.data.tokens.lengths[rows].max()
+        if n_rows == 1 and self.phase != "accumulate":
+            raise error
         if n_rows == 1:
             raise KitError(
                 f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "

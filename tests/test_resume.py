@@ -647,8 +647,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_step_is_that_of_the_whole_b
     assert [fold["micro_batch_size"] for fold in ku.RunFolder(run).read_record()["folds"]] == [2, 2]
     told = [line for line in re.split("[\r\n]+", capsys.readouterr().out) if line.startswith("out of memory")]
     assert told == [
-        "out of memory with 8 rows of 32 tokens: on with 4 at a time, same step",
-        "out of memory with 4 rows of 32 tokens: on with 2 at a time, same step",
+        "out of memory with 8 rows of 32 tokens: on with 4 at a time; the same step again",
+        "out of memory with 4 rows of 32 tokens: on with 2 at a time; the same step again",
     ]
 
 
