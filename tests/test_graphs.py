@@ -154,6 +154,7 @@ def test_a_trial_of_graphs_leaves_the_random_state_as_it_was(precision, tiny, gr
     cfg = tiny(precision=precision, epochs=6, batch_size=4, lr=1e-2, head_dropout=0.3, backbone_dropout=0.1)
     plain, replayed = (after_steps(dataclasses.replace(cfg, cuda_graphs=on)) for on in ("off", "on"))
     assert replayed.run is replayed.graphs and torch.equal(weights(replayed), weights(plain))
+    assert replayed.scaler.state_dict() == plain.scaler.state_dict()
 
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
