@@ -159,6 +159,36 @@ def test_flops_a_token_are_those_of_the_layers_and_the_attention(size, mflops):
         assert benchmark.training_flops(backbone, [length]) / length / 1e6 == pytest.approx(expected, abs=1)
 
 
+@pytest.mark.parametrize(
+    "kernel, options", [("flash", {}), ("flash", {"window_size": 3, "scale": 0.2}), ("mem_efficient", {})]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_calls_of_a_gpus_kernels_fit_their_signatures(kernel, options, is_causal):
+    """Forward and backward on meta tensors, as torch.compile traces them."""
+    query, key, value = (torch.empty(1, 4, 64, 32, device="meta", requires_grad=True) for _ in range(3))
+    pack = ku._Pack(torch.empty(5, dtype=torch.int32, device="meta"), 16, None, None, None)
+    call = {"dropout": 0.0, "scale": None, "window_size": -1, "is_causal": is_causal} | options
+    attend = getattr(ku, f"_varlen_{kernel}")
+    output = attend(query.half(), key.half(), value.half(), pack, **call)
+    assert output.shape == (1, 64, 4, 32)
+    slopes = torch.autograd.grad(output.sum(), (query, key, value))
+    assert [slope.shape for slope in slopes] == 3 * [(1, 4, 64, 32)]
+
+
+@pytest.mark.parametrize("scaling, expected", [(32**-0.5, None), (None, None), (0.2, 0.2)])
+def test_a_kernel_is_told_a_scale_that_is_not_the_usual_one_only(scaling, expected, monkeypatch):
+    scales = []
+
+    def attend(query, key, value, pack, dropout, scale, window_size, is_causal):
+        scales.append(scale)
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(ku, "_pick_attention_kernel", lambda *_: attend)
+    rows = 3 * [torch.zeros(1, 4, 8, 32)]
+    ku._packed_attention(torch.nn.Identity(), *rows, None, scaling=scaling, pack="a pack")
+    assert scales == [expected]
+
+
 def test_where_there_is_no_minilm_its_size_and_a_tokenizer_of_the_texts_are_made(monkeypatch, tmp_path):
     def find(name):
         raise ku.ConfigError(f"backbone {name!r} was not found")
