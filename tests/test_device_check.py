@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+import types
 
 import benchmark
 import device_check
@@ -137,6 +138,40 @@ def test_figures_of_what_was_not_in_use_or_did_not_fit_are_a_failure():
     assert errors("graphs") == [] == errors("trainer", is_captured=False)
     assert "graphs: not in use" in errors("graphs", is_captured=False)[0]
     assert "memory was too small for 32 rows" in errors("trainer", micro_batch_size=16)[0]
+
+
+@pytest.mark.parametrize(("code", "last"), [(0, "== 3 passed in 2s =="), (1, "== 1 failed, 2 passed in 2s ==")])
+def test_the_gpu_tests_that_fail_are_named(code, last, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    lines = ["tests/test_a.py::test_b", "FAILED tests/test_a.py::test_b - it waits" if code else "", last]
+    python.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {code}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(device_check.sys, "executable", str(python))
+    report = {"failures": []}
+    device_check.check_tests(None, report, None)
+    assert report["summary"] == last.strip("= ")
+    assert report["failures"] == ["FAILED tests/test_a.py::test_b - it waits"] * code
+
+
+@pytest.mark.parametrize(("gigabytes", "batch_size", "start"), [(80, 32, 40), (15, 8, 5)])
+def test_a_small_gpu_gets_fewer_rows_and_steps(gigabytes, batch_size, start, monkeypatch):
+    properties = types.SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    args = device_check.parse(["path/to/clear"])
+    options = device_check.make_options(args, "deberta-v3-base")
+    assert (options.batch_size, options.start, options.data) == (batch_size, start, "path/to/clear")
+    assert device_check.make_options(args, "bert-base", makes_shapes=True).start == 40
+
+
+def test_the_memory_of_a_contender_is_told_from_that_of_the_others(monkeypatch):
+    memory, now, peak = benchmark.GpuMemory(), [100], [0]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    for before, most, after in ((100, 130, 110), (260, 300, 265)):  # others came to have 150 more in between
+        now[0] = before
+        with memory:
+            now[0], peak[0] = after, most
+    assert (memory.now, memory.peak) == (15, 50)
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):

@@ -56,7 +56,7 @@ LIMITS = {
     "whole": 85,
     "compile": 95,
 }
-# group of contenders -> what its first one has to be, which does with what the second does without
+# group of two contenders -> what the first has to be, and the second is not
 USES = {"graphs": "is_captured", "own attention": "is_packed", "compile": "is_compiled"}
 WORTH = {"speed": 1.15, "memory": 0.8}
 STEPS = 50  # of `losses`
@@ -185,9 +185,10 @@ def measure_groups(args, size, groups, report, save):
     """A race for each group: few models at a time fit into a small GPU."""
     report["groups"] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        size = make_options(args, size).size
+        folder, _ = benchmark.find_or_make(size, temporary, args.folder)
         for group, names in groups.items():
             options = make_options(args, size, makes_shapes=group in ("graphs", "compile"))
-            folder, _ = benchmark.find_or_make(options.size, temporary, options.data)
             try:
                 race = benchmark.Race(benchmark.Lab(options, folder, "narrow"), names)
                 figures = race.run()
