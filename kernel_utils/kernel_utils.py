@@ -2471,8 +2471,9 @@ class _MixoutLinear(nn.Linear):
 # their `_Pack`, through transformers' attention interface, and lets no text see another. Krell et
 # al., arXiv:2107.02027.
 #
-# A kernel takes query, key and value (1, heads, N, d) and gives (1, N, heads, d). `window_size` is
-# how many tokens on each side a token sees, -1 for all; `is_causal` takes away those that follow.
+# A kernel takes query, key and value (1, heads, N, d) and gives (1, N, heads, d). A `scale` of None
+# is 1 / sqrt(d). `window_size` is how many tokens on each side a token sees, -1 for all;
+# `is_causal` takes away those that follow.
 
 _PACKED_ATTENTION = "kernel_utils_packed"  # our name in the interface
 
@@ -2514,8 +2515,8 @@ def _varlen_flash(query, key, value, pack, dropout, scale, window_size, is_causa
         options["window_size"] = (window_size, 0)
     elif window_size >= 0:
         options["window_size"] = (window_size, window_size)
-    if scale is not None and scale != query.shape[-1] ** -0.5:
-        options["scale"] = scale  # torch 2.10 knows the usual scale alone
+    if scale is not None:  # torch 2.10 knows the usual scale alone
+        options["scale"] = scale
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     spans = (pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
     return varlen_attn(q, k, v, *spans, **options)[None]
@@ -2561,6 +2562,8 @@ def _packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
+    if scaling == query.shape[-1] ** -0.5:
+        scaling = None  # the usual one; torch compiles no memory-efficient backward with another
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, 1)

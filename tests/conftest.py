@@ -16,7 +16,6 @@ import traceback
 from pathlib import Path
 
 import kernel_utils as ku
-import nbformat
 import numpy as np
 import pandas as pd
 import pretraining
@@ -78,8 +77,22 @@ def time_takers_of_marked_tests(request, time_takers, monkeypatch):
 
 def pytest_configure(config):
     """Tests run on the CPU, also where there is a GPU, unless those that need one are asked for (-m gpu)."""
-    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several would train folds in processes of their own
+    else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextlib.contextmanager
+def little_gpu_memory(n_bytes):
+    """The GPU has only so many more bytes for this process than it holds."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + n_bytes) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 LONGEST = "resume kaggle sweep training packing pretrain hostile compare backbones processes pseudo blend".split()
@@ -417,6 +430,8 @@ def papermill(notebook, out, *parameters, cwd=ROOT, env=None):
         command += ["-p", name, str(value)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
     done = subprocess.run(command, cwd=cwd, env=clean | (env or {}), capture_output=True, text=True)
+    import nbformat  # a machine with a GPU may lack it
+
     return done, nbformat.read(out, 4)
 
 

@@ -67,7 +67,9 @@ def test_the_report_says_how_it_was_made_and_has_every_figure(done):
         assert set(load["training"]["contenders"]) == {"kit", "padded", "dynamic", "tuned"}
         assert set(load["prediction"]["contenders"]) == {"kit", "sorted", "padded"}
         assert load["parity"]["fp32"]["tuned"] < 1e-5 and load["parity"]["after_first_steps"]["tuned"] < 1e-3
-        assert all(result["memory"] is None for result in load["training"]["contenders"].values())  # not asked for
+        for result in load["training"]["contenders"].values():
+            assert result["memory"] is None and result["one_time_seconds"] >= 0  # memory was not asked for
+        assert load["training"]["contenders"]["kit"]["setup"]["is_packed"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -81,6 +83,8 @@ def test_rates_and_ratios_follow_from_the_raw_seconds(done):
                 assert result["ratio"]["median"] == pytest.approx(np.median(ratios))
                 assert (result["ratio"]["smallest"], result["ratio"]["largest"]) == (min(ratios), max(ratios))
                 assert result["tokens_per_second"]["median"] == pytest.approx(np.median(rates))
+                shares = [n / s for n, s in zip(rounds["flops"], result["seconds"], strict=True)]
+                assert result["share_of_matmul"] == pytest.approx(np.median(shares) / part["matmul_flops"])
 
 
 def test_all_contenders_train_on_the_same_rows(done):
@@ -96,7 +100,7 @@ def test_all_contenders_train_on_the_same_rows(done):
 def test_the_table_has_a_row_for_each_contender(done):
     lines = benchmark.table(done[0]).splitlines()
     assert len([line for line in lines if line.startswith("| tiny |")]) == 2 * (4 + 3)
-    assert all(line.count("|") == 9 for line in lines)
+    assert all(line.count("|") == 11 for line in lines)
 
 
 def test_texts_and_a_backbone_of_a_folder(tmp_path, monkeypatch):
@@ -115,7 +119,7 @@ def test_texts_and_a_backbone_of_a_folder(tmp_path, monkeypatch):
 
 
 def test_the_memory_of_a_contender_is_measured_in_a_process_of_its_own(tmp_path):
-    folder, _ = benchmark.find_or_make("tiny", tmp_path)
+    folder, _ = benchmark.find_or_make("tiny", tmp_path, "")
     _, options = benchmark.parse([*QUICK, "--memory-steps", "2"])
     large = np.ones(2**28)  # 2 GB that are this process's alone
     memory = benchmark.measure_memory(options, folder, "mixed", "tuned")
@@ -132,7 +136,7 @@ def test_contenders_that_do_not_compute_the_same_are_not_timed(what, monkeypatch
             super().run([*warm, *warm] if what == "another training" else warm, batches, window)
 
     monkeypatch.setitem(benchmark.CONTENDERS, "padded", Wrong)
-    monkeypatch.setattr(benchmark, "train_in_turn", None)  # would fail
+    monkeypatch.setattr(benchmark.Race, "make_rounds", None)  # would fail
     with pytest.raises(SystemExit, match=r"(?s)do not compute the same, nothing is measured.*padded differs by"):
         benchmark.main([*QUICK, "--contenders", "padded", "-o", str(tmp_path / "out.json")])
     assert not (tmp_path / "out.json").exists()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import zlib
+from pathlib import Path
 
 import kernel_utils as ku
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import Forked, Killed, flip, kill, padded_mask, train_frame
+from conftest import Forked, Killed, flip, kill, little_gpu_memory, padded_mask, train_frame
 
 NOISY = dict(epochs=3, backbone_dropout=0.1, head_dropout=0.1)  # random states matter
 
@@ -850,9 +851,9 @@ def test_a_gpu_run_goes_on_from_its_checkpoint_with_its_random_state(tiny, often
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_that_runs_out_of_memory_trains_with_smaller_micro_batches(tiny, capsys):
-    torch.cuda.set_per_process_memory_fraction(0.01)
-    try:
-        run = start(tiny(run_name="r", batch_size=4096, max_rows=0, attention="eager"))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    cfg = tiny(run_name="r", batch_size=2000, attention="eager", precision="fp32")
+    train_frame(4000).to_csv(Path(cfg.data_dir) / "train.csv", index=False)  # 250 MB of activations
+    with little_gpu_memory(2**27):
+        run = start(cfg)
+    assert "out of memory with 2000 rows" in capsys.readouterr().out
     assert ku.RunFolder(run).read_record()["status"] == "complete"

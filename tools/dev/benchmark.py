@@ -5,7 +5,8 @@
 One process, the same weights, rows, optimiser batch, dtype, clipping and constant learning rate for
 all, and no dropout:
 
-    kit      kernel_utils as it is; kit-eager without CUDA graphs, kit-compile with torch.compile
+    kit      kernel_utils as it is; kit-graphs and kit-eager with and without CUDA graphs,
+             kit-compile with torch.compile, kit-hf with Hugging Face's attention on padded rows
     padded   the article's loop: rows padded to the maximum length, loss.item() after each step
     dynamic  the Trainer as it comes: random batches, padded to the longest of their rows
     tuned    the Trainer with rows grouped by length, fused AdamW, no filter of losses that are NaN
@@ -14,9 +15,12 @@ First all must predict the same for eight rows, and again after three steps with
 else nothing is measured. Then the contenders train in turn, a block of steps each after a few that
 are not timed, over the same rows in every round, another one first each time. Rates are medians
 over the rounds and count real tokens, never padding; ratios are those of a round, contender's
-seconds by the kit's, as median, smallest and largest. Peak memory is that of each contender alone
-in a process of its own: on a GPU what PyTorch's allocator had, on a CPU the growth of the process
-since its model was loaded.
+seconds by the kit's, as median, smallest and largest. The share of matmul is the FLOPs that the
+real tokens need (`training_flops`) by those that one large matrix product does in the same time,
+measured in the same run. One-time cost is what the steps before the first round took beyond their
+usual time: starting up, capture, compilation. Peak memory is that of each contender alone: on a GPU
+what PyTorch's allocator had beside what the others keep, on a CPU the growth of a process of its
+own since its model was loaded.
 
 Rows are pieces of the texts of `--data`, else of the sample, in two loads: `narrow` lengths like
 those of the CLEAR corpus, padded to 320, and `mixed`, log-normal around 150 from 16 to 512, padded
@@ -45,6 +49,7 @@ from pathlib import Path
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or the Trainer would split its batches
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -57,8 +62,10 @@ import kernel_utils as ku
 
 LABELS = {
     "kit": "kernel_utils",
+    "kit-graphs": "kernel_utils, CUDA graphs",
     "kit-eager": "kernel_utils, no CUDA graphs",
     "kit-compile": "kernel_utils, compiled",
+    "kit-hf": "kernel_utils, padded, HF attention",
     "padded": "plain loop, padded to the maximum",
     "dynamic": "Trainer, dynamic padding",
     "tuned": "Trainer, tuned",
@@ -79,6 +86,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary
     "bert-base": (transformers.BertConfig, (768, 12, 12, 3072, 30522), {}),
     "deberta-v3-base": (transformers.DebertaV2Config, (768, 12, 12, 3072, 128100), DEBERTA),
     "tiny": (transformers.BertConfig, (32, 2, 2, 64, 30522), {}),
+    "tiny-deberta": (transformers.DebertaV2Config, (32, 2, 2, 64, 30522), DEBERTA),
 }
 LENGTHS = {"narrow": 320, "mixed": 512}  # load -> tokens that rows are cut and, by some, padded to
 PARITY_ROWS, PARITY_STEPS = 8, 3
@@ -86,6 +94,7 @@ OUTPUT_TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}  # between predict
 TRAINED_TOLERANCES = {"fp32": 0.02, "bf16": 0.5}  # after steps, by the largest change they made
 GROUPED = 50  # batches that the Trainer's sampler sorts by length together
 LOG_STEPS = 50  # the kit copies its losses from the device after so many steps
+ON, OFF = True, False  # of the setting cuda_graphs
 
 
 @dataclasses.dataclass
@@ -101,7 +110,8 @@ class Options:
     steps: int = 7
     batch_size: int = 16
     rows: int = 96  # to predict
-    memory_steps: int = 3
+    memory_steps: int = 3  # on a CPU
+    matmul: int = 1024  # rows of the matrices whose product is timed
     warm: int = 1  # steps of a block before those that are timed
     start: int = 0  # steps before the first round, for graphs and compilation
     workers: int = 0  # loader processes of the Trainer
@@ -113,13 +123,13 @@ GPU = dict(
     steps=200,
     batch_size=32,
     rows=4096,
-    memory_steps=20,
+    matmul=8192,
     warm=5,
     start=60,
     workers=4,
 )
 QUICK = dict(size="tiny", rounds=2, steps=2, batch_size=4, rows=8, memory_steps=0)
-QUICK |= dict(warm=1, start=0, workers=0)
+QUICK |= dict(warm=1, start=0, workers=0, matmul=64)
 
 
 # ---------------------------------------------------------------------------------------
@@ -168,23 +178,73 @@ def size_config(size):
     )
 
 
-def find_or_make(size, temporary):
-    """Folder of a backbone, and where its weights are from."""
+def find_or_make(size, temporary, data):
+    """Folder of a backbone, and where its weights are from. MiniLM's tokenizer serves for all that
+    are made; where there is no MiniLM, one is trained on the texts of `data`."""
     if size not in SIZES:
         return ku._find_backbone(size), "its own"
-    default = ku._find_backbone(ku.Config().backbone)  # is MiniLM, and has a tokenizer for others
-    if size == "minilm":
-        return default, "its own"
+    try:
+        default = ku._find_backbone(ku.Config().backbone)
+    except ku.ConfigError:
+        tokenizer = train_tokenizer(data)
+    else:
+        if size == "minilm":
+            return default, "its own"
+        tokenizer = ku._load_tokenizer(default)
     folder = Path(temporary) / size
     torch.manual_seed(0)
     with ku._quiet_transformers():
         transformers.AutoModel.from_config(size_config(size)).save_pretrained(folder)
-    ku._load_tokenizer(default).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder, "random"
+
+
+def train_tokenizer(data):
+    """A tokenizer as BERT's, of the pieces that the texts of a competition have."""
+    train, _, _ = ku.read_competition(ku.Config(data_dir=data))
+    tokenizer = tokenizers.BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(train["excerpt"], vocab_size=8000, show_progress=False)
+    return transformers.BertTokenizerFast(tokenizer_object=tokenizer)
+
+
+def training_flops(backbone, lengths):
+    """FLOPs that texts of so many tokens need in training; prediction takes a third.
+
+    A token is multiplied with each matrix of the layers: 2 FLOPs a weight forward, twice that
+    backward. In each layer's attention, with two states of the model's width of every token of its
+    text, and in DeBERTa with a row of the position table for every bucket and kind of score.
+    """
+    config, layers = backbone.config, ku.transformer_layers(backbone)
+    per_layer = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
+    per_layer /= len(layers)  # ALBERT's one layer stands for all
+    lengths = np.asarray(lengths)
+    states = 2 * lengths
+    if getattr(config, "relative_attention", False):
+        span = config.position_buckets if config.position_buckets > 0 else 512
+        states = states + 2 * span * len(config.pos_att_type)
+    per_token = 6 * config.num_hidden_layers * (per_layer + states * config.hidden_size)
+    return float((lengths * per_token).sum())
 
 
 # ---------------------------------------------------------------------------------------
 # What the contenders share
+
+
+class GpuMemory:
+    """Bytes that one contender has on the GPU, now and at most, while others keep theirs."""
+
+    def __init__(self):
+        self.now = self.peak = 0
+
+    def __enter__(self):
+        self.before = torch.cuda.memory_allocated()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def __exit__(self, *_):
+        self.peak = max(self.peak, self.now + torch.cuda.max_memory_allocated() - self.before)
+        gc.collect()
+        self.now += torch.cuda.memory_allocated() - self.before
 
 
 class Window:
@@ -259,6 +319,7 @@ class Lab:
         self.left = rng.permutation(n)
         self.data = ku._TrainingData(self.tokens, targets, folds, folder, tokenizer, 1, order)
         self.model = self.load_model()
+        self.model_bytes = sum(p.nbytes for p in self.model.parameters())
         state = self.model.state_dict()
         self.initial = {name: weight.cpu().clone() for name, weight in state.items()}
 
@@ -324,6 +385,19 @@ class Lab:
         return ordered
 
 
+def matmul_rate(lab):
+    """FLOP/s of the product of two large square matrices in the precision of the training."""
+    size, seconds = lab.options.matmul, []
+    a, b = (torch.randn(size, size, device=lab.device).to(lab.dtype) for _ in range(2))
+    for _ in range(12):
+        window = Window(lab.device)
+        window.open()
+        a @ b
+        window.close()
+        seconds.append(window.seconds)
+    return 2 * size**3 / float(np.median(seconds[2:]))
+
+
 def in_groups(count):
     """Batches of which `count` are taken: those of whole groups."""
     return GROUPED * math.ceil(count / GROUPED)
@@ -377,6 +451,17 @@ class Kit:
     def outputs(self, rows, precision):
         cfg = dataclasses.replace(self.cfg, precision=precision)
         return ku.predict(self.engine.model, self.lab.tokens, cfg, rows)[:, 0]
+
+    def setup(self):
+        """What the engine does after all, and why not more."""
+        engine = self.engine
+        return {
+            "is_packed": bool(engine.is_packed),
+            "is_compiled": bool(engine.is_compiled),
+            "is_captured": bool(engine.is_captured),
+            "micro_batch_size": engine.micro_batch_size,
+            "fallbacks": getattr(engine, "fallbacks", {}),
+        }
 
 
 class Other:
@@ -512,8 +597,10 @@ class HfTrainer(Other):
 
 CONTENDERS = {
     "kit": Kit,
-    "kit-eager": functools.partial(Kit, cuda_graphs=False),
+    "kit-graphs": functools.partial(Kit, cuda_graphs=ON),
+    "kit-eager": functools.partial(Kit, cuda_graphs=OFF),
     "kit-compile": functools.partial(Kit, compile=True),
+    "kit-hf": functools.partial(Kit, attention="eager", cuda_graphs=OFF),
     "padded": PaddedLoop,
     "dynamic": HfTrainer,
     "tuned": functools.partial(HfTrainer, tuned=True),
@@ -530,6 +617,12 @@ class ParityError(ku.KitError):
     title = "the contenders do not compute the same, nothing is measured:"
 
 
+def gaps_to_first(outputs):
+    """name -> largest difference of its values from those of the first name."""
+    first = next(iter(outputs.values()))
+    return {name: float(np.abs(values - first).max()) for name, values in outputs.items()}
+
+
 def check_gaps(what, gaps, allowed):
     bad = {name: gap for name, gap in gaps.items() if not gap <= allowed}
     if bad:
@@ -538,31 +631,29 @@ def check_gaps(what, gaps, allowed):
 
 
 def check_outputs(lab, contenders):
-    """Largest differences from the kit's predictions with the same weights, by precision."""
+    """Largest differences from the first one's predictions with the same weights, by precision."""
     parity, rows = {}, np.arange(PARITY_ROWS)
     for precision in dict.fromkeys(("fp32", lab.precision)):
         lab.reset()
-        kit = contenders["kit"].outputs(rows, precision)
-        gaps = {}
-        for name, contender in contenders.items():
-            gaps[name] = float(np.abs(contender.outputs(rows, precision) - kit).max())
+        outputs = {name: side.outputs(rows, precision) for name, side in contenders.items()}
+        gaps = gaps_to_first(outputs)
         check_gaps(f"predictions in {precision}", gaps, OUTPUT_TOLERANCES[precision])
         parity[precision] = gaps
     return parity
 
 
-def check_first_steps(lab, contenders, batches):
+def check_first_steps(lab, contenders, batches, run):
     """Train all on the same batches. Returns the gaps of their predictions after it, by the largest
     change."""
-    rows, gaps, kit = np.arange(PARITY_ROWS), {}, None
+    rows, after = np.arange(PARITY_ROWS), {}
     lab.reset()
     before = lab.predict(rows, len(rows), False, "fp32")
     for name, contender in contenders.items():
         lab.reset()
-        contender.run(batches[:1], batches[1:], Window(lab.device))
-        after = contender.outputs(rows, "fp32")
-        kit = after if kit is None else kit
-        gaps[name] = float(np.abs(after - kit).max() / np.abs(kit - before).max())
+        run(name, batches)
+        after[name] = contender.outputs(rows, "fp32")
+    largest_change = np.abs(next(iter(after.values())) - before).max()
+    gaps = {name: float(gap / largest_change) for name, gap in gaps_to_first(after).items()}
     if lab.precision in TRAINED_TOLERANCES:  # loss scaling may skip first steps
         check_gaps(f"after {len(batches)} steps", gaps, TRAINED_TOLERANCES[lab.precision])
     return gaps
@@ -580,29 +671,83 @@ def take_turns(lab, what, names, job):
         order = names[first:] + names[:first]
         firsts.append(order[0])
         for name in order:
-            gc.collect()
             seconds[name].append(job(name, number))
         spent = ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in names)
         print(f"{lab.load}, {what}, round {number + 1}: {spent}", flush=True)
     return seconds, firsts
 
 
-def train_in_turn(lab, contenders):
-    options = lab.options
-    blocks = [(lab.deal(options.warm), lab.deal(options.steps)) for _ in range(options.rounds)]
-    rows = [np.concatenate(batches) for _, batches in blocks]
+class Race:
+    """Contenders that train in turn. Ratios and gaps are to the first, one of the kit's."""
 
-    def train(name, number):
-        rng = np.random.default_rng(number)
-        warm, batches = (contenders[name].arrange(block, rng) for block in blocks[number])
-        is_same = np.array_equal(np.sort(np.concatenate(batches)), np.sort(rows[number]))
-        assert is_same, f"{name} has other rows than the round"
-        window = Window(lab.device)
-        contenders[name].run(warm, batches, window)
-        return window.seconds
+    def __init__(self, lab, names):
+        self.lab = lab
+        self.memory = {name: GpuMemory() for name in names}
+        self.early_steps = 0  # before the first round
+        self.early_seconds = dict.fromkeys(names, 0.0)
+        self.contenders = {}
+        for name in names:
+            with self.memory[name]:
+                self.contenders[name] = CONTENDERS[name](lab)
+        kits = [side for side in self.contenders.values() if isinstance(side, Kit)]
+        self.planner = max(kits, key=lambda kit: kit.engine.has_static_shapes)
 
-    seconds, firsts = take_turns(lab, "training", list(contenders), train)
-    return summarise(lab, seconds, firsts, rows)
+    def run(self):
+        """Check that all compute the same, warm up, train in turn; all figures."""
+        lab, rng = self.lab, np.random.default_rng(0)
+        parity = check_outputs(lab, self.contenders)
+        batches = self.planner.arrange(lab.deal(PARITY_STEPS), rng)  # which all kits can take
+        parity["after_first_steps"] = check_first_steps(
+            lab, self.contenders, batches, self.make_early_steps
+        )
+        self.early_steps = PARITY_STEPS + lab.options.start
+        if lab.options.start:
+            batches = self.planner.arrange(lab.deal(lab.options.start), rng)
+            for name in self.contenders:
+                self.make_early_steps(name, batches)
+        summary = self.make_rounds()
+        for name, result in summary["contenders"].items():
+            usual = float(np.median(result["seconds"])) / lab.options.steps
+            one_time = self.early_seconds[name] - self.early_steps * usual
+            result["one_time_seconds"] = max(0.0, one_time)
+            result["memory"] = self.peak_memory(name)
+            if isinstance(self.contenders[name], Kit):
+                result["setup"] = self.contenders[name].setup()
+        return summary | {"parity": parity}
+
+    def make_early_steps(self, name, batches):
+        window = Window(self.lab.device)
+        with self.memory[name]:
+            window.open()
+            self.contenders[name].run(batches[:1], batches[1:], Window(self.lab.device))
+            window.close()
+        self.early_seconds[name] += window.seconds
+
+    def make_rounds(self):
+        lab, options = self.lab, self.lab.options
+        blocks = [(lab.deal(options.warm), lab.deal(options.steps)) for _ in range(options.rounds)]
+        rows = [np.concatenate(batches) for _, batches in blocks]
+
+        def train(name, number):
+            contender, rng = self.contenders[name], np.random.default_rng(number)
+            warm, batches = (contender.arrange(block, rng) for block in blocks[number])
+            is_same = np.array_equal(np.sort(np.concatenate(batches)), np.sort(rows[number]))
+            assert is_same, f"{name} has other rows than the round"
+            window = Window(lab.device)
+            with self.memory[name]:
+                contender.run(warm, batches, window)
+            return window.seconds
+
+        seconds, firsts = take_turns(lab, "training", list(self.contenders), train)
+        return summarise(lab, seconds, firsts, rows)
+
+    def peak_memory(self, name):
+        """On a GPU; a CPU needs a process for each contender."""
+        if self.lab.device.type == "cpu":
+            return None
+        is_kit = isinstance(self.contenders[name], Kit)
+        shared = 0 if is_kit else self.lab.model_bytes
+        return {"peak_bytes": self.memory[name].peak + shared}
 
 
 def predict_in_turn(lab, kit):
@@ -615,10 +760,7 @@ def predict_in_turn(lab, kit):
         "sorted": lambda: lab.predict(rows, size, False, lab.precision),
         "padded": lambda: lab.predict(rows, size, True, lab.precision),
     }
-    predictions = {name: side() for name, side in sides.items()}  # warms up
-    gaps = {}
-    for name, values in predictions.items():
-        gaps[name] = float(np.abs(values - predictions["kit"]).max())
+    gaps = gaps_to_first({name: side() for name, side in sides.items()})  # warms up
     check_gaps("predictions", gaps, 10 * OUTPUT_TOLERANCES[lab.precision])  # of many more rows
 
     def predict(name, number):
@@ -629,7 +771,7 @@ def predict_in_turn(lab, kit):
         return window.seconds
 
     seconds, firsts = take_turns(lab, "prediction", list(sides), predict)
-    return summarise(lab, seconds, firsts, [rows] * options.rounds) | {"gaps": gaps}
+    return summarise(lab, seconds, firsts, [rows] * options.rounds, part=1 / 3) | {"gaps": gaps}
 
 
 def spread(values):
@@ -637,30 +779,34 @@ def spread(values):
     return {"median": float(np.median(values)), "smallest": smallest, "largest": largest}
 
 
-def summarise(lab, seconds, firsts, rows):
-    """Raw seconds of the rounds, and their rates and ratios."""
+def summarise(lab, seconds, firsts, rows, part=1):
+    """Raw seconds of the rounds, and their rates and ratios. `part` is the work by that of a
+    training pass."""
+    lengths = [lab.tokens.lengths[of_round] for of_round in rows]
     n_rows = [len(of_round) for of_round in rows]
-    n_tokens = [int(lab.tokens.lengths[of_round].sum()) for of_round in rows]
-    results, kit = {}, np.array(seconds["kit"])
+    n_tokens = [int(of_round.sum()) for of_round in lengths]
+    backbone = lab.model.backbone
+    flops = np.array([part * training_flops(backbone, of_round) for of_round in lengths])
+    peak = matmul_rate(lab)
+    results, first = {}, np.array(next(iter(seconds.values())))
     for name, spent in seconds.items():
         results[name] = {
             "seconds": spent,
-            "ratio": spread(np.array(spent) / kit),  # of the kit's speed to this one's
+            "ratio": spread(np.array(spent) / first),  # of the first one's speed to this one's
             "tokens_per_second": spread(np.array(n_tokens) / spent),
             "rows_per_second": spread(np.array(n_rows) / spent),
+            "share_of_matmul": float(np.median(flops / spent)) / peak,
         }
-    rounds = {"rows": n_rows, "tokens": n_tokens, "first": firsts}
-    return {"rounds": rounds, "contenders": results}
+    rounds = {"rows": n_rows, "tokens": n_tokens, "flops": flops.tolist(), "first": firsts}
+    return {"rounds": rounds, "matmul_flops": peak, "contenders": results}
 
 
-def own_memory(peak=False):
-    """Bytes that this process, or its GPU's allocator, has now or had at most. The peak that
-    getrusage knows would be that of the parent, where it was larger."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+def own_memory(name):
+    """Bytes of this process: VmRSS, or at most: VmHWM. The peak that getrusage knows would be that
+    of the parent, where it was larger."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(values["VmHWM" if peak else "VmRSS"].split()[0])
+    return 1024 * int(values[name].split()[0])
 
 
 def measure_alone(options, folder, load, name):
@@ -669,13 +815,11 @@ def measure_alone(options, folder, load, name):
     contender = CONTENDERS[name](lab)
     if isinstance(contender, Kit):
         lab.model = None
-    before = own_memory()
-    if lab.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    before = own_memory("VmRSS")
     rng = np.random.default_rng(0)
     batches = contender.arrange(lab.deal(options.memory_steps), rng)
     contender.run(batches[:1], batches[1:], Window(lab.device))
-    return {"before_bytes": before, "peak_bytes": own_memory(peak=True)}
+    return {"before_bytes": before, "peak_bytes": own_memory("VmHWM")}
 
 
 def measure_memory(options, folder, load, name):
@@ -693,30 +837,19 @@ def measure_memory(options, folder, load, name):
 def measure_load(options, folder, load, names):
     """All figures of a backbone and a load."""
     lab = Lab(options, folder, load)
-    contenders = {name: CONTENDERS[name](lab) for name in names}
-    parity, rng = check_outputs(lab, contenders), np.random.default_rng(0)
-    kits = [contender for contender in contenders.values() if isinstance(contender, Kit)]
-    planner = max(
-        kits, key=lambda kit: kit.engine.has_static_shapes
-    )  # whose batches all kits can take
-    batches = planner.arrange(lab.deal(PARITY_STEPS), rng)
-    parity["after_first_steps"] = check_first_steps(lab, contenders, batches)
-    if options.start:
-        batches = planner.arrange(lab.deal(options.start), rng)
-        for contender in contenders.values():
-            contender.run(batches[:1], batches[1:], Window(lab.device))
-    training = train_in_turn(lab, contenders)
-    prediction = predict_in_turn(lab, contenders["kit"])
-    for name, result in training["contenders"].items():
-        result["memory"] = measure_memory(options, folder, load, name)
+    race = Race(lab, names)
+    training = race.run()
+    prediction = predict_in_turn(lab, race.contenders["kit"])
+    if lab.device.type == "cpu":
+        for name, result in training["contenders"].items():
+            result["memory"] = measure_memory(options, folder, load, name)
     return {
         "load": load,
         "padded_to": lab.length,
         "row_tokens": spread(lab.tokens.lengths),
         "precision": lab.precision,
-        "packed": bool(contenders["kit"].engine.is_packed),
         "attention": lab.model.backbone.config._attn_implementation,
-        "parity": parity,
+        "parity": training.pop("parity"),
         "training": training,
         "prediction": prediction,
     }
@@ -729,15 +862,16 @@ def measure_load(options, folder, load, names):
 def memory_cell(memory, is_gpu):
     if memory is None:
         return ""
-    own = 0 if is_gpu else memory["before_bytes"]
-    return f"{(memory['peak_bytes'] - own) / 2**20:,.0f}"
+    before = 0 if is_gpu else memory["before_bytes"]
+    return f"{(memory['peak_bytes'] - before) / 2**20:,.0f}"
 
 
 def table(report):
     """The figures in Markdown."""
     is_gpu = report["device"]["type"] == "cuda"
     memory = "peak memory, MB" if is_gpu else "memory beside the model, MB"
-    head = ["backbone", "lengths", "what", "by", "tokens/s", "rows/s", "kit's speed by it", memory]
+    head = ["backbone", "lengths", "what", "by", "tokens/s", "rows/s", "kit's speed by it"]
+    head += ["share of matmul", memory, "one-time cost, s"]
     lines = [head, ["---"] * len(head)]
     for size, kind, load in panels(report):
         for name, result in load[kind]["contenders"].items():
@@ -747,7 +881,9 @@ def table(report):
             cells = [size, load["load"], kind, LABELS[name]]
             cells += [f"{tokens['median']:,.0f}", f"{rows['median']:,.1f}"]
             cells += ["" if name == "kit" else f"{ratio['median']:.2f} {spread_text}"]
-            lines.append([*cells, memory_cell(result.get("memory"), is_gpu)])
+            cells += [f"{result['share_of_matmul']:.1%}", memory_cell(result.get("memory"), is_gpu)]
+            one_time = result.get("one_time_seconds")
+            lines.append([*cells, "" if one_time is None else f"{one_time:.1f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -818,7 +954,7 @@ def parse(arguments):
         "rounds": "how often each has its turn; 3",
         "steps": "timed optimiser steps of a turn; 200, on a CPU 7",
         "batch_size": "rows of an optimiser step; 32, on a CPU 16",
-        "memory_steps": "steps in which memory is measured; 20, on a CPU 3; 0: not at all",
+        "memory_steps": "steps in which memory is measured on a CPU; 3; 0: not at all",
     }
     parser.add_argument("-o", "--output", type=Path, help="JSON file; a plot is put beside it")
     for name, text in texts.items():
@@ -854,7 +990,7 @@ def benchmark(options, command, save):
     }
     with tempfile.TemporaryDirectory() as temporary:
         for size in filter(None, options.size.split(",")):
-            folder, weights = find_or_make(size, temporary)
+            folder, weights = find_or_make(size, temporary, options.data)
             model = {"size": Path(size).name, "weights": weights, "loads": []}
             report["models"].append(model)
             for load in loads:
@@ -874,6 +1010,7 @@ def save(output, report):
 
 
 def main(arguments=None):
+    gc.freeze()  # the modules, so that what collects garbage between the turns is quick
     words = sys.argv[1:] if arguments is None else [str(word) for word in arguments]
     if importlib.util.find_spec("accelerate") is None:
         sys.exit("the Trainer needs the package accelerate: pip install accelerate==1.15.0")
