@@ -3265,7 +3265,10 @@ def _inner_product(tensors, others):
 
 
 class _PackingTrial:
-    """The longest and the shortest text, packed and padded, in a model in evaluation mode."""
+    """The longest and the shortest text, packed and padded, in a model in evaluation mode.
+
+    Packed rows have a filler and spare slots, as in static shapes.
+    """
 
     # largest distance of states of packed and padded rows, in standard deviations of the states
     tolerances: ClassVar = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -3278,8 +3281,11 @@ class _PackingTrial:
         rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
         self.first_length = tokens.lengths[rows[0]]
         self.padded = tokens.batch(rows, self.device)
-        self.packed = tokens.pack_rows(rows, self.device)
-        self.is_token = self.packed["pack"].attention_mask.bool()  # (2, T)
+        num_tokens = 64 * math.ceil(tokens.lengths[rows].sum() / 64)
+        max_seqlen = self.padded["input_ids"].shape[1]
+        packed_rows = _to_device(np.append(rows, -1), self.device)
+        self.packed = tokens.pack(packed_rows, num_tokens, max_seqlen, spare=True)
+        self.is_token = self.packed["pack"].attention_mask[:2].bool()  # (2, T)
         with torch.no_grad():
             self.padded_states = self.encode(self.padded)
             self.packed_states = self.encode(self.packed)
@@ -3288,7 +3294,7 @@ class _PackingTrial:
     def encode(self, inputs):
         """The last hidden states (2, T, H)."""
         with _autocast(self.device, self.dtype):
-            return self.model.encode(**inputs)[0][-1]
+            return self.model.encode(**inputs)[0][-1][:2]
 
     def state_error(self):
         padded, packed = self.padded_states[self.is_token], self.packed_states[self.is_token]
@@ -3316,6 +3322,7 @@ class _PackingTrial:
         try:
             padded = self.gradients(self.padded, weights)
             packed = self.gradients(self.packed, weights)
+            self.run_with_dropout(weights)
         except torch.OutOfMemoryError:
             return None  # two whole texts may be more than a micro-batch
         squared_norms = _inner_product(padded, padded) * _inner_product(packed, packed)
@@ -3333,13 +3340,13 @@ class _PackingTrial:
             loss = (states @ directions).sin().sum()
         return torch.autograd.grad(loss, weights, materialize_grads=True)
 
-    def run_with_dropout(self):
+    def run_with_dropout(self, weights):
         """Raises where the kernel for training with dropout, which may be another, cannot run."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices):
             self.model.train()
-            self.encode(self.packed)
-        self.model.eval()
+            self.gradients(self.packed, weights)
+            self.model.eval()
 
 
 class TextModel(nn.Module):
@@ -3544,8 +3551,6 @@ class TextModel(nn.Module):
             error = trial.state_error() or trial.neighbour_error()
             if gradients and not error:
                 error = trial.gradient_error()
-            if gradients and not error:
-                trial.run_with_dropout()
             return error
         except (KitError, torch.OutOfMemoryError):
             raise

@@ -370,7 +370,7 @@ def test_steps_in_cuda_graphs_give_the_weights_of_steps_without(settings, precis
     settings = settings | dict(precision=precision, warmup_ratio=0.3, lr=1e-3)
     graphed, plain = (on_gpu(tiny, 40, cuda_graphs=graphs, **settings) for graphs in ("on", "off"))
     assert_graphs(graphed)
-    assert not plain.is_captured and distance(graphed, plain) < (0.02 if precision == "fp32" else 0.1)
+    assert not plain.is_captured and distance(graphed, plain) < (0.05 if precision == "fp32" else 0.1)
 
 
 @gpu
@@ -461,4 +461,4 @@ def test_a_compiled_step_in_cuda_graphs_gives_the_weights_of_plain_steps(tiny):
     settings = dict(precision="fp32", lr=1e-3)
     both, plain = on_gpu(tiny, compile=True, **settings), on_gpu(tiny, cuda_graphs="off", **settings)
     assert_graphs(both)
-    assert both.is_compiled and distance(both, plain) < 0.02
+    assert both.is_compiled and distance(both, plain) < 0.05

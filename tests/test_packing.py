@@ -1,6 +1,7 @@
 """Packed rows against padded ones, and the training step in the shape that CUDA graphs and torch.compile want."""
 
 import contextlib
+import inspect
 import types
 
 import kernel_utils as ku
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -474,6 +476,8 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, win
     dtype = getattr(torch, dtype)
     if kernel == "flash" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no flash attention on this GPU")
+    if kernel == "flash" and "scale" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("torch 2.10 has neither scale nor window")
     torch.manual_seed(0)
     rows = [torch.randn(1, 4, 40, 32, requires_grad=True) for _ in range(3)]
     starts = torch.tensor([0, 7, 8, 8, 24, 40], dtype=torch.int32)
@@ -492,9 +496,14 @@ def test_kernels_of_a_gpu_attend_as_the_cpu_does_text_by_text(kernel, dtype, win
 @gpu
 @pytest.mark.parametrize("kind", packed("bert", "roberta", "deberta-v2", "modernbert"))
 def test_packed_rows_on_a_gpu_give_the_outputs_of_padded_ones(kind, build):
+    dtype, atol = torch.float32, 1e-4
+    if kind == "modernbert":  # only flash attention has its window
+        if torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("no flash attention on this GPU")
+        dtype, atol = torch.bfloat16, 0.1
     model, tokens = build(kind)
     model, device = model.cuda(), torch.device("cuda")
-    assert model.can_pack(tokens, torch.float32), model.packing_errors
-    with torch.no_grad():
+    assert model.can_pack(tokens, dtype), model.packing_errors
+    with torch.no_grad(), ku._autocast(device, dtype):
         padded = model(**tokens.batch(np.arange(6), device))
-        torch.testing.assert_close(model(**tokens.pack_rows(np.arange(6), device)), padded, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(**tokens.pack_rows(np.arange(6), device)), padded, atol=atol, rtol=0)

@@ -94,7 +94,6 @@ OUTPUT_TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}  # between predict
 TRAINED_TOLERANCES = {"fp32": 0.02, "bf16": 0.5}  # after steps, by the largest change they made
 GROUPED = 50  # batches that the Trainer's sampler sorts by length together
 LOG_STEPS = 50  # the kit copies its losses from the device after so many steps
-ON, OFF = True, False  # of the setting cuda_graphs
 
 
 @dataclasses.dataclass
@@ -460,7 +459,7 @@ class Kit:
             "is_compiled": bool(engine.is_compiled),
             "is_captured": bool(engine.is_captured),
             "micro_batch_size": engine.micro_batch_size,
-            "fallbacks": getattr(engine, "fallbacks", {}),
+            "fallbacks": engine.fallbacks,
         }
 
 
@@ -597,10 +596,10 @@ class HfTrainer(Other):
 
 CONTENDERS = {
     "kit": Kit,
-    "kit-graphs": functools.partial(Kit, cuda_graphs=ON),
-    "kit-eager": functools.partial(Kit, cuda_graphs=OFF),
+    "kit-graphs": functools.partial(Kit, cuda_graphs="on"),
+    "kit-eager": functools.partial(Kit, cuda_graphs="off"),
     "kit-compile": functools.partial(Kit, compile=True),
-    "kit-hf": functools.partial(Kit, attention="eager", cuda_graphs=OFF),
+    "kit-hf": functools.partial(Kit, attention="eager", cuda_graphs="off"),
     "padded": PaddedLoop,
     "dynamic": HfTrainer,
     "tuned": functools.partial(HfTrainer, tuned=True),

@@ -100,9 +100,9 @@ def compare_losses(args, report, save):
         lab = benchmark.Lab(options, folder, "narrow")
         report["precision"] = lab.precision
         for dropout in (0.0, DROPOUT):
-            plain = trace_steps(lab, dropout, benchmark.OFF)
-            other = trace_steps(lab, dropout, benchmark.OFF, seed=1)
-            captured = trace_steps(lab, dropout, benchmark.ON)
+            plain = trace_steps(lab, dropout, "off")
+            other = trace_steps(lab, dropout, "off", seed=1)
+            captured = trace_steps(lab, dropout, "on")
             found = {
                 "setup": captured["setup"],
                 "plain_losses": plain["losses"],
