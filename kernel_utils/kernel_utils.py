@@ -46,6 +46,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -809,6 +810,9 @@ def _seed_everything(*seeds):
     torch.manual_seed(seed)
 
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: from so many bytes, a freed block is the system's
+
+
 def _prepare_process():
     """Set what training and prediction need of the whole process; the import sets none of it."""
     # float32 means float32: where a GPU has TF32, conv1d and recurrent heads would round to 10 bits
@@ -817,6 +821,9 @@ def _prepare_process():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `_CudaGraphs` captures only the later steps
     warnings.filterwarnings("ignore", message=".*capturable=True")
+    # glibc keeps freed blocks of up to 32 MB; as packed batches have ever new sizes, memory would grow
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _pick_device():

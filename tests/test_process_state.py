@@ -1,17 +1,20 @@
 """What the module does to the process that it is imported into, and what it reads of it."""
 
 import csv
+import ctypes
 import os
+import platform
 import resource
 import subprocess
 import sys
+import types
 import warnings
 
 import kernel_utils as ku
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, Forked
 
 IMPORTS = """
 import csv, os, re, warnings
@@ -49,6 +52,44 @@ def test_a_variable_that_is_set_is_left_as_it_is(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     ku._prepare_process()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def resident_bytes():
+    return int(ku.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def freed_share(prepare):
+    """The share of every second of 100 blocks of 2 MB that comes back to the system when they are freed."""
+    ctypes.CDLL(None).mallopt(ku._M_MMAP_THRESHOLD, 2**25)  # where glibc gets by itself when such blocks are freed
+    prepare()
+    blocks = [torch.ones(2**19) for _ in range(100)]
+    before = resident_bytes()
+    del blocks[::2]
+    return (before - resident_bytes()) / (50 * 2**21)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+@pytest.mark.parametrize(
+    ("prepare", "low", "high"), [(ku._prepare_process, 0.9, 1.1), (lambda: None, -0.1, 0.1)], ids=["trains", "other"]
+)
+def test_a_process_that_trains_gives_freed_memory_back_and_another_keeps_it(prepare, low, high):
+    def measure():
+        share = freed_share(prepare)
+        sys.exit(not low < share < high and f"{share:.0%} came back")
+
+    process = Forked(measure, stderr=subprocess.PIPE, text=True)
+    assert process.communicate()[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize("problem", [AttributeError, OSError, TypeError])  # musl and macOS; no libc; Windows
+def test_a_machine_without_glibc_is_prepared_all_the_same(problem, monkeypatch):
+    def load(name):
+        if problem is AttributeError:
+            return types.SimpleNamespace()
+        raise problem
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    ku._prepare_process()
 
 
 @pytest.mark.parametrize("text", ["id,excerpt\n1,a cat\n", 'id,excerpt\n1,"a cat\n'])
