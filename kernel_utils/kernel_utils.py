@@ -810,9 +810,6 @@ def _seed_everything(*seeds):
     torch.manual_seed(seed)
 
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: from so many bytes, a freed block is the system's
-
-
 def _prepare_process():
     """Set what training and prediction need of the whole process; the import sets none of it."""
     # float32 means float32: where a GPU has TF32, conv1d and recurrent heads would round to 10 bits
@@ -821,9 +818,14 @@ def _prepare_process():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `_CudaGraphs` captures only the later steps
     warnings.filterwarnings("ignore", message=".*capturable=True")
-    # glibc keeps freed blocks of up to 32 MB; as packed batches have ever new sizes, memory would grow
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _return_freed_memory():
+    """Have glibc return to the system what was freed. It keeps blocks of up to 32 MB for others of
+    their size, but packed batches have ever new sizes: such blocks pile up.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _pick_device():
@@ -4761,6 +4763,7 @@ class OptimizerStep:
 # 21. The loop of a fold
 
 _LOG_STEPS = 50  # after so many steps, at the latest, losses are copied from the device and logged
+_TRIM_STEPS = 10  # after so many steps on a CPU, freed memory is returned
 _MAX_SKIPPED_STEPS = 20  # in a row that fp16's loss scaling may leave out: from 65,536 to 1 / 16
 
 
@@ -4859,6 +4862,7 @@ class FoldTrainer:
         self.resume()
         stop_reason = None
         self.model.train()
+        is_on_cpu = self.optimizer_step.device.type == "cpu"
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
         for rows in bar:
             stop_reason = budget.stop_reason(len(self.valid_rows))
@@ -4881,6 +4885,8 @@ class FoldTrainer:
                 bar.set_postfix_str(text, refresh=False)
             if should_save:
                 self.save_checkpoint()
+            if is_on_cpu and state.step % _TRIM_STEPS == 0:
+                _return_freed_memory()
         if stop_reason and state.step:
             self.stop_early(stop_reason)
         result = self.result(stop_reason)

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import itertools
 import os
 import platform
 import resource
@@ -58,38 +59,42 @@ def resident_bytes():
     return int(ku.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def freed_share(prepare):
-    """The share of every second of 100 blocks of 2 MB that comes back to the system when they are freed."""
-    ctypes.CDLL(None).mallopt(ku._M_MMAP_THRESHOLD, 2**25)  # where glibc gets by itself when such blocks are freed
-    prepare()
-    blocks = [torch.ones(2**19) for _ in range(100)]
-    before = resident_bytes()
-    del blocks[::2]
-    return (before - resident_bytes()) / (50 * 2**21)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
-@pytest.mark.parametrize(
-    ("prepare", "low", "high"), [(ku._prepare_process, 0.9, 1.1), (lambda: None, -0.1, 0.1)], ids=["trains", "other"]
-)
-def test_a_process_that_trains_gives_freed_memory_back_and_another_keeps_it(prepare, low, high):
+def test_freed_memory_that_glibc_keeps_is_returned():
     def measure():
-        share = freed_share(prepare)
-        sys.exit(not low < share < high and f"{share:.0%} came back")
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # where glibc gets by itself when large blocks are freed
+        blocks = [torch.ones(2**19) for _ in range(100)]
+        rss = [resident_bytes()]
+        del blocks[::2]
+        rss.append(resident_bytes())
+        ku._return_freed_memory()
+        rss.append(resident_bytes())
+        kept, returned = ((before - after) / (50 * 2**21) for before, after in itertools.pairwise(rss))
+        sys.exit(not (abs(kept) < 0.1 and returned > 0.9) and f"{kept:.0%}, then {returned:.0%} came back")
 
     process = Forked(measure, stderr=subprocess.PIPE, text=True)
     assert process.communicate()[1] == "" and process.returncode == 0
 
 
+def test_a_fold_returns_freed_memory_every_ten_steps(tiny, monkeypatch):
+    steps, calls = [], []
+    step = ku.OptimizerStep.__call__
+    monkeypatch.setattr(ku.OptimizerStep, "__call__", lambda *rest: steps.append(1) or step(*rest))
+    monkeypatch.setattr(ku, "_return_freed_memory", lambda: calls.append(len(steps)))
+    cfg = tiny(epochs=8, run_folds="0")
+    ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg)
+    assert len(steps) == 24 and calls == [10, 20]
+
+
 @pytest.mark.parametrize("problem", [AttributeError, OSError, TypeError])  # musl and macOS; no libc; Windows
-def test_a_machine_without_glibc_is_prepared_all_the_same(problem, monkeypatch):
+def test_without_glibc_no_memory_is_returned_and_nothing_fails(problem, monkeypatch):
     def load(name):
         if problem is AttributeError:
             return types.SimpleNamespace()
         raise problem
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    ku._prepare_process()
+    ku._return_freed_memory()
 
 
 @pytest.mark.parametrize("text", ["id,excerpt\n1,a cat\n", 'id,excerpt\n1,"a cat\n'])
