@@ -1,6 +1,6 @@
 """What `precision auto` means on a CPU: float32, or bf16 where the CPU computes it and a trial is for it.
 
-This CPU need not compute bf16: tests say that it does, and how long the passes took.
+Tests need no such CPU: they say that there is one, and how long the passes took.
 """
 
 import platform
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Killed, kill
+from conftest import Killed, is_bf16_cpu, kill
 from test_resume import at_step, content, start
 
 SETTINGS = dict(backbone_dropout=0.1, run_folds="0")  # three steps, whose random states matter
@@ -82,13 +82,13 @@ def test_a_cpu_computes_bf16_with_avx512_bf16_amx_or_arms_bf16(machine, onednn, 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert ku._is_bf16_cpu() is expected
+    assert is_bf16_cpu() is expected
 
 
 def test_a_pytorch_that_cannot_tell_means_float32(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert not ku._is_bf16_cpu()
+    assert not is_bf16_cpu()
 
 
 def test_a_cpu_without_bf16_has_no_trial_and_says_that_a_forced_bf16_is_slow(tiny, cpu, monkeypatch, capsys):
