@@ -46,7 +46,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import difflib
 import errno
@@ -818,14 +817,10 @@ def _prepare_process():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `_CudaGraphs` captures only the later steps
     warnings.filterwarnings("ignore", message=".*capturable=True")
-
-
-def _return_freed_memory():
-    """Have glibc return to the system what was freed. It keeps blocks of up to 32 MB for others of
-    their size, but packed batches have ever new sizes: such blocks pile up.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        ctypes.CDLL(None).malloc_trim(0)
+    # oneDNN keeps something for each shape; packed batches have ever new ones, and what it keeps lies
+    # between freed blocks, so that memory grows. In bf16 it multiplies matrices and has to keep it
+    if not _is_bf16_cpu():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
 
 def _pick_device():
@@ -4763,7 +4758,6 @@ class OptimizerStep:
 # 21. The loop of a fold
 
 _LOG_STEPS = 50  # after so many steps, at the latest, losses are copied from the device and logged
-_TRIM_STEPS = 10  # after so many steps on a CPU, freed memory is returned
 _MAX_SKIPPED_STEPS = 20  # in a row that fp16's loss scaling may leave out: from 65,536 to 1 / 16
 
 
@@ -4862,7 +4856,6 @@ class FoldTrainer:
         self.resume()
         stop_reason = None
         self.model.train()
-        is_on_cpu = self.optimizer_step.device.type == "cpu"
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
         for rows in bar:
             stop_reason = budget.stop_reason(len(self.valid_rows))
@@ -4885,8 +4878,6 @@ class FoldTrainer:
                 bar.set_postfix_str(text, refresh=False)
             if should_save:
                 self.save_checkpoint()
-            if is_on_cpu and state.step % _TRIM_STEPS == 0:
-                _return_freed_memory()
         if stop_reason and state.step:
             self.stop_early(stop_reason)
         result = self.result(stop_reason)

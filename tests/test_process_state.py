@@ -1,21 +1,17 @@
 """What the module does to the process that it is imported into, and what it reads of it."""
 
 import csv
-import ctypes
-import itertools
 import os
-import platform
 import resource
 import subprocess
 import sys
-import types
 import warnings
 
 import kernel_utils as ku
 import pytest
 import torch
 
-from conftest import ROOT, Forked
+from conftest import ROOT
 
 IMPORTS = """
 import csv, os, re, warnings
@@ -55,46 +51,22 @@ def test_a_variable_that_is_set_is_left_as_it_is(monkeypatch):
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
-def resident_bytes():
-    return int(ku.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_what_onednn_would_keep_for_each_shape_is_not_kept(capfd):
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for _ in range(2):
+            torch.nn.functional.gelu(torch.ones(16, 16))
+    lines = [line for line in capfd.readouterr().out.splitlines() if "eltwise" in line and "create" in line]
+    if not lines:
+        pytest.skip("this PyTorch computes gelu without oneDNN")
+    assert len(lines) == 2 and not any("cache_hit" in line for line in lines)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
-def test_freed_memory_that_glibc_keeps_is_returned():
-    def measure():
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # where glibc gets by itself when large blocks are freed
-        blocks = [torch.ones(2**19) for _ in range(100)]
-        rss = [resident_bytes()]
-        del blocks[::2]
-        rss.append(resident_bytes())
-        ku._return_freed_memory()
-        rss.append(resident_bytes())
-        kept, returned = ((before - after) / (50 * 2**21) for before, after in itertools.pairwise(rss))
-        sys.exit(not (abs(kept) < 0.1 and returned > 0.9) and f"{kept:.0%}, then {returned:.0%} came back")
-
-    process = Forked(measure, stderr=subprocess.PIPE, text=True)
-    assert process.communicate()[1] == "" and process.returncode == 0
-
-
-def test_a_fold_returns_freed_memory_every_ten_steps(tiny, monkeypatch):
-    steps, calls = [], []
-    step = ku.OptimizerStep.__call__
-    monkeypatch.setattr(ku.OptimizerStep, "__call__", lambda *rest: steps.append(1) or step(*rest))
-    monkeypatch.setattr(ku, "_return_freed_memory", lambda: calls.append(len(steps)))
-    cfg = tiny(epochs=8, run_folds="0")
-    ku.train(ku.make_folds(ku.read_competition(cfg)[0], cfg), cfg)
-    assert len(steps) == 24 and calls == [10, 20]
-
-
-@pytest.mark.parametrize("problem", [AttributeError, OSError, TypeError])  # musl and macOS; no libc; Windows
-def test_without_glibc_no_memory_is_returned_and_nothing_fails(problem, monkeypatch):
-    def load(name):
-        if problem is AttributeError:
-            return types.SimpleNamespace()
-        raise problem
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    ku._return_freed_memory()
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_cpu_that_multiplies_matrices_with_onednn_keeps_its_cache(has_bf16, monkeypatch):
+    monkeypatch.setattr(ku, "_is_bf16_cpu", lambda: has_bf16)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    ku._prepare_process()
+    assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == (None if has_bf16 else "0")
 
 
 @pytest.mark.parametrize("text", ["id,excerpt\n1,a cat\n", 'id,excerpt\n1,"a cat\n'])
