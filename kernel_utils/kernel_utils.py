@@ -817,8 +817,8 @@ def _prepare_process():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `_CudaGraphs` captures only the later steps
     warnings.filterwarnings("ignore", message=".*capturable=True")
-    # oneDNN keeps something for each shape; packed batches have ever new ones, and what it keeps lies
-    # between freed blocks, so that memory grows. In bf16 it multiplies matrices and has to keep it
+    # what oneDNN keeps for each of ever new shapes of packed batches lies between freed blocks, so
+    # that memory grows. In bf16 it multiplies matrices and has to keep it
     if not _is_bf16_cpu():
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
