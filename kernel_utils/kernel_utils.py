@@ -65,6 +65,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -517,7 +518,9 @@ class Config(Settings):
     warmup_ratio: float = _training(0.1, "share of the steps in which rates rise", low=0, high=1)
     optimizer: str = _training("adamw", "adamw, or adamw8bit of bitsandbytes", _OPTIMIZERS)
     max_grad_norm: float = _training(1.0, "largest norm of the gradient; 0: off", low=0)
-    precision: str = _training("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU", _PRECISIONS)
+    precision: str = _training(
+        "auto", "auto: bf16 or fp16 on a GPU; on a CPU bf16 if that is quicker", _PRECISIONS
+    )
     # regularisation
     awp: float = _training(0.0, "adversarial weights: step as a share of each; 0: off", low=0)
     awp_eps: float = _training(0.01, "awp: largest move as a share of a weight", low=0, high=1)
@@ -710,7 +713,9 @@ class InferConfig(Settings):
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
-        "auto", "auto, fp32, bf16 or fp16; auto: as trained on a GPU, fp32 on a CPU", _PRECISIONS
+        "auto",
+        "auto, fp32, bf16 or fp16; auto: as trained on a GPU; on a CPU bf16 if that is quicker",
+        _PRECISIONS,
     )
 
 
@@ -819,6 +824,10 @@ def _prepare_process():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `_CudaGraphs` captures only the later steps
     warnings.filterwarnings("ignore", message=".*capturable=True")
+    # what oneDNN keeps for each of ever new shapes of packed batches lies between freed blocks, so
+    # that memory grows. In bf16 it multiplies matrices and has to keep it
+    if not _is_bf16_cpu():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
 
 def _pick_device():
@@ -865,6 +874,75 @@ def _precision_error(precision):
         return None
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return None if has_bf16 else f"{_device_name()} has no bf16"
+
+
+def _is_bf16_cpu():
+    """Whether this machine computes on a CPU that multiplies bf16 itself, and PyTorch knows how."""
+    if _pick_device().type != "cpu":
+        return False
+    try:
+        has_kernels = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on x86 they may emulate it
+        is_arm = platform.machine() in ("aarch64", "arm64")
+        has_avx512 = torch.cpu._is_avx512_bf16_supported()
+        return has_kernels and (is_arm or has_avx512 or torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # another PyTorch, or one without oneDNN
+        return False
+
+
+def _can_choose_bf16(precision):
+    """Whether `auto` leaves open what this machine computes in."""
+    return precision == "auto" and _is_bf16_cpu()
+
+
+def _warn_of_slow_precision(precision):
+    if precision == "bf16" and _pick_device().type == "cpu" and not _is_bf16_cpu():
+        print("precision bf16: this CPU only emulates it, fp32 is many times as fast")
+
+
+class _PrecisionTrial:
+    """Finds what `precision auto` means on a CPU that computes bf16: passes in it and in float32
+    take turns. Subclasses make a pass and compare what two gave.
+    """
+
+    rounds = 3
+    min_speedup = 1.1
+
+    def run_pass(self, precision):
+        """What a pass in "fp32" or "bf16" gives."""
+        raise NotImplementedError
+
+    def difference_error(self, exact, rough):
+        """Why the result in bf16 is too far from that in float32, or None."""
+        raise NotImplementedError
+
+    def pick(self):
+        """bf16 if it is clearly quicker and near enough, else fp32; the reason is printed."""
+        try:
+            results, seconds = self.time_passes()
+            exact, rough = (statistics.median(seconds[name]) for name in ("fp32", "bf16"))
+            times = f"{rough:.2f} s a pass, {exact:.2f} s in float32"
+            error = self.difference_error(results["fp32"], results["bf16"])
+            if not error and exact < self.min_speedup * rough:
+                error = "it is not clearly quicker"
+        except Exception as fault:  # whatever it is, a run must not end for it
+            times = "not measured"
+            error = f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
+        if error:
+            print(f"precision auto: float32, not bfloat16 ({times}): {error}")
+            return "fp32"
+        print(f"precision auto: bfloat16 ({times})")
+        return "bf16"
+
+    def time_passes(self):
+        """{precision: result} of the last passes, {precision: seconds of each but the first}."""
+        results, seconds = {}, {"fp32": [], "bf16": []}
+        for number in range(1 + self.rounds):
+            for precision in seconds:
+                began = time.perf_counter()
+                results[precision] = self.run_pass(precision)
+                if number > 0:  # the first pass prepares kernels and memory
+                    seconds[precision].append(time.perf_counter() - began)
+        return results, seconds
 
 
 def _autocast(device, dtype):
@@ -5922,6 +6000,40 @@ def _probe_ids(texts, tokenizer, cfg):
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
+class _TrainingTrial(_PrecisionTrial):
+    """Passes forward and backward over four texts of middling length, hardly padded, with a model
+    as a fold begins with."""
+
+    max_difference = _PackingTrial.tolerances[torch.bfloat16]
+
+    def __init__(self, data, cfg):
+        loss = LOSSES[cfg.loss](cfg, data.n_outputs)
+        targets = torch.from_numpy(data.targets)
+        quiet = dict(say=lambda text: None)
+        model = TextModel.build(cfg, data.folder, loss, data.tokenizer, targets, **quiet)
+        order = np.argsort(data.tokens.lengths, kind="stable")
+        middle = len(order) // 2
+        self.device = _pick_device()
+        self.model = model.to(self.device).eval()
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.inputs = data.tokens.batch(order[max(0, middle - 2) : middle + 2], self.device)
+
+    def run_pass(self, precision):
+        """The last hidden states (4, T, H) and the gradient of the sum of all logits."""
+        with _autocast(self.device, _pick_dtype(precision, self.device)):
+            states, mask = self.model.encode(**self.inputs)
+        logits = self.model.output(self.model.head(states, mask))
+        gradient = torch.autograd.grad(logits.sum(), self.weights, materialize_grads=True)
+        return [states[-1].detach()], gradient
+
+    def difference_error(self, exact, rough):
+        for name, values, others in zip(("hidden states", "gradients"), exact, rough, strict=True):
+            distance = _relative_l2(values, others)
+            if not distance <= self.max_difference:  # NaN too
+                return f"{name} differ by {distance:.1e}, {self.max_difference:g} is allowed"
+        return None
+
+
 class _TrainingRun:
     """What `train` does: the data of a run, its folder, its folds, its record."""
 
@@ -5962,12 +6074,15 @@ class _TrainingRun:
         rate = "as set" if self.user_cfg.lr else "by the backbone's width"
         dropout = "its own" if cfg.backbone_dropout < 0 else f"{cfg.backbone_dropout:g}"
         device = f"{record['device']} {record['precision']}"
+        if _can_choose_bf16(cfg.precision):
+            device = record["device"]  # the precision is told by its trial
         print(f"backbone {cfg.backbone} from {self.backbone}")
         print(f"head {cfg.head}, loss {cfg.loss}, metric {cfg.metric}, {device}")
         print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
         if cfg.task == "binary":
             negative, positive = self.classes
             print(f"predicts the probability of {positive!r}, not {negative!r}")
+        _warn_of_slow_precision(cfg.precision)
 
     # Data
 
@@ -6059,6 +6174,8 @@ class _TrainingRun:
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
                 raise ConfigError(f"{problem}: run_folds must ask for them too")
         print(f"{self.folder.path} goes on, its status was {old['status']!r}")
+        if old.get("precision") == "bfloat16" and _can_choose_bf16(self.cfg.precision):
+            self.set_precision("bf16")
         sessions = old["sessions"] + self.record["sessions"]
         before, now = (session | session["versions"] for session in sessions[-2:])
         names = ("device", "threads", "precision", *sessions[-1]["versions"])
@@ -6067,6 +6184,13 @@ class _TrainingRun:
             warning = "the last digits may differ from those of an uninterrupted run"
             print(f"  begun with {changes}: {warning}")
         self.record = self.record | sessions[0] | {"sessions": sessions}
+
+    def set_precision(self, precision):
+        """Set what `precision auto` means, in the settings of the folds and in the record."""
+        self.cfg = dataclasses.replace(self.cfg, precision=precision)
+        change = {"precision": _precision_name(precision)}
+        self.record |= change
+        self.record["sessions"][-1] |= change
 
     # Training
 
@@ -6078,6 +6202,8 @@ class _TrainingRun:
         try:
             space = _DiskSpace(self.folder.path, self.backbone, self.cfg)
             space.check(len(self.folds))
+            if self.is_new and _can_choose_bf16(self.cfg.precision):
+                self.set_precision(_TrainingTrial(self.data, self.cfg).pick())
             _write_json(self.folder.record, self.record)
             with _wrap_write_errors(self.folder.tokenizer):
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
@@ -6521,13 +6647,15 @@ class _Run(NamedTuple):
 
     @classmethod
     def from_parts(cls, name, record, golden, config, tokenizer, weights):
-        """A run of parts without problems, in a precision that this machine has."""
+        """A run of parts without problems, as trained or in a precision that this machine has."""
         cfg = Config.from_dict(record["settings"] | record["resolved"])
         run = cls(name, record, golden, cfg, config, tokenizer, weights)
         precision_error = _precision_error(cfg.precision)
         if precision_error:
             print(f"{name}: {precision_error}, so precision auto instead")
             return run.with_precision("auto")
+        if record.get("precision") == "bfloat16" and _can_choose_bf16(cfg.precision):
+            return run.with_precision("bf16")
         return run
 
     def with_precision(self, precision):
@@ -6627,6 +6755,25 @@ class _Run(NamedTuple):
             print(f"{self.name}: {rows}: {gap:.1e} from training, {allowed:g} allowed")
 
 
+class _GoldenTrial(_PrecisionTrial):
+    """Passes over the golden rows of a run, by the folds that validated them."""
+
+    def __init__(self, run, tokenizer, model):
+        self.run = run
+        self.tokenizer = tokenizer
+        self.model = model
+
+    def run_pass(self, precision):
+        return self.run.predict_golden(self.tokenizer, self.model, [precision])[precision]
+
+    def difference_error(self, exact, rough):
+        golden = [row["prediction"] for row in self.run.golden["rows"]]
+        gap, allowed = self.run.golden_gaps(rough, golden).max(), _GOLDEN_TOLERANCES["bfloat16"]
+        if gap <= allowed:  # NaN is not
+            return None
+        return f"golden rows are {gap:.2g} off, {allowed:g} is allowed"
+
+
 class _Blend(NamedTuple):
     """How the predictions of runs become one: their weighted sum and an intercept."""
 
@@ -6718,6 +6865,14 @@ class Bundle:
     def cfg(self):
         """The settings that name columns; only runs that agree on them are packed together."""
         return self.runs[0].cfg
+
+    def pick_cpu_precisions(self):
+        """Set what `precision auto` means on this CPU: fp32, or what a trial of each run finds."""
+        picks = {run.name: "fp32" for run in self.runs}
+        if _is_bf16_cpu():
+            for run in self.runs_in_turn():
+                picks[run.name] = _GoldenTrial(run, *self.model_of(run)).pick()
+        self.runs = [run.with_precision(picks[run.name]) for run in self.runs]
 
     def runs_in_turn(self):
         """The runs, those of one architecture in a row: they share a model."""
@@ -6865,7 +7020,7 @@ def load_bundle(bundle_dir="", precision="auto"):
     Every file is checked by size and SHA-256, and that this module is the bundle's own: BundleError
     names every file that is not what was packed. A run folder has no manifest to verify;
     `check_golden` checks its predictions all the same. `precision` is that of infer.ipynb: auto is
-    as trained on a GPU and fp32 on a CPU.
+    as trained on a GPU; on a CPU that computes bf16 what a trial finds quicker, else fp32.
     """
     precision_error = _precision_error(precision)
     if precision_error:
@@ -6878,10 +7033,11 @@ def load_bundle(bundle_dir="", precision="auto"):
             print(f"  trained with {changes}")
     if bundle.blend:
         print(f"blended by {bundle.blend.method}: {bundle.blend}")
-    if precision == "auto" and _pick_device().type == "cpu":
-        precision = "fp32"
     if precision != "auto":
+        _warn_of_slow_precision(precision)
         bundle.runs = [run.with_precision(precision) for run in bundle.runs]
+    elif _pick_device().type == "cpu":
+        bundle.pick_cpu_precisions()
     return bundle
 
 

@@ -51,6 +51,24 @@ def test_a_variable_that_is_set_is_left_as_it_is(monkeypatch):
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
+def test_what_onednn_would_keep_for_each_shape_is_not_kept(capfd):
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for _ in range(2):
+            torch.nn.functional.gelu(torch.ones(16, 16))
+    lines = [line for line in capfd.readouterr().out.splitlines() if "eltwise" in line and "create" in line]
+    if not lines:
+        pytest.skip("this PyTorch computes gelu without oneDNN")
+    assert len(lines) == 2 and not any("cache_hit" in line for line in lines)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_cpu_that_multiplies_matrices_with_onednn_keeps_its_cache(has_bf16, monkeypatch):
+    monkeypatch.setattr(ku, "_is_bf16_cpu", lambda: has_bf16)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    ku._prepare_process()
+    assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == (None if has_bf16 else "0")
+
+
 @pytest.mark.parametrize("text", ["id,excerpt\n1,a cat\n", 'id,excerpt\n1,"a cat\n'])
 def test_checking_a_table_leaves_the_limit_of_csv_as_it_was(text, tmp_path):
     (tmp_path / "train.csv").write_text(text)
