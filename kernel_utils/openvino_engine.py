@@ -73,7 +73,7 @@ def convert_backbone(run, fold, tokens):
     backbone = _TracedBackbone(model.eval().backbone, list(inputs))
     example = tuple(inputs.values())
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore")  # of tracing: branches, and that it is deprecated
         traced = torch.jit.trace(backbone, example, check_trace=False)
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(traced, example_input=example)
@@ -161,6 +161,9 @@ def write_int8(run, folder):
             model_type=nncf.ModelType.TRANSFORMER,
             advanced_parameters=fix,
         )
+        quantized.set_friendly_name(run.name)
+        for number, node in enumerate(quantized.get_ordered_ops()):  # names count on in a process
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")
         graph = folder / f"{run.name}.fold{fold}.int8.xml"
         openvino.save_model(quantized, graph)
         files[fold] = [graph, graph.with_suffix(".bin")]
