@@ -36,7 +36,8 @@ The same from a file of settings:
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`; losses and schedules are
 added the same way, metrics with `@ku.metric`. `__all__` lists what notebooks and parts of your own
-use. Siblings beside this file import it: pretraining.py, comparison.py, blending.py.
+use. Siblings beside this file import it: pretraining.py, comparison.py, blending.py,
+openvino_engine.py.
 
 Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
 data set, K outputs.
@@ -113,14 +114,8 @@ __all__ = [
     *("read_competition", "make_folds", "train", "predict_test", "RunFolder"),
     *("TextModel", "predict", "parameter_groups", "transformer_layers", "reinit_layers"),
     # inference
-    *(
-        "load_bundle",
-        "load_sibling",
-        "check_golden",
-        "read_test_set",
-        "predict_bundle",
-        "write_submission",
-    ),
+    *("load_bundle", "load_sibling", "check_golden", "read_test_set"),
+    *("predict_bundle", "write_submission"),
 ]
 
 # ---------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """openvino_engine.py: prediction on a CPU with OpenVINO where it agrees with PyTorch, and only there."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import bundle
 import kernel_utils as ku
+import nbformat
 import numpy as np
 import openvino_engine
 import pandas as pd
@@ -52,7 +54,9 @@ def pack(run, target, *options):
 @pytest.fixture(scope="module")
 def packed(runs, tmp_path_factory):
     """A bundle of the run `one` that is packed for OpenVINO; copy what you change."""
-    return pack(runs / "one", tmp_path_factory.mktemp("dist") / "my-bundle", "--engine", "openvino")
+    target = tmp_path_factory.mktemp("dist") / "my-bundle"
+    kernels = ["--kernels", str(target.with_name("kernels")), "--competition", "commonlit"]
+    return pack(runs / "one", target, "--engine", "openvino", *kernels, "--model-source", "a/b/transformers/c/1")
 
 
 def fold_predictions(bundle, frame=FRAME):
@@ -247,6 +251,15 @@ def test_a_bundle_carries_the_engine_and_int8_models_only_if_packed_for_it(packe
     assert {path.name for path in packed.iterdir()} - plain == {"openvino_engine.py", *models}
     manifest = ku._read_bundle_manifest(packed)
     assert models < manifest["files"].keys() and manifest["runs"]["one"]["int8"].keys() == {"0", "1"}
+
+
+@needs_openvino
+@needs_nncf
+def test_its_notebook_predicts_with_the_engine_on_a_machine_without_gpu(packed):
+    folder = packed.with_name("kernels") / "infer"
+    metadata = json.loads((folder / "kernel-metadata.json").read_text())
+    assert metadata["enable_gpu"] is False and "machine_shape" not in metadata
+    assert "\nengine: str = 'openvino'  # " in nbformat.read(folder / "infer.ipynb", 4).cells[2].source
 
 
 @needs_openvino
