@@ -32,6 +32,7 @@ needs_nncf = pytest.mark.skipif(
 def few_rows_pay(request, monkeypatch):
     if "few" not in request.node.name:
         monkeypatch.setattr(openvino_engine, "MIN_ROWS", 1)
+    monkeypatch.setattr(openvino_engine, "MAX_SECONDS", float("inf"))  # tiny models are no faster
 
 
 @pytest.fixture
@@ -177,6 +178,13 @@ def test_an_exception_while_it_predicts_leaves_the_fold_to_pytorch(torch_bundle,
 
 
 @needs_openvino
+def test_a_precision_that_is_not_faster_is_not_used(torch_bundle, engine, monkeypatch, capsys):
+    monkeypatch.setattr(openvino_engine, "MAX_SECONDS", 0)
+    np.testing.assert_array_equal(engine.predict(FRAME), torch_bundle.predict(FRAME))
+    assert "not faster, not used" in capsys.readouterr().out
+
+
+@needs_openvino
 def test_few_rows_are_predicted_by_pytorch(torch_bundle, engine, capsys):
     np.testing.assert_array_equal(ku.predict_bundle(engine, FRAME), ku.predict_bundle(torch_bundle, FRAME))
     out = capsys.readouterr().out
@@ -264,6 +272,7 @@ def test_its_notebook_predicts_with_the_engine_on_a_machine_without_gpu(packed):
 
 @needs_openvino
 @needs_nncf
+@pytest.mark.nightly
 def test_the_same_run_gives_the_same_bundle(packed, runs, tmp_path):
     again = pack(runs / "one", tmp_path / "again", "--engine", "openvino")
     assert (again / "manifest.json").read_bytes() == (packed / "manifest.json").read_bytes()
@@ -354,7 +363,7 @@ def test_infer_predicts_with_the_engine_of_a_bundle(packed, runs, tmp_path):
     settings = [("bundle_dir", packed), ("data_dir", data), ("output_dir", tmp_path), ("engine", "openvino")]
     done, executed = papermill("infer.ipynb", tmp_path / "infer.ipynb", *settings)
     assert done.returncode == 0, done.stderr
-    assert "fold 1: OpenVINO int8 agrees" in printed(executed) and "CPU, OpenVINO int8" in printed(executed)
+    assert "fold 1: OpenVINO int8 agrees" in printed(executed)  # a tiny model may be no faster in it
     submission = pd.read_csv(tmp_path / "submission.csv")
     expected = ku.load_bundle(packed).predict(test)[:, 0]
     sd = ku.load_bundle(packed).runs[0].record["oof"]["target_sd"]
