@@ -36,7 +36,8 @@ The same from a file of settings:
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`; losses and schedules are
 added the same way, metrics with `@ku.metric`. `__all__` lists what notebooks and parts of your own
-use. Siblings beside this file import it: pretraining.py, comparison.py, blending.py.
+use. Siblings beside this file import it: pretraining.py, comparison.py, blending.py,
+openvino_engine.py.
 
 Shapes: B rows, T tokens, H width of the backbone, L layers, D features of a head, N rows of a
 data set, K outputs.
@@ -72,6 +73,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -113,7 +115,8 @@ __all__ = [
     *("read_competition", "make_folds", "train", "predict_test", "RunFolder"),
     *("TextModel", "predict", "parameter_groups", "transformer_layers", "reinit_layers"),
     # inference
-    *("load_bundle", "check_golden", "read_test_set", "predict_bundle", "write_submission"),
+    *("load_bundle", "load_sibling", "check_golden", "read_test_set"),
+    *("predict_bundle", "write_submission"),
 ]
 
 # ---------------------------------------------------------------------------------------
@@ -417,6 +420,7 @@ RECIPES = {  # settings to start from; a setting that is given wins
     "max": {"head": "mean", "epochs": 2, "reinit_layers": 1, "ema": 0.99, "pseudo_dir": "pseudo"},
 }
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_ENGINES = ("torch", "openvino")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
 _FOLD_KINDS = {
@@ -717,6 +721,9 @@ class InferConfig(Settings):
         "auto, fp32, bf16 or fp16; auto: as trained on a GPU; on a CPU bf16 if that is quicker",
         _PRECISIONS,
     )
+    engine: str = option(
+        "torch", "torch; or openvino, on a CPU, from a bundle that is packed for it", _ENGINES
+    )
 
 
 # ---------------------------------------------------------------------------------------
@@ -926,7 +933,7 @@ class _PrecisionTrial:
                 error = "it is not clearly quicker"
         except Exception as fault:  # whatever it is, a run must not end for it
             times = "not measured"
-            error = f"{type(fault).__name__}: {textwrap.shorten(str(fault), 200)}"
+            error = _error_text(fault)
         if error:
             print(f"precision auto: float32, not bfloat16 ({times}): {error}")
             return "fp32"
@@ -6874,6 +6881,10 @@ class Bundle:
                 picks[run.name] = _GoldenTrial(run, *self.model_of(run)).pick()
         self.runs = [run.with_precision(picks[run.name]) for run in self.runs]
 
+    def precision_names(self):
+        """What the runs are predicted in, sorted."""
+        return sorted({_precision_name(run.cfg.precision) for run in self.runs})
+
     def runs_in_turn(self):
         """The runs, those of one architecture in a row: they share a model."""
         return sorted(self.runs, key=lambda run: run.architecture_key)
@@ -7041,6 +7052,28 @@ def load_bundle(bundle_dir="", precision="auto"):
     return bundle
 
 
+def load_sibling(name):
+    """The module of the file `name`.py beside this one, such as openvino_engine.
+
+    In a bundle or starter its bytes must be those that the manifest names: BundleError. ConfigError
+    where there is no such file.
+    """
+    path = Path(__file__).with_name(f"{name}.py")
+    if not path.is_file():
+        engine = name.removesuffix("_engine")
+        remedy = f"pack the bundle with tools/bundle.py --engine {engine}, or set engine torch"
+        raise ConfigError(f"engine {engine}: there is no {path}; {remedy}")
+    code = path.read_bytes()
+    if path.with_name(_MANIFEST).is_file():
+        file = _read_bundle_manifest(path.parent)["files"].get(path.name, {})
+        if hashlib.sha256(code).hexdigest() != file.get("sha256"):
+            raise BundleError(f"{path} is not the file that was packed; attach or pack it again")
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = str(path)
+    exec(compile(code, path, "exec"), vars(module))  # the bytes that were checked
+    return module
+
+
 def check_golden(bundle):
     """Prove that this machine predicts what training predicted.
 
@@ -7102,10 +7135,9 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             predictions[number::count] = np.load(Path(folder, f"{number}.npy"))
     seconds, n_rows = time.perf_counter() - began, len(frame)
     n_models = sum(len(run.weights) for run in bundle.runs)
-    precisions = sorted({_precision_name(run.cfg.precision) for run in bundle.runs})
     processes = "1 process" if count == 1 else f"{count} processes, each"
     print(f"{n_rows} rows by {n_models} models in {seconds:.1f} s: {n_rows / seconds:.1f} rows/s")
-    print(f"{processes} on {_device_name()}, {_comma_join(precisions)}")
+    print(f"{processes} on {_device_name()}, {_comma_join(bundle.precision_names())}")
     return predictions
 
 

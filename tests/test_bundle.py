@@ -670,7 +670,7 @@ def test_a_hostile_manifest_is_refused(case, copy, refused):
 # ---------------------------------------------------------------------------------------
 # Starter, kernels, report, wheels
 
-MODULES = ("kernel_utils.py", "pretraining.py", "comparison.py", "blending.py")
+MODULES = ("kernel_utils.py", "pretraining.py", "comparison.py", "blending.py", "openvino_engine.py")
 
 
 def test_a_starter_is_a_backbone_that_training_finds_by_the_slug(call, backbone_folder, runs, tmp_path, monkeypatch):
@@ -694,7 +694,7 @@ def test_a_starter_takes_a_backbone_by_name_and_leaves_what_is_not_needed(call, 
     assert not {"README.md", "modules.json"} & names
 
 
-def test_a_starter_without_a_backbone_is_the_four_modules(call, tmp_path):
+def test_a_starter_without_a_backbone_is_the_five_modules(call, tmp_path):
     call("--starter", "-o", tmp_path / "dist", *NAMES)
     assert set(contents(tmp_path / "dist")) == {*MODULES, "manifest.json", "dataset-metadata.json"}
 

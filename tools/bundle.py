@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernel_utils"), str(ROOT / "tools")]
 import kaggle_metadata
 import kaggle_push
+import openvino_engine
 import pretraining
 from report import report
 
@@ -40,6 +41,7 @@ import kernel_utils as ku
 
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
 MODULE_FILES = sorted(MODULE.parent.glob("*.py"))  # of a starter; a bundle of runs has MODULE alone
+ENGINE = MODULE.with_name("openvino_engine.py")  # or, packed for it, this one too
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")  # no code, no pickle
 BACKBONE_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "bpe.codes"]
 BACKBONE_FILES += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
@@ -391,20 +393,20 @@ def train_settings(record, backbone):
     return {"backbone": backbone} | changed
 
 
-def kernel_metadata(name, dataset_id, competition, internet, models):
-    """Of a private notebook on a T4 x2 that reads the bundle and the competition."""
+def kernel_metadata(name, dataset_id, competition, internet, models, gpu=True):
+    """Of a private notebook, on a T4 x2 or a CPU, that reads the bundle and the competition."""
     owner, slug = dataset_id.split("/")
-    return {
+    machine = {"machine_shape": "NvidiaTeslaT4"} if gpu else {}
+    return machine | {
         "id": f"{owner}/{slug}-{name}",
         "title": f"{slug} {name}".replace("-", " "),  # Kaggle makes the slug from the title again
         "code_file": f"{name}.ipynb",
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
-        "enable_gpu": True,
+        "enable_gpu": gpu,
         "enable_tpu": False,
         "enable_internet": internet,  # never left out: the client takes that for true
-        "machine_shape": "NvidiaTeslaT4",
         "dataset_sources": [dataset_id],
         "competition_sources": [competition],
         "kernel_sources": [],
@@ -498,7 +500,9 @@ class Packing:
     def add_files(self):
         """Everything beside the runs: modules, blend, backbone, wheels; and check all names."""
         args = self.args
-        modules = MODULE_FILES if args.starter else [MODULE]
+        modules = [MODULE, ENGINE] if args.engine else [MODULE]
+        if args.starter:
+            modules = MODULE_FILES
         self.files += [(path.name, path) for path in modules]
         if args.blend:
             blend = Path(args.blend).resolve()
@@ -541,6 +545,14 @@ class Packing:
                 continue
             names, files = run_files(folder, run)
             self.files += files
+            if self.args.engine:
+                try:
+                    int8 = openvino_engine.write_int8(run, self.folder)
+                except ku.KitError as error:
+                    self.problems += error.problems
+                    continue
+                self.files += [(path.name, path) for paths in int8.values() for path in paths]
+                entry["int8"] = {fold: [path.name for path in int8[fold]] for fold in int8}
             keys = ("settings", "resolved", "versions", "oof", "pretrained")
             record = {key: run.record[key] for key in keys if key in run.record}
             entries[run.name] = names | record | entry | {"golden": run.golden}
@@ -549,7 +561,9 @@ class Packing:
     def write_kernels(self):
         """A notebook to infer, where there are runs, and one to train each run, or a starter's."""
         if self.records:
-            self.write_kernel("infer", notebook_with("infer", {}), internet=False, models=[])
+            engine = {"engine": self.args.engine} if self.args.engine else {}
+            notebook = notebook_with("infer", engine)
+            self.write_kernel("infer", notebook, internet=False, models=[], gpu=not engine)
         starter = {"the starter": {"settings": {}}}
         for number, (run, record) in enumerate((self.records or starter).items(), 1):
             name = "train" if len(self.records) < 2 else f"train-{number}"
@@ -579,14 +593,14 @@ class Packing:
             self.problems.append(f"{run}: backbone {backbone} {remedy}")
         return backbone, []
 
-    def write_kernel(self, name, notebook, internet, models):
+    def write_kernel(self, name, notebook, internet, models, gpu=True):
         """A folder that `kaggle kernels push` takes."""
         if self.wheels:
             first = next(i for i, cell in enumerate(notebook.cells) if cell.metadata.get("tags"))
             cell = nbformat.v4.new_code_cell(INSTALL, id="wheels")
             notebook.cells.insert(first + 1, cell)
         args, folder = self.args, self.kernels / name
-        metadata = kernel_metadata(name, args.id, args.competition, internet, models)
+        metadata = kernel_metadata(name, args.id, args.competition, internet, models, gpu)
         folder.mkdir(parents=True)
         nbformat.write(notebook, folder / f"{name}.ipynb")
         (folder / kaggle_metadata.KERNEL_FILE).write_bytes(ku._sorted_json(metadata))
@@ -627,6 +641,9 @@ OPTIONS = {  # flag -> keywords of argparse
     "--title": dict(help="its title, 6 to 50 characters"),
     "--license": dict(default="other", help="one of Kaggle's licence names (default: other)"),
     "--half": dict(action="store_true", help="store weights as fp16: half the size"),
+    "--engine": dict(
+        choices=["openvino"], help="also pack int8 models and what predicts with them on a CPU"
+    ),
     "--blend": dict(metavar="FILE", help="blend.json of these runs, to blend by, not the mean"),
     "--starter": dict(action="store_true", help="pack the modules, to train on Kaggle"),
     "--backbone": dict(metavar="DIR", help="for a starter: a folder, or a name for train.ipynb"),
@@ -654,8 +671,9 @@ def parse():
         parser.error("give runs, or --starter")
     if args.backbone and not args.starter:
         parser.error("--backbone goes with --starter: a bundle of runs has its weights already")
-    if args.blend and args.starter:
-        parser.error("--blend goes with runs")
+    for flag in ("blend", "engine"):
+        if getattr(args, flag) and args.starter:
+            parser.error(f"--{flag} goes with runs")
     missing = [name for name in ("output", "id", "title") if not getattr(args, name)]
     if missing:
         parser.error(f"--{' and --'.join(missing)} must be given")
