@@ -76,6 +76,7 @@ import time
 import types
 import unicodedata
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -4271,8 +4272,10 @@ class _CudaGraphs:
         for place, value in zip(places, arguments, strict=True):
             if isinstance(value, torch.Tensor):
                 place.copy_(value)
+        # before the replay: a call that lacks memory can be made again only if it did nothing
+        result = None if output is None else output.new_empty(output.shape)
         graph.replay()
-        return None if output is None else output.clone()
+        return None if output is None else result.copy_(output)
 
     def capture(self, function, *arguments):
         """The graph of a call, the places of its arguments and its output; nothing is computed."""
@@ -4281,14 +4284,14 @@ class _CudaGraphs:
         try:
             with torch.cuda.graph(graph, self.pool, self.stream):
                 output = function(*places)
-        except Exception:
+        except Exception as error:
             self.clean_up()
-            raise
+            raise (error.__context__ or error) from None  # the end of a failed capture raises too
         return graph, places, output
 
     def clean_up(self):
-        """Undo what a failed capture leaves behind, up to torch 2.12: a generator that draws no
-        more numbers outside of captures, and an allocator that goes on filling the graphs' pool."""
+        """Undo what a failed capture leaves behind: an allocator that goes on filling the graphs'
+        pool and, up to torch 2.12, a generator that draws no more numbers outside of captures."""
         device = torch.cuda.current_device()
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
@@ -4324,21 +4327,22 @@ def _capture_sizes(totals, count=4):
 class _StepSnapshot:
     """What an optimiser step changes, as it was before the step, so that it can be made again.
 
-    On `device` lies a copy of all tensors; without one the snapshot only serves a step that failed
-    before it moved the weights.
+    Without copies of the tensors, which lie in the memory of the CPU, it only serves a step that
+    failed before it moved the weights.
     """
 
-    def __init__(self, step, device=None):
+    def __init__(self, step, has_copies):
         self.step = step
         self.random_states = _RandomStates()
         self.random_state = self.random_states.state_dict()
         self.has_moments = bool(step.optimizer.state)
-        tensors = self.changing_tensors() if device else []
-        self.copies = [(tensor, tensor.detach().to(device, copy=True)) for tensor in tensors]
+        self.has_copies = has_copies
+        tensors = self.changing_tensors() if has_copies else []
+        self.copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
 
     def changing_tensors(self):
         step = self.step
-        yield from step.model.parameters()
+        yield from (weight for weight in step.model.parameters() if weight.requires_grad)
         yield from step.model.buffers()
         for state in step.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
@@ -4380,13 +4384,17 @@ def _step_error(expected, actual):
         if not (cosine >= 0.98 and abs(ratio - 1) <= 0.03):  # NaN too
             difference = f"cosine {cosine:.3f}, {ratio:.3g} times as long"
             return f"they come to other {name} than plain calls: {difference}"
+    if not torch.allclose(actual["losses"], expected["losses"], rtol=0.03, atol=1e-4):
+        values = [step["losses"].tolist() for step in (actual, expected)]
+        return f"they come to other losses than plain calls: {values[0]}, not {values[1]}"
     return None
 
 
 # ---------------------------------------------------------------------------------------
 # 20. The optimiser step
 
-_PLAIN_STEPS = 3  # before CUDA graphs are tried: until then moments say little
+_PLAIN_STEPS = 3  # before CUDA graphs are tried, so that kernels, gradients and moments are there
+_MAX_TRIALS = 20  # of CUDA graphs: so often fp16's loss scale is halved at the most
 
 # What steps measure of regularisers, to show that they act
 _STEP_METRICS = ("adversarial_loss", "perturbation", "rdrop", "label_noise")
@@ -4433,6 +4441,7 @@ class OptimizerStep:
         self.fallbacks = {}  # what was given up -> why
         self.run = _plain_call  # or `graphs`
         self.plain_steps = 0  # since `bind_buffers`
+        self.trials = 0  # of graphs
         self.phase = ""  # of a step: accumulate, update or, once weights may have moved, move
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
@@ -4471,6 +4480,8 @@ class OptimizerStep:
         if not can_reuse:  # or two models would be in memory while the next is built
             self.model = self.optimizer = self.adversary = self.average = None
             self.run = _plain_call
+            if self.graphs:
+                self.graphs.clear()
         _seed_everything(cfg.seed, fold)
         stages = data.stages(fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
@@ -4547,11 +4558,12 @@ class OptimizerStep:
         if cfg.ema or cfg.swa_start:
             self.average = _WeightAverage(self.model)
         self.optimizer = _make_optimizer(groups, cfg)
-        self.optimizer.register_step_pre_hook(self.note_update)
+        step = weakref.proxy(self)  # or the two would keep each other in memory
+        self.optimizer.register_step_pre_hook(lambda *_: step.note_update())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if not self.model.can_pack(tokens, self.dtype, gradients=True):
-            self.model.eval().check_padding(tokens, self.dtype)
         self.choose_path()
+        if not self.is_packed:
+            self.model.eval().check_padding(tokens, self.dtype)
         # of the whole fold, whatever is given up on the way: packed rows need no neighbours
         self.length_bucket = cfg.length_bucket or (1 if self.is_packed else 4)
 
@@ -4653,8 +4665,8 @@ class OptimizerStep:
     def make_step(self, rows):
         """`accumulate` and `update`. After an error `simplify` gives something up, and the step is
         made again from where it began."""
-        # the first update still asks for memory, so that it may stop half-way
-        before = _StepSnapshot(self, None if self.optimizer.state else "cpu")
+        # the first update asks for the memory of the moments, and may fail half-way
+        before = _StepSnapshot(self, has_copies=not self.optimizer.state)
         reasons = []
         while True:
             try:
@@ -4664,7 +4676,7 @@ class OptimizerStep:
                 values = self.run(self.update)
                 break
             except Exception as error:
-                if self.phase == "move" and not before.copies:
+                if self.phase == "move" and not before.has_copies:
                     raise
                 reasons.append(self.simplify(rows, error))
             # here, where the failed pass has let go of its memory
@@ -4681,7 +4693,7 @@ class OptimizerStep:
         return [rows[start : start + self.micro_batch_size] for start in starts]
 
     def micro_batches(self, rows):
-        """`rows` in micro-batches, each with the number of tokens that hold it without padding."""
+        """`rows` in micro-batches, each with the number of token slots that it is packed into."""
         parts = self.split(rows)
         totals = [int(self.data.tokens.lengths[part].sum()) for part in parts]
         if self.has_static_shapes:
@@ -4854,11 +4866,15 @@ class OptimizerStep:
         """
         # the largest comes first, because it needs most memory
         parts = [(self.rows_that_fit(rows, size), size) for size in reversed(self.capture_sizes)]
+        self.trials += 1
+        if self.trials > _MAX_TRIALS:
+            tqdm.write(self.give_up("CUDA graphs", "no step was found to compare them by"))
+            return
         if not all(len(part) for part, _ in parts):
             return  # the rows of the next batch may be shorter
         before = error = None
         try:
-            before = _StepSnapshot(self, self.device)
+            before = _StepSnapshot(self, has_copies=True)
             self.observe(parts)  # loads kernels, and compiles, for every size
             before.restore()
             with self.graphs.forbid_waiting():
@@ -4874,7 +4890,8 @@ class OptimizerStep:
         if before:
             before.restore()
         if error:
-            tqdm.write(self.give_up("CUDA graphs", error))
+            is_compiler = self.is_compiled and self.run is _plain_call
+            tqdm.write(self.give_up("compiled layers" if is_compiler else "CUDA graphs", error))
             torch.cuda.empty_cache()
 
     def rows_that_fit(self, rows, size):
@@ -4892,7 +4909,7 @@ class OptimizerStep:
         losses = self.run(self.update)
         return {"gradients": gradients, "weights": _sample(weights) - old_weights, "losses": losses}
 
-    def note_update(self, *_):
+    def note_update(self):
         self.phase = "move"
 
     def simplify(self, rows, error):
@@ -4904,6 +4921,8 @@ class OptimizerStep:
             return self.give_up("CUDA graphs", _error_text(error))
         if isinstance(error, torch.OutOfMemoryError):
             return self.halve_micro_batch(rows, error)
+        if self.is_captured:  # not yet, but shapes are fixed for them
+            return self.give_up("CUDA graphs", _error_text(error))
         if self.is_compiled:
             return self.give_up("compiled layers", _error_text(error))
         if self.is_packed:
@@ -4935,13 +4954,17 @@ class OptimizerStep:
 
     # Between steps
 
-    def predict(self, rows):
+    def predict(self, rows, precision=""):
         """`predict`, for which graphs give up their memory before batches are halved. Packed rows
         that fail in it are given up in training too."""
-        arguments = (self.model, self.data.tokens, self.cfg, rows)
+        cfg = dataclasses.replace(self.cfg, precision=precision or self.cfg.precision)
+        arguments = (self.model, self.data.tokens, cfg, rows)
+        has_graphs = self.run is not _plain_call
         try:
-            predictions = predict(*arguments, can_halve=self.run is _plain_call)
+            predictions = predict(*arguments, can_halve=not has_graphs)
         except torch.OutOfMemoryError:
+            if not has_graphs:
+                raise
             predictions = None  # goes on below, where the failed pass has let go of its memory
         if predictions is None:
             tqdm.write(self.give_up("CUDA graphs", "evaluation needs their memory"))
@@ -4968,7 +4991,10 @@ class OptimizerStep:
 
     def load_state_dict(self, state):
         """Called after the states of the other parts, which may move what `bind_buffers` binds."""
-        vars(self).update(state)
+        for name, reason in state["fallbacks"].items():
+            if name not in self.fallbacks:
+                print(f"{name} are off as before: {reason}")
+        vars(self).update(state | {"fallbacks": state["fallbacks"] | self.fallbacks})
         self.choose_path()
 
 
@@ -5568,7 +5594,7 @@ class _FoldsInTurn:
             trainer = FoldTrainer(*parts)
             result = trainer.train()
             if result["last"]:  # else it was stopped before its first step
-                result["golden"] = self.golden_rows(trainer.model, result["rows"])
+                result["golden"] = self.golden_rows(result["rows"])
         except torch.OutOfMemoryError as error:  # the step itself retries with fewer rows
             raise KitError(
                 f"weights and optimiser do not fit into the memory of {_device_name()}: take a "
@@ -5586,15 +5612,14 @@ class _FoldsInTurn:
             self.print_scores(result)
         return result
 
-    def golden_rows(self, model, rows):
+    def golden_rows(self, rows):
         """Four of the validated rows, from the shortest text to the longest, and what the saved
         weights predict for them in float32: ((n,), (n, K)).
         """
         tokens = self.data.tokens
         order = rows[np.argsort(tokens.lengths[rows], kind="stable")]
         golden = order[np.unique(np.linspace(0, len(order) - 1, 4).astype(int))]
-        cfg = dataclasses.replace(self.cfg, precision="fp32")
-        return golden, predict(model, tokens, cfg, golden)
+        return golden, self.optimizer_step.predict(golden, precision="fp32")
 
     def print_scores(self, result):
         last, best = result["last"], result["best"]
@@ -7130,7 +7155,7 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
             if worker.process.wait():
                 raise worker.error(count)
             for line in worker.lines():
-                if "memory" in line:
+                if "memory" in line or " are off" in line:
                     print(f"process {number}: {line}")
             predictions[number::count] = np.load(Path(folder, f"{number}.npy"))
     seconds, n_rows = time.perf_counter() - began, len(frame)

@@ -5,7 +5,9 @@ Without a GPU: a class stands in for CUDA graphs that computes a captured call a
 
 import contextlib
 import dataclasses
+import gc
 import itertools
+import weakref
 from typing import ClassVar
 
 import kernel_utils as ku
@@ -27,7 +29,12 @@ class Replay:
     def replay(self):
         self.output = self.function(*self.places)
 
-    def clone(self):
+    shape = None  # stands for its output, which is not known before
+
+    def new_empty(self, _):
+        return self
+
+    def copy_(self, _):
         return self.output
 
 
@@ -50,10 +57,11 @@ class Graphs(ku._CudaGraphs):
         return contextlib.nullcontext()
 
     def capture(self, function, *arguments):
+        places = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
         fault = self.capture_faults.get(function.__name__)
         if fault:
+            function(*places)  # leaves its marks in Python's objects; here in the tensors too
             raise fault
-        places = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
         graph = Replay(self.replay_faults.get(function.__name__, lambda f: f)(function), places)
         return graph, places, graph
 
@@ -243,13 +251,40 @@ EVERYDAY = [("backward", 3, MEMORY), ("forward", 5, MEMORY), ("optimiser", 5, RE
 
 
 @each_variant("phase, at, error", EVERYDAY, PHASES, [3, 5], [MEMORY, REFUSED])
-def test_an_error_while_graphs_are_tried_or_replayed_gives_up_graphs_alone(
+def test_an_error_in_the_trial_of_graphs_or_in_a_replay_gives_up_graphs_alone(
     variant, phase, at, error, tiny, graphs, plain_steps, capsys
 ):
     cfg = settings_of(variant, tiny, cuda_graphs="on")
     engine = after_steps(cfg, fault=Fault(at, *PHASES[phase], error=error))
     assert_plain(engine, plain_steps(variant, cfg), capsys, ["CUDA graphs"], type(error).__name__)
     assert engine.is_packed and engine.micro_batch_size == (cfg.micro_batch_size or cfg.batch_size)
+
+
+def test_an_error_of_the_static_shapes_before_the_trial_gives_up_graphs_alone(tiny, graphs, plain_steps, capsys):
+    cfg = settings_of("fp32", tiny, cuda_graphs="on")
+    engine = after_steps(cfg, fault=Fault(1, *PHASES["forward"], error=REFUSED))
+    assert_plain(engine, plain_steps("fp32", cfg), capsys, ["CUDA graphs"], "not permitted")
+    assert engine.is_packed
+
+
+def test_graphs_that_find_no_step_to_be_compared_by_are_given_up_aloud(tiny, graphs, monkeypatch, plain_steps, capsys):
+    monkeypatch.setattr(ku, "_MAX_TRIALS", 2)
+    monkeypatch.setattr(ku.OptimizerStep, "rows_that_fit", lambda engine, rows, size: rows[:0])
+    cfg = settings_of("fp32", tiny, cuda_graphs="on")
+    assert_plain(after_steps(cfg), plain_steps("fp32", cfg), capsys, ["CUDA graphs"], "no step was found")
+
+
+def test_a_step_and_its_optimiser_do_not_keep_each_other_in_memory(tiny):
+    engine = begin(tiny())
+    engine(0, np.arange(4))
+    optimizer = weakref.ref(engine.optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert optimizer() is None
+    finally:
+        gc.enable()
 
 
 @each_variant("phase, at", [("forward", 1), ("optimiser", 0), ("clip", 1)], PHASES, [0, 1])
@@ -415,6 +450,7 @@ def test_a_capture_that_cuda_ends_leaves_a_generator_that_draws_and_memory_that_
     for step in range(8):
         engine(step, np.arange(1, 11, 2))
     assert list(engine.fallbacks) == ["CUDA graphs"] and weights(engine).isfinite().all()
+    assert "previous error" not in engine.fallbacks["CUDA graphs"]  # the cause, not what it led to
     assert torch.rand(4, device="cuda").isfinite().all()
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
