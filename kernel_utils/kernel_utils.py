@@ -4375,12 +4375,13 @@ def _sample(tensors, count=4096):
 
 def _step_error(expected, actual):
     """Why a step, as `OptimizerStep.observe` describes it, is not the expected one, or None."""
-    for name, vector in expected.items():
-        length, expected_length = actual[name].norm().item(), vector.norm().item()
+    for name in ("gradients", "weights"):
+        vector, expected_vector = actual[name], expected[name]
+        length, expected_length = vector.norm().item(), expected_vector.norm().item()
         if length == expected_length == 0:
             continue
         ratio = length / expected_length if expected_length else math.inf
-        cosine = F.cosine_similarity(actual[name], vector, dim=0).item()
+        cosine = F.cosine_similarity(vector, expected_vector, dim=0).item()
         if not (cosine >= 0.98 and abs(ratio - 1) <= 0.03):  # NaN too
             difference = f"cosine {cosine:.3f}, {ratio:.3g} times as long"
             return f"they come to other {name} than plain calls: {difference}"

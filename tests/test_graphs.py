@@ -241,6 +241,12 @@ def test_graphs_that_compute_something_else_are_off_and_change_nothing(
     assert_plain(after_steps(cfg), plain_steps(variant, cfg), capsys, ["CUDA graphs"], "they come to other")
 
 
+def test_graphs_that_tell_other_losses_are_off(tiny, graphs, plain_steps, capsys):
+    cfg = settings_of("fp32", tiny, cuda_graphs="on")
+    graphs.replay_faults["update"] = lambda update: lambda: 2 * update()
+    assert_plain(after_steps(cfg), plain_steps("fp32", cfg), capsys, ["CUDA graphs"], "they come to other losses")
+
+
 PHASES = {
     "forward": ("model", "forward"),
     "backward": ("", "forward_backward", True),
