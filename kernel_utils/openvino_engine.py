@@ -32,7 +32,7 @@ PRECISIONS = ("int8", "bf16", "fp32")  # the fastest first
 # probabilities, in units of 1). It turns an RMSE r into sqrt(r^2 + 0.04^2) where errors are
 # independent: 0.5 % more where r is 0.4.
 TOLERANCE = 0.04
-PROBE_ROWS = 64  # texts of each fold that PyTorch predicts too
+PROBE_ROWS = 32  # texts of each fold that PyTorch predicts too
 MAX_SECONDS = 0.95  # of PyTorch's for these texts: two timings of the same differ by less
 MIN_ROWS = 1000  # fewer texts are predicted sooner than a model is converted, compiled and tried
 CALIBRATION_ROWS = 300  # training texts that show int8 the range of every activation
@@ -195,7 +195,7 @@ def _read_int8_files(folder):
 class _Trial:
     """What a fold must predict: golden rows as in training, and some texts as PyTorch does here."""
 
-    def __init__(self, run, fold, model, tokenizer, tokens, cfg):
+    def __init__(self, run, fold, model, tokenizer, tokens, cfg, is_timed):
         self.run, self.model, self.cfg = run, model, cfg
         golden = [row for row in run.golden["rows"] if row["fold"] == fold]
         cells = pd.DataFrame([row["cells"] for row in golden])
@@ -204,28 +204,29 @@ class _Trial:
         by_length = np.argsort(tokens.lengths, kind="stable")
         places = np.linspace(0, len(tokens) - 1, min(PROBE_ROWS, len(tokens)))
         self.tokens, self.rows = tokens, by_length[places.astype(int)]
-        self.probe, self.seconds = self.predict_probe()
+        self.probe, self.seconds = self.predict_probe(is_timed)
 
-    def predict_probe(self):
-        """(predictions, seconds) of the second of two passes: the first warms up."""
-        for _ in range(2):
+    def predict_probe(self, is_timed):
+        """(predictions, seconds); where it is timed, of the second pass: the first warms up."""
+        for _ in range(2 if is_timed else 1):
             began = time.perf_counter()
             predictions = ku.predict(self.model, self.tokens, self.cfg, self.rows)
         return predictions, time.perf_counter() - began
 
-    def verdict(self, backbone):
-        """(whether another backbone is to be used, a line that says why)."""
+    def verdict(self, backbone, is_timed):
+        """(whether another backbone agrees, whether it is faster, a line that says so)."""
         with _replace_backbone(self.model, backbone):
             golden = ku.predict(self.model, self.golden_tokens, self.cfg)
-            probe, seconds = self.predict_probe()
+            probe, seconds = self.predict_probe(is_timed)
         gaps = self.distance(golden, self.golden), self.distance(probe, self.probe)
         agrees = max(gaps) <= TOLERANCE and not np.isnan(gaps).any()
-        is_faster = seconds <= MAX_SECONDS * self.seconds
-        word = "agrees" if agrees else "refused"
         numbers = f"golden rows {gaps[0]:.2g}, {len(self.rows)} texts {gaps[1]:.2g} off"
-        times = f"{seconds:.2f} s, PyTorch {self.seconds:.2f}"
+        line = f"{'agrees' if agrees else 'refused'}: {numbers}, {TOLERANCE:g} allowed"
+        if not is_timed:
+            return agrees, True, line
+        is_faster = seconds <= MAX_SECONDS * self.seconds
         slow = "" if is_faster else ": not faster, not used"
-        return agrees and is_faster, f"{word}: {numbers}, {TOLERANCE:g} allowed; {times}{slow}"
+        return agrees, is_faster, f"{line}; {seconds:.2f} s, PyTorch {self.seconds:.2f}{slow}"
 
     def distance(self, predictions, expected):
         return float(np.sqrt(np.square(self.run.golden_gaps(predictions, expected)).mean()))
@@ -237,7 +238,8 @@ class OpenvinoBundle(ku.Bundle):
 
     precisions: tuple = PRECISIONS  # that may be tried
     _int8: dict = dataclasses.field(default_factory=dict, repr=False)  # (run, fold) -> files
-    _failed: set = dataclasses.field(default_factory=set, init=False, repr=False)
+    # (architecture, precision) -> whether it is faster than PyTorch, by the first fold
+    _is_faster: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
     _used: set = dataclasses.field(default_factory=set, init=False, repr=False)
 
     @classmethod
@@ -281,36 +283,39 @@ class OpenvinoBundle(ku.Bundle):
         tokenizer, model = self.model_of(run)
         run.load_fold(model, fold)
         exact = dataclasses.replace(cfg, precision="fp32")
-        trial = _Trial(run, fold, model, tokenizer, tokens, exact)
+        precisions = self.precisions_for(run, fold)
+        speeds = {name: self._is_faster.get((run.architecture_key, name)) for name in precisions}
+        if precisions:
+            is_timed = None in speeds.values()
+            trial = _Trial(run, fold, model, tokenizer, tokens, exact, is_timed)
         title = f"{run.name}, fold {fold}"
-        for precision in self.precisions_for(run, fold):
-            name = f"OpenVINO {precision}"
+        for precision in precisions:
+            name, key = f"OpenVINO {precision}", (run.architecture_key, precision)
             try:
                 backbone = self.backbone_of(run, fold, tokens, precision)
-                should_use, reason = trial.verdict(backbone)
-                print(f"{title}: {name} {reason}")
-                if should_use:
+                agrees, is_faster, line = trial.verdict(backbone, speeds[precision] is None)
+                self._is_faster[key] = is_faster
+                print(f"{title}: {name} {line}")
+                if agrees and is_faster:
                     with _replace_backbone(model, backbone):
                         predictions = ku.predict(model, tokens, exact)
                     self._used.add(name)
                     return predictions
             except Exception as error:  # whatever OpenVINO raises: PyTorch can do without it
-                self._failed.add((run.architecture_key, precision))
+                self._is_faster[key] = False
                 print(f"{title}: {name} fails, not tried again: {ku._error_text(error)}")
         print(f"{title}: predicted by PyTorch")
         self._used.add(ku._precision_name(cfg.precision))
         return ku.predict(model, tokens, cfg)
 
     def precisions_for(self, run, fold):
-        """Those that are worth a trial: int8 is packed, bf16 native, and none failed before."""
+        """Those that are worth a trial: int8 is packed, bf16 native, none failed or was slow."""
         import openvino
 
         capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         possible = {"int8": (run.name, fold) in self._int8, "bf16": "BF16" in capabilities}
-        for precision in self.precisions:
-            is_new = (run.architecture_key, precision) not in self._failed
-            if possible.get(precision, True) and is_new:
-                yield precision
+        names = [name for name in self.precisions if possible.get(name, True)]
+        return [n for n in names if self._is_faster.get((run.architecture_key, n), True)]
 
     def backbone_of(self, run, fold, tokens, precision):
         import openvino
