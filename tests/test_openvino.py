@@ -181,7 +181,7 @@ def test_an_exception_while_it_predicts_leaves_the_fold_to_pytorch(torch_bundle,
 def test_a_precision_that_is_not_faster_is_not_used(torch_bundle, engine, monkeypatch, capsys):
     monkeypatch.setattr(openvino_engine, "MAX_SECONDS", 0)
     np.testing.assert_array_equal(engine.predict(FRAME), torch_bundle.predict(FRAME))
-    assert "not faster, not used" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("not faster, not used") == 1  # later folds need not try
 
 
 @needs_openvino
