@@ -3344,12 +3344,6 @@ def _is_cls_last(tokenizer):
     return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
 
 
-def _inner_product(tensors, others):
-    """Of two lists of tensors, each list as one long vector."""
-    products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
-    return torch.stack(products).sum()
-
-
 class _PackingTrial:
     """The longest and the shortest text, packed and padded, in a model in evaluation mode.
 
@@ -3411,8 +3405,8 @@ class _PackingTrial:
             self.run_with_dropout(weights)
         except torch.OutOfMemoryError:
             return None  # two whole texts may be more than a micro-batch
-        squared_norms = _inner_product(padded, padded) * _inner_product(packed, packed)
-        cosine = _inner_product(padded, packed) / squared_norms.sqrt()
+        squared_norms = self.inner_product(padded, padded) * self.inner_product(packed, packed)
+        cosine = self.inner_product(padded, packed) / squared_norms.sqrt()
         if cosine > 1 - self.tolerance:
             return None
         needed = 1 - self.tolerance
@@ -3425,6 +3419,12 @@ class _PackingTrial:
             directions = torch.linspace(-1, 1, states.shape[-1], device=self.device)
             loss = (states @ directions).sin().sum()
         return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    @staticmethod
+    def inner_product(tensors, others):
+        """Of two lists of tensors, each list as one long vector."""
+        products = [(a * b).sum() for a, b in zip(tensors, others, strict=True)]
+        return torch.stack(products).sum()
 
     def run_with_dropout(self, weights):
         """Raises where the kernel for training with dropout, which may be another, cannot run."""
@@ -4367,28 +4367,36 @@ class _StepSnapshot:
         self.random_states.load_state_dict(self.random_state)
 
 
-def _sample(tensors, count=4096):
-    """At most so many numbers of each tensor, evenly spread, as one vector."""
-    parts = [tensor.detach().flatten()[:: 1 + tensor.numel() // count] for tensor in tensors]
-    return torch.cat(parts)
+class _StepOutcome(NamedTuple):
+    """What a step did: samples of its gradients and of how it moved the weights, and its losses."""
 
+    gradients: torch.Tensor
+    movements: torch.Tensor
+    losses: torch.Tensor
 
-def _step_error(expected, actual):
-    """Why a step, as `OptimizerStep.observe` describes it, is not the expected one, or None."""
-    for name in ("gradients", "weights"):
-        vector, expected_vector = actual[name], expected[name]
-        length, expected_length = vector.norm().item(), expected_vector.norm().item()
-        if length == expected_length == 0:
-            continue
-        ratio = length / expected_length if expected_length else math.inf
-        cosine = F.cosine_similarity(vector, expected_vector, dim=0).item()
-        if not (cosine >= 0.98 and abs(ratio - 1) <= 0.03):  # NaN too
-            difference = f"cosine {cosine:.3f}, {ratio:.3g} times as long"
-            return f"they come to other {name} than plain calls: {difference}"
-    if not torch.allclose(actual["losses"], expected["losses"], rtol=0.03, atol=1e-4):
-        values = [step["losses"].tolist() for step in (actual, expected)]
-        return f"they come to other losses than plain calls: {values[0]}, not {values[1]}"
-    return None
+    @staticmethod
+    def sample(tensors, count=4096):
+        """At most so many numbers of each tensor, evenly spread, as one vector."""
+        parts = [tensor.detach().flatten()[:: 1 + tensor.numel() // count] for tensor in tensors]
+        return torch.cat(parts)
+
+    def is_finite(self):
+        return all(vector.isfinite().all() for vector in self)
+
+    def difference_error(self, other):
+        """Why the same step came out otherwise, beyond rounding, or None."""
+        for name in ("gradients", "movements"):
+            vector, other_vector = getattr(self, name), getattr(other, name)
+            length, other_length = vector.norm().item(), other_vector.norm().item()
+            if length == other_length == 0:
+                continue
+            ratio = other_length / length if length else math.inf
+            cosine = F.cosine_similarity(vector, other_vector, dim=0).item()
+            if not (cosine >= 0.98 and abs(ratio - 1) <= 0.03):  # NaN too
+                return f"other {name} (cosine {cosine:.3f}, {ratio:.3g} times as long)"
+        if not torch.allclose(other.losses, self.losses, rtol=0.03, atol=1e-4):
+            return f"other losses ({other.losses.tolist()}, not {self.losses.tolist()})"
+        return None
 
 
 # ---------------------------------------------------------------------------------------
@@ -4881,9 +4889,10 @@ class OptimizerStep:
             with self.graphs.forbid_waiting():
                 expected = self.observe(parts)
             before.restore()
-            if all(vector.isfinite().all() for vector in expected.values()):
+            if expected.is_finite():
                 self.run = self.graphs
-                error = _step_error(expected, self.observe(parts))
+                difference = expected.difference_error(self.observe(parts))
+                error = difference and f"they come to {difference} than plain calls"
             else:  # fp16 still looks for its loss scale
                 self.plain_steps = 0
         except Exception as fault:
@@ -4902,13 +4911,14 @@ class OptimizerStep:
         return rows[np.cumsum(lengths[rows]) <= size]
 
     def observe(self, micro_batches):
-        """Make a step; what it did, each as a vector."""
+        """Make a step; a `_StepOutcome`."""
+        sample = _StepOutcome.sample
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        old_weights = _sample(weights)
+        old_weights = sample(weights)
         self.accumulate(micro_batches)
-        gradients = _sample([weight.grad for weight in weights if weight.grad is not None])
+        gradients = sample([weight.grad for weight in weights if weight.grad is not None])
         losses = self.run(self.update)
-        return {"gradients": gradients, "weights": _sample(weights) - old_weights, "losses": losses}
+        return _StepOutcome(gradients, sample(weights) - old_weights, losses)
 
     def note_update(self):
         self.phase = "move"
