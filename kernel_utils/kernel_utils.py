@@ -4450,7 +4450,7 @@ class OptimizerStep:
         self.fallbacks = {}  # what was given up -> why
         self.run = _plain_call  # or `graphs`
         self.plain_steps = 0  # since `bind_buffers`
-        self.trials = 0  # of graphs
+        self.trials = 0  # of graphs, in a row, that found no step to compare
         self.phase = ""  # of a step: accumulate, update or, once weights may have moved, move
         # rows of a forward pass; halved where memory is too small
         self.micro_batch_size = cfg.micro_batch_size or cfg.batch_size
@@ -4890,6 +4890,7 @@ class OptimizerStep:
                 expected = self.observe(parts)
             before.restore()
             if expected.is_finite():
+                self.trials = 0
                 self.run = self.graphs
                 difference = expected.difference_error(self.observe(parts))
                 error = difference and f"they come to {difference} than plain calls"

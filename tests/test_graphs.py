@@ -280,6 +280,12 @@ def test_graphs_that_find_no_step_to_be_compared_by_are_given_up_aloud(tiny, gra
     assert_plain(after_steps(cfg), plain_steps("fp32", cfg), capsys, ["CUDA graphs"], "no step was found")
 
 
+def test_graphs_may_be_tried_anew_as_often_as_adversarial_steps_begin_and_end(tiny, graphs, monkeypatch):
+    monkeypatch.setattr(ku, "_MAX_TRIALS", 1)
+    engine = after_steps(tiny(epochs=6, batch_size=4, awp=0.1, adversarial_start=2, cuda_graphs="on"), 12)
+    assert engine.is_adversarial and engine.run is engine.graphs and not engine.fallbacks
+
+
 def test_a_step_and_its_optimiser_do_not_keep_each_other_in_memory(tiny):
     engine = begin(tiny())
     engine(0, np.arange(4))
