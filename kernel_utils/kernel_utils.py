@@ -291,9 +291,12 @@ class Settings:
         try:
             value = _cast(value, kind)
         except (TypeError, ValueError, OverflowError, KeyError):
-            is_number = kind in (str, "name") and isinstance(value, (int, float))
+            is_number = kind in (str, "name") and type(value) in (int, float)
             hint = " (papermill's -r keeps digits as text)" if is_number else ""
-            raise ValueError(f"{name} must be {_ACCEPTS[kind]}, got {value!r}{hint}") from None
+            names = f" ({', '.join(choices)})" if choices is not None else ""
+            raise ValueError(
+                f"{name} must be {_ACCEPTS[kind]}{names}, got {value!r}{hint}"
+            ) from None
         if choices is not None and value not in choices and value != field.default:
             hint = _did_you_mean(value, choices)
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")

@@ -502,6 +502,7 @@ SETTINGS = {  # name -> (what is done to the folder, the settings, what the mess
     "NaN as a whole number": (nothing, dict(epochs=float("nan")), ["epochs must be a whole number", "nan"]),
     "a number that is an object": (nothing, dict(lr=object()), ["lr must be a finite number", "object"]),
     "a choice that is no text": (nothing, dict(head=["mean"]), ["head must be text", "['mean']"]),
+    "a choice as yes or no": (nothing, dict(cuda_graphs=True), ["cuda_graphs must be text (auto, on, off), got True"]),
     "a choice in capitals": (nothing, dict(task="Binary"), ["task must be one of", "'Binary'"]),
     "convolutions of nothing": (
         nothing,
