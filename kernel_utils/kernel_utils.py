@@ -4461,11 +4461,11 @@ class OptimizerStep:
         self.make_buffers()
 
     def can_capture(self):
-        """Whether steps are to be captured: of itself where launches are slow beside kernels."""
+        """Whether to capture steps; `auto` from sm_80, where launches take long beside kernels."""
         if self.cfg.cuda_graphs == "off" or self.device.type != "cuda":
             return False
-        is_quick = torch.cuda.get_device_capability(self.device) >= (8, 0)
-        return is_quick or self.cfg.cuda_graphs == "on"
+        is_recent = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return is_recent or self.cfg.cuda_graphs == "on"
 
     def make_buffers(self):
         """Allocate what steps read and write, at fixed places on the device."""
