@@ -384,7 +384,9 @@ def _print_differing_machines(records):
 
 def encode_oof(oof, cfg, classes):
     """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
-    names = dict(zip(ku._column_names("target", cfg.targets), cfg.targets, strict=True))
+    names = dict(
+        zip(ku._column_names("target", cfg.target_columns), cfg.target_columns, strict=True)
+    )
     target = cfg.encode_targets(oof.rename(columns=names), classes)
     groups = np.unique(oof.get("group", oof.index), return_inverse=True)[1]
     if groups.max() == 0:

@@ -103,12 +103,22 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 __all__ = [
     # settings
     *("Config", "InferConfig", "Settings", "option", "RECIPES", "TASKS"),
     # parts of your own
-    *("HEADS", "LOSSES", "METRICS", "SCHEDULES", "register", "metric", "Loss", "MseLoss"),
+    *(
+        "HEADS",
+        "LOSSES",
+        "METRICS",
+        "SCHEDULES",
+        "PREPROCESS",
+        "register",
+        "metric",
+        "Loss",
+        "MseLoss",
+    ),
     *("EncoderInfo", "cls_token", "masked_mean", "masked_max"),
     # errors
     *("KitError", "ConfigError", "DataError", "NumericError", "Stopped", "BundleError"),
@@ -125,8 +135,10 @@ __all__ = [
 # ---------------------------------------------------------------------------------------
 # 1. Registries
 
-HEADS, LOSSES, METRICS, SCHEDULES = {}, {}, {}, {}  # name -> part, filled by @register
+# name -> part, filled by @register
+HEADS, LOSSES, METRICS, SCHEDULES, PREPROCESS = {}, {}, {}, {}, {}
 _REGISTRIES = {"head": HEADS, "loss": LOSSES, "metric": METRICS, "schedule": SCHEDULES}
+_REGISTRIES["preprocess"] = PREPROCESS
 
 
 def register(table, name):
@@ -214,10 +226,10 @@ def _did_you_mean(name, names):
 def option(default, help, choices=None, low=-math.inf, high=math.inf, kind=None, affects=""):
     """A setting of a `Settings` class: its default, one line of help, and what it may be set to.
 
-    `kind` is its type where that is not the annotation: "folds" or "name". `affects` says what a
-    setting of `Config` shapes: "data" (rows and folds), "tokens" (how a text is read), "model"
-    (what the weights belong to), "training" (how they are fitted), or "place" (where a run is
-    stored and how it goes on, never what it gives).
+    `kind` is its type where that is not the annotation: "folds", "name" or "names". `affects`
+    says what a setting of `Config` shapes: "data" (rows and folds), "tokens" (how a text is read),
+    "model" (what the weights belong to), "training" (how they are fitted), or "place" (where a run
+    is stored and how it goes on, never what it gives).
     """
     metadata = dict(help=help, choices=choices, low=low, high=high, kind=kind, affects=affects)
     return dataclasses.field(default=default, metadata=metadata)
@@ -231,6 +243,7 @@ _ACCEPTS = {
     tuple: "whole numbers such as 2,3",
     "folds": "'all' or fold numbers such as 0,2",
     "name": "letters, digits and . _ - = + only",
+    "names": "names with commas between them, or a list; quote a name that has a comma",
 }
 
 
@@ -246,6 +259,8 @@ def _cast(value, kind):
         name = _cast(value, str)
         if re.fullmatch(r"[\w.=+-]*", name) and name.strip(".") == name:
             return name
+    if kind == "names":
+        return _cast_names(value)
     if kind == "folds":
         return "all" if value == "all" else ",".join(map(str, _cast(value, tuple)))
     if kind is tuple:
@@ -262,6 +277,15 @@ def _cast(value, kind):
     if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
         return float(value)
     raise ValueError
+
+
+def _cast_names(value):
+    """Names as a list; in text they stand between commas, and quotes hold one together."""
+    if isinstance(value, str):
+        value = next(csv.reader([value], skipinitialspace=True, strict=True), [""])
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    return [str(name).strip() for name in value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +314,7 @@ class Settings:
         choices, low, high = limits["choices"], limits["low"], limits["high"]
         try:
             value = _cast(value, kind)
-        except (TypeError, ValueError, OverflowError, KeyError):
+        except (TypeError, ValueError, OverflowError, KeyError, csv.Error):
             is_number = kind in (str, "name") and type(value) in (int, float)
             hint = " (papermill's -r keeps digits as text)" if is_number else ""
             names = f" ({', '.join(choices)})" if choices is not None else ""
@@ -425,6 +449,7 @@ RECIPES = {  # settings to start from; a setting that is given wins
 }
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _ENGINES = ("torch", "openvino")
+_SUBMISSION_FORMS = ("labels", "probabilities")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
 _FOLD_KINDS = {
@@ -453,26 +478,43 @@ class Config(Settings):
 
     recipes: ClassVar[dict] = RECIPES
     # What is compared by content, not by name, when a run goes on
-    by_content: ClassVar[tuple] = ("data_dir", "pseudo_dir", "backbone")
+    by_content: ClassVar[tuple] = ("data_dir", "train_file", "pseudo_dir", "backbone")
 
     # data
     data_dir: str = _data("", "folder of train.csv; empty: the attached competition or the sample")
     id_column: str = _data("id", "column that names a row")
-    text_column: str = _tokens("excerpt", "column with the text")
-    pair_column: str = _tokens("", "column with a second text, encoded as a pair; empty: none")
-    target_columns: str = _data("target", "column to predict, or several with commas")
-    error_column: str = _data("", "column with the standard error of the target; empty: none")
+    text_columns: str = _tokens("excerpt", "column with the text, or several", kind="names")
+    target_columns: str = _data("target", "column to predict, or several", kind="names")
     task: str = _data("regression", "regression, binary, multiclass or multilabel", TASKS)
+    train_file: str = _data("", "name of the training table; empty: train.csv and its like")
+    test_file: str = _place("", "name of the test table; empty: test.csv and its like")
+    sample_file: str = _place("", "name of the sample submission; empty: its usual names")
+    test_id_column: str = _place("", "id_column of test and sample; empty: the same, or found")
+    error_column: str = _data("", "column with the standard error of the target; empty: none")
+    weight_column: str = _data("", "column with the weight of a row in the loss; empty: none")
+    positive_label: str = _data("", "binary: label to predict the probability of; empty: the last")
+    class_order: str = _data(
+        "", "labels from lowest to highest, such as low,mid,high", kind="names"
+    )
+    numeric_texts: bool = _data(False, "text columns may hold numbers alone")
+    preprocess: str = _data(
+        "", "function that changes each table: one of ku.PREPROCESS", PREPROCESS
+    )
     max_rows: int = _data(0, "train on this many rows, drawn by fold_seed; 0: all", low=0)
     n_folds: int = _data(5, "number of folds; a column 'fold' in train.csv wins", low=2)
     run_folds: str = _place("all", "folds to train: all, or numbers such as 0,2", kind="folds")
     fold_kind: str = _data("stratified", "how rows are dealt out to folds", _FOLD_KINDS)
     group_column: str = _data("", "column whose values stay in one fold, for group folds")
+    group_duplicates: bool = _data(True, "rows with equal texts stay in one fold")
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
     max_length: int = _tokens(256, "tokens kept of a text, special tokens included", low=8)
     truncation: str = _tokens("head", "part of a long text to keep", ("head", "tail", "head_tail"))
     prefix: str = _tokens("", "put before each text; {name} is a column, new [words] become tokens")
+    keep_newlines: bool = _tokens(False, "a token of its own for each line break")
+    windows: int = _tokens(1, "windows of max_length that a long text is read in, at most", low=1)
+    window_overlap: int = _tokens(64, "tokens that a window shares with the one before", low=0)
+    window_pool: str = _model("mean", "how logits of windows become one", ("mean", "max"))
     # extra texts
     pseudo_dir: str = _data("", "folder of tools/pseudo_label.py, to train on too; empty: none")
     pseudo_weight: float = _training(1.0, "factor of the losses of pseudo-labelled texts", low=1e-3)
@@ -508,6 +550,8 @@ class Config(Settings):
         0.0, "cross_entropy: share of the target spread over all classes", low=0, high=0.99
     )
     metric: str = _training("", "score; empty: rmse, auc or accuracy by task", METRICS)
+    metrics: str = _place("", "further scores that are only shown", kind="names")
+    class_weight: str = _training("", "weights of classes in the loss: balanced, or numbers")
     epochs: int = _training(3, "passes over the training folds", low=1)
     batch_size: int = _training(16, "rows of an optimiser step", low=1)
     micro_batch_size: int = _training(
@@ -557,6 +601,7 @@ class Config(Settings):
     resume_from: str = _place("", "run folder to copy and go on with, such as an attached output")
     checkpoint_minutes: float = _place(10.0, "minutes between checkpoints; 0: none", low=0)
     max_minutes: float = _place(0.0, "minutes from training to submission; 0: no limit", low=0)
+    submission_form: str = _place("", "empty: as the sample has it", _SUBMISSION_FORMS)
     predict_partial: bool = _place(False, "if stopped, predict with what is trained, else fail")
 
     def conflicts(self):
@@ -564,21 +609,22 @@ class Config(Settings):
         return [*self._task_conflicts(), *self._training_conflicts(), *self._idle_settings()]
 
     def _task_conflicts(self):
-        task, loss, targets, levels = self.task, self.loss, self.targets, self.levels
+        task, loss, levels = self.task, self.loss, self.levels
+        targets = self.target_columns
         for setting, parts in (("loss", LOSSES), ("metric", METRICS)):
             name = getattr(self, setting)
             tasks = parts[name].tasks if name else [task]
             if task not in tasks:
                 yield f"{setting} {name} is for {', '.join(tasks)}; task is {task}"
-        one_column = f"takes one target column, got target_columns {self.target_columns!r}"
+        one_column = f"takes one target column, got target_columns {_comma_join(targets)}"
         if task in ("binary", "multiclass") and len(targets) > 1:
             yield f"task {task} {one_column}"
         if loss == "coral" and len(targets) > 1:
             yield f"loss coral {one_column}"
-        if self.pair_column == self.text_column:
-            yield f"pair_column must be another column than text_column, got {self.pair_column!r}"
-        if not all(targets) or len(set(targets)) < len(targets):
-            yield f"target_columns has an empty or repeated name: {self.target_columns!r}"
+        for setting in ("text_columns", "target_columns"):
+            names = getattr(self, setting)
+            if not all(names) or len(set(names)) < len(names):
+                yield f"{setting} has an empty or repeated name: {_comma_join(names)}"
         if "fold" in targets:
             yield "target_columns must not hold 'fold': that column has the folds"
         if "group" in self.fold_kind and not self.group_column:
@@ -632,15 +678,6 @@ class Config(Settings):
             yield "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty"
 
     @property
-    def targets(self):
-        return [name.strip() for name in self.target_columns.split(",")]
-
-    @property
-    def text_columns(self):
-        names = [self.text_column, self.pair_column]
-        return names if self.pair_column else names[:1]
-
-    @property
     def input_columns(self):
         """Columns of a table that make the input of the model: of texts, then of the prefix."""
         prefix_columns = _PREFIX_COLUMN.findall(self.prefix)
@@ -648,13 +685,13 @@ class Config(Settings):
 
     def output_names(self, classes):
         """A name for every column of predictions: classes of a multiclass task, else targets."""
-        return classes if self.task == "multiclass" else self.targets
+        return classes if self.task == "multiclass" else self.target_columns
 
     def class_labels(self, frame):
         """Labels of a binary or multiclass task, sorted: as numbers if all are, else as text."""
         if self.task not in ("binary", "multiclass"):
             return []
-        labels = sorted(set(frame[self.targets[0]]))
+        labels = sorted(set(frame[self.target_columns[0]]))
         if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
             labels.sort(key=float)
         return labels
@@ -662,8 +699,8 @@ class Config(Settings):
     def encode_targets(self, frame, classes):
         """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
         if self.task == "multiclass":
-            return np.array([classes.index(label) for label in frame[self.targets[0]]])
-        values = frame[self.targets]
+            return np.array([classes.index(label) for label in frame[self.target_columns[0]]])
+        values = frame[self.target_columns]
         if self.task == "binary":
             values = values.eq(classes[1])
         return values.to_numpy(dtype=np.float64, copy=True)
@@ -689,7 +726,7 @@ class Config(Settings):
 
     def fill_prefix(self, columns):
         """The prefix of every row of `columns`, a frame or a dictionary of columns."""
-        n_rows = len(columns[self.text_column])
+        n_rows = len(columns[self.text_columns[0]])
         pieces = []
         for number, piece in enumerate(_PREFIX_COLUMN.split(self.prefix)):
             is_column = number % 2  # `split` puts the names that stood in braces between the texts
@@ -701,7 +738,7 @@ class Config(Settings):
         loss, metric = TASKS[self.task]
         dropout = self.backbone_dropout
         if self.task == "regression":
-            metric = "mcrmse" if len(self.targets) > 1 else metric
+            metric = "mcrmse" if len(self.target_columns) > 1 else metric
             dropout = 0.0 if dropout == -1 else dropout
         lr = 1e-5
         if backbone_config.hidden_size <= 768:
@@ -1482,7 +1519,7 @@ def _read_train(cfg, data_dir):
     path = data_dir / "train.csv"
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    columns = [cfg.id_column, *cfg.input_columns, *cfg.targets, *errors, *groups]
+    columns = [cfg.id_column, *cfg.input_columns, *cfg.target_columns, *errors, *groups]
     table = _Table.read(path, columns, cfg.id_column)
     table.check_ids()
     for column in groups:
@@ -1490,7 +1527,7 @@ def _read_train(cfg, data_dir):
     for column in cfg.text_columns:
         table.check_filled(column, "a text")
         table.check_not_numbers(column)
-    values = {column: table.read_targets(column, cfg.task) for column in cfg.targets}
+    values = {column: table.read_targets(column, cfg.task) for column in cfg.target_columns}
     for column in errors:
         values[column] = table.read_errors(column)
     if table.problems:
@@ -1507,7 +1544,7 @@ def _read_train(cfg, data_dir):
         expected = "two or more labels"
     if expected:
         problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
-        raise DataError(f"{path}, column {cfg.targets[0]}: {problem}")
+        raise DataError(f"{path}, column {cfg.target_columns[0]}: {problem}")
     return frame
 
 
@@ -1587,9 +1624,9 @@ def _strata(frame, cfg):
 
     Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
     """
-    values = frame[cfg.targets]
+    values = frame[cfg.target_columns]
     if cfg.task in ("binary", "multiclass"):
-        return values[cfg.targets[0]].to_numpy()
+        return values[cfg.target_columns[0]].to_numpy()
     if cfg.task == "multilabel":
         label_sets = values.astype(int).astype(str).agg("".join, axis=1)
         n_rows = label_sets.groupby(label_sets).transform("size")
@@ -1624,7 +1661,7 @@ def _draw_folds(frame, cfg):
             for fold, (_, rows) in enumerate(splits):
                 folds[order[rows]] = fold
     except ValueError as error:
-        column = cfg.group_column if has_groups else cfg.target_columns
+        column = cfg.group_column if has_groups else _comma_join(cfg.target_columns)
         problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
         raise DataError(f"train.csv, column {column}: {problem}") from None
     return folds
@@ -1651,7 +1688,7 @@ def make_folds(frame, cfg):
     else:
         frame = frame.assign(fold=_draw_folds(frame, cfg))
     cfg.folds_to_run(frame)
-    for column in cfg.targets if cfg.task != "regression" else []:
+    for column in cfg.target_columns if cfg.task != "regression" else []:
         n_folds_with = frame.groupby(column)["fold"].nunique()
         for label in n_folds_with.index[n_folds_with < 2]:
             rows = f"{(frame[column] == label).sum()} rows"
@@ -1908,7 +1945,7 @@ def _tokenize(columns, tokenizer, cfg):
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    segments = _SpecialSegments.of(tokenizer, pair=bool(cfg.pair_column))
+    segments = _SpecialSegments.of(tokenizer, pair=len(cfg.text_columns) > 1)
     texts = [encode(list(columns[name])) for name in cfg.text_columns]
     prefixes = [[]] * len(texts[0])
     if cfg.prefix:  # the space before a text is no token of the prefix
@@ -5658,7 +5695,7 @@ def _foreign_parts(cfg):
     parts = {}
     for field, table in _REGISTRIES.items():
         name = getattr(cfg, field)
-        if table[name].__module__ != __name__:
+        if name and table[name].__module__ != __name__:
             parts[f"{field} {name}"] = table[name]
     return parts
 
@@ -6040,9 +6077,8 @@ _PROBE_TEXTS = (
 
 def _probe_ids(texts, tokenizer, cfg):
     """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
-    columns = {cfg.text_column: texts}
-    if cfg.pair_column:
-        columns[cfg.pair_column] = texts[::-1]
+    columns = {name: texts[::-1] for name in cfg.text_columns}
+    columns[cfg.text_columns[0]] = texts
     tokens = _tokenize(columns, tokenizer, dataclasses.replace(cfg, prefix=""))
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
@@ -6405,7 +6441,7 @@ class _TrainingRun:
         oof = pd.DataFrame({"id": frame[cfg.id_column], "fold": frame["fold"]})
         if "group" in cfg.fold_kind:
             oof["group"] = frame[cfg.group_column]
-        oof[_column_names("target", cfg.targets)] = frame[list(cfg.targets)]
+        oof[_column_names("target", cfg.target_columns)] = frame[cfg.target_columns]
         blocks = [oof]
         for suffix, kind in (("", cfg.keep), ("_best", "best"), ("_last", "last")):
             columns = _column_names(f"prediction{suffix}", self.outputs)
@@ -6607,7 +6643,7 @@ _GOLDEN_MIN_FRACTION = 0.01
 def _version_error(version):
     """Why files that another version of this module wrote cannot be read, or None."""
     numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    if numbers and tuple(map(int, numbers.groups())) >= (0, 9):
+    if numbers and tuple(map(int, numbers.groups())) >= (0, 10):
         return None
     number = numbers[0] if numbers else version
     return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
@@ -7212,7 +7248,7 @@ def write_submission(bundle, test, predictions, sample, path):
     if len(bad):
         first = ids.iloc[bad[0]]
         raise DataError(f"{len(bad)} predictions are not finite, the first for id {first!r}")
-    columns = cfg.targets if sample is None else _submission_columns(sample, cfg, classes)
+    columns = cfg.target_columns if sample is None else _submission_columns(sample, cfg, classes)
     values = bundle.to_levels(predictions)
     if cfg.task == "multiclass" and len(columns) == 1:
         values = np.array(classes)[predictions.argmax(1)][:, None]

@@ -41,10 +41,10 @@ class PretrainConfig(ku.Settings):
         "",
         "folder with train.csv; empty means the attached competition, else the sample",
     )
-    text_column: str = ku.option("excerpt", "column with the text")
-    pair_column: str = ku.option(
-        "",
-        "column with a second text, here a text of its own; empty means none",
+    text_columns: str = ku.option(
+        "excerpt",
+        "column with the text, or several, here texts of their own",
+        kind="names",
     )
     max_rows: int = ku.option(0, "pre-train on this many texts, drawn by seed; 0 means all", low=0)
     held_out: float = ku.option(
@@ -135,7 +135,7 @@ def _read_texts(cfg):
     raises DataError as `read_competition` does.
     """
     data_dir = ku._find_data_dir(cfg.data_dir, "train.csv")
-    columns = [cfg.text_column, cfg.pair_column] if cfg.pair_column else [cfg.text_column]
+    columns = cfg.text_columns
     texts, counts, problems = [], {}, []
     for path in (data_dir / "train.csv", data_dir / "test.csv"):
         if not ku._file_exists(path):

@@ -240,7 +240,7 @@ def table(name):
 
 
 TASKS = {
-    "pairs and prefix": dict(pair_column="answer", prefix="[{genre}] "),
+    "pairs and prefix": dict(text_columns="excerpt,answer", prefix="[{genre}] "),
     "several targets": dict(target_columns="target,other"),
     "binary": dict(task="binary"),
     "multiclass": dict(task="multiclass"),
@@ -581,10 +581,10 @@ def test_a_command_line_that_makes_no_sense_ends_with_code_2(arguments, message,
 
 
 def test_runs_that_predict_other_things_are_not_packed_together(runs, one, refused, tmp_path):
-    edit(one / "record.json", lambda r: r["settings"].update(target_columns="other"))
+    edit(one / "record.json", lambda r: r["settings"].update(target_columns=["other"]))
     one.rename(tmp_path / "three")
     message = refused(runs / "two", tmp_path / "three", "-o", tmp_path / "dist", *NAMES)
-    assert "three: target_columns must be as in" in message and "got 'other'" in message
+    assert "three: target_columns must be as in" in message and "got ['other']" in message
 
 
 def test_a_run_that_a_t4_could_not_predict_with_in_float16_is_warned_of(one, call, tmp_path):

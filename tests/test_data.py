@@ -55,8 +55,7 @@ def test_any_column_names_are_read_by_setting(data):
     cfg = data(
         "key,body,more,score\n1,a cat,a dog,3\n2,a hat,a mat,4\n",
         id_column="key",
-        text_column="body",
-        pair_column="more",
+        text_columns="body,more",
         target_columns="score",
     )
     train, test, sample = ku.read_competition(cfg)
@@ -108,14 +107,14 @@ def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
         ("id,excerpt,target\na,caf\xe9,1\n".encode("latin-1"), {}, ["UTF-8"]),
         (TRAIN + "d,a mat, red,1\n", {}, ["line 5"]),
         ("id,excerpt,target\na,a cat, red,1\nb,a hat, blue,2\n", {}, ["more cells than the header"]),
-        (TRAIN, dict(text_column="exerpt"), ["'exerpt' (did you mean excerpt?)", "id, excerpt, target"]),
+        (TRAIN, dict(text_columns="exerpt"), ["'exerpt' (did you mean excerpt?)", "id, excerpt, target"]),
         (TRAIN, dict(target_columns="target,other"), ["'other'"]),
         (TRAIN, dict(prefix="{grade} "), ["'grade'"]),
         (TRAIN, dict(fold_kind="group", group_column="author"), ["'author'"]),
         (TRAIN + "b,a mat,1\n", {}, ["column id", "each id once", "row 4", "'b'"]),
         (TRAIN + "d,,1\n", {}, ["column excerpt", "a text", "row 4 (id d)", "''"]),
         (TRAIN + "d, \t,1\n", {}, ["column excerpt", "a text", "row 4 (id d)"]),
-        (TRAIN, {"text_column": "target"}, ["column target", "texts, not numbers", "row 1 (id a)", "'1.5'"]),
+        (TRAIN, {"text_columns": "target"}, ["column target", "texts, not numbers", "row 1 (id a)", "'1.5'"]),
         (TRAIN + "d,a mat,nan\n", {}, ["column target", "a finite number", "row 4 (id d)", "'nan'"]),
         (TRAIN + "d,a mat,-inf\n", {}, ["column target", "a finite number", "row 4 (id d)", "'-inf'"]),
         (TRAIN + "d,a mat,\n", {}, ["column target", "a finite number", "row 4 (id d)", "''"]),
@@ -138,7 +137,7 @@ def test_an_error_in_train_names_file_column_row_expectation_and_value(data, tmp
 
 
 def test_the_second_text_of_a_pair_is_checked_too(data):
-    message = refusal(data("id,excerpt,more,target\na,a cat,,1\n", pair_column="more"))
+    message = refusal(data("id,excerpt,more,target\na,a cat,,1\n", text_columns="excerpt,more"))
     assert "column more" in message and "row 1 (id a)" in message
 
 

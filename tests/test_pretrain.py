@@ -71,16 +71,16 @@ def test_texts_of_train_and_test_come_once_without_empty_ones_and_without_a_look
 
 def test_a_competition_without_a_test_file_and_a_second_text_column_are_read(tmp_path):
     pd.DataFrame({"left": ["a", "b"], "right": ["c", "a"]}).to_csv(tmp_path / "train.csv", index=False)
-    cfg = pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="left", pair_column="right")
+    cfg = pretraining.PretrainConfig(data_dir=str(tmp_path), text_columns="left,right")
     assert pretraining._read_texts(cfg)[0] == ["a", "b", "c"]
 
 
 def test_a_column_of_numbers_and_a_column_that_is_missing_are_named_with_the_file(tmp_path):
     pd.DataFrame({"text": ["0.5", "7"]}).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(ku.DataError, match=r"train\.csv, column text: expected texts, not numbers, got row 1"):
-        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="text"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_columns="text"))
     with pytest.raises(ku.DataError, match=r"train\.csv: no column 'texd' \(did you mean text\?\)"):
-        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_column="texd"))
+        pretraining._read_texts(pretraining.PretrainConfig(data_dir=str(tmp_path), text_columns="texd"))
 
 
 def test_max_rows_draws_the_same_texts_whatever_the_order_of_the_rows(tmp_path):

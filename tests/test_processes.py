@@ -224,7 +224,7 @@ def test_what_other_processes_read_of_the_data_is_what_was_told(rows, typed, tok
     tokenizer.model_input_names = ["input_ids", "attention_mask"] + ["token_type_ids"] * typed
     frame = train_frame(rows)
     frame = frame.assign(other=frame["excerpt"].iloc[::-1].to_numpy())
-    tokens = ku._tokenize(frame, tokenizer, ku.Config(pair_column="other", max_length=32))
+    tokens = ku._tokenize(frame, tokenizer, ku.Config(text_columns="excerpt,other", max_length=32))
     assert (tokens.types is not None) is typed
     data = ku._TrainingData(
         tokens, np.arange(len(frame)), np.arange(len(frame)) % 2, Path("b"), tokenizer, 7, frame["id"].to_numpy()

@@ -37,9 +37,9 @@ def types_of(tokens):
 
 def tokens_of(texts, tokenizer, cfg, pairs=None):
     """Tokens of texts, or of pairs of texts, without a prefix."""
-    columns = {cfg.text_column: texts, "second": pairs}
-    pair_column = "" if pairs is None else "second"
-    return ku._tokenize(columns, tokenizer, dataclasses.replace(cfg, pair_column=pair_column, prefix=""))
+    columns = {"excerpt": texts, "second": pairs}
+    names = ["excerpt"] if pairs is None else ["excerpt", "second"]
+    return ku._tokenize(columns, tokenizer, dataclasses.replace(cfg, text_columns=names, prefix=""))
 
 
 def tokenizer_with(single, pair="$A $B:1", typed=True):
@@ -218,7 +218,7 @@ def test_each_column_of_a_prefix_stands_in_its_place(tokenizer):
 
 
 def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
-    cfg = ku.Config(prefix="big ", pair_column="word")
+    cfg = ku.Config(prefix="big ", text_columns="excerpt,word")
     rows = rows_of(ku._tokenize(levels(), tokenizer, cfg))
     assert rows[0] == [BOS, *ids_of("big the cat"), EOS, *ids_of("red"), EOS]
 
@@ -232,14 +232,14 @@ def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, trunca
 
 def test_two_long_texts_of_a_pair_share_what_the_prefix_leaves(tokenizer):
     frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
-    cfg = ku.Config(prefix="big hat ", max_length=13, pair_column="other")
+    cfg = ku.Config(prefix="big hat ", max_length=13, text_columns="excerpt,other")
     rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:4], EOS, *ALL_IDS[:4], EOS]]
 
 
 def test_a_short_first_text_is_kept_after_a_long_prefix(tokenizer):
     frame = pd.DataFrame({"excerpt": ["red cat dog"], "other": [ALL_WORDS]})
-    cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, pair_column="other")
+    cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, text_columns="excerpt,other")
     rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
     assert rows == [[BOS, *ids_of("big hat mat big hat mat red cat dog"), EOS, *ALL_IDS[:3], EOS]]
 

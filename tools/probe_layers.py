@@ -94,7 +94,7 @@ def make_targets(frame, cfg):
     if cfg.task == "multiclass":
         targets = np.eye(len(classes))[targets]
     if not np.ptp(targets, axis=0).any():
-        same = f"{ku._comma_join(cfg.targets)} is the same in every row"
+        same = f"{ku._comma_join(cfg.target_columns)} is the same in every row"
         raise ku.DataError(f"train.csv: {same}; there is nothing to probe")
     return targets
 
@@ -238,7 +238,7 @@ def probe(cfg, folder):
     table = table.assign(rows=len(frame), folds=n_folds, backbone=name, device=ku._device_name())
     write = dict(index=False, float_format="%.6g")
     ku._write_atomic(folder / "probe.csv", lambda path: table.to_csv(path, **write))
-    title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.targets))}"
+    title = f"What each layer of {name} knows of {ku._comma_join(map(repr, cfg.target_columns))}"
     title += f"\nridge on frozen states, {len(frame):,} rows, {n_folds} folds"
     plot_layers(table, folder / "probe.png", title)
     return table

@@ -116,7 +116,7 @@ class Bench:
             for name, way in self.load_fold(fold).items():
                 values = oof.setdefault(name, np.empty((len(self.frame), 1)))
                 values[rows] = self.predict(way, self.own_tokens, rows)
-        target = self.frame[self.cfg.targets].to_numpy()
+        target = self.frame[self.cfg.target_columns].to_numpy()
         return {name: ku.METRICS["rmse"](target, values) for name, values in oof.items()}
 
 
