@@ -20,8 +20,9 @@ import pretraining
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-EXPOSED = """data_dir id_column text_columns target_columns recipe backbone head task loss metric max_length n_folds run_folds epochs batch_size lr head_lr
-llrd reinit_layers backbone_dropout seed fold_seed output_dir run_name resume max_minutes max_rows""".split()
+EXPOSED = """data_dir id_column text_columns target_columns task metric recipe backbone head loss max_length n_folds
+run_folds epochs batch_size lr head_lr llrd reinit_layers backbone_dropout seed fold_seed output_dir run_name resume
+max_minutes max_rows""".split()
 EXPOSED_TO_PRETRAIN = """data_dir text_columns backbone max_length mask_share whole_words held_out epochs batch_size
 micro_batch_size lr head_lr seed output_dir run_name resume max_minutes max_rows""".split()
 DEFAULTS = dict(
