@@ -452,6 +452,7 @@ _ENGINES = ("torch", "openvino")
 _SUBMISSION_FORMS = ("labels", "probabilities")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
+_WINDOW_POOLS = {"mean": torch.mean, "max": torch.amax}
 _FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
@@ -514,7 +515,7 @@ class Config(Settings):
     keep_newlines: bool = _tokens(False, "a token of its own for each line break")
     windows: int = _tokens(1, "windows of max_length that a long text is read in, at most", low=1)
     window_overlap: int = _tokens(64, "tokens that a window shares with the one before", low=0)
-    window_pool: str = _model("mean", "how logits of windows become one", ("mean", "max"))
+    window_pool: str = _model("mean", "how the logits of windows become one", _WINDOW_POOLS)
     # extra texts
     pseudo_dir: str = _data("", "folder of tools/pseudo_label.py, to train on too; empty: none")
     pseudo_weight: float = _training(1.0, "factor of the losses of pseudo-labelled texts", low=1e-3)
@@ -652,6 +653,9 @@ class Config(Settings):
             yield "pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0"
         if -1 < self.backbone_dropout < 0:
             yield f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
+        if self.windows > 1 and self.window_overlap > self.max_length // 2:
+            half = f"half of max_length, {self.max_length // 2}"
+            yield f"window_overlap must be at most {half}; got {self.window_overlap}"
         kernels, channels = len(self.conv_kernels), len(self.conv_channels)
         if kernels != channels:
             yield f"conv_kernels has {kernels} and conv_channels {channels} values"
@@ -663,6 +667,9 @@ class Config(Settings):
         reads_errors = self.error_weights or self.label_noise
         if self.loss:
             reads_errors = reads_errors or "target_std" in LOSSES[self.loss].extra_inputs
+        for setting in ("window_overlap", "window_pool"):
+            if self.windows == 1 and getattr(self, setting) != getattr(Config, setting):
+                yield f"{setting} does nothing while windows is 1"
         if self.resume_from and not self.resume:
             yield "resume_from does nothing while resume is False"
         if self.dropout_samples > 1 and not self.head_dropout:
@@ -1764,6 +1771,8 @@ class Tokens:
     `types` are token type ids, or None where the tokenizer gives none.
     """
 
+    n_windows = None  # (N,) of each text, where it is read in windows
+
     def __init__(self, ids, types, pad_id):
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -1778,6 +1787,15 @@ class Tokens:
 
     def __len__(self):
         return len(self.lengths)
+
+    @property
+    def windows(self):
+        """`Tokens` of the W windows of all texts: here, of the texts themselves."""
+        return self
+
+    def windows_of(self, rows):
+        """Numbers of the windows of the rows, and how many each row has, a list; None: one."""
+        return rows, None
 
     def batch(self, rows, device):
         """The rows as padded tensors (B, T) on `device`.
@@ -1875,6 +1893,39 @@ class Tokens:
             raise KitError(f"{folder}: the tokenizer {problem}")
 
 
+class _WindowedTokens(Tokens):
+    """Token ids of N texts that are read in windows. Text i is all of its windows end to end, so
+    that `lengths` counts what they share twice.
+
+    `windows` are those of the first text, then of the second...; text i has `n_windows[i]`.
+    """
+
+    def __init__(self, windows, n_windows):
+        self._windows = windows
+        self.n_windows = np.array(n_windows)
+        self.first_windows = np.append(0, np.cumsum(n_windows))  # (N + 1,)
+        self.offsets = windows.offsets[self.first_windows]
+        self.lengths = np.diff(self.offsets)
+        self.ids, self.types, self.pad_id = windows.ids, windows.types, windows.pad_id
+
+    @property
+    def windows(self):
+        return self._windows
+
+    def windows_of(self, rows):
+        spans = [np.arange(*self.first_windows[row : row + 2]) for row in rows]
+        return np.concatenate(spans), self.n_windows[rows].tolist()
+
+    def batch(self, rows, device):
+        """Those of `Tokens` for the windows of the rows, and `n_windows` of each row."""
+        windows, n_windows = self.windows_of(rows)
+        return self.windows.batch(windows, device) | {"n_windows": n_windows}
+
+    def pack_rows(self, rows, device):
+        windows, n_windows = self.windows_of(rows)
+        return self.windows.pack_rows(windows, device) | {"n_windows": n_windows}
+
+
 class _SpecialSegments(NamedTuple):
     """What a tokenizer puts around the texts of a row: before the first, then after each."""
 
@@ -1915,31 +1966,46 @@ class _SpecialSegments(NamedTuple):
         return ids, types
 
 
-def _truncate(texts, room, truncation):
-    """The texts of a row cut to `room` ids in all; of a pair the longer text is cut first.
+def _share_room(texts, room):
+    """The room of each text of a row, `room` ids in all; of a pair the longer text is cut first."""
+    if len(texts) == 1:
+        return [room]
+    free_for_second = max(room // 2, room - len(texts[0]))
+    room_for_second = min(len(texts[1]), free_for_second)
+    return [room - room_for_second, room_for_second]
+
+
+def _truncate(ids, room, truncation):
+    """A text cut to `room` ids.
 
     head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
     """
-    rooms = [room]
-    if len(texts) == 2:
-        free_for_second = max(room // 2, room - len(texts[0]))
-        room_for_second = min(len(texts[1]), free_for_second)
-        rooms = [room - room_for_second, room_for_second]
-    short_texts = []
-    for ids, size in zip(texts, rooms, strict=True):
-        head = {"head": size, "tail": 0, "head_tail": size // 4}[truncation]
-        if len(ids) > size:
-            ids = ids[:head] + ids[len(ids) - (size - head) :]
-        short_texts.append(ids)
-    return short_texts
+    if len(ids) <= room:
+        return ids
+    head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _cut_windows(ids, room, cfg):
+    """The windows of a text, each of `room` ids: one where the text fits, else up to `cfg.windows`.
+
+    A window shares `window_overlap` ids, at most half of the room, with the one before; the last
+    ends with the text and shares more. A text that is too long for all windows is truncated first.
+    """
+    step = max(1, room - min(cfg.window_overlap, room // 2))
+    ids = _truncate(ids, room + (cfg.windows - 1) * step, cfg.truncation)
+    last = max(0, len(ids) - room)
+    starts = [*range(0, last, step), last]
+    return [ids[start : start + room] for start in starts]
 
 
 def _tokenize(columns, tokenizer, cfg):
     """`Tokens` of the texts or pairs in `columns`, a frame or dictionary: for each at most
-    `max_length`, special tokens included.
+    `max_length`, special tokens included, or with `windows` in each window.
 
-    The prefix is never cut. A row without any token becomes one end-of-text token, so that every
-    row has something to pool.
+    The last text of a row is read in windows, what stands before it is repeated in each. The prefix
+    is never cut. A row without any token becomes one end-of-text token, so that every row has
+    something to pool.
     """
 
     def encode(texts):
@@ -1958,15 +2024,21 @@ def _tokenize(columns, tokenizer, cfg):
     special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
     fallback_id = next(i for i in special_ids if i is not None)
 
-    all_ids, all_types = [], []
+    all_ids, all_types, n_windows = [], [], []
     for prefix, *row in zip(prefixes, *texts, strict=True):
-        parts = _truncate(row, room - len(prefix), cfg.truncation)
-        parts[0] = prefix + parts[0]
-        ids, types = segments.build_row(parts)
-        all_ids.append(ids or [fallback_id])
-        all_types.append(types or [0])
+        rooms = _share_room(row, room - len(prefix))
+        first = [_truncate(row[0], rooms[0], cfg.truncation)] if len(row) == 2 else []
+        windows = _cut_windows(row[-1], rooms[-1], cfg)
+        for window in windows:
+            parts = [*first, window]
+            parts[0] = prefix + parts[0]
+            ids, types = segments.build_row(parts)
+            all_ids.append(ids or [fallback_id])
+            all_types.append(types or [0])
+        n_windows.append(len(windows))
     has_types = "token_type_ids" in tokenizer.model_input_names
-    return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
+    tokens = Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
+    return _WindowedTokens(tokens, n_windows) if cfg.windows > 1 else tokens
 
 
 def _new_prefix_tokens(tokenizer, frame, cfg):
@@ -3394,6 +3466,7 @@ class _PackingTrial:
     tolerances: ClassVar = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 
     def __init__(self, model, tokens, dtype):
+        tokens = tokens.windows
         self.model = model
         self.dtype = dtype
         self.device = next(model.parameters()).device
@@ -3488,6 +3561,7 @@ class TextModel(nn.Module):
         self.head = HEADS[cfg.head](self.encoder_info, cfg)
         self.dropout = nn.Dropout(cfg.head_dropout)
         self.dropout_samples = cfg.dropout_samples
+        self.pool = _WINDOW_POOLS[cfg.window_pool]
         self.output = loss.output_layer(self.head.out_features)
         if self.head.out_features == len(self.output.weight):
             # conv1d's channels are predictions already: keep their scale and sign
@@ -3641,10 +3715,11 @@ class TextModel(nn.Module):
             return _PaddedStates(states, pack), pack.attention_mask
         return tuple(state.float() for state in states), attention_mask
 
-    def forward(self, *inputs, **named):
+    def forward(self, *inputs, n_windows=None, **named):
         """Logits (B, K) in float32 of token tensors as `encode` takes them; (S, B, K) in training
         with S dropout samples. Multi-sample dropout (arXiv:1905.09788) averages the losses of the S
-        samples, not their logits.
+        samples, not their logits. With `n_windows` the tensors are windows, as `pool_windows` has
+        them.
         """
         states, mask = self.encode(*inputs, **named)
         # float32, whatever the backbone ran in
@@ -3652,8 +3727,18 @@ class TextModel(nn.Module):
             features = self.head(states, mask)  # (B, D)
             if self.training and self.dropout_samples > 1:
                 samples = [self.output(self.dropout(features)) for _ in range(self.dropout_samples)]
-                return torch.stack(samples)
-            return self.output(self.dropout(features))
+                logits = torch.stack(samples)
+            else:
+                logits = self.output(self.dropout(features))
+            return self.pool_windows(logits, n_windows)
+
+    def pool_windows(self, logits, n_windows):
+        """Logits (..., B, K) of B texts from those (..., W, K) of their windows, end to end; text i
+        has `n_windows[i]` of them, or one if that is None."""
+        if n_windows is None:
+            return logits
+        texts = logits.split(n_windows, dim=-2)
+        return torch.stack([self.pool(text, dim=-2) for text in texts], dim=-2)
 
     def can_pack(self, tokens, dtype, gradients=False):
         """Whether it may be given packed rows: tried once in each precision, and printed. With
@@ -3687,6 +3772,7 @@ class TextModel(nn.Module):
     def check_padding(self, tokens, dtype=torch.float32):
         """Warn where padding changes the output in evaluation mode, as in FNet and ConvBERT."""
         device = next(self.parameters()).device
+        tokens = tokens.windows
         shortest = np.array([tokens.lengths.argmin()])
         inputs, padded = {}, {}
         for name, ids in tokens.batch(shortest, device).items():
@@ -3939,7 +4025,9 @@ def predict(model, tokens, cfg, rows=None, can_halve=True):
     fail, it goes on with padded ones, and says so.
     """
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    lengths = tokens.lengths[rows]
+    windows, n_windows = tokens.windows_of(rows)  # of a text, they may be in several batches
+    tokens = tokens.windows
+    lengths = tokens.lengths[windows]
     device = next(model.parameters()).device
     dtype = _pick_dtype(cfg.precision, device)
     batch_tokens = cfg.batch_tokens or (8192 if device.type == "cuda" else 4096)
@@ -3955,7 +4043,7 @@ def predict(model, tokens, cfg, rows=None, can_halve=True):
         memory_error = None
         try:
             with _autocast(device, dtype), _uncompiled(cfg):
-                logits = model(**make_inputs(rows[batch], device))
+                logits = model(**make_inputs(windows[batch], device))
         except torch.OutOfMemoryError as error:
             if not can_halve:
                 raise
@@ -3968,15 +4056,15 @@ def predict(model, tokens, cfg, rows=None, can_halve=True):
             make_inputs = tokens.batch
             continue
         if memory_error is None:
-            outputs.append(model.loss.predict(logits).float())
+            outputs.append(logits)
             done.append(remaining.pop(0))
         else:  # not in the `except` block, where the error still holds the tensors of the pass
             remaining = _halve_batches(remaining, lengths, memory_error)
 
     model.train(was_training)
-    predictions = np.empty((len(rows), outputs[0].shape[1]))
-    predictions[np.concatenate(done)] = torch.cat(outputs).cpu().numpy()
-    return predictions
+    logits = torch.cat(outputs)[np.argsort(np.concatenate(done))]
+    predictions = model.loss.predict(model.pool_windows(logits, n_windows))
+    return predictions.cpu().double().numpy()
 
 
 def _halve_batches(batches, lengths, memory_error):
@@ -4132,9 +4220,10 @@ class _TrainingData(NamedTuple):
 
     def save(self, folder):
         """Write the data for another process, but for the files that it can read itself."""
-        tokens = self.tokens
+        tokens, windows = self.tokens, self.tokens.windows
         state = self._asdict()
-        state["tokens"] = (tokens.ids, tokens.types, tokens.lengths, tokens.pad_id)
+        state["tokens"] = (windows.ids, windows.types, windows.lengths, windows.pad_id)
+        state["n_windows"] = tokens.n_windows
         state["tokenizer"] = (len(self.tokenizer), _is_cls_last(self.tokenizer))
         state["folder"] = str(self.folder.resolve())
         state["folds"] = self.folds.copy()  # a column of a frame, which is read-only
@@ -4151,7 +4240,9 @@ class _TrainingData(NamedTuple):
         ids, types, lengths, pad_id = state["tokens"]
         cuts = np.cumsum(lengths)[:-1]
         types = None if types is None else np.split(types, cuts)
-        state["tokens"] = Tokens(np.split(ids, cuts), types, pad_id)
+        tokens = Tokens(np.split(ids, cuts), types, pad_id)
+        n_windows = state.pop("n_windows")
+        state["tokens"] = tokens if n_windows is None else _WindowedTokens(tokens, n_windows)
         state["tokenizer"] = tokenizer
         state["folder"] = Path(state["folder"])
         state["ids"] = np.array(state["ids"], dtype=object)
@@ -4651,6 +4742,8 @@ class OptimizerStep:
         """Why steps can be neither compiled nor captured, or None."""
         if not self.is_packed:
             return "padded rows have no fixed shape"
+        if self.cfg.windows > 1:
+            return "texts have different numbers of windows"
         if self.cfg.optimizer != "adamw":
             return "8-bit AdamW counts its steps in Python"
         return None
@@ -4766,26 +4859,25 @@ class OptimizerStep:
                 self.run(self.adversary.restore)
 
     def accumulate_pass(self, micro_batches):
+        tokens = self.data.tokens
+        make_inputs = tokens.pack_rows if self.is_packed else tokens.batch
         for rows, num_tokens in micro_batches:
-            if self.is_packed:
-                self.run_packed(rows, num_tokens)
+            if self.has_static_shapes:
+                self.run_static(rows, num_tokens)
             else:
-                inputs = self.data.tokens.batch(rows, self.device)
+                inputs = make_inputs(rows, self.device)
                 self.forward_backward(inputs, _to_device(rows, self.device))
 
-    def run_packed(self, rows, num_tokens):
-        """`forward_backward` over packed rows; static shapes are filled up with rows of -1."""
-        max_seqlen = int(self.data.tokens.lengths[rows].max())
-        if self.has_static_shapes:
-            # kernels refuse a text that may be longer than all tokens
-            max_seqlen = min(self.max_seqlen, num_tokens)
-            rows = np.pad(rows, (0, self.micro_batch_size - len(rows)), constant_values=-1)
+    def run_static(self, rows, num_tokens):
+        """`forward_backward` over packed rows, filled up with rows of -1 to static shapes."""
+        rows = np.pad(rows, (0, self.micro_batch_size - len(rows)), constant_values=-1)
+        # kernels refuse a text that may be longer than all tokens
+        max_seqlen = min(self.max_seqlen, num_tokens)
         rows = _to_device(rows, self.device)
         self.run(self.forward_backward_packed, rows, num_tokens, max_seqlen)
 
     def forward_backward_packed(self, rows, num_tokens, max_seqlen):
-        tokens = self.data.tokens
-        inputs = tokens.pack(rows, num_tokens, max_seqlen, self.has_static_shapes)
+        inputs = self.data.tokens.pack(rows, num_tokens, max_seqlen, spare=True)
         self.forward_backward(inputs, rows)
 
     def forward_backward(self, inputs, rows):
@@ -4996,8 +5088,8 @@ class OptimizerStep:
         if n_rows == 1:
             raise KitError(
                 f"a row of {max_tokens} tokens does not fit into the memory of {_device_name()} in "
-                "training: set gradient_checkpointing True, a smaller max_length or backbone, or "
-                f"freeze_layers ({str(error).strip().splitlines()[0]})"
+                "training: set gradient_checkpointing True, a smaller max_length, windows or "
+                f"backbone, or freeze_layers ({str(error).strip().splitlines()[0]})"
             ) from None
         self.micro_batch_size = n_rows // 2
         self.bind_buffers()
@@ -6094,12 +6186,13 @@ class _TrainingTrial(_PrecisionTrial):
         targets = torch.from_numpy(data.targets)
         quiet = dict(say=lambda text: None)
         model = TextModel.build(cfg, data.folder, loss, data.tokenizer, targets, **quiet)
-        order = np.argsort(data.tokens.lengths, kind="stable")
+        tokens = data.tokens.windows
+        order = np.argsort(tokens.lengths, kind="stable")
         middle = len(order) // 2
         self.device = _pick_device()
         self.model = model.to(self.device).eval()
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.inputs = data.tokens.batch(order[max(0, middle - 2) : middle + 2], self.device)
+        self.inputs = tokens.batch(order[max(0, middle - 2) : middle + 2], self.device)
 
     def run_pass(self, precision):
         """The last hidden states (4, T, H) and the gradient of the sum of all logits."""
@@ -6209,6 +6302,8 @@ class _TrainingRun:
         self.record["seconds"] = {"load": load, "tokenize": spent}
         at_limit = (tokens.lengths >= cfg.max_length).mean()
         length = f"{tokens.lengths.mean():.0f} tokens a text on average"
+        if cfg.windows > 1:
+            length += f", in {len(tokens.windows) / len(tokens):.1f} windows"
         print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
         return tokens
 
@@ -6223,7 +6318,7 @@ class _TrainingRun:
             digests["the standard errors"] = _digest(data.errors)
         if data.pseudo:
             digests["the pseudo-labels"] = _digest(*data.pseudo.values())
-        digests["the token ids"] = _digest(data.tokens.ids, data.tokens.lengths)
+        digests["the token ids"] = _digest(data.tokens.ids, data.tokens.windows.lengths)
         digests["the backbone"] = _digest(data.folder / "config.json", *_weight_files(data.folder))
         digests["the code (kernel_utils.py)"] = _digest(Path(__file__))
         for name, part in _foreign_parts(cfg).items():

@@ -68,7 +68,7 @@ def convert_backbone(run, fold, tokens):
     eager = dataclasses.replace(run.cfg, attention="eager")
     _, model = run._replace(cfg=eager).open()
     run.load_fold(model, fold)
-    inputs = tokens.batch(np.arange(min(2, len(tokens))), torch.device("cpu"))
+    inputs = tokens.windows.batch(np.arange(min(2, len(tokens))), torch.device("cpu"))
     if not model.uses_token_types:
         inputs.pop("token_type_ids", None)
     backbone = _TracedBackbone(model.eval().backbone, list(inputs))
@@ -144,7 +144,8 @@ def write_int8(run, folder):
         problem = "int8 is calibrated on the training texts, and they cannot be read again"
         raise ku.KitError(f"{run.name}: {problem}: {error}") from error
     sample = frame.sample(min(CALIBRATION_ROWS, len(frame)), random_state=0)
-    tokens = ku._tokenize(sample.reset_index(drop=True), run.open()[0], run.cfg)
+    tokens = ku._tokenize(sample.reset_index(drop=True), run.open()[0], run.cfg).windows
+    rows = np.linspace(0, len(tokens) - 1, len(sample)).astype(int)  # as many windows as texts
     files = {}
     for fold in run.weights:
         converted = convert_backbone(run, fold, tokens)
@@ -157,8 +158,8 @@ def write_int8(run, folder):
         fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
         quantized = nncf.quantize(
             converted,
-            nncf.Dataset(range(len(tokens)), arrays_of),
-            subset_size=len(tokens),
+            nncf.Dataset(rows, arrays_of),
+            subset_size=len(rows),
             model_type=nncf.ModelType.TRANSFORMER,
             advanced_parameters=fix,
         )

@@ -67,7 +67,8 @@ def load(cfg):
 
 @torch.inference_mode()
 def pool_layers(model, tokens, cfg):
-    """The FEATURES of every layer, float32 (L + 1, 2, N, H)."""
+    """The FEATURES of every layer, float32 (L + 1, 2, N, H); the means over a text's windows."""
+    texts, tokens = tokens, tokens.windows
     device = next(model.parameters()).device
     dtype = ku._pick_dtype(cfg.precision, device)
     make_batch = tokens.pack_rows
@@ -84,7 +85,10 @@ def pool_layers(model, tokens, cfg):
         for layer, state in enumerate(states):
             pooled[layer, 0, rows] = ku.cls_token(state, mask, info).cpu()
             pooled[layer, 1, rows] = ku.masked_mean(state, mask).cpu()
-    return pooled
+    if texts.n_windows is None:
+        return pooled
+    sums = np.add.reduceat(pooled, texts.first_windows[:-1], axis=2)
+    return sums / texts.n_windows[:, None]
 
 
 def make_targets(frame, cfg):
