@@ -1966,17 +1966,29 @@ class _SpecialSegments(NamedTuple):
         return ids, types
 
 
-def _share_room(texts, room):
-    """The room of each text of a row, `room` ids in all; of a pair the longer text is cut first."""
-    if len(texts) == 1:
-        return [room]
-    free_for_second = max(room // 2, room - len(texts[0]))
-    room_for_second = min(len(texts[1]), free_for_second)
-    return [room - room_for_second, room_for_second]
+def _share_room(lengths, room):
+    """How much of `room` each segment of a row gets, given their lengths.
+
+    All get the same share, where one that is shorter leaves the rest of its share to the others.
+    What does not divide goes, a token each, to the first of those that are cut.
+    """
+    share, left = 0, room
+    for n_waiting, length in zip(range(len(lengths), 0, -1), sorted(lengths), strict=True):
+        share = left // n_waiting
+        if length > share:
+            break
+        left -= length
+    rooms = [min(length, share) for length in lengths]
+    rest = room - sum(rooms)
+    for number, length in enumerate(lengths):
+        if rest and length > share:
+            rooms[number] += 1
+            rest -= 1
+    return rooms
 
 
-def _truncate(ids, room, truncation):
-    """A text cut to `room` ids.
+def _cut(ids, room, truncation):
+    """`room` of the ids of a segment.
 
     head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
     """
@@ -1986,17 +1998,35 @@ def _truncate(ids, room, truncation):
     return ids[:head] + ids[len(ids) - (room - head) :]
 
 
-def _cut_windows(ids, room, cfg):
-    """The windows of a text, each of `room` ids: one where the text fits, else up to `cfg.windows`.
+def _cut_windows(ids, room, truncation, cfg):
+    """The windows of a segment, each of `room` ids: one where it fits, else up to `cfg.windows`.
 
     A window shares `window_overlap` ids, at most half of the room, with the one before; the last
-    ends with the text and shares more. A text that is too long for all windows is truncated first.
+    ends with the segment and shares more. What is too long for all windows is cut first.
     """
     step = max(1, room - min(cfg.window_overlap, room // 2))
-    ids = _truncate(ids, room + (cfg.windows - 1) * step, cfg.truncation)
+    ids = _cut(ids, room + (cfg.windows - 1) * step, truncation)
     last = max(0, len(ids) - room)
     starts = [*range(0, last, step), last]
     return [ids[start : start + room] for start in starts]
+
+
+def _cut_row(row, room, long, truncations, cfg):
+    """The windows of a row: for each its segments, `room` ids in all.
+
+    With `windows` the segment number `long` is read in windows, the others are repeated in each:
+    they get half of the room, or what the long one leaves.
+    """
+    lengths = [len(ids) for ids in row]
+    rooms = _share_room(lengths, room)
+    if cfg.windows > 1:
+        room_of_others = max(room // 2, room - lengths[long])
+        lengths[long] = 0
+        rooms = _share_room(lengths, room_of_others)
+        rooms[long] = room - sum(rooms)
+    segments = list(map(_cut, row, rooms, truncations))
+    windows = _cut_windows(row[long], rooms[long], truncations[long], cfg)
+    return [[*segments[:long], window, *segments[long + 1 :]] for window in windows]
 
 
 def _tokenize(columns, tokenizer, cfg):
@@ -2026,13 +2056,10 @@ def _tokenize(columns, tokenizer, cfg):
 
     all_ids, all_types, n_windows = [], [], []
     for prefix, *row in zip(prefixes, *texts, strict=True):
-        rooms = _share_room(row, room - len(prefix))
-        first = [_truncate(row[0], rooms[0], cfg.truncation)] if len(row) == 2 else []
-        windows = _cut_windows(row[-1], rooms[-1], cfg)
-        for window in windows:
-            parts = [*first, window]
-            parts[0] = prefix + parts[0]
-            ids, types = segments.build_row(parts)
+        truncations = [cfg.truncation] * len(row)
+        windows = _cut_row(row, room - len(prefix), len(row) - 1, truncations, cfg)
+        for first, *others in windows:
+            ids, types = segments.build_row([prefix + first, *others])
             all_ids.append(ids or [fallback_id])
             all_types.append(types or [0])
         n_windows.append(len(windows))
@@ -6302,9 +6329,10 @@ class _TrainingRun:
         self.record["seconds"] = {"load": load, "tokenize": spent}
         at_limit = (tokens.lengths >= cfg.max_length).mean()
         length = f"{tokens.lengths.mean():.0f} tokens a text on average"
-        if cfg.windows > 1:
-            length += f", in {len(tokens.windows) / len(tokens):.1f} windows"
         print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
+        if cfg.windows > 1:
+            fill = f"{(tokens.n_windows == cfg.windows).mean():.1%} of the texts fill all"
+            print(f"{tokens.n_windows.mean():.1f} windows a text on average, {fill} {cfg.windows}")
         return tokens
 
     def fingerprint(self):
