@@ -55,6 +55,18 @@ def test_features_are_those_of_each_text_alone_in_packed_and_in_padded_batches(
         np.testing.assert_allclose(pooled[:, 1, row], states.mean(1), atol=2e-5 * abs(states).max())
 
 
+def test_features_of_a_text_in_windows_are_the_means_of_those_of_its_windows(tiny):
+    cfg = tiny(max_length=10, windows=4, window_overlap=3)
+    model, tokens, _ = probe_layers.load(cfg)
+    pooled = probe_layers.pool_layers(model, tokens, cfg)
+    of_windows = probe_layers.pool_layers(model, tokens.windows, cfg)
+    first = [0, *np.cumsum(tokens.n_windows)]
+    assert len(set(tokens.n_windows)) > 2
+    for row in range(len(tokens)):
+        expected = of_windows[:, :, first[row] : first[row + 1]].mean(2)
+        np.testing.assert_allclose(pooled[:, :, row], expected, atol=1e-5)
+
+
 def test_settings_of_training_do_not_change_the_features(tiny):
     plain, other = tiny(), tiny(reinit_layers=2, mixout=0.5, backbone_dropout=0.5, head="conv1d", seed=3)
     features = [probe_layers.pool_layers(*probe_layers.load(cfg)[:2], cfg) for cfg in (plain, other)]

@@ -1,6 +1,7 @@
 """Long texts in overlapping windows: how they are cut, that their logits are pooled, and whole runs."""
 
 import dataclasses
+import itertools
 
 import kernel_utils as ku
 import numpy as np
@@ -73,6 +74,26 @@ def test_the_first_text_of_a_pair_is_repeated_and_takes_half_of_the_room_at_most
     expected += [[BOS, *ids, EOS, 4, EOS]]  # it fits, so it is whole
     assert [row.tolist() for row in np.split(tokens.windows.ids, tokens.windows.offsets[1:-1])] == expected
     assert tokens.n_windows.tolist() == [2, 3, 1] and tokens.lengths.tolist() == [26, 39, 13]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_several_segments_one_is_read_to_its_end_and_the_others_take_half_at_most(seed):
+    rng = np.random.default_rng(seed)
+    row = [[100 * k + i for i in range(rng.integers(0, 60))] for k in range(rng.integers(1, 5))]
+    room, long = int(rng.integers(4, 80)), int(rng.integers(len(row)))
+    cfg = ku.Config(windows=50, window_overlap=int(rng.integers(0, 20)))
+    rows = ku._cut_row(row, room, long, ["head"] * len(row), cfg)
+    windows, others = [parts[long] for parts in rows], [[*parts[:long], *parts[long + 1 :]] for parts in rows]
+    assert all(other == others[0] for other in others) and all(sum(map(len, parts)) <= room for parts in rows)
+    assert sorted(set().union(*windows)) == row[long]
+    if sum(map(len, row)) <= room:
+        assert rows == [row]
+    elif len(rows) > 1:
+        n_others = sum(map(len, others[0]))
+        assert n_others <= room // 2 and all(len(window) == room - n_others for window in windows)
+        overlaps = [one[-1] + 1 - two[0] for one, two in itertools.pairwise(windows)]
+        overlap = min(cfg.window_overlap, (room - n_others) // 2)
+        assert set(overlaps[:-1]) <= {overlap} and overlap <= overlaps[-1] < room - n_others
 
 
 @pytest.mark.parametrize(
