@@ -61,7 +61,7 @@ def test_features_of_a_text_in_windows_are_the_means_of_those_of_its_windows(tin
     pooled = probe_layers.pool_layers(model, tokens, cfg)
     of_windows = probe_layers.pool_layers(model, tokens.windows, cfg)
     first = [0, *np.cumsum(tokens.n_windows)]
-    assert len(set(tokens.n_windows)) > 2
+    assert len(set(tokens.n_windows)) > 2 and pooled.dtype == np.float32
     for row in range(len(tokens)):
         expected = of_windows[:, :, first[row] : first[row + 1]].mean(2)
         np.testing.assert_allclose(pooled[:, :, row], expected, atol=1e-5)

@@ -88,7 +88,7 @@ def pool_layers(model, tokens, cfg):
     if texts.n_windows is None:
         return pooled
     sums = np.add.reduceat(pooled, texts.first_windows[:-1], axis=2)
-    return sums / texts.n_windows[:, None]
+    return sums / texts.n_windows.astype(np.float32)[:, None]
 
 
 def make_targets(frame, cfg):
