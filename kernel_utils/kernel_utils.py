@@ -1987,7 +1987,7 @@ def _share_room(lengths, room):
     return rooms
 
 
-def _cut(ids, room, truncation):
+def _truncate(ids, room, truncation):
     """`room` of the ids of a segment.
 
     head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
@@ -2005,7 +2005,7 @@ def _cut_windows(ids, room, truncation, cfg):
     ends with the segment and shares more. What is too long for all windows is cut first.
     """
     step = max(1, room - min(cfg.window_overlap, room // 2))
-    ids = _cut(ids, room + (cfg.windows - 1) * step, truncation)
+    ids = _truncate(ids, room + (cfg.windows - 1) * step, truncation)
     last = max(0, len(ids) - room)
     starts = [*range(0, last, step), last]
     return [ids[start : start + room] for start in starts]
@@ -2024,7 +2024,7 @@ def _cut_row(row, room, long, truncations, cfg):
         lengths[long] = 0
         rooms = _share_room(lengths, room_of_others)
         rooms[long] = room - sum(rooms)
-    segments = list(map(_cut, row, rooms, truncations))
+    segments = list(map(_truncate, row, rooms, truncations))
     windows = _cut_windows(row[long], rooms[long], truncations[long], cfg)
     return [[*segments[:long], window, *segments[long + 1 :]] for window in windows]
 
