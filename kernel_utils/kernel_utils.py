@@ -321,9 +321,10 @@ class Settings:
             raise ValueError(
                 f"{name} must be {_ACCEPTS[kind]}{names}, got {value!r}{hint}"
             ) from None
-        if choices is not None and value not in choices and value != field.default:
-            hint = _did_you_mean(value, choices)
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+        for item in value if kind == "names" else [value]:
+            if choices is not None and item not in choices and value != field.default:
+                hint = _did_you_mean(item, choices)
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {item!r}{hint}")
         numbers = value if kind is tuple else [value]
         if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -345,8 +346,10 @@ class Settings:
         """Build from names and values. One ConfigError lists every unknown name and bad value.
 
         The value of `recipe` names one of `recipes`: it gives the settings that are not given, and
-        leaves no trace.
+        leaves no trace. Names of version 0.9 are taken for today's, which is printed.
         """
+        if "text_columns" in cls.names():
+            settings = _rename_old_settings(settings)
         accepted = ["recipe", *cls.names()] if cls.recipes else cls.names()
         unknown = [name for name in settings if name not in accepted]
         problems = [f"there is no setting {n!r}{_did_you_mean(n, accepted)}" for n in unknown]
@@ -397,6 +400,28 @@ class Settings:
 
     def to_dict(self):
         return dataclasses.asdict(self)
+
+
+def _rename_old_settings(settings):
+    """Settings with names of version 0.9 under today's names; what is renamed is printed."""
+    names = ("text_column", "pair_column", "prefix")
+    old = {name: str(settings[name]) for name in names if settings.get(name)}
+    kept = {name: value for name, value in settings.items() if name not in names}
+    columns, new = _cast_names(kept.get("text_columns", Config.text_columns)), {}
+    if "text_column" in old or "pair_column" in old:
+        columns = [old.get("text_column", Config.text_columns), old.get("pair_column")]
+        columns = new["text_columns"] = list(filter(None, columns))
+    if "prefix" in old:
+        places = " ".join(f"{{{name}}}" for name in columns)
+        new["template"] = f"{old['prefix'].rstrip()} {places}"
+        if len(columns) > 1:
+            raise ConfigError(f"prefix is now a template, such as {new['template']!r}")
+    both = [name for name in new if kept.get(name, "") not in ("", getattr(Config, name))]
+    if both:
+        raise ConfigError(f"{_comma_join(old)} and {_comma_join(both)} are both given")
+    if old:
+        print(f"settings of version 0.9: {old} are now {new}")
+    return kept | new
 
 
 _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
@@ -452,13 +477,16 @@ _ENGINES = ("torch", "openvino")
 _SUBMISSION_FORMS = ("labels", "probabilities")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
+_TRUNCATIONS = ("head", "tail", "head_tail")
 _FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")  # a column's name in `prefix`
+_PLACE = re.compile(r"\{([^{}]+)\}")  # a column's name in `template`
+# a segment of `template`: {column}, or a bracket around one or more of them
+_SEGMENT = re.compile(r"(\{[^{}]+\}|\[[^\[\]{}]*(?:\{[^{}]+\}[^\[\]{}]*)+\])")
 _MAX_SEED = 2**32 - 1
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH_TOKENS_HELP = "tokens of a prediction batch with padding; 0: 4096 on a CPU, 8192 on a GPU"
@@ -509,9 +537,11 @@ class Config(Settings):
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
     max_length: int = _tokens(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = _tokens("head", "part of a long text to keep", ("head", "tail", "head_tail"))
-    prefix: str = _tokens("", "put before each text; {name} is a column, new [words] become tokens")
-    keep_newlines: bool = _tokens(False, "a token of its own for each line break")
+    truncation: str = _tokens(
+        "head", "part of a long text to keep; or one for each text", _TRUNCATIONS, kind="names"
+    )
+    template: str = _tokens("", "how a row is read, such as '[Q] {question} [A] {answer}'")
+    keep_newlines: bool = _tokens(False, "a token for each line break")
     windows: int = _tokens(1, "windows of max_length that a long text is read in, at most", low=1)
     window_overlap: int = _tokens(64, "tokens that a window shares with the one before", low=0)
     window_pool: str = _model("mean", "how logits of windows become one", ("mean", "max"))
@@ -606,7 +636,8 @@ class Config(Settings):
 
     def conflicts(self):
         """Problems between settings that are each right alone."""
-        return [*self._task_conflicts(), *self._training_conflicts(), *self._idle_settings()]
+        tasks_and_texts = [*self._task_conflicts(), *self._text_conflicts()]
+        return [*tasks_and_texts, *self._training_conflicts(), *self._idle_settings()]
 
     def _task_conflicts(self):
         task, loss, levels = self.task, self.loss, self.levels
@@ -635,6 +666,15 @@ class Config(Settings):
             yield "label_smoothing is for the loss cross_entropy"
         if loss == "coral" and (len(levels) != 2 or levels[0] >= levels[1]):
             yield f"loss coral needs levels, lowest and highest target such as 1,6; got {levels}"
+
+    def _text_conflicts(self):
+        texts = [names for before, *names, _ in self.segments if not before]
+        for name in self.text_columns:
+            if [name] not in texts:
+                yield f"template must hold {{{name}}}, not in brackets: it is one of text_columns"
+        if len(self.truncation) not in (1, len(self.segments)):
+            names = _comma_join("".join(pieces) for pieces in self.segments)
+            yield f"truncation has {len(self.truncation)} values; the texts are {names}"
 
     def _training_conflicts(self):
         loss, start = LOSSES.get(self.loss), self.adversarial_start
@@ -678,10 +718,20 @@ class Config(Settings):
             yield "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty"
 
     @property
+    def segments(self):
+        """What is read of a row, in order: literals and names of columns in turn.
+
+        A text is ["", column, ""]; `[{genre}]` of the template is ["[", "genre", "]"].
+        """
+        if self.template:
+            return [_PLACE.split(segment) for segment in _SEGMENT.findall(self.template)]
+        return [["", name, ""] for name in self.text_columns]
+
+    @property
     def input_columns(self):
-        """Columns of a table that make the input of the model: of texts, then of the prefix."""
-        prefix_columns = _PREFIX_COLUMN.findall(self.prefix)
-        return list(dict.fromkeys([*self.text_columns, *prefix_columns]))
+        """Columns of a table that make the input of the model: texts, then others of `template`."""
+        columns = itertools.chain.from_iterable(pieces[1::2] for pieces in self.segments)
+        return list(dict.fromkeys([*self.text_columns, *columns]))
 
     def output_names(self, classes):
         """A name for every column of predictions: classes of a multiclass task, else targets."""
@@ -723,15 +773,6 @@ class Config(Settings):
             return {*range(self.eval_steps, total, self.eval_steps), total}
         numbers = range(1, self.epochs * self.evals_per_epoch + 1)
         return {round(i * per_epoch / self.evals_per_epoch) for i in numbers} - {0}
-
-    def fill_prefix(self, columns):
-        """The prefix of every row of `columns`, a frame or a dictionary of columns."""
-        n_rows = len(columns[self.text_columns[0]])
-        pieces = []
-        for number, piece in enumerate(_PREFIX_COLUMN.split(self.prefix)):
-            is_column = number % 2  # `split` puts the names that stood in braces between the texts
-            pieces.append(columns[piece] if is_column else [piece] * n_rows)
-        return ["".join(row) for row in zip(*pieces, strict=True)]
 
     def resolved(self, backbone_config):
         """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
@@ -1876,16 +1917,19 @@ class Tokens:
 
 
 class _SpecialSegments(NamedTuple):
-    """What a tokenizer puts around the texts of a row: before the first, then after each."""
+    """What stands around the segments of a row: before the first, then after each."""
 
-    ids: list  # of each segment
+    ids: list  # of each place
     types: list  # of the same tokens
-    text_types: list  # of the tokens of each text
+    text_types: list  # of the tokens of each segment
 
     @classmethod
-    def of(cls, tokenizer, pair):
-        """Read off an encoded probe of a text or pair, since ids and order differ by tokenizer."""
-        probes = ["left", "right"] if pair else ["left"]
+    def of(cls, tokenizer, n_texts=1):
+        """Read off an encoded probe of a text or pair, since ids and order differ by tokenizer.
+
+        Further texts are set off and typed as the second of a pair.
+        """
+        probes = ["left", "right"][:n_texts]
         encoded = tokenizer(*probes, add_special_tokens=True)
         ids = list(encoded["input_ids"])
         types = list(encoded.get("token_type_ids") or [0] * len(ids))
@@ -1902,9 +1946,21 @@ class _SpecialSegments(NamedTuple):
             segments.types.append(types[end:start])
             segments.text_types.append(types[start])
             end = start + len(text)
+        for _ in range(n_texts - 2):
+            segments.ids.append(segments.ids[1])
+            segments.types.append([segments.text_types[1]] * len(segments.ids[1]))
+            segments.text_types.append(segments.text_types[1])
         segments.ids.append(ids[end:])
         segments.types.append(types[end:])
         return segments
+
+    def with_literals(self, literals):
+        """The same around a template, which is one text, given the ids of its literals."""
+        (before, after), (types_before, types_after), (text_type,) = self
+        ids = [before + literals[0], *literals[1:-1], literals[-1] + after]
+        types = [[text_type] * len(literal) for literal in literals]
+        types[0], types[-1] = types_before + types[0], types[-1] + types_after
+        return _SpecialSegments(ids, types, [text_type] * (len(literals) - 1))
 
     def build_row(self, texts):
         """(ids, types) of a row with the special tokens around its texts, each a list of ids."""
@@ -1915,76 +1971,208 @@ class _SpecialSegments(NamedTuple):
         return ids, types
 
 
-def _truncate(texts, room, truncation):
-    """The texts of a row cut to `room` ids in all; of a pair the longer text is cut first.
+def _share_room(lengths, room):
+    """How much of `room` each segment of a row gets, given their lengths.
+
+    All get the same share, where one that is shorter leaves the rest of its share to the others.
+    What does not divide goes, a token each, to the first of those that are cut.
+    """
+    share, left = 0, room
+    for n_waiting, length in zip(range(len(lengths), 0, -1), sorted(lengths), strict=True):
+        share = left // n_waiting
+        if length > share:
+            break
+        left -= length
+    rooms = [min(length, share) for length in lengths]
+    rest = room - sum(rooms)
+    for number, length in enumerate(lengths):
+        if rest and length > share:
+            rooms[number] += 1
+            rest -= 1
+    return rooms
+
+
+def _cut(ids, room, truncation):
+    """`room` of the ids of a segment.
 
     head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
     """
-    rooms = [room]
-    if len(texts) == 2:
-        free_for_second = max(room // 2, room - len(texts[0]))
-        room_for_second = min(len(texts[1]), free_for_second)
-        rooms = [room - room_for_second, room_for_second]
-    short_texts = []
-    for ids, size in zip(texts, rooms, strict=True):
-        head = {"head": size, "tail": 0, "head_tail": size // 4}[truncation]
-        if len(ids) > size:
-            ids = ids[:head] + ids[len(ids) - (size - head) :]
-        short_texts.append(ids)
-    return short_texts
+    if len(ids) <= room:
+        return ids
+    head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+_NEWLINE = "[NEWLINE]"
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x85\u2028\u2029]")
+
+
+class _TextReader:
+    """Reads the columns of a table as token ids, as settings and tokenizer say.
+
+    A row is its segments (`Config.segments`) and what stands around them. Special tokens come from
+    the tokenizer and the template alone: what is spelled like one in a table is read as text.
+    """
+
+    def __init__(self, tokenizer, cfg):
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.literals = [piece.strip(" ") for piece in _SEGMENT.split(cfg.template)[::2]]
+
+    def encode(self, texts, has_tokens=False):
+        """Ids of each text; tokens written in one are read as such where it `has_tokens`."""
+        if not self.cfg.keep_newlines:
+            return self.encode_lines(texts, has_tokens)
+        rows = [_LINE_BREAK.split(text) for text in texts]
+        if self.keeps_newlines():
+            return self.encode_lines(["\n".join(lines) for lines in rows], has_tokens)
+        newline = self.tokenizer.convert_tokens_to_ids(_NEWLINE)
+        encoded = iter(self.encode_lines(list(itertools.chain.from_iterable(rows)), has_tokens))
+        joined = []
+        for lines in rows:
+            ids = list(next(encoded))
+            for _ in lines[1:]:
+                ids += [newline, *next(encoded)]
+            joined.append(ids)
+        return joined
+
+    def encode_lines(self, texts, has_tokens=False):
+        options = dict(add_special_tokens=False, split_special_tokens=not has_tokens, verbose=False)
+        encoded = self.tokenizer(texts, **options)["input_ids"]
+        special = self.special_tokens()
+        if has_tokens or special.keys().isdisjoint(itertools.chain.from_iterable(encoded)):
+            return encoded
+        return [list(itertools.chain(*self.spell_out(ids, special))) for ids in encoded]
+
+    def spell_out(self, ids, special):
+        """A list for each of `ids`: itself, or of a `special` token the ids of its characters.
+
+        A Unigram model, as of T5 or XLM-R, has its special tokens among the pieces of words.
+        """
+        spelled = []
+        for number in ids:
+            word = special.get(number)
+            parts = [[number]] if word is None else self.encode_lines([word[0], word[1:]])
+            spelled.append(list(itertools.chain(*parts)))
+        return spelled
+
+    def special_tokens(self):
+        """{id: as it is written} of every special token but the unknown one."""
+        added = self.tokenizer.added_tokens_decoder
+        ids = {number for number, token in added.items() if token.special}
+        ids = (ids | set(self.tokenizer.all_special_ids)) - {self.tokenizer.unk_token_id}
+        return {number: self.tokenizer.convert_ids_to_tokens(number) for number in ids}
+
+    def keeps_newlines(self):
+        """Whether the tokenizer itself has a token for a line break."""
+        plain, broken = self.encode_lines(["a b", "a\nb"])
+        unknown = self.tokenizer.unk_token_id
+        return plain != broken and plain.count(unknown) == broken.count(unknown)
+
+    def describe_lengths(self, rows):
+        """A line on the lengths of rows of `encode_rows`, before any is cut."""
+        n_around = sum(map(len, self.surroundings().ids))
+        lengths = np.array([n_around + sum(map(len, row)) for row in rows])
+        middle, most = np.percentile(lengths, [50, 95])
+        cut = f"{(lengths > self.cfg.max_length).mean():.1%} are cut to {self.cfg.max_length}"
+        return f"{middle:.0f} tokens a text (median), 95% have at most {most:.0f}; {cut}"
+
+    def warnings(self, columns):
+        """Lines on what the texts hold that is not read as it is written."""
+        texts = list(itertools.chain.from_iterable(columns[n] for n in self.cfg.input_columns))
+        joined = "\n".join(texts)
+        words = [word for word in self.special_tokens().values() if word in joined]
+        if words:
+            n = sum(any(word in text for word in words) for text in texts)
+            yield f"{n} texts hold special tokens such as {words[0]}, which are read as plain text"
+        n = sum(map(bool, map(_LINE_BREAK.search, texts)))
+        if n and not self.cfg.keep_newlines and not self.keeps_newlines():
+            yield f"{n} texts hold line breaks: this tokenizer drops them, keep_newlines keeps them"
+
+    # Tokens of the settings
+
+    def new_tokens(self, columns):
+        """What template and keep_newlines make tokens of and the tokenizer lacks, sorted."""
+        words = set(re.findall(r"\[[^\[\]]+\]", "\n".join(self.literals)))
+        for pieces in self.cfg.segments:
+            if pieces[0]:
+                words.update(self.fill(pieces, columns))
+        if self.cfg.keep_newlines and not self.keeps_newlines():
+            words.add(_NEWLINE)
+        return sorted(words - set(self.tokenizer.get_vocab()))
+
+    def add_tokens(self, columns):
+        """Make special tokens of the `new_tokens`; returns them."""
+        new = self.new_tokens(columns)
+        if len(new) > 1000:
+            problem = f"makes {len(new)} new tokens, such as {new[0]}: at most 1000"
+            raise ConfigError(f"template {self.cfg.template!r} {problem}")
+        self.tokenizer.add_tokens(new, special_tokens=True)
+        return new
+
+    # Rows
+
+    def fill(self, pieces, columns):
+        """A segment of every row of `columns`, a frame or a dictionary of columns."""
+        parts = list(map(itertools.repeat, pieces))
+        parts[1::2] = [columns[name] for name in pieces[1::2]]
+        return ["".join(row) for row in zip(*parts, strict=False)]
+
+    def encode_segment(self, pieces, columns):
+        """Ids of a segment of every row; a filled bracket is one token where training saw it."""
+        texts = self.fill(pieces, columns)
+        encoded = self.encode(texts)
+        if pieces[0]:
+            tokens = self.tokenizer.get_vocab()
+            for word in self.tokenizer.all_special_tokens:
+                tokens.pop(word, None)
+            for row, text in enumerate(texts):
+                if text in tokens:
+                    encoded[row] = [tokens[text]]
+        return encoded
+
+    def encode_rows(self, columns):
+        """The segments of every row in full length, each a list of ids."""
+        return list(zip(*(self.encode_segment(s, columns) for s in self.cfg.segments), strict=True))
+
+    def surroundings(self):
+        """The `_SpecialSegments` of a row, literals of the template included."""
+        if not self.cfg.template:
+            return _SpecialSegments.of(self.tokenizer, len(self.cfg.text_columns))
+        literals = self.encode(self.literals, has_tokens=True)
+        return _SpecialSegments.of(self.tokenizer).with_literals(literals)
+
+    def build_tokens(self, rows):
+        """`Tokens` of rows of `encode_rows`: of each at most `max_length`, never cut in a literal.
+
+        A row without any token becomes one end-of-text token, so that every row has something to
+        pool.
+        """
+        tokenizer, cfg = self.tokenizer, self.cfg
+        around = self.surroundings()
+        n_segments = len(around.text_types)
+        n_around = sum(map(len, around.ids))
+        room = cfg.max_length - n_around
+        if room < n_segments:
+            problem = f"leaves no room for {n_segments} texts beside {n_around} tokens around them"
+            raise ConfigError(f"max_length {cfg.max_length} {problem}")
+        truncations = cfg.truncation * (n_segments if len(cfg.truncation) == 1 else 1)
+        special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+        fallback_id = next(i for i in special_ids if i is not None)
+
+        all_ids, all_types = [], []
+        for row in rows:
+            rooms = _share_room([len(ids) for ids in row], room)
+            ids, types = around.build_row(list(map(_cut, row, rooms, truncations)))
+            all_ids.append(ids or [fallback_id])
+            all_types.append(types or [0])
+        has_types = "token_type_ids" in tokenizer.model_input_names
+        return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
 
 
 def _tokenize(columns, tokenizer, cfg):
-    """`Tokens` of the texts or pairs in `columns`, a frame or dictionary: for each at most
-    `max_length`, special tokens included.
-
-    The prefix is never cut. A row without any token becomes one end-of-text token, so that every
-    row has something to pool.
-    """
-
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    segments = _SpecialSegments.of(tokenizer, pair=len(cfg.text_columns) > 1)
-    texts = [encode(list(columns[name])) for name in cfg.text_columns]
-    prefixes = [[]] * len(texts[0])
-    if cfg.prefix:  # the space before a text is no token of the prefix
-        prefixes = encode([prefix.rstrip() for prefix in cfg.fill_prefix(columns)])
-    room = cfg.max_length - sum(map(len, segments.ids))
-    longest_prefix = max(map(len, prefixes), default=0)
-    if room <= longest_prefix:
-        problem = f"leaves no room for a text after a prefix of {longest_prefix} tokens"
-        raise ConfigError(f"max_length {cfg.max_length} {problem}")
-    special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
-    fallback_id = next(i for i in special_ids if i is not None)
-
-    all_ids, all_types = [], []
-    for prefix, *row in zip(prefixes, *texts, strict=True):
-        parts = _truncate(row, room - len(prefix), cfg.truncation)
-        parts[0] = prefix + parts[0]
-        ids, types = segments.build_row(parts)
-        all_ids.append(ids or [fallback_id])
-        all_types.append(types or [0])
-    has_types = "token_type_ids" in tokenizer.model_input_names
-    return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
-
-
-def _new_prefix_tokens(tokenizer, frame, cfg):
-    """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = set()
-    for prefix in set(cfg.fill_prefix(frame)):
-        words.update(re.findall(r"\[[^\[\]]+\]", prefix))
-    return sorted(words - set(tokenizer.get_vocab()))
-
-
-def _add_prefix_tokens(tokenizer, frame, cfg):
-    """Make a special token of each of the `_new_prefix_tokens`; returns them."""
-    new = _new_prefix_tokens(tokenizer, frame, cfg)
-    if len(new) > 1000:
-        problem = f"makes {len(new)} new tokens, such as {new[0]}: at most 1000"
-        raise ConfigError(f"prefix {cfg.prefix!r} {problem}")
-    tokenizer.add_tokens(new, special_tokens=True)
-    return new
+    """`Tokens` of the rows of `columns`, a frame or dictionary, as `_TextReader` reads them."""
+    reader = _TextReader(tokenizer, cfg)
+    return reader.build_tokens(reader.encode_rows(columns))
 
 
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
@@ -3381,7 +3569,7 @@ def _threshold_scores(target, prediction, folds):
 def _is_cls_last(tokenizer):
     """Whether the last token stands for a text: in XLNet, T5 and decoders, where no classification
     token comes first."""
-    return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
+    return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer).ids[0]
 
 
 class _PackingTrial:
@@ -6076,10 +6264,10 @@ _PROBE_TEXTS = (
 
 
 def _probe_ids(texts, tokenizer, cfg):
-    """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
-    columns = {name: texts[::-1] for name in cfg.text_columns}
+    """Token ids of every text, as the settings cut them; further columns have them backwards."""
+    columns = {name: texts[::-1] for name in cfg.input_columns}
     columns[cfg.text_columns[0]] = texts
-    tokens = _tokenize(columns, tokenizer, dataclasses.replace(cfg, prefix=""))
+    tokens = _tokenize(columns, tokenizer, cfg)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
@@ -6197,19 +6385,19 @@ class _TrainingRun:
 
     def tokenize(self, texts):
         cfg, tokenizer = self.cfg, self.tokenizer
-        new = _add_prefix_tokens(tokenizer, texts, cfg)
+        reader = _TextReader(tokenizer, cfg)
+        new = reader.add_tokens(texts)
         if new:
             print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
         mark = time.perf_counter()
-        tokens = _tokenize(texts, tokenizer, cfg)
+        rows = reader.encode_rows(texts)
+        tokens = reader.build_tokens(rows)
         tokens.check_vocabulary(tokenizer)
         new_ids = tokenizer.convert_tokens_to_ids(new)
         tokens.check_embeddings(new_ids, self.backbone_config, self.backbone)
         load, spent = mark - self.budget.began, time.perf_counter() - mark
         self.record["seconds"] = {"load": load, "tokenize": spent}
-        at_limit = (tokens.lengths >= cfg.max_length).mean()
-        length = f"{tokens.lengths.mean():.0f} tokens a text on average"
-        print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
+        print("\n".join([reader.describe_lengths(rows), *reader.warnings(texts)]))
         return tokens
 
     def fingerprint(self):
@@ -6985,10 +7173,10 @@ class Bundle:
             key = run.tokenization_key
             if key not in tokens:
                 tokenizer = self.model_of(run)[0]
-                new = _new_prefix_tokens(tokenizer, frame, cfg)
+                new = _TextReader(tokenizer, cfg).new_tokens(frame)
                 if new:
-                    words = _comma_join(new[:10])
-                    warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
+                    words = f"{_comma_join(new[:10])}; they are read as ordinary text"
+                    warnings.warn(f"brackets that training never saw: {words}", stacklevel=3)
                 tokens[key] = _tokenize(frame, tokenizer, cfg)
             yield run, self._predict_run(run, tokens[key], cfg)
 

@@ -195,7 +195,7 @@ def _make_corpus(texts, tokenizer, n_embeddings, cfg):
     tokenizer's special tokens, so that no part of it is lost. A window without a token that may
     be masked is left out.
     """
-    before, after = ku._SpecialSegments.of(tokenizer, pair=False).ids
+    before, after = ku._SpecialSegments.of(tokenizer).ids
     special = tokenizer.all_special_ids
     room = cfg.max_length - len(before) - len(after)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
