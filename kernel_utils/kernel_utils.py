@@ -410,7 +410,9 @@ def _rename_old_settings(settings):
     columns, new = _cast_names(kept.get("text_columns", Config.text_columns)), {}
     if "text_column" in old or "pair_column" in old:
         columns = [old.get("text_column", Config.text_columns), old.get("pair_column")]
-        columns = new["text_columns"] = list(filter(None, columns))
+        columns = list(filter(None, columns))
+        text = ",".join(columns)
+        new["text_columns"] = text if _cast_names(text) == columns else columns
     if "prefix" in old:
         places = " ".join(f"{{{name}}}" for name in columns)
         new["template"] = f"{old['prefix'].rstrip()} {places}"
@@ -672,6 +674,9 @@ class Config(Settings):
         for name in self.text_columns:
             if [name] not in texts:
                 yield f"template must hold {{{name}}}, not in brackets: it is one of text_columns"
+        unknown = {*self.target_columns, self.error_column}.intersection(self.input_columns)
+        if self.template and unknown:
+            yield f"template must not hold {_comma_join(unknown)}: test.csv does not have it"
         if len(self.truncation) not in (1, len(self.segments)):
             names = _comma_join("".join(pieces) for pieces in self.segments)
             yield f"truncation has {len(self.truncation)} values; the texts are {names}"
@@ -1802,10 +1807,11 @@ class _Pack(NamedTuple):
 class Tokens:
     """Token ids of N texts, kept flat: text i is `ids[offsets[i]:offsets[i + 1]]`.
 
-    `types` are token type ids, or None where the tokenizer gives none.
+    `types` are token type ids, or None where the tokenizer gives none; `full_lengths` are those
+    before a text was cut.
     """
 
-    def __init__(self, ids, types, pad_id):
+    def __init__(self, ids, types, pad_id, full_lengths=None):
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.ids = np.empty(0, np.int32)
@@ -1815,6 +1821,7 @@ class Tokens:
         if types:
             self.types = np.concatenate(types).astype(np.int32)
         self.pad_id = pad_id
+        self.full_lengths = full_lengths
         self._device_cache = {}  # device -> what `to_device_cached` returns
 
     def __len__(self):
@@ -1896,6 +1903,12 @@ class Tokens:
         num_tokens = int(lengths.sum())
         max_seqlen = int(lengths.max())
         return self.pack(_to_device(rows, device), num_tokens, max_seqlen)
+
+    def describe_lengths(self):
+        """A line on the lengths of the texts before they were cut."""
+        middle, most = np.percentile(self.full_lengths, [50, 95])
+        cut = f"{(self.full_lengths > self.lengths).mean():.1%} are cut to max_length"
+        return f"{middle:.0f} tokens a text (median), 95% have at most {most:.0f}; {cut}"
 
     def check_vocabulary(self, tokenizer):
         """Raise KitError where most tokens of the training texts are unknown to the tokenizer."""
@@ -2017,6 +2030,9 @@ class _TextReader:
     def __init__(self, tokenizer, cfg):
         self.tokenizer, self.cfg = tokenizer, cfg
         self.literals = [piece.strip(" ") for piece in _SEGMENT.split(cfg.template)[::2]]
+        self.truncations = cfg.truncation  # of each segment
+        if len(cfg.truncation) == 1:
+            self.truncations = cfg.truncation * len(cfg.segments)
 
     def encode(self, texts, has_tokens=False):
         """Ids of each text; tokens written in one are read as such where it `has_tokens`."""
@@ -2050,8 +2066,8 @@ class _TextReader:
         """
         spelled = []
         for number in ids:
-            word = special.get(number)
-            parts = [[number]] if word is None else self.encode_lines([word[0], word[1:]])
+            word = special.get(number, "")
+            parts = self.encode_lines([word[0], word[1:]]) if word[1:] else [[number]]
             spelled.append(list(itertools.chain(*parts)))
         return spelled
 
@@ -2068,15 +2084,7 @@ class _TextReader:
         unknown = self.tokenizer.unk_token_id
         return plain != broken and plain.count(unknown) == broken.count(unknown)
 
-    def describe_lengths(self, rows):
-        """A line on the lengths of rows of `encode_rows`, before any is cut."""
-        n_around = sum(map(len, self.surroundings().ids))
-        lengths = np.array([n_around + sum(map(len, row)) for row in rows])
-        middle, most = np.percentile(lengths, [50, 95])
-        cut = f"{(lengths > self.cfg.max_length).mean():.1%} are cut to {self.cfg.max_length}"
-        return f"{middle:.0f} tokens a text (median), 95% have at most {most:.0f}; {cut}"
-
-    def warnings(self, columns):
+    def notes(self, columns):
         """Lines on what the texts hold that is not read as it is written."""
         texts = list(itertools.chain.from_iterable(columns[n] for n in self.cfg.input_columns))
         joined = "\n".join(texts)
@@ -2087,6 +2095,8 @@ class _TextReader:
         n = sum(map(bool, map(_LINE_BREAK.search, texts)))
         if n and not self.cfg.keep_newlines and not self.keeps_newlines():
             yield f"{n} texts hold line breaks: this tokenizer drops them, keep_newlines keeps them"
+        if not self.cfg.template and not all(self.surroundings().ids[1:-1]):
+            yield "this tokenizer puts nothing between the text columns: a template could"
 
     # Tokens of the settings
 
@@ -2130,10 +2140,6 @@ class _TextReader:
                     encoded[row] = [tokens[text]]
         return encoded
 
-    def encode_rows(self, columns):
-        """The segments of every row in full length, each a list of ids."""
-        return list(zip(*(self.encode_segment(s, columns) for s in self.cfg.segments), strict=True))
-
     def surroundings(self):
         """The `_SpecialSegments` of a row, literals of the template included."""
         if not self.cfg.template:
@@ -2141,38 +2147,38 @@ class _TextReader:
         literals = self.encode(self.literals, has_tokens=True)
         return _SpecialSegments.of(self.tokenizer).with_literals(literals)
 
-    def build_tokens(self, rows):
-        """`Tokens` of rows of `encode_rows`: of each at most `max_length`, never cut in a literal.
+    def read(self, columns):
+        """`Tokens` of the rows of `columns`, at most `max_length` of each.
 
-        A row without any token becomes one end-of-text token, so that every row has something to
-        pool.
+        Segments are cut, never what stands around them. A row without any token becomes one
+        end-of-text token, so that every row has something to pool.
         """
-        tokenizer, cfg = self.tokenizer, self.cfg
+        tokenizer, max_length = self.tokenizer, self.cfg.max_length
+        segments = [self.encode_segment(pieces, columns) for pieces in self.cfg.segments]
         around = self.surroundings()
-        n_segments = len(around.text_types)
         n_around = sum(map(len, around.ids))
-        room = cfg.max_length - n_around
-        if room < n_segments:
-            problem = f"leaves no room for {n_segments} texts beside {n_around} tokens around them"
-            raise ConfigError(f"max_length {cfg.max_length} {problem}")
-        truncations = cfg.truncation * (n_segments if len(cfg.truncation) == 1 else 1)
+        room = max_length - n_around
+        if room < len(segments):
+            problem = f"{n_around} tokens around {len(segments)} texts leave no room for them"
+            raise ConfigError(f"max_length {max_length}: {problem}")
         special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
         fallback_id = next(i for i in special_ids if i is not None)
 
-        all_ids, all_types = [], []
-        for row in rows:
-            rooms = _share_room([len(ids) for ids in row], room)
-            ids, types = around.build_row(list(map(_cut, row, rooms, truncations)))
+        all_ids, all_types, full_lengths = [], [], []
+        for row in zip(*segments, strict=True):
+            lengths = list(map(len, row))
+            rooms = _share_room(lengths, room)
+            ids, types = around.build_row(map(_cut, row, rooms, self.truncations))
             all_ids.append(ids or [fallback_id])
             all_types.append(types or [0])
-        has_types = "token_type_ids" in tokenizer.model_input_names
-        return Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
+            full_lengths.append(n_around + sum(lengths))
+        types = all_types if "token_type_ids" in tokenizer.model_input_names else None
+        return Tokens(all_ids, types, tokenizer.pad_token_id or 0, np.array(full_lengths))
 
 
 def _tokenize(columns, tokenizer, cfg):
-    """`Tokens` of the rows of `columns`, a frame or dictionary, as `_TextReader` reads them."""
-    reader = _TextReader(tokenizer, cfg)
-    return reader.build_tokens(reader.encode_rows(columns))
+    """`Tokens` of the rows of `columns`, a frame or dictionary of columns."""
+    return _TextReader(tokenizer, cfg).read(columns)
 
 
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
@@ -6390,14 +6396,13 @@ class _TrainingRun:
         if new:
             print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
         mark = time.perf_counter()
-        rows = reader.encode_rows(texts)
-        tokens = reader.build_tokens(rows)
+        tokens = _tokenize(texts, tokenizer, cfg)
         tokens.check_vocabulary(tokenizer)
         new_ids = tokenizer.convert_tokens_to_ids(new)
         tokens.check_embeddings(new_ids, self.backbone_config, self.backbone)
         load, spent = mark - self.budget.began, time.perf_counter() - mark
         self.record["seconds"] = {"load": load, "tokenize": spent}
-        print("\n".join([reader.describe_lengths(rows), *reader.warnings(texts)]))
+        print("\n".join([tokens.describe_lengths(), *reader.notes(texts)]))
         return tokens
 
     def fingerprint(self):
@@ -7178,6 +7183,7 @@ class Bundle:
                     words = f"{_comma_join(new[:10])}; they are read as ordinary text"
                     warnings.warn(f"brackets that training never saw: {words}", stacklevel=3)
                 tokens[key] = _tokenize(frame, tokenizer, cfg)
+                print(tokens[key].describe_lengths())
             yield run, self._predict_run(run, tokens[key], cfg)
 
     def _predict_run(self, run, tokens, cfg):
