@@ -75,7 +75,7 @@ def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_o
     assert [len(tokens) for tokens in calls] == [len(FRAME)]
 
 
-@pytest.mark.parametrize("change", [dict(max_length=16), dict(truncation="tail"), dict(prefix="the cat ")])
+@pytest.mark.parametrize("change", [dict(max_length=16), dict(truncation="tail"), dict(template="the cat {excerpt}")])
 def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(change, bundle_of, counted):
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
