@@ -2005,7 +2005,7 @@ def _share_room(lengths, room):
     return rooms
 
 
-def _cut(ids, room, truncation):
+def _truncate(ids, room, truncation):
     """`room` of the ids of a segment.
 
     head_tail keeps about a quarter of head and the rest of tail: Sun et al., arXiv:1905.05583.
@@ -2014,6 +2014,11 @@ def _cut(ids, room, truncation):
         return ids
     head = {"head": room, "tail": 0, "head_tail": room // 4}[truncation]
     return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _list_words(words):
+    """The first words in a line, each shortened."""
+    return _comma_join(textwrap.shorten(word, 40) for word in words[:10])
 
 
 _NEWLINE = "[NEWLINE]"
@@ -2114,7 +2119,7 @@ class _TextReader:
         """Make special tokens of the `new_tokens`; returns them."""
         new = self.new_tokens(columns)
         if len(new) > 1000:
-            problem = f"makes {len(new)} new tokens, such as {new[0]}: at most 1000"
+            problem = f"makes {len(new)} new tokens, such as {_list_words(new[:1])}: at most 1000"
             raise ConfigError(f"template {self.cfg.template!r} {problem}")
         self.tokenizer.add_tokens(new, special_tokens=True)
         return new
@@ -2168,7 +2173,7 @@ class _TextReader:
         for row in zip(*segments, strict=True):
             lengths = list(map(len, row))
             rooms = _share_room(lengths, room)
-            ids, types = around.build_row(map(_cut, row, rooms, self.truncations))
+            ids, types = around.build_row(map(_truncate, row, rooms, self.truncations))
             all_ids.append(ids or [fallback_id])
             all_types.append(types or [0])
             full_lengths.append(n_around + sum(lengths))
@@ -6394,7 +6399,7 @@ class _TrainingRun:
         reader = _TextReader(tokenizer, cfg)
         new = reader.add_tokens(texts)
         if new:
-            print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
+            print(f"{len(new)} new special tokens: {_list_words(new)}")
         mark = time.perf_counter()
         tokens = _tokenize(texts, tokenizer, cfg)
         tokens.check_vocabulary(tokenizer)
@@ -7180,8 +7185,8 @@ class Bundle:
                 tokenizer = self.model_of(run)[0]
                 new = _TextReader(tokenizer, cfg).new_tokens(frame)
                 if new:
-                    words = f"{_comma_join(new[:10])}; they are read as ordinary text"
-                    warnings.warn(f"brackets that training never saw: {words}", stacklevel=3)
+                    problem = f"brackets that training never saw: {_list_words(new)}"
+                    warnings.warn(f"{problem}; they are read as text", stacklevel=3)
                 tokens[key] = _tokenize(frame, tokenizer, cfg)
                 print(tokens[key].describe_lengths())
             yield run, self._predict_run(run, tokens[key], cfg)
