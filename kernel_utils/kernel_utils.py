@@ -2021,6 +2021,7 @@ def _list_words(words):
     return _comma_join(textwrap.shorten(word, 40) for word in words[:10])
 
 
+_BRACKET = re.compile(r"\[[^\[\]]+\]")
 _NEWLINE = "[NEWLINE]"
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x85\u2028\u2029]")
 
@@ -2035,9 +2036,6 @@ class _TextReader:
     def __init__(self, tokenizer, cfg):
         self.tokenizer, self.cfg = tokenizer, cfg
         self.literals = [piece.strip(" ") for piece in _SEGMENT.split(cfg.template)[::2]]
-        self.truncations = cfg.truncation  # of each segment
-        if len(cfg.truncation) == 1:
-            self.truncations = cfg.truncation * len(cfg.segments)
 
     def encode(self, texts, has_tokens=False):
         """Ids of each text; tokens written in one are read as such where it `has_tokens`."""
@@ -2057,17 +2055,23 @@ class _TextReader:
         return joined
 
     def encode_lines(self, texts, has_tokens=False):
-        options = dict(add_special_tokens=False, split_special_tokens=not has_tokens, verbose=False)
-        encoded = self.tokenizer(texts, **options)["input_ids"]
+        encoded = self.call(texts, has_tokens)["input_ids"]
         special = self.special_tokens()
         if has_tokens or special.keys().isdisjoint(itertools.chain.from_iterable(encoded)):
             return encoded
         return [list(itertools.chain(*self.spell_out(ids, special))) for ids in encoded]
 
+    def call(self, texts, has_tokens=False):
+        """What the tokenizer makes of texts; a fast one splits special tokens that are in them."""
+        splits = self.tokenizer.is_fast and not has_tokens
+        options = dict(add_special_tokens=False, split_special_tokens=splits, verbose=False)
+        return self.tokenizer(texts, **options)
+
     def spell_out(self, ids, special):
         """A list for each of `ids`: itself, or of a `special` token the ids of its characters.
 
-        A Unigram model, as of T5 or XLM-R, has its special tokens among the pieces of words.
+        A slow tokenizer finds those that are written in a text, and so does a Unigram model, as of
+        T5 or XLM-R, which has them among the pieces of words.
         """
         spelled = []
         for number in ids:
@@ -2107,7 +2111,7 @@ class _TextReader:
 
     def new_tokens(self, columns):
         """What template and keep_newlines make tokens of and the tokenizer lacks, sorted."""
-        words = set(re.findall(r"\[[^\[\]]+\]", "\n".join(self.literals)))
+        words = set(itertools.chain.from_iterable(map(_BRACKET.findall, self.literals)))
         for pieces in self.cfg.segments:
             if pieces[0]:
                 words.update(self.fill(pieces, columns))
@@ -2134,15 +2138,14 @@ class _TextReader:
 
     def encode_segment(self, pieces, columns):
         """Ids of a segment of every row; a filled bracket is one token where training saw it."""
-        texts = self.fill(pieces, columns)
+        tokenizer, texts = self.tokenizer, self.fill(pieces, columns)
         encoded = self.encode(texts)
         if pieces[0]:
-            tokens = self.tokenizer.get_vocab()
-            for word in self.tokenizer.all_special_tokens:
-                tokens.pop(word, None)
+            named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+            known = tokenizer.get_vocab().keys() - named
             for row, text in enumerate(texts):
-                if text in tokens:
-                    encoded[row] = [tokens[text]]
+                if text in known:
+                    encoded[row] = [tokenizer.convert_tokens_to_ids(text)]
         return encoded
 
     def surroundings(self):
@@ -2166,6 +2169,7 @@ class _TextReader:
         if room < len(segments):
             problem = f"{n_around} tokens around {len(segments)} texts leave no room for them"
             raise ConfigError(f"max_length {max_length}: {problem}")
+        truncations = self.cfg.truncation * len(segments)  # one for all, or each has its own
         special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
         fallback_id = next(i for i in special_ids if i is not None)
 
@@ -2173,7 +2177,7 @@ class _TextReader:
         for row in zip(*segments, strict=True):
             lengths = list(map(len, row))
             rooms = _share_room(lengths, room)
-            ids, types = around.build_row(map(_truncate, row, rooms, self.truncations))
+            ids, types = around.build_row(map(_truncate, row, rooms, truncations))
             all_ids.append(ids or [fallback_id])
             all_types.append(types or [0])
             full_lengths.append(n_around + sum(lengths))

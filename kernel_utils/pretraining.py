@@ -200,7 +200,7 @@ def _make_corpus(texts, tokenizer, n_embeddings, cfg):
     room = cfg.max_length - len(before) - len(after)
     reader = ku._TextReader(tokenizer, cfg.training())
     special_tokens = reader.special_tokens()
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    encoded = reader.call(texts)
     words_of_texts = _number_words(encoded, tokenizer, cfg)
     windows, words, text_numbers = [], [np.empty(0, int)], []
     for number, ids in enumerate(encoded["input_ids"]):
