@@ -455,6 +455,15 @@ def test_special_tokens_that_are_written_in_a_text_stay_text(kind):
     assert same == plain == tokenizer("a cat sat on mat")["input_ids"]
 
 
+@pytest.mark.parametrize("text, token", [("a cat <unk> sat", "<unk>"), ("<mask> a cat", "<mask>")])
+def test_a_special_token_in_a_text_is_the_pieces_of_its_characters(text, token):
+    tokenizer = spelled("bytes")
+    (row,) = rows_of(tokens_of([text], tokenizer, ku.Config()))
+    assert tokenizer.convert_tokens_to_ids(token) not in row
+    plain = tokens_of([text.replace("<", "").replace(">", "")], tokenizer, ku.Config())  # it knows neither of the two
+    assert [row] == rows_of(plain)
+
+
 def test_encoding_texts_leaves_the_tokenizer_as_it_was():
     tokenizer = spelled("bytes")
     before = tokenizer("a cat <mask> sat</s>")["input_ids"]
