@@ -321,9 +321,10 @@ class Settings:
             raise ValueError(
                 f"{name} must be {_ACCEPTS[kind]}{names}, got {value!r}{hint}"
             ) from None
-        if choices is not None and value not in choices and value != field.default:
-            hint = _did_you_mean(value, choices)
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+        for item in value if kind == "names" else [value]:
+            if choices is not None and item not in choices and value != field.default:
+                hint = _did_you_mean(item, choices)
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {item!r}{hint}")
         numbers = value if kind is tuple else [value]
         if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -345,8 +346,10 @@ class Settings:
         """Build from names and values. One ConfigError lists every unknown name and bad value.
 
         The value of `recipe` names one of `recipes`: it gives the settings that are not given, and
-        leaves no trace.
+        leaves no trace. Names of version 0.9 are taken for today's, which is printed.
         """
+        if "text_columns" in cls.names():
+            settings = _rename_old_settings(settings)
         accepted = ["recipe", *cls.names()] if cls.recipes else cls.names()
         unknown = [name for name in settings if name not in accepted]
         problems = [f"there is no setting {n!r}{_did_you_mean(n, accepted)}" for n in unknown]
@@ -397,6 +400,30 @@ class Settings:
 
     def to_dict(self):
         return dataclasses.asdict(self)
+
+
+def _rename_old_settings(settings):
+    """Settings with names of version 0.9 under today's names; what is renamed is printed."""
+    names = ("text_column", "pair_column", "prefix")
+    old = {name: str(settings[name]) for name in names if settings.get(name)}
+    kept = {name: value for name, value in settings.items() if name not in names}
+    columns, new = _cast_names(kept.get("text_columns", Config.text_columns)), {}
+    if "text_column" in old or "pair_column" in old:
+        columns = [old.get("text_column", Config.text_columns), old.get("pair_column")]
+        columns = list(filter(None, columns))
+        text = ",".join(columns)
+        new["text_columns"] = text if _cast_names(text) == columns else columns
+    if "prefix" in old:
+        places = " ".join(f"{{{name}}}" for name in columns)
+        new["template"] = f"{old['prefix'].rstrip()} {places}"
+        if len(columns) > 1:
+            raise ConfigError(f"prefix is now a template, such as {new['template']!r}")
+    both = [name for name in new if kept.get(name, "") not in ("", getattr(Config, name))]
+    if both:
+        raise ConfigError(f"{_comma_join(old)} and {_comma_join(both)} are both given")
+    if old:
+        print(f"settings of version 0.9: {old} are now {new}")
+    return kept | new
 
 
 _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext put between cells
@@ -453,13 +480,16 @@ _SUBMISSION_FORMS = ("labels", "probabilities")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
 _WINDOW_POOLS = {"mean": torch.mean, "max": torch.amax}
+_TRUNCATIONS = ("head", "tail", "head_tail")
 _FOLD_KINDS = {
     "stratified": sklearn.model_selection.StratifiedKFold,
     "plain": sklearn.model_selection.KFold,
     "group": sklearn.model_selection.GroupKFold,
     "stratified_group": sklearn.model_selection.StratifiedGroupKFold,
 }
-_PREFIX_COLUMN = re.compile(r"\{([^{}]+)\}")  # a column's name in `prefix`
+_PLACE = re.compile(r"\{([^{}]+)\}")  # a column's name in `template`
+# a segment of `template`: {column}, or a bracket around one or more of them
+_SEGMENT = re.compile(r"(\{[^{}]+\}|\[[^\[\]{}]*(?:\{[^{}]+\}[^\[\]{}]*)+\])")
 _MAX_SEED = 2**32 - 1
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH_TOKENS_HELP = "tokens of a prediction batch with padding; 0: 4096 on a CPU, 8192 on a GPU"
@@ -510,9 +540,11 @@ class Config(Settings):
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
     max_length: int = _tokens(256, "tokens kept of a text, special tokens included", low=8)
-    truncation: str = _tokens("head", "part of a long text to keep", ("head", "tail", "head_tail"))
-    prefix: str = _tokens("", "put before each text; {name} is a column, new [words] become tokens")
-    keep_newlines: bool = _tokens(False, "a token of its own for each line break")
+    truncation: str = _tokens(
+        "head", "part of a long text to keep; or one for each text", _TRUNCATIONS, kind="names"
+    )
+    template: str = _tokens("", "how a row is read, such as '[Q] {question} [A] {answer}'")
+    keep_newlines: bool = _tokens(False, "a token for each line break")
     windows: int = _tokens(1, "windows of max_length that a long text is read in, at most", low=1)
     window_overlap: int = _tokens(64, "tokens that a window shares with the one before", low=0)
     window_pool: str = _model("mean", "how the logits of windows become one", _WINDOW_POOLS)
@@ -607,7 +639,8 @@ class Config(Settings):
 
     def conflicts(self):
         """Problems between settings that are each right alone."""
-        return [*self._task_conflicts(), *self._training_conflicts(), *self._idle_settings()]
+        tasks_and_texts = [*self._task_conflicts(), *self._text_conflicts()]
+        return [*tasks_and_texts, *self._training_conflicts(), *self._idle_settings()]
 
     def _task_conflicts(self):
         task, loss, levels = self.task, self.loss, self.levels
@@ -636,6 +669,18 @@ class Config(Settings):
             yield "label_smoothing is for the loss cross_entropy"
         if loss == "coral" and (len(levels) != 2 or levels[0] >= levels[1]):
             yield f"loss coral needs levels, lowest and highest target such as 1,6; got {levels}"
+
+    def _text_conflicts(self):
+        texts = [names for before, *names, _ in self.segments if not before]
+        for name in self.text_columns:
+            if [name] not in texts:
+                yield f"template must hold {{{name}}}, not in brackets: it is one of text_columns"
+        unknown = {*self.target_columns, self.error_column}.intersection(self.input_columns)
+        if self.template and unknown:
+            yield f"template must not hold {_comma_join(unknown)}: test.csv does not have it"
+        if len(self.truncation) not in (1, len(self.segments)):
+            names = _comma_join("".join(pieces) for pieces in self.segments)
+            yield f"truncation has {len(self.truncation)} values; the texts are {names}"
 
     def _training_conflicts(self):
         loss, start = LOSSES.get(self.loss), self.adversarial_start
@@ -685,10 +730,20 @@ class Config(Settings):
             yield "pseudo_epochs and pseudo_weight do nothing while pseudo_dir is empty"
 
     @property
+    def segments(self):
+        """What is read of a row, in order: literals and names of columns in turn.
+
+        A text is ["", column, ""]; `[{genre}]` of the template is ["[", "genre", "]"].
+        """
+        if self.template:
+            return [_PLACE.split(segment) for segment in _SEGMENT.findall(self.template)]
+        return [["", name, ""] for name in self.text_columns]
+
+    @property
     def input_columns(self):
-        """Columns of a table that make the input of the model: of texts, then of the prefix."""
-        prefix_columns = _PREFIX_COLUMN.findall(self.prefix)
-        return list(dict.fromkeys([*self.text_columns, *prefix_columns]))
+        """Columns of a table that make the input of the model: texts, then others of `template`."""
+        columns = itertools.chain.from_iterable(pieces[1::2] for pieces in self.segments)
+        return list(dict.fromkeys([*self.text_columns, *columns]))
 
     def output_names(self, classes):
         """A name for every column of predictions: classes of a multiclass task, else targets."""
@@ -730,15 +785,6 @@ class Config(Settings):
             return {*range(self.eval_steps, total, self.eval_steps), total}
         numbers = range(1, self.epochs * self.evals_per_epoch + 1)
         return {round(i * per_epoch / self.evals_per_epoch) for i in numbers} - {0}
-
-    def fill_prefix(self, columns):
-        """The prefix of every row of `columns`, a frame or a dictionary of columns."""
-        n_rows = len(columns[self.text_columns[0]])
-        pieces = []
-        for number, piece in enumerate(_PREFIX_COLUMN.split(self.prefix)):
-            is_column = number % 2  # `split` puts the names that stood in braces between the texts
-            pieces.append(columns[piece] if is_column else [piece] * n_rows)
-        return ["".join(row) for row in zip(*pieces, strict=True)]
 
     def resolved(self, backbone_config):
         """The same settings with nothing left to choose: loss, metric, lr and backbone_dropout."""
@@ -1768,12 +1814,13 @@ class _Pack(NamedTuple):
 class Tokens:
     """Token ids of N texts, kept flat: text i is `ids[offsets[i]:offsets[i + 1]]`.
 
-    `types` are token type ids, or None where the tokenizer gives none.
+    `types` are token type ids, or None where the tokenizer gives none; `full_lengths` are those
+    before a text was cut.
     """
 
     n_windows = None  # (N,) of each text, where it is read in windows
 
-    def __init__(self, ids, types, pad_id):
+    def __init__(self, ids, types, pad_id, full_lengths=None):
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.ids = np.empty(0, np.int32)
@@ -1783,6 +1830,7 @@ class Tokens:
         if types:
             self.types = np.concatenate(types).astype(np.int32)
         self.pad_id = pad_id
+        self.full_lengths = full_lengths
         self._device_cache = {}  # device -> what `to_device_cached` returns
 
     def __len__(self):
@@ -1874,6 +1922,16 @@ class Tokens:
         max_seqlen = int(lengths.max())
         return self.pack(_to_device(rows, device), num_tokens, max_seqlen)
 
+    def describe_lengths(self):
+        """A line on the lengths of the texts before they were cut."""
+        middle, most = np.percentile(self.full_lengths, [50, 95])
+        cut = f"{(self.full_lengths > self.lengths).mean():.1%} are cut to max_length"
+        if self.n_windows is not None:
+            highest = self.n_windows.max()
+            share = f"{(self.n_windows == highest).mean():.1%} have the most, {highest}"
+            cut = f"{self.n_windows.mean():.1f} windows a text on average, {share}"
+        return f"{middle:.0f} tokens a text (median), 95% have at most {most:.0f}; {cut}"
+
     def check_vocabulary(self, tokenizer):
         """Raise KitError where most tokens of the training texts are unknown to the tokenizer."""
         unk_id = tokenizer.unk_token_id
@@ -1900,8 +1958,9 @@ class _WindowedTokens(Tokens):
     `windows` are those of the first text, then of the second...; text i has `n_windows[i]`.
     """
 
-    def __init__(self, windows, n_windows):
+    def __init__(self, windows, n_windows, full_lengths=None):
         self._windows = windows
+        self.full_lengths = full_lengths
         self.n_windows = np.array(n_windows)
         self.first_windows = np.append(0, np.cumsum(n_windows))  # (N + 1,)
         self.offsets = windows.offsets[self.first_windows]
@@ -1927,16 +1986,19 @@ class _WindowedTokens(Tokens):
 
 
 class _SpecialSegments(NamedTuple):
-    """What a tokenizer puts around the texts of a row: before the first, then after each."""
+    """What stands around the segments of a row: before the first, then after each."""
 
-    ids: list  # of each segment
+    ids: list  # of each place
     types: list  # of the same tokens
-    text_types: list  # of the tokens of each text
+    text_types: list  # of the tokens of each segment
 
     @classmethod
-    def of(cls, tokenizer, pair):
-        """Read off an encoded probe of a text or pair, since ids and order differ by tokenizer."""
-        probes = ["left", "right"] if pair else ["left"]
+    def of(cls, tokenizer, n_texts=1):
+        """Read off an encoded probe of a text or pair, since ids and order differ by tokenizer.
+
+        Further texts are set off and typed as the second of a pair.
+        """
+        probes = ["left", "right"][:n_texts]
         encoded = tokenizer(*probes, add_special_tokens=True)
         ids = list(encoded["input_ids"])
         types = list(encoded.get("token_type_ids") or [0] * len(ids))
@@ -1953,9 +2015,21 @@ class _SpecialSegments(NamedTuple):
             segments.types.append(types[end:start])
             segments.text_types.append(types[start])
             end = start + len(text)
+        for _ in range(n_texts - 2):
+            segments.ids.append(segments.ids[1])
+            segments.types.append([segments.text_types[1]] * len(segments.ids[1]))
+            segments.text_types.append(segments.text_types[1])
         segments.ids.append(ids[end:])
         segments.types.append(types[end:])
         return segments
+
+    def with_literals(self, literals):
+        """The same around a template, which is one text, given the ids of its literals."""
+        (before, after), (types_before, types_after), (text_type,) = self
+        ids = [before + literals[0], *literals[1:-1], literals[-1] + after]
+        types = [[text_type] * len(literal) for literal in literals]
+        types[0], types[-1] = types_before + types[0], types[-1] + types_after
+        return _SpecialSegments(ids, types, [text_type] * (len(literals) - 1))
 
     def build_row(self, texts):
         """(ids, types) of a row with the special tokens around its texts, each a list of ids."""
@@ -2029,61 +2103,183 @@ def _cut_row(row, room, long, truncations, cfg):
     return [[*segments[:long], window, *segments[long + 1 :]] for window in windows]
 
 
-def _tokenize(columns, tokenizer, cfg):
-    """`Tokens` of the texts or pairs in `columns`, a frame or dictionary: for each at most
-    `max_length`, special tokens included, or with `windows` in each window.
+def _list_words(words):
+    """The first words in a line, each shortened."""
+    return _comma_join(textwrap.shorten(word, 40) for word in words[:10])
 
-    The last text of a row is read in windows, what stands before it is repeated in each. The prefix
-    is never cut. A row without any token becomes one end-of-text token, so that every row has
-    something to pool.
+
+_BRACKET = re.compile(r"\[[^\[\]]+\]")
+_NEWLINE = "[NEWLINE]"
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x85\u2028\u2029]")
+
+
+class _TextReader:
+    """Reads the columns of a table as token ids, as settings and tokenizer say.
+
+    A row is its segments (`Config.segments`) and what stands around them. Special tokens come from
+    the tokenizer and the template alone: what is spelled like one in a table is read as text.
     """
 
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def __init__(self, tokenizer, cfg):
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.literals = [piece.strip(" ") for piece in _SEGMENT.split(cfg.template)[::2]]
 
-    segments = _SpecialSegments.of(tokenizer, pair=len(cfg.text_columns) > 1)
-    texts = [encode(list(columns[name])) for name in cfg.text_columns]
-    prefixes = [[]] * len(texts[0])
-    if cfg.prefix:  # the space before a text is no token of the prefix
-        prefixes = encode([prefix.rstrip() for prefix in cfg.fill_prefix(columns)])
-    room = cfg.max_length - sum(map(len, segments.ids))
-    longest_prefix = max(map(len, prefixes), default=0)
-    if room <= longest_prefix:
-        problem = f"leaves no room for a text after a prefix of {longest_prefix} tokens"
-        raise ConfigError(f"max_length {cfg.max_length} {problem}")
-    special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
-    fallback_id = next(i for i in special_ids if i is not None)
+    def encode(self, texts, has_tokens=False):
+        """Ids of each text; tokens written in one are read as such where it `has_tokens`."""
+        if not self.cfg.keep_newlines:
+            return self.encode_lines(texts, has_tokens)
+        rows = [_LINE_BREAK.split(text) for text in texts]
+        if self.keeps_newlines():
+            return self.encode_lines(["\n".join(lines) for lines in rows], has_tokens)
+        newline = self.tokenizer.convert_tokens_to_ids(_NEWLINE)
+        encoded = iter(self.encode_lines(list(itertools.chain.from_iterable(rows)), has_tokens))
+        joined = []
+        for lines in rows:
+            ids = list(next(encoded))
+            for _ in lines[1:]:
+                ids += [newline, *next(encoded)]
+            joined.append(ids)
+        return joined
 
-    all_ids, all_types, n_windows = [], [], []
-    for prefix, *row in zip(prefixes, *texts, strict=True):
-        truncations = [cfg.truncation] * len(row)
-        windows = _cut_row(row, room - len(prefix), len(row) - 1, truncations, cfg)
-        for first, *others in windows:
-            ids, types = segments.build_row([prefix + first, *others])
-            all_ids.append(ids or [fallback_id])
-            all_types.append(types or [0])
-        n_windows.append(len(windows))
-    has_types = "token_type_ids" in tokenizer.model_input_names
-    tokens = Tokens(all_ids, all_types if has_types else None, tokenizer.pad_token_id or 0)
-    return _WindowedTokens(tokens, n_windows) if cfg.windows > 1 else tokens
+    def encode_lines(self, texts, has_tokens=False):
+        encoded = self.call(texts, has_tokens)["input_ids"]
+        special = self.special_tokens()
+        if has_tokens or special.keys().isdisjoint(itertools.chain.from_iterable(encoded)):
+            return encoded
+        return [list(itertools.chain(*self.spell_out(ids, special))) for ids in encoded]
+
+    def call(self, texts, has_tokens=False):
+        """What the tokenizer makes of texts; a fast one splits special tokens that are in them."""
+        splits = self.tokenizer.is_fast and not has_tokens
+        options = dict(add_special_tokens=False, split_special_tokens=splits, verbose=False)
+        return self.tokenizer(texts, **options)
+
+    def spell_out(self, ids, special):
+        """A list for each of `ids`: itself, or of a `special` token the ids of its characters.
+
+        A slow tokenizer finds those that are written in a text, and so does a Unigram model, as of
+        T5 or XLM-R, which has them among the pieces of words.
+        """
+        spelled = []
+        for number in ids:
+            word = special.get(number, "")
+            parts = self.encode_lines([word[0], word[1:]]) if word[1:] else [[number]]
+            spelled.append(list(itertools.chain(*parts)))
+        return spelled
+
+    def special_tokens(self):
+        """{id: as it is written} of every special token but the unknown one."""
+        added = self.tokenizer.added_tokens_decoder
+        ids = {number for number, token in added.items() if token.special}
+        ids = (ids | set(self.tokenizer.all_special_ids)) - {self.tokenizer.unk_token_id}
+        return {number: self.tokenizer.convert_ids_to_tokens(number) for number in ids}
+
+    def keeps_newlines(self):
+        """Whether the tokenizer itself has a token for a line break."""
+        plain, broken = self.encode_lines(["a b", "a\nb"])
+        unknown = self.tokenizer.unk_token_id
+        return plain != broken and plain.count(unknown) == broken.count(unknown)
+
+    def notes(self, columns):
+        """Lines on what the texts hold that is not read as it is written."""
+        texts = list(itertools.chain.from_iterable(columns[n] for n in self.cfg.input_columns))
+        joined = "\n".join(texts)
+        words = [word for word in self.special_tokens().values() if word in joined]
+        if words:
+            n = sum(any(word in text for word in words) for text in texts)
+            yield f"{n} texts hold special tokens such as {words[0]}, which are read as plain text"
+        n = sum(map(bool, map(_LINE_BREAK.search, texts)))
+        if n and not self.cfg.keep_newlines and not self.keeps_newlines():
+            yield f"{n} texts hold line breaks: this tokenizer drops them, keep_newlines keeps them"
+        if not self.cfg.template and not all(self.surroundings().ids[1:-1]):
+            yield "this tokenizer puts nothing between the text columns: a template could"
+
+    # Tokens of the settings
+
+    def new_tokens(self, columns):
+        """What template and keep_newlines make tokens of and the tokenizer lacks, sorted."""
+        words = set(itertools.chain.from_iterable(map(_BRACKET.findall, self.literals)))
+        for pieces in self.cfg.segments:
+            if pieces[0]:
+                words.update(self.fill(pieces, columns))
+        if self.cfg.keep_newlines and not self.keeps_newlines():
+            words.add(_NEWLINE)
+        return sorted(words - set(self.tokenizer.get_vocab()))
+
+    def add_tokens(self, columns):
+        """Make special tokens of the `new_tokens`; returns them."""
+        new = self.new_tokens(columns)
+        if len(new) > 1000:
+            problem = f"makes {len(new)} new tokens, such as {_list_words(new[:1])}: at most 1000"
+            raise ConfigError(f"template {self.cfg.template!r} {problem}")
+        self.tokenizer.add_tokens(new, special_tokens=True)
+        return new
+
+    # Rows
+
+    def fill(self, pieces, columns):
+        """A segment of every row of `columns`, a frame or a dictionary of columns."""
+        parts = list(map(itertools.repeat, pieces))
+        parts[1::2] = [columns[name] for name in pieces[1::2]]
+        return ["".join(row) for row in zip(*parts, strict=False)]
+
+    def encode_segment(self, pieces, columns):
+        """Ids of a segment of every row; a filled bracket is one token where training saw it."""
+        tokenizer, texts = self.tokenizer, self.fill(pieces, columns)
+        encoded = self.encode(texts)
+        if pieces[0]:
+            named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+            known = tokenizer.get_vocab().keys() - named
+            for row, text in enumerate(texts):
+                if text in known:
+                    encoded[row] = [tokenizer.convert_tokens_to_ids(text)]
+        return encoded
+
+    def surroundings(self):
+        """The `_SpecialSegments` of a row, literals of the template included."""
+        if not self.cfg.template:
+            return _SpecialSegments.of(self.tokenizer, len(self.cfg.text_columns))
+        literals = self.encode(self.literals, has_tokens=True)
+        return _SpecialSegments.of(self.tokenizer).with_literals(literals)
+
+    def read(self, columns):
+        """`Tokens` of the rows of `columns`, at most `max_length` of each, or of each window.
+
+        Segments are cut, never what stands around them; the last text is read in windows. A row
+        without any token becomes one end-of-text token, so that every row has something to pool.
+        """
+        tokenizer, max_length = self.tokenizer, self.cfg.max_length
+        segments = [self.encode_segment(pieces, columns) for pieces in self.cfg.segments]
+        around = self.surroundings()
+        n_around = sum(map(len, around.ids))
+        room = max_length - n_around
+        if room < len(segments):
+            problem = f"{n_around} tokens around {len(segments)} texts leave no room for them"
+            raise ConfigError(f"max_length {max_length}: {problem}")
+        truncations = self.cfg.truncation * len(segments)  # one for all, or each has its own
+        special_ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+        fallback_id = next(i for i in special_ids if i is not None)
+
+        texts = [number for number, pieces in enumerate(self.cfg.segments) if not pieces[0]]
+        all_ids, all_types, n_windows, full_lengths = [], [], [], []
+        for row in zip(*segments, strict=True):
+            windows = _cut_row(row, room, texts[-1], truncations, self.cfg)
+            for window in windows:
+                ids, types = around.build_row(window)
+                all_ids.append(ids or [fallback_id])
+                all_types.append(types or [0])
+            n_windows.append(len(windows))
+            full_lengths.append(n_around + sum(map(len, row)))
+        types = all_types if "token_type_ids" in tokenizer.model_input_names else None
+        tokens = Tokens(all_ids, types, tokenizer.pad_token_id or 0, np.array(full_lengths))
+        if self.cfg.windows > 1:
+            return _WindowedTokens(tokens, n_windows, np.array(full_lengths))
+        return tokens
 
 
-def _new_prefix_tokens(tokenizer, frame, cfg):
-    """The [words] in the prefixes of a frame that are no tokens of the tokenizer."""
-    words = set()
-    for prefix in set(cfg.fill_prefix(frame)):
-        words.update(re.findall(r"\[[^\[\]]+\]", prefix))
-    return sorted(words - set(tokenizer.get_vocab()))
-
-
-def _add_prefix_tokens(tokenizer, frame, cfg):
-    """Make a special token of each of the `_new_prefix_tokens`; returns them."""
-    new = _new_prefix_tokens(tokenizer, frame, cfg)
-    if len(new) > 1000:
-        problem = f"makes {len(new)} new tokens, such as {new[0]}: at most 1000"
-        raise ConfigError(f"prefix {cfg.prefix!r} {problem}")
-    tokenizer.add_tokens(new, special_tokens=True)
-    return new
+def _tokenize(columns, tokenizer, cfg):
+    """`Tokens` of the rows of `columns`, a frame or dictionary of columns."""
+    return _TextReader(tokenizer, cfg).read(columns)
 
 
 def _plan_batches(lengths, batch_size, rng, length_bucket=1):
@@ -3480,7 +3676,7 @@ def _threshold_scores(target, prediction, folds):
 def _is_cls_last(tokenizer):
     """Whether the last token stands for a text: in XLNet, T5 and decoders, where no classification
     token comes first."""
-    return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer, pair=False).ids[0]
+    return tokenizer.cls_token_id not in _SpecialSegments.of(tokenizer).ids[0]
 
 
 class _PackingTrial:
@@ -6195,10 +6391,10 @@ _PROBE_TEXTS = (
 
 
 def _probe_ids(texts, tokenizer, cfg):
-    """Token ids of every text, as the settings cut them; for pairs, with the texts backwards."""
-    columns = {name: texts[::-1] for name in cfg.text_columns}
+    """Token ids of every text, as the settings cut them; further columns have them backwards."""
+    columns = {name: texts[::-1] for name in cfg.input_columns}
     columns[cfg.text_columns[0]] = texts
-    tokens = _tokenize(columns, tokenizer, dataclasses.replace(cfg, prefix=""))
+    tokens = _tokenize(columns, tokenizer, cfg)
     return [ids.tolist() for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
 
 
@@ -6317,9 +6513,10 @@ class _TrainingRun:
 
     def tokenize(self, texts):
         cfg, tokenizer = self.cfg, self.tokenizer
-        new = _add_prefix_tokens(tokenizer, texts, cfg)
+        reader = _TextReader(tokenizer, cfg)
+        new = reader.add_tokens(texts)
         if new:
-            print(f"{len(new)} new special tokens: {_comma_join(new[:10])}")
+            print(f"{len(new)} new special tokens: {_list_words(new)}")
         mark = time.perf_counter()
         tokens = _tokenize(texts, tokenizer, cfg)
         tokens.check_vocabulary(tokenizer)
@@ -6327,12 +6524,7 @@ class _TrainingRun:
         tokens.check_embeddings(new_ids, self.backbone_config, self.backbone)
         load, spent = mark - self.budget.began, time.perf_counter() - mark
         self.record["seconds"] = {"load": load, "tokenize": spent}
-        at_limit = (tokens.lengths >= cfg.max_length).mean()
-        length = f"{tokens.lengths.mean():.0f} tokens a text on average"
-        print(f"{length}, {at_limit:.1%} of the texts reach {cfg.max_length}")
-        if cfg.windows > 1:
-            fill = f"{(tokens.n_windows == cfg.windows).mean():.1%} of the texts fill all"
-            print(f"{tokens.n_windows.mean():.1f} windows a text on average, {fill} {cfg.windows}")
+        print("\n".join([tokens.describe_lengths(), *reader.notes(texts)]))
         return tokens
 
     def fingerprint(self):
@@ -7108,11 +7300,12 @@ class Bundle:
             key = run.tokenization_key
             if key not in tokens:
                 tokenizer = self.model_of(run)[0]
-                new = _new_prefix_tokens(tokenizer, frame, cfg)
+                new = _TextReader(tokenizer, cfg).new_tokens(frame)
                 if new:
-                    words = _comma_join(new[:10])
-                    warnings.warn(f"prefix words that training never saw: {words}", stacklevel=3)
+                    problem = f"brackets that training never saw: {_list_words(new)}"
+                    warnings.warn(f"{problem}; they are read as text", stacklevel=3)
                 tokens[key] = _tokenize(frame, tokenizer, cfg)
+                print(tokens[key].describe_lengths())
             yield run, self._predict_run(run, tokens[key], cfg)
 
     def _predict_run(self, run, tokens, cfg):

@@ -195,15 +195,19 @@ def _make_corpus(texts, tokenizer, n_embeddings, cfg):
     tokenizer's special tokens, so that no part of it is lost. A window without a token that may
     be masked is left out.
     """
-    before, after = ku._SpecialSegments.of(tokenizer, pair=False).ids
+    before, after = ku._SpecialSegments.of(tokenizer).ids
     special = tokenizer.all_special_ids
     room = cfg.max_length - len(before) - len(after)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    reader = ku._TextReader(tokenizer, cfg.training())
+    special_tokens = reader.special_tokens()
+    encoded = reader.call(texts)
     words_of_texts = _number_words(encoded, tokenizer, cfg)
     windows, words, text_numbers = [], [np.empty(0, int)], []
     for number, ids in enumerate(encoded["input_ids"]):
-        ids = np.array(ids, np.int32)
-        word_numbers = np.where(np.isin(ids, special), -1, words_of_texts[number])
+        parts = reader.spell_out(ids, special_tokens)
+        ids = np.array(list(itertools.chain(*parts)), np.int32)
+        word_numbers = np.repeat(words_of_texts[number], list(map(len, parts)))
+        word_numbers[np.isin(ids, special)] = -1
         n_windows = math.ceil(len(ids) / room) or 1
         for part in np.array_split(np.arange(len(ids)), n_windows):
             if (word_numbers[part] < 0).all():

@@ -240,7 +240,8 @@ def table(name):
 
 
 TASKS = {
-    "pairs and prefix": dict(text_columns="excerpt,answer", prefix="[{genre}] "),
+    "pairs": dict(text_columns="excerpt,answer", truncation="head,tail", keep_newlines=True),
+    "a template": dict(text_columns="excerpt,answer", template="[{genre}] {excerpt} [ANSWER] {answer}"),
     "several targets": dict(target_columns="target,other"),
     "binary": dict(task="binary"),
     "multiclass": dict(task="multiclass"),
@@ -756,10 +757,12 @@ def test_kernels_are_ready_to_push_with_internet_off_and_the_settings_of_the_run
 
 
 def test_a_setting_that_the_cell_lacks_becomes_a_line_and_a_text_with_quotes_stays_whole():
-    notebook = bundle.notebook_with("train", {"head": "gem", "prefix": 'it\'s "{genre}"  # ', "conv_kernels": (3, 3)})
+    notebook = bundle.notebook_with(
+        "train", {"head": "gem", "template": 'it\'s "{genre}"  # {excerpt}', "conv_kernels": (3, 3)}
+    )
     scope = {}
     exec(notebook.cells[2].source, scope)
-    assert (scope["head"], scope["prefix"], scope["conv_kernels"]) == ("gem", 'it\'s "{genre}"  # ', (3, 3))
+    assert (scope["head"], scope["template"], scope["conv_kernels"]) == ("gem", 'it\'s "{genre}"  # {excerpt}', (3, 3))
     assert "\nhead: str = 'gem'  # " in notebook.cells[2].source
 
 

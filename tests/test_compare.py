@@ -482,7 +482,7 @@ def test_more_epochs_can_be_compared_where_the_number_of_evaluations_is_the_same
 
 def test_what_the_message_offers_as_a_baseline_can_be_set(tmp_path):
     for i, settings in enumerate(
-        [dict(lr=1.23456789e-5), dict(lr=0.001), dict(prefix="a: b "), dict(conv_kernels=(3, 3))]
+        [dict(lr=1.23456789e-5), dict(lr=0.001), dict(template="a: b {excerpt}"), dict(conv_kernels=(3, 3))]
     ):
         write_run(tmp_path / str(i), settings=settings, resolved={"lr": settings.get("lr", 1e-4)})
     path = write_run(tmp_path / "4") / "record.json"

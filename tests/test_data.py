@@ -109,7 +109,7 @@ def test_quoted_commas_and_line_breaks_stay_in_the_text(data):
         ("id,excerpt,target\na,a cat, red,1\nb,a hat, blue,2\n", {}, ["more cells than the header"]),
         (TRAIN, dict(text_columns="exerpt"), ["'exerpt' (did you mean excerpt?)", "id, excerpt, target"]),
         (TRAIN, dict(target_columns="target,other"), ["'other'"]),
-        (TRAIN, dict(prefix="{grade} "), ["'grade'"]),
+        (TRAIN, dict(template="{grade} {excerpt}"), ["'grade'"]),
         (TRAIN, dict(fold_kind="group", group_column="author"), ["'author'"]),
         (TRAIN + "b,a mat,1\n", {}, ["column id", "each id once", "row 4", "'b'"]),
         (TRAIN + "d,,1\n", {}, ["column excerpt", "a text", "row 4 (id d)", "''"]),

@@ -318,14 +318,14 @@ TABLES = {  # name -> (what is done to the competition, the settings, what the m
         dict(target_columns="fold"),
         ["target_columns", "'fold'"],
     ),
-    "a prefix with a column that is not there": (
+    "a template with a column that is not there": (
         lambda folder: None,
-        dict(prefix="[{genre}] "),
+        dict(template="[{genre}] {excerpt}"),
         ["train.csv", "no column 'genre'"],
     ),
-    "a prefix with a column that test.csv lacks": (
+    "a template with a column that test.csv lacks": (
         lambda folder: None,
-        dict(prefix="{standard_error} "),
+        dict(template="{standard_error} {excerpt}"),
         ["test.csv", "no column 'standard_error'"],
     ),
     "an empty group": (
@@ -517,8 +517,8 @@ SETTINGS = {  # name -> (what is done to the folder, the settings, what the mess
     ),
     "a length without room for text": (
         nothing,
-        dict(max_length=8, prefix="a cat sat on the mat and so on "),
-        ["max_length 8", "prefix"],
+        dict(max_length=8, template="a cat sat on the mat and so on {excerpt}"),
+        ["max_length 8", "11 tokens around 1 texts"],
     ),
     "a length beyond the positions": (nothing, dict(max_length=10**6), ["max_length must be at most 160"]),
     "more layers than there are": (

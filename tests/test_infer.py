@@ -8,6 +8,7 @@ import weakref
 
 import kernel_utils as ku
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,7 +76,7 @@ def test_runs_with_one_tokenizer_and_one_length_tokenize_the_texts_once(bundle_o
     assert [len(tokens) for tokens in calls] == [len(FRAME)]
 
 
-@pytest.mark.parametrize("change", [dict(max_length=16), dict(truncation="tail"), dict(prefix="the cat ")])
+@pytest.mark.parametrize("change", [dict(max_length=16), dict(truncation="tail"), dict(template="the cat {excerpt}")])
 def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(change, bundle_of, counted):
     bundle = bundle_of("two", "three")
     other = bundle.runs[1]._replace(cfg=dataclasses.replace(bundle.runs[1].cfg, **change))
@@ -84,6 +85,22 @@ def test_a_run_that_reads_the_texts_in_another_way_tokenizes_them_for_itself(cha
     got = ku.predict_bundle(dataclasses.replace(bundle, runs=[bundle.runs[0], other]), FRAME)
     assert len(calls) == 2
     np.testing.assert_allclose(got, np.mean(expected, axis=0), atol=1e-6)
+
+
+def test_a_hidden_test_may_have_new_values_in_brackets_and_texts_of_any_length(tiny, competition, capsys):
+    template = "[{genre}] {prompt} [TEXT] {excerpt}"
+    for name in ("train.csv", "test.csv"):
+        frame = pd.read_csv(competition / name, dtype={"id": str}).assign(genre="news", prompt="a cat")
+        frame.to_csv(competition / name, index=False)
+    run = trained(tiny(template=template, text_columns="prompt,excerpt", keep_newlines=True))
+    bundle = ku.load_bundle(run)
+    ku.check_golden(bundle)
+    long = "the cat\n" * 500
+    frame = FRAME.assign(genre=["news", "poem", long] * 4, prompt=["", long, "a"] * 4)
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"training never saw: \[poem\], \[the cat.{,90}$"):
+        predictions = ku.predict_bundle(bundle, frame)
+    assert np.isfinite(predictions).all() and "95% have at most" in capsys.readouterr().out
 
 
 def test_another_vocabulary_is_another_tokenisation(bundle_of, counted, tmp_path):

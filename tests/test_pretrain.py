@@ -106,6 +106,27 @@ def test_a_text_without_a_token_that_may_be_masked_is_left_out():
     assert corpus.texts.tolist() == [0, 2]
 
 
+def marks():
+    """A tokenizer of the XLM-R kind, which has special tokens among the pieces of words."""
+    pieces = [("<pad>", 0.0), ("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -1.0), ("▁cat", -2.0)]
+    model = tokenizers.models.Unigram(pieces + [(letter, -3.0) for letter in "acdst<>/"], unk_id=1)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", eos_token="</s>", mask_token="<mask>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("tokenizer", [make_pieces(), marks()], ids=["pieces", "marks"])
+def test_special_tokens_that_are_written_in_a_text_are_read_as_text(tokenizer):
+    corpus, _ = corpus_of(["cat <s> cat </s><mask> cat"], tokenizer)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    before, after = ku._SpecialSegments.of(tokenizer).ids
+    ids = corpus.tokens.ids[len(before) : len(corpus.tokens.ids) - len(after)]
+    assert special.isdisjoint(ids.tolist()) and len(ids) > 8 and len(corpus.words) == len(corpus.tokens.ids)
+    cat = tokenizer("cat", add_special_tokens=False)["input_ids"][-1]
+    assert len(set(corpus.words[corpus.tokens.ids == cat])) == 3
+
+
 # ---------------------------------------------------------------------------------------
 # Masking
 

@@ -95,7 +95,7 @@ def run_of(cfg):
 
 
 def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys):
-    settings = SETTINGS | dict(prefix="[new] ")  # a token that the backbone's own tokenizer has not
+    settings = SETTINGS | dict(template="[new] {excerpt}")  # a token that the backbone's own tokenizer has not
     expected = whole(tiny, **settings)
     capsys.readouterr()
     run = start(tiny(run_name="r", fold_processes=2, **settings))

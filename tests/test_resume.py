@@ -210,7 +210,10 @@ def other_code(cfg, folder):
 CHANGES = {
     "a setting": (lambda cfg, folder: dict(lr=0.5), "lr was 0.0001, now 0.5"),
     "two settings": (lambda cfg, folder: dict(seed=7, llrd=0.9), r"llrd was 1.0, now 0.9\n  seed was 0, now 7"),
-    "the way of truncation": (lambda cfg, folder: dict(truncation="tail"), "truncation was 'head', now 'tail'"),
+    "the way of truncation": (
+        lambda cfg, folder: dict(truncation="tail"),
+        "truncation was \\['head'\\], now \\['tail'\\]",
+    ),
     "the weights of the backbone": (spoil_weights, "the backbone: not as when the run began"),
     "a text": (
         other_train(lambda f: f.assign(excerpt=["a cat", *f["excerpt"][1:]])),

@@ -86,6 +86,49 @@ def test_a_name_like_no_other_gets_no_suggestion():
 
 
 @pytest.mark.parametrize(
+    "old, texts, template",
+    [
+        (dict(text_column="text"), ["text"], ""),
+        (dict(text_column="a", pair_column="b"), ["a", "b"], ""),
+        (dict(pair_column="b, c"), ["excerpt", "b, c"], ""),
+        (dict(prefix="{prompt} "), ["excerpt"], "{prompt} {excerpt}"),
+        (dict(prefix="[{genre}] ", text_column="text"), ["text"], "[{genre}] {text}"),
+        (dict(prefix="a: ", text_columns="text"), ["text"], "a: {text}"),
+        (dict(text_column="text", text_columns="excerpt", template=""), ["text"], ""),
+    ],
+)
+def test_settings_of_version_0_9_are_taken_for_todays_in_one_line_that_spells_them(old, texts, template, capsys):
+    cfg = ku.Config.from_dict(old)
+    assert cfg.text_columns == texts and cfg.template == template
+    (line,) = capsys.readouterr().out.splitlines()
+    before, _, now = line.partition(" are now ")
+    assert all(name in before for name in old if name not in ("text_columns", "template"))
+    assert ku.Config.from_dict({"text_columns": texts} | ast.literal_eval(now)) == cfg
+
+
+def test_old_settings_of_pre_training_are_taken_for_todays():
+    assert pretraining.PretrainConfig.from_dict(dict(text_column="a", pair_column="b")).text_columns == ["a", "b"]
+
+
+def test_old_settings_that_are_empty_say_nothing(capsys):
+    assert ku.Config.from_dict(dict(pair_column="", prefix="")) == ku.Config()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        (dict(text_column="a", text_columns="b"), "text_column and text_columns are both given"),
+        (dict(pair_column="a", text_columns="b"), "pair_column and text_columns are both given"),
+        (dict(prefix="a ", template="b {excerpt}"), "prefix and template are both given"),
+        (dict(prefix="a ", pair_column="b"), "prefix is now a template, such as 'a {excerpt} {b}'"),
+    ],
+)
+def test_an_old_setting_beside_the_one_that_took_its_place_is_refused(settings, problem):
+    assert problem in problems_of(**settings)
+
+
+@pytest.mark.parametrize(
     "name, value, choices",
     [
         ("head", "conv", ku.HEADS),

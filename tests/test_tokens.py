@@ -1,6 +1,7 @@
-"""Token ids, the prefix, padded tensors, and the plans of training and prediction batches."""
+"""Token ids, templates, padded tensors, and the plans of training and prediction batches."""
 
 import dataclasses
+import re
 import types
 from collections import Counter
 
@@ -14,7 +15,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from conftest import SPECIAL, WORDS, make_texts, make_tokenizer
+from conftest import SPECIAL, WORDS, make_pieces, make_texts, make_tokenizer
 
 PAD, UNK, BOS, EOS = range(4)
 CPU = torch.device("cpu")
@@ -35,11 +36,10 @@ def types_of(tokens):
     return [tokens.types[a:b].tolist() for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
 
 
-def tokens_of(texts, tokenizer, cfg, pairs=None):
-    """Tokens of texts, or of pairs of texts, without a prefix."""
-    columns = {"excerpt": texts, "second": pairs}
-    names = ["excerpt"] if pairs is None else ["excerpt", "second"]
-    return ku._tokenize(columns, tokenizer, dataclasses.replace(cfg, text_columns=names, prefix=""))
+def tokens_of(texts, tokenizer, cfg, *further):
+    """Tokens of texts, or of rows of several texts, without a template."""
+    columns = {f"text{number}": column for number, column in enumerate([texts, *further])}
+    return ku._tokenize(columns, tokenizer, dataclasses.replace(cfg, text_columns=list(columns), template=""))
 
 
 def tokenizer_with(single, pair="$A $B:1", typed=True):
@@ -197,123 +197,314 @@ def test_texts_with_some_unknown_words_are_no_error(tokenizer):
 
 
 def levels():
-    return pd.DataFrame({"excerpt": ["the cat", "a dog"], "level": ["[A]", "[B]"], "word": ["red", "blue"]})
+    return pd.DataFrame({"excerpt": ["the cat", "a dog"], "level": ["A", "B"], "word": ["red", "blue"]})
 
 
-def test_a_prefix_is_put_before_each_text(tokenizer):
-    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config(prefix="big hat ")))
-    assert rows == [[BOS, *ids_of("big hat the cat"), EOS], [BOS, *ids_of("big hat a dog"), EOS]]
+def template_rows(frame, tokenizer, template, **settings):
+    """Rows of ids of a frame whose tokens are added first, as training does."""
+    cfg = ku.Config(template=template, **settings)
+    ku._TextReader(tokenizer, cfg).add_tokens(frame)
+    return rows_of(ku._tokenize(frame, tokenizer, cfg))
 
 
-def test_braces_in_a_prefix_insert_columns(tokenizer):
-    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config(prefix="{word} hat {word} ")))
-    assert rows == [[BOS, *ids_of("red hat red the cat"), EOS], [BOS, *ids_of("blue hat blue a dog"), EOS]]
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("big hat {excerpt}", "big hat the cat"),
+        ("{excerpt} big hat", "the cat big hat"),
+        ("{word} hat {word} {excerpt}", "red hat red the cat"),
+        ("{excerpt} on {excerpt}", "the cat on the cat"),
+        ("{word}{excerpt}", "red the cat"),
+        ("  {excerpt}  on   the {word} ", "the cat on the red"),
+        ("{excerpt}", "the cat"),
+    ],
+)
+def test_a_template_says_what_stands_where_in_a_row(template, words, tokenizer):
+    assert template_rows(levels(), tokenizer, template)[0] == [BOS, *ids_of(words), EOS]
 
 
-def test_each_column_of_a_prefix_stands_in_its_place(tokenizer):
-    frame = levels().assign(place=["tree", "river"])
-    rows = rows_of(ku._tokenize(frame, tokenizer, ku.Config(prefix="{word} hat {place} mat ")))
-    assert rows[0] == [BOS, *ids_of("red hat tree mat the cat"), EOS]
-    assert rows[1] == [BOS, *ids_of("blue hat river mat a dog"), EOS]
+def test_each_column_of_a_template_is_that_of_its_name_whatever_the_name(tokenizer):
+    names = ["full text", "a[0]", "q: 1!", "x.y"]
+    frame = pd.DataFrame([WORDS[:4]], columns=names)
+    rows = template_rows(frame, tokenizer, "".join(f"{{{n}}}" for n in reversed(names)), text_columns=names)
+    assert rows == [[BOS, *reversed(ALL_IDS[:4]), EOS]]
 
 
-def test_a_prefix_is_put_before_the_first_text_of_a_pair_only(tokenizer):
-    cfg = ku.Config(prefix="big ", text_columns="excerpt,word")
-    rows = rows_of(ku._tokenize(levels(), tokenizer, cfg))
-    assert rows[0] == [BOS, *ids_of("big the cat"), EOS, *ids_of("red"), EOS]
+def test_braces_that_hold_no_name_and_braces_in_the_data_are_text(tokenizer):
+    frame = pd.DataFrame({"excerpt": ["the {word} cat"], "word": ["red"]})
+    cfg = ku.Config(template="{} } {{excerpt}} {")
+    assert [pieces[1] for pieces in cfg.segments] == ["excerpt"]
+    (row,) = rows_of(ku._tokenize(frame, tokenizer, cfg))
+    assert [i for i in row if i != UNK] == [BOS, *ids_of("the cat"), EOS]
 
 
-@pytest.mark.parametrize("truncation, kept", [("head", ALL_IDS[:5]), ("tail", ALL_IDS[-5:])])
-def test_a_prefix_is_never_cut_and_the_text_takes_what_is_left(tokenizer, truncation, kept):
-    frame = pd.DataFrame({"excerpt": [ALL_WORDS]})
-    cfg = ku.Config(prefix="big hat mat ", max_length=10, truncation=truncation)
-    assert rows_of(ku._tokenize(frame, tokenizer, cfg)) == [[BOS, *ids_of("big hat mat"), *kept, EOS]]
+def test_brackets_of_a_template_become_tokens_and_those_around_a_column_one_for_each_of_its_values(tokenizer):
+    n = len(tokenizer)
+    frame = pd.concat([levels(), levels()])
+    rows = template_rows(frame, tokenizer, "[{level}] [TEXT]{excerpt}[END]")
+    added = {word: tokenizer.convert_tokens_to_ids(word) for word in ("[A]", "[B]", "[END]", "[TEXT]")}
+    assert list(added.values()) == [n, n + 1, n + 2, n + 3] and len(tokenizer) == n + 4
+    for row, level, text in zip(rows, "[A] [B]".split() * 2, ["the cat", "a dog"] * 2, strict=True):
+        assert row == [BOS, added[level], added["[TEXT]"], *ids_of(text), added["[END]"], EOS]
 
 
-def test_two_long_texts_of_a_pair_share_what_the_prefix_leaves(tokenizer):
-    frame = pd.DataFrame({"excerpt": [ALL_WORDS], "other": [ALL_WORDS]})
-    cfg = ku.Config(prefix="big hat ", max_length=13, text_columns="excerpt,other")
-    rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
-    assert rows == [[BOS, *ids_of("big hat"), *ALL_IDS[:4], EOS, *ALL_IDS[:4], EOS]]
+def test_what_stands_in_the_data_makes_no_token_and_is_none(tokenizer):
+    frame = pd.DataFrame({"excerpt": ["the [TEXT] cat [12] <s> </s>"] * 2, "level": ["[A]", "[12]"]})
+    n = len(tokenizer)
+    rows = template_rows(frame, tokenizer, "[TEXT] {level} {excerpt}")
+    assert len(tokenizer) == n + 1
+    for row in rows:
+        assert row[:2] == [BOS, n] and row[-1] == EOS
+        assert {BOS, EOS, n}.isdisjoint(row[2:-1])
 
 
-def test_a_short_first_text_is_kept_after_a_long_prefix(tokenizer):
-    frame = pd.DataFrame({"excerpt": ["red cat dog"], "other": [ALL_WORDS]})
-    cfg = ku.Config(prefix="big hat mat big hat mat ", max_length=15, text_columns="excerpt,other")
-    rows = rows_of(ku._tokenize(frame, tokenizer, cfg))
-    assert rows == [[BOS, *ids_of("big hat mat big hat mat red cat dog"), EOS, *ALL_IDS[:3], EOS]]
+def test_a_token_that_the_tokenizer_has_is_that_token_where_the_template_names_it(tokenizer):
+    n = len(tokenizer)
+    rows = template_rows(levels(), tokenizer, "{excerpt}</s>{word}<s>")
+    assert rows[0] == [BOS, *ids_of("the cat"), EOS, *ids_of("red"), BOS, EOS] and len(tokenizer) == n
 
 
-def test_a_prefix_that_leaves_no_room_for_a_text_is_refused_with_its_length(tokenizer):
-    cfg = ku.Config(prefix="big hat mat red cat dog ", max_length=8)
-    with pytest.raises(ku.ConfigError, match=r"max_length 8.*6 tokens"):
-        ku._tokenize(levels(), tokenizer, cfg)
+def test_a_value_that_training_never_saw_is_read_as_text(tokenizer):
+    cfg = ku.Config(template="[{word}] {excerpt}")
+    reader = ku._TextReader(tokenizer, cfg)
+    reader.add_tokens(levels())
+    other = levels().assign(word=["red", "hat"])
+    assert reader.new_tokens(other) == ["[hat]"]
+    known, new = rows_of(ku._tokenize(other, tokenizer, cfg))
+    assert known == [BOS, tokenizer.convert_tokens_to_ids("[red]"), *ids_of("the cat"), EOS]
+    assert new == [BOS, UNK, *ids_of("hat"), UNK, *ids_of("a dog"), EOS]
 
 
-def test_without_a_prefix_the_texts_are_as_they_are(tokenizer):
-    rows = rows_of(ku._tokenize(levels(), tokenizer, ku.Config()))
-    assert rows == [[BOS, *ids_of("the cat"), EOS], [BOS, *ids_of("a dog"), EOS]]
+def test_a_value_that_spells_a_special_token_is_text(tokenizer):
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    (row,) = template_rows(levels()[:1].assign(word="MASK"), tokenizer, "[{word}] {excerpt}")
+    assert tokenizer.mask_token_id not in row
 
 
-def test_new_words_in_brackets_become_one_token_each_after_the_old_ones(tokenizer):
-    cfg, n = ku.Config(prefix="{level} [LEVEL] "), len(tokenizer)
-    new = ku._add_prefix_tokens(tokenizer, levels(), cfg)
-    assert sorted(new) == ["[A]", "[B]", "[LEVEL]"] and len(tokenizer) == n + 3
-    added = {word: tokenizer.convert_tokens_to_ids(word) for word in new}
-    assert set(added.values()) == {n, n + 1, n + 2}
-    rows = rows_of(ku._tokenize(levels(), tokenizer, cfg))
-    assert rows[0] == [BOS, added["[A]"], added["[LEVEL]"], *ids_of("the cat"), EOS]
-    assert rows[1] == [BOS, added["[B]"], added["[LEVEL]"], *ids_of("a dog"), EOS]
-
-
-def test_new_words_get_their_ids_in_alphabetical_order_and_are_special(tokenizer):
+def test_new_tokens_get_their_ids_in_alphabetical_order_and_are_special(tokenizer):
     words, n = [f"[{letter}]" for letter in "zyxwvutsrqponmlkjihgfedcba"], len(tokenizer)
-    ku._add_prefix_tokens(tokenizer, levels(), ku.Config(prefix=" ".join(words)))
+    template_rows(levels(), tokenizer, " ".join([*words, "{excerpt}"]))
     assert tokenizer.convert_tokens_to_ids(sorted(words)) == list(range(n, n + 26))
     assert all(tokenizer.added_tokens_decoder[i].special for i in range(n, n + 26))
 
 
-def test_words_that_the_tokenizer_has_are_not_added_again(tokenizer):
-    cfg = ku.Config(prefix="{level} ")
-    ku._add_prefix_tokens(tokenizer, levels(), cfg)
+def test_tokens_that_the_tokenizer_has_are_not_added_again(tokenizer):
+    reader = ku._TextReader(tokenizer, ku.Config(template="[{level}] {excerpt}"))
+    assert reader.add_tokens(levels()) == ["[A]", "[B]"]
     n = len(tokenizer)
-    assert ku._add_prefix_tokens(tokenizer, levels(), cfg) == [] and len(tokenizer) == n
+    assert reader.add_tokens(levels()) == [] and len(tokenizer) == n
 
 
-def test_a_prefix_without_brackets_adds_nothing(tokenizer):
-    n = len(tokenizer)
-    assert ku._add_prefix_tokens(tokenizer, levels(), ku.Config(prefix="big {word} ")) == [] and len(tokenizer) == n
-
-
-def test_the_same_new_words_get_the_same_ids_whatever_the_row_order():
-    cfg, ids = ku.Config(prefix="{level} "), []
+def test_the_same_new_tokens_get_the_same_ids_whatever_the_row_order():
+    ids = []
     for frame in (levels(), levels().iloc[::-1]):
         tokenizer = make_tokenizer()
-        ku._add_prefix_tokens(tokenizer, frame, cfg)
+        template_rows(frame, tokenizer, "[{level}] {excerpt}")
         ids.append(tokenizer.convert_tokens_to_ids(["[A]", "[B]"]))
     assert ids[0] == ids[1]
 
 
-def test_a_column_of_too_many_new_words_is_refused_with_their_number(tokenizer):
-    frame = pd.DataFrame({"excerpt": "a", "key": [f"[{i}]" for i in range(1001)]})
-    with pytest.raises(ku.ConfigError, match="1001 new tokens"):
-        ku._add_prefix_tokens(tokenizer, frame, ku.Config(prefix="{key} "))
+def test_a_column_of_too_many_values_in_brackets_is_refused_with_their_number(tokenizer):
+    frame = pd.DataFrame({"excerpt": "a", "key": [str(i) for i in range(1001)]})
+    with pytest.raises(ku.ConfigError, match="1001 new tokens, such as"):
+        template_rows(frame, tokenizer, "[{key}] {excerpt}")
 
 
-def test_new_words_outlive_saving_the_tokenizer(tokenizer, tmp_path):
-    cfg = ku.Config(prefix="{level} ")
-    ku._add_prefix_tokens(tokenizer, levels(), cfg)
-    expected = rows_of(ku._tokenize(levels(), tokenizer, cfg))
+def test_new_tokens_outlive_saving_the_tokenizer(tokenizer, tmp_path):
+    frame = levels().assign(excerpt=["the\ncat", "a dog [A]"])
+    template, settings = "[{level}] {excerpt}", dict(keep_newlines=True)
+    expected = template_rows(frame, tokenizer, template, **settings)
+    assert tokenizer.convert_tokens_to_ids("[NEWLINE]") in expected[0]
     tokenizer.save_pretrained(tmp_path)
-    assert rows_of(ku._tokenize(levels(), ku._load_tokenizer(tmp_path), cfg)) == expected
+    cfg = ku.Config(template=template, **settings)
+    assert rows_of(ku._tokenize(frame, ku._load_tokenizer(tmp_path), cfg)) == expected
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        (dict(template="{word} {excerpts}"), "template must hold {excerpt}"),
+        (dict(template="no place"), "template must hold {excerpt}"),
+        (dict(template="[{excerpt}]"), "template must hold {excerpt}, not in brackets"),
+        (dict(template="{excerpt} {b}", text_columns="a,b"), "template must hold {a}"),
+        (dict(template="{excerpt} {target}"), "template must not hold target"),
+        (dict(truncation="head,tail"), "truncation has 2 values; the texts are excerpt"),
+        (dict(truncation="head,tail", text_columns="a,b,c"), "the texts are a, b, c"),
+        (dict(truncation="head,tail,tail", template="[{a} {b}] {excerpt}"), "the texts are [a b], excerpt"),
+        (dict(truncation="head,middle", text_columns="a,b"), "truncation must be one of head, tail, head_tail"),
+    ],
+)
+def test_a_template_or_truncation_that_does_not_fit_is_an_error_that_says_what_does(settings, problem):
+    with pytest.raises(ku.ConfigError, match=re.escape(problem)):
+        ku.Config(**settings)
+
+
+def test_the_columns_of_the_input_are_the_texts_and_then_those_that_the_template_adds():
+    cfg = ku.Config(template="[{genre} {year}] {b} {note} {a} {b}", text_columns="a,b")
+    assert cfg.input_columns == ["a", "b", "genre", "year", "note"]
+
+
+# ---------------------------------------------------------------------------------------
+# Several texts and the room they share
+
+
+@pytest.mark.parametrize(
+    "pair, ids, token_types",
+    [
+        ("<s> $A </s> $B:1 </s>:1", [BOS, 4, EOS, 5, EOS, 6, EOS], [0, 0, 0, 1, 1, 1, 1]),
+        ("<s> $A </s> </s> $B </s>", [BOS, 4, EOS, EOS, 5, EOS, EOS, 6, EOS], [0] * 9),
+        ("$A </s> $B:1 </s>:1 <s>:2", [4, EOS, 5, EOS, 6, EOS, BOS], [0, 0, 1, 1, 1, 1, 2]),
+        ("$A $B </s>", [4, 5, 6, EOS], [0, 0, 0, 0]),
+    ],
+)
+def test_further_texts_are_set_off_and_typed_as_the_second_of_a_pair(pair, ids, token_types):
+    tokens = tokens_of(["the"], tokenizer_with("$A", pair), ku.Config(), ["a"], ["cat"])
+    assert rows_of(tokens) == [ids] and types_of(tokens) == [token_types]
+
+
+def test_empty_texts_among_several_keep_their_separators(tokenizer):
+    rows = rows_of(tokens_of(["the", "", ""], tokenizer, ku.Config(), ["", "a", ""], ["cat", "", ""]))
+    assert rows == [[BOS, 4, EOS, EOS, 6, EOS], [BOS, EOS, 5, EOS, EOS], [BOS, EOS, EOS, EOS]]
+
+
+def fair_rooms(lengths, room):
+    """What is left where the longest text loses a token, of equally long ones the last, until all fit."""
+    rooms = list(lengths)
+    while sum(rooms) > room:
+        longest = max(rooms)
+        rooms[len(rooms) - 1 - rooms[::-1].index(longest)] -= 1
+    return rooms
+
+
+def test_long_texts_share_the_room_and_short_ones_leave_theirs_to_them():
+    rng = np.random.default_rng(0)
+    for n_texts in range(1, 7):
+        for _ in range(100):
+            lengths = rng.integers(0, 30, n_texts).tolist()
+            room = int(rng.integers(n_texts, 60))
+            assert ku._share_room(lengths, room) == fair_rooms(lengths, room)
+
+
+@pytest.mark.parametrize("max_length", [11, 14, 15])
+def test_each_of_several_long_texts_is_cut_in_its_own_way_to_its_share(max_length, tokenizer):
+    cfg = ku.Config(max_length=max_length, truncation="head,tail,head_tail", text_columns="text0,text1,text2")
+    (row,) = rows_of(tokens_of([ALL_WORDS], tokenizer, cfg, [ALL_WORDS], [ALL_WORDS]))
+    first, second, third = fair_rooms([len(WORDS)] * 3, max_length - 4)
+    head = third // 4
+    last = [*ALL_IDS[:head], *ALL_IDS[head - third :]]
+    assert row == [BOS, *ALL_IDS[:first], EOS, *ALL_IDS[-second:], EOS, *last, EOS]
+
+
+def test_literals_are_never_cut_and_every_segment_keeps_a_share(tokenizer):
+    frame = pd.DataFrame({"excerpt": [ALL_WORDS, "red"], "word": [ALL_WORDS] * 2})
+    rows = template_rows(frame, tokenizer, "on the {word} and so {excerpt}", max_length=14)
+    words, so = ALL_IDS, [UNK, UNK]
+    assert rows[0] == [BOS, *ids_of("on the"), *words[:4], *so, *words[:4], EOS]
+    assert rows[1] == [BOS, *ids_of("on the"), *words[:7], *so, *ids_of("red"), EOS]
+
+
+@pytest.mark.parametrize("template", ["", "[{a}] x {b} {c} [Y] {excerpt} {b}"])
+@pytest.mark.parametrize("max_length", [8, 9, 64])
+def test_no_row_is_too_long_whatever_column_holds_ten_thousand_words(template, max_length, tokenizer):
+    long, columns = "the cat " * 5000, ["a", "b", "c", "excerpt"]
+    rows = [dict.fromkeys(columns, "cat"), dict.fromkeys(columns, long), dict.fromkeys(columns, "")]
+    rows += [dict.fromkeys(columns, "cat") | {name: long} for name in columns]
+    cfg = ku.Config(template=template, text_columns=columns[::-1] if not template else "excerpt", max_length=max_length)
+    ku._TextReader(tokenizer, cfg).add_tokens(pd.DataFrame(rows[:1]))
+    if max_length == 8:
+        with pytest.raises(ku.ConfigError, match=r"max_length 8: . tokens around . texts leave no room"):
+            ku._tokenize(pd.DataFrame(rows), tokenizer, cfg)
+        return
+    lengths = ku._tokenize(pd.DataFrame(rows), tokenizer, cfg).lengths
+    assert lengths.max() == max_length and lengths.min() > 0
+    assert (lengths[3:] == max_length).all()
+
+
+def test_lengths_are_told_before_the_cut(tokenizer):
+    texts = ["the " * n for n in range(1, 102)]
+    tokens = tokens_of(texts, tokenizer, ku.Config(max_length=53))
+    assert tokens.full_lengths.tolist() == list(range(3, 104)) and tokens.lengths.max() == 53
+    line = tokens.describe_lengths()
+    assert line == "53 tokens a text (median), 95% have at most 98; 49.5% are cut to max_length"
+
+
+# ---------------------------------------------------------------------------------------
+# Special tokens and line breaks in texts
+
+
+def spelled(kind):
+    """A tokenizer that knows the characters of its special tokens, with a token to be added to its left."""
+    if kind == "characters":  # a slow one
+        return transformers.ByT5Tokenizer()
+    tokenizer = subword_tokenizer(kind)
+    tokenizer.add_special_tokens({"mask_token": tokenizers.AddedToken("<mask>", lstrip=True)})
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marks", "pieces", "characters"])
+def test_special_tokens_that_are_written_in_a_text_stay_text(kind):
+    tokenizer = make_pieces() if kind == "pieces" else spelled(kind)
+    tokenizer.add_tokens(["[NEW]"], special_tokens=True)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    text = "a cat <mask> sat</s> <pad> on [NEW]<s><s> mat"
+    (row,) = rows_of(tokens_of([text], tokenizer, ku.Config()))
+    (plain,) = rows_of(tokens_of(["a cat sat on mat"], tokenizer, ku.Config()))
+    around = [i for i in plain if i in special]
+    assert [i for i in row if i in special] == around and len(row) > len(plain)
+    (same,) = rows_of(tokens_of(["a cat sat on mat"], tokenizer, ku.Config()))
+    assert same == plain == tokenizer("a cat sat on mat")["input_ids"]
+
+
+@pytest.mark.parametrize("text, token", [("a cat <unk> sat", "<unk>"), ("<mask> a cat", "<mask>")])
+def test_a_special_token_in_a_text_is_the_pieces_of_its_characters(text, token):
+    tokenizer = spelled("bytes")
+    (row,) = rows_of(tokens_of([text], tokenizer, ku.Config()))
+    assert tokenizer.convert_tokens_to_ids(token) not in row
+    plain = tokens_of([text.replace("<", "").replace(">", "")], tokenizer, ku.Config())  # it knows neither of the two
+    assert [row] == rows_of(plain)
+
+
+def test_encoding_texts_leaves_the_tokenizer_as_it_was():
+    tokenizer = spelled("bytes")
+    before = tokenizer("a cat <mask> sat</s>")["input_ids"]
+    tokens_of(["a cat <mask>"], tokenizer, ku.Config())
+    assert tokenizer("a cat <mask> sat</s>")["input_ids"] == before
+
+
+def test_texts_with_special_tokens_and_with_line_breaks_are_counted(tokenizer):
+    frame = pd.DataFrame({"excerpt": ["a </s> <s>", "the\ncat", "a\r\ndog <s>", "red"]})
+    notes = list(ku._TextReader(tokenizer, ku.Config()).notes(frame))
+    assert len(notes) == 2 and notes[0].startswith("2 texts hold special tokens")
+    assert notes[1].startswith("2 texts hold line breaks") and "keep_newlines" in notes[1]
+    kept = ku._TextReader(tokenizer, ku.Config(keep_newlines=True)).notes(frame)
+    assert len(list(kept)) == 1 and not list(ku._TextReader(tokenizer, ku.Config()).notes(frame[3:]))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028", "\x85"])
+def test_a_line_break_that_is_kept_is_one_token_of_its_own(end, tokenizer):
+    frame = pd.DataFrame({"excerpt": [f"the cat{end}{end}sat [NEWLINE]{end}", end]})
+    n = len(tokenizer)
+    rows = template_rows(frame, tokenizer, "{excerpt}", keep_newlines=True)
+    assert tokenizer.convert_tokens_to_ids("[NEWLINE]") == n and len(tokenizer) == n + 1
+    assert [i for i in rows[0] if i != UNK] == [BOS, *ids_of("the cat"), n, n, *ids_of("sat"), n, EOS]
+    assert rows[1] == [BOS, n, EOS]
+
+
+def test_a_tokenizer_that_keeps_line_breaks_gets_no_token_for_them():
+    tokenizer = subword_tokenizer("bytes")
+    n = len(tokenizer)
+    frame = pd.DataFrame({"excerpt": ["the cat\r\nsat", "the cat\nsat"]})
+    rows = template_rows(frame, tokenizer, "{excerpt}", keep_newlines=True)
+    assert len(tokenizer) == n and rows[0] == rows[1] == tokenizer("the cat\nsat")["input_ids"]
+    assert not list(ku._TextReader(tokenizer, ku.Config()).notes(frame))
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_embeddings_grow_by_the_new_words_and_keep_the_old_rows(backbone_folder, kind):
     folder = backbone_folder(kind)
-    cfg = ku.Config(prefix=" ".join(f"[{i}]" for i in range(10)) + " ", max_length=32)
+    cfg = ku.Config(template=" ".join([f"[{i}]" for i in range(10)] + ["{excerpt}"]), max_length=32)
     tokenizer = ku._load_tokenizer(folder)
-    ku._add_prefix_tokens(tokenizer, levels(), cfg)
+    ku._TextReader(tokenizer, cfg).add_tokens(levels())
     loss, targets = ku.LOSSES["mse"](cfg, 1), torch.zeros(2, 1)
     model = ku.TextModel.build(cfg, folder, loss, tokenizer, targets, lambda text: None)
     old = ku._BackboneLoader(folder, cfg).load().get_input_embeddings().weight
@@ -508,11 +699,10 @@ def test_short_texts_and_pairs_get_the_ids_that_the_tokenizer_itself_gives(kind)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "marks", "marks, end"])
-def test_the_space_after_a_prefix_token_is_no_token(kind):
+@pytest.mark.parametrize("template", ["[new] {excerpt}", "{excerpt} [new]", "[new]{excerpt}"])
+def test_the_spaces_around_a_text_of_a_template_are_no_tokens(template, kind):
     tokenizer = subword_tokenizer(kind)
     frame = pd.DataFrame({"excerpt": ["the cat sat"]})
-    cfg = ku.Config(prefix="[new] ")
-    ku._add_prefix_tokens(tokenizer, frame, cfg)
-    plain = rows_of(tokens_of(["the cat sat"], tokenizer, cfg))[0]
-    (row,) = rows_of(ku._tokenize(frame, tokenizer, cfg))
+    plain = rows_of(tokens_of(["the cat sat"], tokenizer, ku.Config()))[0]
+    (row,) = template_rows(frame, tokenizer, template)
     assert [i for i in row if i != tokenizer.convert_tokens_to_ids("[new]")] == plain and len(row) == len(plain) + 1

@@ -52,7 +52,7 @@ def load(cfg):
     ku._check_no_foreign_code(folder / "config.json", ku._HARMLESS_KEYS)
     frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
     tokenizer = ku._load_tokenizer(folder)
-    new = ku._add_prefix_tokens(tokenizer, frame, cfg)
+    new = ku._TextReader(tokenizer, cfg).add_tokens(frame)
     tokens = ku._tokenize(frame, tokenizer, cfg)
     tokens.check_vocabulary(tokenizer)
     loader = ku._BackboneLoader(folder, cfg)

@@ -46,7 +46,7 @@ import kernel_utils as ku
 # Settings: made by this tool; without effect on what is trained; of which rows are in which fold
 PLACE = ("output_dir", "run_name")
 KEEPING = {*ku.Config.names("place"), "recipe"} - {"run_folds"}
-ROWS = "data_dir id_column text_columns prefix target_columns task max_rows".split()
+ROWS = "data_dir id_column text_columns template target_columns task max_rows".split()
 ROWS += "n_folds fold_kind group_column fold_seed".split()
 DEFAULTS = ku.Config().to_dict()
 
