@@ -47,7 +47,7 @@ import kernel_utils as ku
 PLACE = ("output_dir", "run_name")
 KEEPING = {*ku.Config.names("place"), "recipe"} - {"run_folds"}
 ROWS = "data_dir id_column text_columns prefix target_columns task max_rows".split()
-ROWS += "n_folds fold_kind group_column fold_seed".split()
+ROWS += "n_folds fold_kind group_column fold_seed train_file numeric_texts".split()
 DEFAULTS = ku.Config().to_dict()
 
 # States of a cell before it runs, and outcomes other than an error
@@ -179,7 +179,7 @@ def silence():
 def read_rows(cfg):
     """The training rows with their folds."""
     with silence():
-        return ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
+        return ku.make_folds(ku._read_train(cfg), cfg)
 
 
 @functools.cache
