@@ -1569,47 +1569,45 @@ class _TableFile:
         a row longer than the header, and a row that ends with a carriage return where others do
         not.
         """
-        header, returns, is_unix = [], [], False
+        header, row_ends = [], {}  # what ends a row: the line where it first does
         row_line = 1  # where the row begins that is read next
         separator = {",": "commas", "\t": "tabs"}[delimiter]
         old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
         try:
-            with self.open() as file:
-                reader = csv.reader(self.decode_lines(file), delimiter=delimiter, strict=True)
-                for row in reader:
-                    if not header and (len(row) > 1 or "".join(row).strip()):
-                        header = row
-                    if header and len(row) > len(header):
-                        is_one = len(header) == 1
-                        hint = f"; is it separated by {separator}?" if is_one else ""
-                        self.refuse_line(row_line, f"more cells than the header has columns{hint}")
-                    if row and self.line_end == "\r":
-                        returns.append(reader.line_num)
-                    is_unix = is_unix or (row and self.line_end.endswith("\n"))
-                    row_line = reader.line_num + 1
+            reader = csv.reader(self.lines(), delimiter=delimiter, strict=True)
+            for row in reader:
+                if not header and (len(row) > 1 or "".join(row).strip()):
+                    header = row
+                if header and len(row) > len(header):
+                    hint = f"; is it separated by {separator}?" if len(header) == 1 else ""
+                    self.refuse_line(row_line, f"more cells than the header has columns{hint}")
+                if row:
+                    row_ends.setdefault(self.line_end, reader.line_num)
+                row_line = reader.line_num + 1
         except csv.Error as error:
             self.refuse_line(row_line, f"not a row of cells; is a quote not closed? ({error})")
         finally:
             csv.field_size_limit(old_limit)
         if not header:
             raise DataError(f"{self.path}: not a CSV file with a header; it is empty")
-        if returns and is_unix:
-            remedy = "a text that holds one must stand in quotes"
-            self.refuse_line(returns[0], f"a lone carriage return (\\r) ends the row; {remedy}")
+        if "\r" in row_ends and row_ends.keys() & {"\n", "\r\n"}:
+            problem = "a lone carriage return (\\r) ends the row; in quotes it would be text"
+            self.refuse_line(row_ends["\r"], problem)
         return header
 
-    def decode_lines(self, file):
-        """The lines of a file of bytes, once each is text in UTF-8."""
+    def lines(self):
+        """The lines of the file, once each is text in UTF-8."""
         how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-        for number, line in enumerate(io.TextIOWrapper(file, **how), 1):
-            bad = _NOT_TEXT.search(line)
-            if bad and bad[0] == "\0":
-                self.refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
-            elif bad:
-                byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
-                self.refuse_line(number, f"not a text file in UTF-8 (byte {byte:#x})")
-            self.line_end = line[len(line.rstrip("\r\n")) :]
-            yield line
+        with self.open() as file, io.TextIOWrapper(file, **how) as text:
+            for number, line in enumerate(text, 1):
+                bad = _NOT_TEXT.search(line)
+                if bad and bad[0] == "\0":
+                    self.refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
+                elif bad:
+                    byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
+                    self.refuse_line(number, f"not a text file in UTF-8 (byte {byte:#x})")
+                self.line_end = line[len(line.rstrip("\r\n")) :]
+                yield line
 
     def refuse_line(self, number, problem):
         raise DataError(f"{self.path}, line {number}: {problem}") from None
@@ -1617,18 +1615,17 @@ class _TableFile:
     def read_jsonl(self):
         """A JSON object on each line; what an object lacks is empty."""
         header, rows = {}, []
-        with self.open() as file:
-            for number, line in enumerate(self.decode_lines(file), 1):
-                if not line.strip():
-                    continue
-                try:  # numbers as they stand, 1.50 as well
-                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-                except ValueError as error:
-                    self.refuse_line(number, f"not JSON ({error})")
-                if not isinstance(row, dict):
-                    self.refuse_line(number, "expected a JSON object, one a line")
-                header |= dict.fromkeys(row)
-                rows.append(row)
+        for number, line in enumerate(self.lines(), 1):
+            if not line.strip():
+                continue
+            try:  # numbers as they stand, 1.50 as well
+                row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+            except ValueError as error:
+                self.refuse_line(number, f"not JSON ({error})")
+            if not isinstance(row, dict):
+                self.refuse_line(number, "expected a JSON object, one a line")
+            header |= dict.fromkeys(row)
+            rows.append(row)
         cells = {name: [_plain_text(row.get(name)) for row in rows] for name in header}
         return list(header), pd.DataFrame(cells)
 

@@ -1,5 +1,6 @@
 """Pseudo-labels: who labelled what, what is left out, what is refused, and how they are trained on."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -27,7 +28,8 @@ def label(monkeypatch, *arguments):
 def folds_of(runs):
     """The training rows of the two runs with their folds."""
     cfg = ku._Run.load(runs / "one").cfg
-    return ku.make_folds(ku._read_train(cfg, runs.parent / "competition"), cfg)
+    moved = dataclasses.replace(cfg, data_dir=str(runs.parent / "competition"))
+    return ku.make_folds(ku._read_train(moved), cfg)
 
 
 def long_text(number):

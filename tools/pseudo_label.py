@@ -4,9 +4,9 @@
     papermill notebooks/train.ipynb train.out.ipynb -p pseudo_dir pseudo -p run_name student
 
 The model that validates on fold f is later trained with the labels of fold f: the mean over the
-runs of their models that validated on fold f. A table of texts has the text columns of train.csv; ids
-are made where it has none. A text that is a training row, by id or text, gets no label; one that
-nearly is a row of fold f gets none for fold f: the two share at least --threshold of the word
+runs of their models that validated on fold f. A table of texts has the text columns of train.csv;
+ids are made where it has none. A text that is a training row, by id or text, gets no label; one
+that nearly is a row of fold f gets none for fold f: the two share at least --threshold of the word
 trigrams of the shorter one.
 """
 
