@@ -762,6 +762,8 @@ class InferConfig(Settings):
 
     data_dir: str = option("", "folder of test.csv; empty: the attached competition or the sample")
     bundle_dir: str = option("", "bundle or run folder; empty: the only one attached or in runs/")
+    test_file: str = option("", "name of the test table; empty: as in training")
+    sample_file: str = option("", "name of the sample submission; empty: as in training")
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
@@ -811,7 +813,7 @@ class _Kaggle:
         return sorted(attached.values())
 
     def competition(self, has_table, name):
-        """The folder of the one attached competition for which `has_table`, of the table `name`."""
+        """The folder of the one attached competition that `has_table`, the one called `name`."""
         for pattern in ("competitions/*", "*"):
             folders = [path for path in sorted(self.input.glob(pattern)) if path.is_dir()]
             folders = list(filter(has_table, folders))
@@ -819,11 +821,9 @@ class _Kaggle:
                 break
         if len(folders) == 1:
             return folders[0]
-        problem = "several competitions are attached" if folders else "no attached competition"
-        if not folders:
-            patterns = ("*.csv*", "*.tsv*", "*.jsonl*", "*.parquet", "*.zip")
-            folders = sorted({f for pattern in patterns for f in self.attached_folders(pattern)})
-        raise DataError(f"{problem} has a {name}; set data_dir to one of: {_comma_join(folders)}")
+        problem = "several attached competitions have" if folders else "no attached competition has"
+        folders = _comma_join(folders or self.attached_folders("*.*"))
+        raise DataError(f"{problem} a {name}; set data_dir to one of: {folders}")
 
 
 def _user_path(setting, value):
@@ -914,7 +914,8 @@ def _find_data_dir(cfg, kind):
     """The folder with the table `kind`, "train" or "test": that of the setting `data_dir`, the
     competition attached on Kaggle, or the sample of the clone.
     """
-    wanted = getattr(cfg, f"{kind}_file") or _TABLE_NAMES[kind][0]
+    own, usual = getattr(cfg, f"{kind}_file"), _TABLE_NAMES[kind][0]
+    wanted = own or f"{usual} or the like ({_TABLE_FORMS})"
     if cfg.data_dir:
         path, where = _user_path("data_dir", cfg.data_dir), f"data_dir {cfg.data_dir!r}"
         if not path.is_dir():
@@ -924,7 +925,7 @@ def _find_data_dir(cfg, kind):
         folder = _DataFolder(path, cfg)
         if not folder.names(kind):
             names = _comma_join(sorted(os.listdir(path)))
-            raise DataError(f"{where} has no {wanted} ({_TABLE_FORMS}); it has {names}")
+            raise DataError(f"{where} has no {wanted}; it has {names}: set data_dir or {kind}_file")
         return folder
     if _Kaggle().is_here():
         path = _Kaggle().competition(lambda path: _DataFolder(path, cfg).names(kind), wanted)
@@ -932,9 +933,9 @@ def _find_data_dir(cfg, kind):
     clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
     samples = [clone / "notebooks" / "sample" for clone in clones]  # a bundle is in no clone
     for sample in samples:
-        if (sample / wanted).is_file():
+        if (sample / (own or usual)).is_file():
             return _DataFolder(sample, cfg)
-    raise DataError(f"data_dir is empty and there is no {wanted} in {samples[0]}: set data_dir")
+    raise DataError(f"data_dir is empty and {samples[0]} has no {own or usual}: set data_dir")
 
 
 def _seed_everything(*seeds):
@@ -1490,23 +1491,20 @@ class _TableFile:
         self.path = Path(path)
         self.packing = self.path.suffix.lower()
         self.name = self.path.name  # of the table itself, which tells its form
+        self.delimiter = ","
         self.line_end = ""  # of the line that was read last
 
     def read(self):
         """The table as a frame. Names lose blanks at their ends; `attrs["header"]` keeps them."""
-        readers = {
-            "csv": functools.partial(self.read_csv, ","),
-            "tsv": functools.partial(self.read_csv, "\t"),
-            "jsonl": self.read_jsonl,
-            "parquet": self.read_parquet,
-        }
         try:
             if self.packing == ".zip":
                 self.name = self.find_member()
-            form = _TABLE_SUFFIX.search(self.name) or [None, None]
-            if not form[1]:
-                raise DataError(f"{self.path}: expected {_TABLE_FORMS}")
-            header, frame = readers[form[1].lower()]()
+            form = _TABLE_SUFFIX.search(self.name.lower())
+            if form is None or form[1] is None:
+                raise DataError(f"{self.path}: expected {_TABLE_FORMS}, got {self.name}")
+            self.delimiter = "\t" if form[1] == "tsv" else ","
+            readers = {"jsonl": self.read_jsonl, "parquet": self.read_parquet}
+            header, frame = readers.get(form[1], self.read_csv)()
         except DataError:
             raise
         except self.damage as error:
@@ -1547,42 +1545,39 @@ class _TableFile:
                 names[place] = f"Unnamed: {place}"
         return names
 
-    def read_csv(self, delimiter):
-        header = self.check_csv(delimiter)
+    def read_csv(self):
+        header = self.check_csv()
+        how = {"sep": self.delimiter, "dtype": str, "keep_default_na": False}
+        how |= {"header": 0, "names": range(len(header)), "index_col": False}
         with self.open() as file:
-            frame = pd.read_csv(
-                file,
-                sep=delimiter,
-                names=range(len(header)),
-                header=0,
-                index_col=False,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-            )
+            frame = pd.read_csv(file, encoding="utf-8-sig", **how)
         return header, frame.fillna("")
 
-    def check_csv(self, delimiter):
+    def check_csv(self):
         """The header. DataError, with the line, for what pandas would take in its own way.
 
         That is another encoding, a NUL character, a quote that does not close where its cell ends,
         a row longer than the header, and a row that ends with a carriage return where others do
         not.
         """
-        header, row_ends = [], {}  # what ends a row: the line where it first does
-        row_line = 1  # where the row begins that is read next
-        separator = {",": "commas", "\t": "tabs"}[delimiter]
+        header, row_line = [], 1  # where the row begins that is read next
+        row_ends = {}  # is it a carriage return alone: the line where it first is
+        separator = "commas" if self.delimiter == "," else "tabs"
+        hint = f"; is it separated by {separator}?"
         old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
         try:
-            reader = csv.reader(self.lines(), delimiter=delimiter, strict=True)
+            reader = csv.reader(self.lines(), delimiter=self.delimiter, strict=True)
             for row in reader:
                 if not header and (len(row) > 1 or "".join(row).strip()):
                     header = row
+                if row and self.line_end:
+                    row_ends.setdefault(self.line_end == "\r", reader.line_num)
+                if len(row_ends) > 1:
+                    problem = "a lone carriage return (\\r) ends the row; in quotes it is text"
+                    self.refuse_line(row_ends[True], problem)
                 if header and len(row) > len(header):
-                    hint = f"; is it separated by {separator}?" if len(header) == 1 else ""
-                    self.refuse_line(row_line, f"more cells than the header has columns{hint}")
-                if row:
-                    row_ends.setdefault(self.line_end, reader.line_num)
+                    problem = "more cells than the header has columns"
+                    self.refuse_line(row_line, problem + hint * (len(header) == 1))
                 row_line = reader.line_num + 1
         except csv.Error as error:
             self.refuse_line(row_line, f"not a row of cells; is a quote not closed? ({error})")
@@ -1590,9 +1585,8 @@ class _TableFile:
             csv.field_size_limit(old_limit)
         if not header:
             raise DataError(f"{self.path}: not a CSV file with a header; it is empty")
-        if "\r" in row_ends and row_ends.keys() & {"\n", "\r\n"}:
-            problem = "a lone carriage return (\\r) ends the row; in quotes it would be text"
-            self.refuse_line(row_ends["\r"], problem)
+        if len(header) == 1 and re.search("[,;|\t]", header[0]):
+            raise DataError(f"{self.path}: the header is one name, {header[0]!r}{hint}")
         return header
 
     def lines(self):
@@ -1605,7 +1599,7 @@ class _TableFile:
                     self.refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
                 elif bad:
                     byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
-                    self.refuse_line(number, f"not a text file in UTF-8 (byte {byte:#x})")
+                    self.refuse_line(number, f"not text in UTF-8 (byte {byte:#x}); save it so")
                 self.line_end = line[len(line.rstrip("\r\n")) :]
                 yield line
 
@@ -1627,7 +1621,7 @@ class _TableFile:
             header |= dict.fromkeys(row)
             rows.append(row)
         cells = {name: [_plain_text(row.get(name)) for row in rows] for name in header}
-        return list(header), pd.DataFrame(cells)
+        return list(header), pd.DataFrame(cells, dtype=object)
 
     def read_parquet(self):
         try:
@@ -1643,7 +1637,7 @@ class _TableFile:
                 values = map(np.float32, values)  # 0.1 and not 0.10000000149011612
             header.append("" if re.fullmatch(r"__index_level_\d+__", name) else name)
             cells[len(cells)] = list(map(_plain_text, values))
-        return header, pd.DataFrame(cells)
+        return header, pd.DataFrame(cells, dtype=object)
 
 
 class _Table:
@@ -1677,11 +1671,8 @@ class _Table:
         missing = [name for name in dict.fromkeys(columns) if name not in existing]
         if missing:
             hints = [f"{name!r}{_did_you_mean(name, existing)}" for name in missing]
-            comma = "; is it separated by commas?" if len(existing) == 1 else ""
             names = _comma_join(name or "one without a name" for name in existing)
-            raise DataError(
-                f"{self.path}: no column {_comma_join(hints)}; there are {names}{comma}"
-            )
+            raise DataError(f"{self.path}: no column {_comma_join(hints)}; there are {names}")
         for column in columns:
             is_text = [isinstance(c, str) and not _NOT_TEXT.search(c) for c in self.frame[column]]
             self.refuse_rows(column, ~np.array(is_text), "text, a number or nothing")
@@ -1751,7 +1742,7 @@ class _Table:
             found = [name for name in columns if set(self.frame[name]) == set(ids)]
         else:
             named = filter(_ID_NAME.fullmatch, columns)
-            nameless = columns[:1] if columns[0] == "" else []
+            nameless = {""}.intersection(columns)
             found = [n for n in list(named) or nameless if self.frame[n].is_unique]
         return found[0] if len(found) == 1 else None
 
@@ -1769,8 +1760,9 @@ class _Table:
             print(f"{self.path}: no column {own!r}; its ids are {source}: {ids[0]}, ...")
         elif found != own:
             frame[own] = frame[found]
+            name = repr(found) if found else "without a name"
             remedy = "id_column and test_id_column name others"
-            print(f"{self.path}: the ids are the column {found!r} ({remedy})")
+            print(f"{self.path}: the ids are the column {name} ({remedy})")
         frame.attrs["id_header"] = header.get(found, own)
         self.frame = frame
 
@@ -1845,7 +1837,9 @@ def _check_labels(frame, cfg, path):
     alike = {}
     for label, text in zip(counts.index, shown, strict=True):
         form = "".join(unicodedata.normalize("NFKC", label).casefold().split())
-        alike.setdefault(re.sub(r"(\d)\.0+$", r"\1", form), []).append(text)
+        with contextlib.suppress(ValueError):
+            form = float(form)
+        alike.setdefault(form, []).append(text)
     for texts in alike.values():
         if len(texts) > 1:
             what = f"labels that differ only in how they are written: {', '.join(texts)}"
@@ -1876,7 +1870,9 @@ def _take_test_ids(test, sample, cfg):
     if test is None:
         return
     found, n_rows = test.find_ids(names, ids), len(test.frame)
-    if found is not None:
+    if cfg.test_id_column and found not in names:
+        test.check_columns([wanted])
+    elif found is not None:
         test.take_ids(found)
     elif ids is not None and len(ids) == n_rows:
         test.take_ids(None, list(ids), f"those of {sample.path.name}, row by row")
@@ -7558,9 +7554,14 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     return predictions
 
 
-def read_test_set(bundle, data_dir):
-    """(test, sample submission) frames, checked against what the runs read and predict."""
-    cfg = dataclasses.replace(bundle.cfg, data_dir=data_dir)
+def read_test_set(bundle, data_dir, test_file="", sample_file=""):
+    """(test, sample submission) frames, checked against what the runs read and predict.
+
+    The files are those that the settings of the runs name, unless others are given.
+    """
+    names = {"test_file": test_file or bundle.cfg.test_file}
+    names["sample_file"] = sample_file or bundle.cfg.sample_file
+    cfg = dataclasses.replace(bundle.cfg, data_dir=data_dir, **names)
     folder = _find_data_dir(cfg, "test")
     columns = [name for run in bundle.runs for name in run.cfg.input_columns]
     test, sample = _read_test(cfg, folder, columns)

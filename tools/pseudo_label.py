@@ -156,7 +156,7 @@ def read_texts(paths, cfg):
     tables = []
     for path in paths:
         table = ku._Table.read_rows(path, cfg)
-        table.take_ids(table.find_ids([id_column]))
+        table.take_ids(table.find_ids(ku._id_names(id_column)))
         table.drop_empty(cfg)
         tables.append(table.frame[columns])
     table = ku._Table(ku._comma_join(paths), pd.concat(tables, ignore_index=True), id_column)
