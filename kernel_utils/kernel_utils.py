@@ -286,7 +286,9 @@ def _cast(value, kind):
 
 
 def _cast_names(value):
-    """Names as a list; in text they stand between commas, and quotes hold one together."""
+    """Names as a list. Text is a JSON list, or names between commas, held together by quotes."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = json.loads(value)
     if isinstance(value, str):
         value = next(csv.reader([value], skipinitialspace=True, strict=True), [""])
     if not isinstance(value, (list, tuple)):

@@ -295,12 +295,12 @@ TABLES = {  # name -> (what is done to the competition, the settings, what the m
     "semicolons": (
         recode("train.csv", lambda data: data.replace(b",", b";")),
         {},
-        ["train.csv", "'excerpt'", "separated by commas"],
+        ["train.csv", "one name", "separated by commas"],
     ),
     "tabs": (
         recode("train.csv", lambda data: data.replace(b",", b"\t")),
         {},
-        ["train.csv", "'excerpt'", "separated by commas"],
+        ["train.csv", "one name", "separated by commas"],
     ),
     "a fold that no integer holds": (
         set_column("train.csv", "fold", ["0", "1e30"] * 20),
