@@ -52,6 +52,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -77,6 +78,8 @@ import types
 import unicodedata
 import warnings
 import weakref
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -226,10 +229,10 @@ def _did_you_mean(name, names):
 def option(default, help, choices=None, low=-math.inf, high=math.inf, kind=None, affects=""):
     """A setting of a `Settings` class: its default, one line of help, and what it may be set to.
 
-    `kind` is its type where that is not the annotation: "folds", "name" or "names". `affects`
-    says what a setting of `Config` shapes: "data" (rows and folds), "tokens" (how a text is read),
-    "model" (what the weights belong to), "training" (how they are fitted), or "place" (where a run
-    is stored and how it goes on, never what it gives).
+    `kind` is its type where that is not the annotation: "folds", "name", "names" or "column".
+    `affects` says what a setting of `Config` shapes: "data" (rows and folds), "tokens" (how a text
+    is read), "model" (what the weights belong to), "training" (how they are fitted), or "place"
+    (where a run is stored and how it goes on, never what it gives).
     """
     metadata = dict(help=help, choices=choices, low=low, high=high, kind=kind, affects=affects)
     return dataclasses.field(default=default, metadata=metadata)
@@ -243,6 +246,7 @@ _ACCEPTS = {
     tuple: "whole numbers such as 2,3",
     "folds": "'all' or fold numbers such as 0,2",
     "name": "letters, digits and . _ - = + only",
+    "column": "the name of a column",
     "names": "names with commas between them, or a list; quote a name that has a comma",
 }
 
@@ -259,6 +263,8 @@ def _cast(value, kind):
         name = _cast(value, str)
         if re.fullmatch(r"[\w.=+-]*", name) and name.strip(".") == name:
             return name
+    if kind == "column":
+        return _cast(value, str).strip()
     if kind == "names":
         return _cast_names(value)
     if kind == "folds":
@@ -280,7 +286,9 @@ def _cast(value, kind):
 
 
 def _cast_names(value):
-    """Names as a list; in text they stand between commas, and quotes hold one together."""
+    """Names as a list. Text is a JSON list, or names between commas, held together by quotes."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = json.loads(value)
     if isinstance(value, str):
         value = next(csv.reader([value], skipinitialspace=True, strict=True), [""])
     if not isinstance(value, (list, tuple)):
@@ -315,7 +323,7 @@ class Settings:
         try:
             value = _cast(value, kind)
         except (TypeError, ValueError, OverflowError, KeyError, csv.Error):
-            is_number = kind in (str, "name") and type(value) in (int, float)
+            is_number = kind in (str, "name", "column") and type(value) in (int, float)
             hint = " (papermill's -r keeps digits as text)" if is_number else ""
             names = f" ({', '.join(choices)})" if choices is not None else ""
             raise ValueError(
@@ -501,6 +509,7 @@ _model = functools.partial(option, affects="model")
 _width = functools.partial(_model, low=1, high=2**16)  # of a layer of a head
 _training = functools.partial(option, affects="training")
 _place = functools.partial(option, affects="place")
+_column = functools.partial(_data, kind="column")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -513,21 +522,21 @@ class Config(Settings):
 
     # data
     data_dir: str = _data("", "folder of train.csv; empty: the attached competition or the sample")
-    id_column: str = _data("id", "column that names a row")
+    id_column: str = _column("id", "column that names a row; empty: the one without a name")
     text_columns: str = _tokens("excerpt", "column with the text, or several", kind="names")
     target_columns: str = _data("target", "column to predict, or several", kind="names")
     task: str = _data("regression", "regression, binary, multiclass or multilabel", TASKS)
     train_file: str = _data("", "name of the training table; empty: train.csv and its like")
     test_file: str = _place("", "name of the test table; empty: test.csv and its like")
     sample_file: str = _place("", "name of the sample submission; empty: its usual names")
-    test_id_column: str = _place("", "id_column of test and sample; empty: the same, or found")
-    error_column: str = _data("", "column with the standard error of the target; empty: none")
-    weight_column: str = _data("", "column with the weight of a row in the loss; empty: none")
+    test_id_column: str = _place("", "id_column of test; empty: as found", kind="column")
+    error_column: str = _column("", "column with the standard error of the target; empty: none")
+    weight_column: str = _column("", "column with the weight of a row in the loss; empty: none")
     positive_label: str = _data("", "binary: label to predict the probability of; empty: the last")
     class_order: str = _data(
         "", "labels from lowest to highest, such as low,mid,high", kind="names"
     )
-    numeric_texts: bool = _data(False, "text columns may hold numbers alone")
+    numeric_texts: bool = _data(False, "every text column may hold numbers")
     preprocess: str = _data(
         "", "function that changes each table: one of ku.PREPROCESS", PREPROCESS
     )
@@ -535,7 +544,7 @@ class Config(Settings):
     n_folds: int = _data(5, "number of folds; a column 'fold' in train.csv wins", low=2)
     run_folds: str = _place("all", "folds to train: all, or numbers such as 0,2", kind="folds")
     fold_kind: str = _data("stratified", "how rows are dealt out to folds", _FOLD_KINDS)
-    group_column: str = _data("", "column whose values stay in one fold, for group folds")
+    group_column: str = _column("", "column whose values stay in one fold, for group folds")
     group_duplicates: bool = _data(True, "rows with equal texts stay in one fold")
     fold_seed: int = _data(0, "seed of the folds", low=0, high=_MAX_SEED)
     # text
@@ -808,6 +817,8 @@ class InferConfig(Settings):
 
     data_dir: str = option("", "folder of test.csv; empty: the attached competition or the sample")
     bundle_dir: str = option("", "bundle or run folder; empty: the only one attached or in runs/")
+    test_file: str = option("", "name of the test table; empty: as in training")
+    sample_file: str = option("", "name of the sample submission; empty: as in training")
     output_dir: str = option(".", "folder that submission.csv is written to")
     batch_tokens: int = option(0, _BATCH_TOKENS_HELP, low=0)
     precision: str = option(
@@ -856,15 +867,18 @@ class _Kaggle:
             level = next_level
         return sorted(attached.values())
 
-    def competition(self, marker):
-        """The folder of the one attached competition with the file `marker`."""
-        files = sorted(self.input.glob(f"competitions/*/{marker}"))
-        files = files or sorted(self.input.glob(f"*/{marker}"))
-        if len(files) == 1:
-            return files[0].parent
-        problem = "several competitions are attached" if files else "no attached competition"
-        folders = [file.parent for file in files] or self.attached_folders("*.csv")
-        raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
+    def competition(self, has_table, name):
+        """The folder of the one attached competition that `has_table`, the one called `name`."""
+        for pattern in ("competitions/*", "*"):
+            folders = [path for path in sorted(self.input.glob(pattern)) if path.is_dir()]
+            folders = list(filter(has_table, folders))
+            if folders:
+                break
+        if len(folders) == 1:
+            return folders[0]
+        problem = "several attached competitions have" if folders else "no attached competition has"
+        folders = _comma_join(folders or self.attached_folders("*.*"))
+        raise DataError(f"{problem} a {name}; set data_dir to one of: {folders}")
 
 
 def _user_path(setting, value):
@@ -885,28 +899,98 @@ def _file_exists(path):
     return path.is_file()
 
 
-def _find_data_dir(data_dir, marker):
-    """The folder with the file `marker`: that of the setting `data_dir`, the competition attached
-    on Kaggle, or the sample of the clone.
+# The usual name of each table of a competition, and the letters that its other names may have
+_TABLE_NAMES = {
+    "train": ("train.csv", "train"),
+    "test": ("test.csv", "test"),
+    "sample": ("sample_submission.csv", "samplesub(mission)?s?|sub(mission)?s?sample"),
+}
+_TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl|parquet)(\.zip|\.gz)?$|\.zip$", re.IGNORECASE)
+_TABLE_FORMS = "csv, tsv, jsonl or parquet, as it is or as .zip or .gz"
+_OTHER_FORMS = (
+    r"(\.\w+)?\.(json|txt|xlsx?|ods|feather|arrow|pkl|pickle|bz2|xz|zst|gz|7z|rar|tgz|tar)$"
+)
+_TEST_OR_SAMPLE = re.compile(r"(?<![a-z])(test|sub(?![a-z]))|sample|submission", re.IGNORECASE)
+
+
+class _DataFolder:
+    """A folder with tables, "train", "test" and "sample", under their usual names or as set."""
+
+    def __init__(self, path, cfg):
+        self.path = path
+        self.cfg = cfg
+
+    def names(self, kind):
+        """Names of the files that may be the table; one alone if set or by its first usual name."""
+        usual, letters = _TABLE_NAMES[kind]
+        own = getattr(self.cfg, f"{kind}_file")
+        if own or os.path.lexists(self.path / usual):
+            return [name for name in [own or usual] if os.path.lexists(self.path / name)]
+        return self.match(letters, _TABLE_SUFFIX)
+
+    def match(self, letters, suffix):
+        """Names in the folder with such a suffix, and before it these letters, however divided."""
+        names = []
+        for name in sorted(os.listdir(self.path)):
+            end = re.search(suffix, name.lower())
+            if end and re.fullmatch(letters, re.sub(r"[\W_]", "", name[: end.start()].lower())):
+                names.append(name)
+        return names
+
+    def find(self, kind):
+        """The file of a table, or None. DataError if it is not the only one or cannot be read."""
+        names, setting = self.names(kind), f"{kind}_file"
+        own = getattr(self.cfg, setting)
+        if len(names) > 1:
+            raise DataError(f"{self.path} has {_comma_join(names)}: set {setting} to one of them")
+        if names and _file_exists(self.path / names[0]):
+            return self.path / names[0]
+        if own:
+            raise DataError(f"{self.path} has no {own}, which {setting} names")
+        unreadable = self.match(_TABLE_NAMES[kind][1], _OTHER_FORMS) if kind == "test" else []
+        if unreadable:
+            remedy = f"make it {_TABLE_FORMS}, and name that file by {setting}"
+            raise DataError(f"{self.path / unreadable[0]}: not a form that is read; {remedy}")
+        return None
+
+    def print_unread(self):
+        """Print which other files than its tables look like one of them, if any."""
+        names = [name for name in os.listdir(self.path) if _TEST_OR_SAMPLE.search(name)]
+        names += self.match(_TABLE_NAMES["train"][1], _TABLE_SUFFIX)
+        read = itertools.chain(*map(self.names, _TABLE_NAMES))
+        names = sorted(set(names) - set(read))
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            remedy = "train_file, test_file and sample_file name other files"
+            print(f"not read in {self.path}: {_comma_join(names[:5])}{more} ({remedy})")
+
+
+def _find_data_dir(cfg, kind):
+    """The folder with the table `kind`, "train" or "test": that of the setting `data_dir`, the
+    competition attached on Kaggle, or the sample of the clone.
     """
-    if data_dir:
-        folder = _user_path("data_dir", data_dir)
-        if not folder.is_dir():
-            raise DataError(f"data_dir {data_dir!r} is not a folder (looked in {Path.cwd()})")
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise DataError(f"data_dir {data_dir!r}: Permission denied")
-        if not _file_exists(folder / marker):
-            names = _comma_join(sorted(os.listdir(folder)))
-            raise DataError(f"data_dir {data_dir!r} has no {marker}; it has {names}")
+    own, usual = getattr(cfg, f"{kind}_file"), _TABLE_NAMES[kind][0]
+    wanted = own or f"{usual} or the like ({_TABLE_FORMS})"
+    if cfg.data_dir:
+        path, where = _user_path("data_dir", cfg.data_dir), f"data_dir {cfg.data_dir!r}"
+        if not path.is_dir():
+            raise DataError(f"{where} is not a folder (looked in {Path.cwd()})")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise DataError(f"{where}: Permission denied")
+        folder = _DataFolder(path, cfg)
+        if not folder.names(kind):
+            names = _comma_join(sorted(os.listdir(path)))
+            raise DataError(f"{where} has no {wanted}; it has {names}: set data_dir or {kind}_file")
         return folder
     if _Kaggle().is_here():
-        return _Kaggle().competition(marker)
+        path = _Kaggle().competition(lambda path: _DataFolder(path, cfg).names(kind), wanted)
+        return _DataFolder(path, cfg)
     clones = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
     samples = [clone / "notebooks" / "sample" for clone in clones]  # a bundle is in no clone
     for sample in samples:
-        if (sample / marker).is_file():
-            return sample
-    raise DataError(f"data_dir is empty and there is no sample at {samples[0]}: set data_dir")
+        if (sample / (own or usual)).is_file():
+            return _DataFolder(sample, cfg)
+    raise DataError(f"data_dir is empty and {samples[0]} has no {own or usual}: set data_dir")
 
 
 def _seed_everything(*seeds):
@@ -1443,6 +1527,174 @@ def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character
+
+
+def _plain_text(value):
+    """A cell of parquet or JSON as it would stand in a CSV file; lists and the like as they are."""
+    if value is None or value != value:
+        return ""
+    return value if isinstance(value, (list, dict, bytes)) else str(value)
+
+
+class _TableFile:
+    """A file with a table. `read` gives every cell as the text that stands in it."""
+
+    damage = (EOFError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.packing = self.path.suffix.lower()
+        self.name = self.path.name  # of the table itself, which tells its form
+        self.delimiter = ","
+        self.line_end = ""  # of the line that was read last
+
+    def read(self):
+        """The table as a frame. Names lose blanks at their ends; `attrs["header"]` keeps them."""
+        try:
+            if self.packing == ".zip":
+                self.name = self.find_member()
+            form = _TABLE_SUFFIX.search(self.name.lower())
+            if form is None or form[1] is None:
+                raise DataError(f"{self.path}: expected {_TABLE_FORMS}, got {self.name}")
+            self.delimiter = "\t" if form[1] == "tsv" else ","
+            readers = {"jsonl": self.read_jsonl, "parquet": self.read_parquet}
+            header, frame = readers.get(form[1], self.read_csv)()
+        except DataError:
+            raise
+        except self.damage as error:
+            problem = getattr(error, "strerror", None) or _error_text(error)
+            raise DataError(f"{self.path}: cannot be read ({problem})") from None
+        if frame.empty:
+            raise DataError(f"{self.path}: no rows")
+        frame.columns = self.clean_names(header)
+        frame.attrs["header"] = header
+        return frame
+
+    def find_member(self):
+        """The name of the only file in a zip."""
+        with zipfile.ZipFile(self.path) as archive:
+            names = [n for n in archive.namelist() if not n.startswith("__MACOSX/")]
+        if len(names) != 1 or re.search(r"^/|\\|:|(^|/)\.\.(/|$)|/$", names[0]):
+            more = " ..." if len(names) > 5 else ""
+            held = _comma_join(map(repr, names[:5]))
+            raise DataError(f"{self.path}: expected one table in the zip; it holds {held}{more}")
+        return names[0]
+
+    def open(self):
+        """The bytes of the table as a file."""
+        if self.packing == ".zip":
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.open(self.name)
+        return gzip.open(self.path) if self.packing == ".gz" else open(self.path, "rb")
+
+    def clean_names(self, header):
+        """Names without blanks at their ends. The first nameless column is called ""."""
+        names = [name.strip() for name in header]
+        repeated = [repr(n) for n in dict.fromkeys(names) if n and names.count(n) > 1]
+        if repeated:
+            note = "blanks at the ends of a name do not count"
+            raise DataError(f"{self.path}: the header has {_comma_join(repeated)} twice ({note})")
+        for place, name in enumerate(names):
+            if not name and "" in names[:place]:
+                names[place] = f"Unnamed: {place}"
+        return names
+
+    def read_csv(self):
+        header = self.check_csv()
+        how = {"sep": self.delimiter, "dtype": str, "keep_default_na": False}
+        how |= {"header": 0, "names": range(len(header)), "index_col": False}
+        with self.open() as file:
+            frame = pd.read_csv(file, encoding="utf-8-sig", **how)
+        return header, frame.fillna("")
+
+    def check_csv(self):
+        """The header. DataError, with the line, for what pandas would take in its own way.
+
+        That is another encoding, a NUL character, a quote that does not close where its cell ends,
+        a row longer than the header, and a row that ends with a carriage return where others do
+        not.
+        """
+        header, row_line = [], 1  # where the row begins that is read next
+        row_ends = {}  # is it a carriage return alone: the line where it first is
+        separator = "commas" if self.delimiter == "," else "tabs"
+        hint = f"; is it separated by {separator}?"
+        old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
+        try:
+            reader = csv.reader(self.lines(), delimiter=self.delimiter, strict=True)
+            for row in reader:
+                if not header and (len(row) > 1 or "".join(row).strip()):
+                    header = row
+                if row and self.line_end:
+                    row_ends.setdefault(self.line_end == "\r", reader.line_num)
+                if len(row_ends) > 1:
+                    problem = "a lone carriage return (\\r) ends the row; in quotes it is text"
+                    self.refuse_line(row_ends[True], problem)
+                if header and len(row) > len(header):
+                    problem = "more cells than the header has columns"
+                    self.refuse_line(row_line, problem + hint * (len(header) == 1))
+                row_line = reader.line_num + 1
+        except csv.Error as error:
+            self.refuse_line(row_line, f"not a row of cells; is a quote not closed? ({error})")
+        finally:
+            csv.field_size_limit(old_limit)
+        if not header:
+            raise DataError(f"{self.path}: not a CSV file with a header; it is empty")
+        if len(header) == 1 and re.search("[,;|\t]", header[0]):
+            raise DataError(f"{self.path}: the header is one name, {header[0]!r}{hint}")
+        return header
+
+    def lines(self):
+        """The lines of the file, once each is text in UTF-8."""
+        how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+        with self.open() as file, io.TextIOWrapper(file, **how) as text:
+            for number, line in enumerate(text, 1):
+                bad = _NOT_TEXT.search(line)
+                if bad and bad[0] == "\0":
+                    self.refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
+                elif bad:
+                    byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
+                    self.refuse_line(number, f"not text in UTF-8 (byte {byte:#x}); save it so")
+                self.line_end = line[len(line.rstrip("\r\n")) :]
+                yield line
+
+    def refuse_line(self, number, problem):
+        raise DataError(f"{self.path}, line {number}: {problem}") from None
+
+    def read_jsonl(self):
+        """A JSON object on each line; what an object lacks is empty."""
+        header, rows = {}, []
+        for number, line in enumerate(self.lines(), 1):
+            if not line.strip():
+                continue
+            try:  # numbers as they stand, 1.50 as well
+                row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+            except ValueError as error:
+                self.refuse_line(number, f"not JSON ({error})")
+            if not isinstance(row, dict):
+                self.refuse_line(number, "expected a JSON object, one a line")
+            header |= dict.fromkeys(row)
+            rows.append(row)
+        cells = {name: [_plain_text(row.get(name)) for row in rows] for name in header}
+        return list(header), pd.DataFrame(cells, dtype=object)
+
+    def read_parquet(self):
+        try:
+            parquet = importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            raise DataError(f"{self.path}: parquet needs pyarrow; pip install pyarrow") from None
+        with self.open() as file:
+            table = parquet.ParquetFile(file).read()
+        header, cells = [], {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            values = column.to_pylist()
+            if column.type == "float":
+                values = map(np.float32, values)  # 0.1 and not 0.10000000149011612
+            header.append("" if re.fullmatch(r"__index_level_\d+__", name) else name)
+            cells[len(cells)] = list(map(_plain_text, values))
+        return header, pd.DataFrame(cells, dtype=object)
+
+
 class _Table:
     """A table and the file it comes from. Its checks collect what is wrong in `problems`."""
 
@@ -1450,80 +1702,47 @@ class _Table:
         self.path = path
         self.frame = frame
         self.id_column = id_column
+        self.numbers = np.arange(1, len(frame) + 1)  # of the rows, as messages have them
         self.problems = []
 
     @classmethod
     def read(cls, path, columns, id_column=None):
-        """Read a CSV file with these columns, every cell as the text that stands in it."""
-        table = cls(path, None, id_column)
-        table._check_csv()
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        missing = [name for name in columns if name not in frame.columns]
-        if missing:
-            hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
-            comma = "; is it separated by commas?" if len(frame.columns) == 1 else ""
-            existing = f"there are {_comma_join(frame.columns)}{comma}"
-            raise DataError(f"{path}: no column {_comma_join(hints)}; {existing}")
-        if frame.empty:
-            raise DataError(f"{path}: no rows")
-        table.frame = frame
+        """Read a file with these columns."""
+        table = cls(path, _TableFile(path).read(), id_column)
+        table.check_columns(columns)
         return table
 
-    def _check_csv(self):
-        """Raise DataError, with the line, for what pandas would take in its own way or not at all.
+    @classmethod
+    def read_rows(cls, path, cfg, columns=()):
+        """Read a file with the columns of texts and these: rows to train on or to predict."""
+        frame = _TableFile(path).read()
+        table = cls(path, frame, cfg.id_column)
+        table.check_columns([*cfg.input_columns, *columns])
+        return table
 
-        That is another encoding, a NUL character, a quote that does not close where its cell ends,
-        a row longer than the header, and a column that the header has twice.
-        """
-        path, header = self.path, []
-        row_line = 1  # where the row begins that is read next
-        old_limit = csv.field_size_limit(2**31 - 1)  # the usual limit refuses long texts
-        try:
-            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                reader = csv.reader(self._decoded_lines(file), strict=True)
-                for row in reader:
-                    if not header and any(cell.strip() for cell in row):
-                        header = row
-                    if header and len(row) > len(header):
-                        hint = "; is it separated by commas?" if len(header) == 1 else ""
-                        self._refuse_line(row_line, f"more cells than the header has columns{hint}")
-                    row_line = reader.line_num + 1
-        except csv.Error as error:
-            self._refuse_line(row_line, f"not a row of cells; is a quote not closed? ({error})")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        finally:
-            csv.field_size_limit(old_limit)
-        if not header:
-            raise DataError(f"{path}: not a CSV file with a header; it is empty")
-        names = [name for name in header if name]
-        repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
-        if repeated:
-            raise DataError(f"{path}: the header has {_comma_join(repeated)} twice")
-
-    def _decoded_lines(self, file):
-        """The lines of a file opened with surrogateescape, once each is text in UTF-8."""
-        for number, line in enumerate(file, 1):
-            bad = re.search("[\0\udc80-\udcff]", line)
-            if bad and bad[0] == "\0":
-                self._refuse_line(number, "a NUL character; the file is damaged, or in UTF-16")
-            elif bad:
-                byte = ord(bad[0]) - 0xDC00  # as surrogateescape has it
-                self._refuse_line(number, f"not a CSV file in UTF-8 (byte {byte:#x})")
-            yield line
-
-    def _refuse_line(self, number, problem):
-        raise DataError(f"{self.path}, line {number}: {problem}") from None
+    def check_columns(self, columns):
+        """Raise DataError for a column that is not there, and for cells that are not text."""
+        existing = list(self.frame.columns)
+        missing = [name for name in dict.fromkeys(columns) if name not in existing]
+        if missing:
+            hints = [f"{name!r}{_did_you_mean(name, existing)}" for name in missing]
+            names = _comma_join(name or "one without a name" for name in existing)
+            raise DataError(f"{self.path}: no column {_comma_join(hints)}; there are {names}")
+        for column in columns:
+            is_text = [isinstance(c, str) and not _NOT_TEXT.search(c) for c in self.frame[column]]
+            self.refuse_rows(column, ~np.array(is_text), "text, a number or nothing")
+        if self.problems:
+            raise DataError(self.problems)
 
     def refuse_rows(self, column, is_bad, expected):
         """Add a problem that names the first bad rows (1 is below the header), if any."""
         rows = np.flatnonzero(is_bad)
         if not len(rows):
             return
-        examples = []
+        examples, has_ids = [], self.id_column in self.frame
         for row in rows[:3]:
-            name = f" (id {self._cell(self.id_column, row)})" if self.id_column else ""
-            examples.append(f"row {row + 1}{name}: {self._cell(column, row)!r}")
+            name = f" (id {self._cell(self.id_column, row)})" if has_ids else ""
+            examples.append(f"row {self.numbers[row]}{name}: {self._cell(column, row)!r}")
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         actual = f"{'; '.join(examples)}{more}"
         self.problems.append(f"{self.path}, column {column}: expected {expected}, got {actual}")
@@ -1539,10 +1758,68 @@ class _Table:
     def check_filled(self, column, expected):
         self.refuse_rows(column, self.frame[column].str.strip().eq(""), expected)
 
-    def check_not_numbers(self, column):
-        is_number = np.isfinite(_to_numbers(self.frame[column]))
-        if is_number.mean() > 0.5:  # the wrong column; a number among texts is a text
-            self.refuse_rows(column, is_number, "texts, not numbers")
+    def check_not_numbers(self, cfg):
+        """Refuse numbers where all texts are numbers, as by the wrong setting."""
+        is_number = {name: np.isfinite(_to_numbers(self.frame[name])) for name in cfg.text_columns}
+        if cfg.numeric_texts or min(map(np.mean, is_number.values())) <= 0.5:
+            return
+        for column, rows in is_number.items():
+            self.refuse_rows(column, rows, "texts, not numbers (numeric_texts allows them)")
+
+    def has_no_text(self, cfg):
+        """Which rows have nothing in any column of texts (N,)."""
+        columns = [self.frame[name].str.strip().eq("") for name in cfg.text_columns]
+        return np.logical_and.reduce(columns)
+
+    def drop_empty(self, cfg):
+        """Leave out the rows without a text, and print how many."""
+        is_empty = self.has_no_text(cfg)
+        if is_empty.all():
+            raise DataError(f"{self.path}: no row has a text in {_comma_join(cfg.text_columns)}")
+        if is_empty.any():
+            count, first = is_empty.sum(), self.numbers[is_empty][0]
+            print(
+                f"{self.path}: {count} rows without a text are left out, the first is row {first}"
+            )
+        self.frame = self.frame[~is_empty].reset_index(drop=True)
+        self.numbers = self.numbers[~is_empty]
+
+    def find_ids(self, names, ids=None):
+        """The column of the ids: the first of `names`, or the one that holds exactly `ids`.
+
+        Without `ids` the one that a name such as essay_id tells. None where there is none.
+        """
+        columns = list(self.frame.columns)
+        for name in names:
+            if name in columns:
+                return name
+        if ids is not None:
+            found = [name for name in columns if set(self.frame[name]) == set(ids)]
+        else:
+            named = filter(_ID_NAME.fullmatch, columns)
+            nameless = {""}.intersection(columns)
+            found = [n for n in list(named) or nameless if self.frame[n].is_unique]
+        return found[0] if len(found) == 1 else None
+
+    def take_ids(self, found, ids=None, source="numbers"):
+        """Call the column `found` by `id_column`. None: the rows get `ids`, which `source` tells.
+
+        What the file calls them is left in `attrs["id_header"]`.
+        """
+        frame, own = self.frame.copy(), self.id_column
+        header = {name.strip(): name for name in frame.attrs.get("header", [])}
+        if found is None:
+            stem = Path(self.path).name.partition(".")[0]
+            ids = ids or [f"{stem}-{number}" for number in self.numbers]
+            frame.insert(0, own, ids)
+            print(f"{self.path}: no column {own!r}; its ids are {source}: {ids[0]}, ...")
+        elif found != own:
+            frame[own] = frame[found]
+            name = repr(found) if found else "without a name"
+            remedy = "id_column and test_id_column name others"
+            print(f"{self.path}: the ids are the column {name} ({remedy})")
+        frame.attrs["id_header"] = header.get(found, own)
+        self.frame = frame
 
     def read_targets(self, column, task):
         """Targets of regression and multilabel tasks as numbers, labels as they are."""
@@ -1567,19 +1844,30 @@ class _Table:
         return numbers
 
 
-def _read_train(cfg, data_dir):
-    """train.csv of `data_dir`, checked: texts and labels as text, other targets as numbers."""
-    path = data_dir / "train.csv"
+_ID_NAME = re.compile(r"(?i:.?id|[gu]uid|.*[\W_]id)|.*[a-z](Id|ID)")
+
+
+def _id_names(name):
+    """A name of a column of ids. The one without a name has a second name, which pandas gives."""
+    return ["", "Unnamed: 0"] if name in ("", "Unnamed: 0") else [name]
+
+
+def _read_train(cfg):
+    """The training table, checked: texts and labels as text, other targets as numbers."""
+    path = _find_data_dir(cfg, "train").find("train")
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
-    columns = [cfg.id_column, *cfg.input_columns, *cfg.target_columns, *errors, *groups]
-    table = _Table.read(path, columns, cfg.id_column)
+    table = _Table.read_rows(path, cfg, [*cfg.target_columns, *errors, *groups])
+    own_ids = _id_names(cfg.id_column)
+    id_column = table.find_ids(own_ids)
+    if id_column not in own_ids and cfg.id_column != Config.id_column:
+        table.check_columns([cfg.id_column])
+    table.take_ids(id_column)
+    table.drop_empty(cfg)
     table.check_ids()
     for column in groups:
         table.check_filled(column, "a value")
-    for column in cfg.text_columns:
-        table.check_filled(column, "a text")
-        table.check_not_numbers(column)
+    table.check_not_numbers(cfg)
     values = {column: table.read_targets(column, cfg.task) for column in cfg.target_columns}
     for column in errors:
         values[column] = table.read_errors(column)
@@ -1589,38 +1877,88 @@ def _read_train(cfg, data_dir):
     if cfg.max_rows:
         is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
         frame = frame[is_drawn].reset_index(drop=True)
-    n_labels = len(cfg.class_labels(frame))
-    expected = None
-    if cfg.task == "binary" and n_labels != 2:
-        expected = "two labels"
-    elif cfg.task == "multiclass" and n_labels < 2:
-        expected = "two or more labels"
-    if expected:
-        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
-        raise DataError(f"{path}, column {cfg.target_columns[0]}: {problem}")
+    if cfg.task in ("binary", "multiclass"):
+        _check_labels(frame, cfg, path)
     return frame
 
 
-def _read_test(cfg, data_dir, columns=()):
-    """test.csv, with `columns` too, and sample_submission.csv, checked; None for a missing file."""
-    test_path, sample_path = data_dir / "test.csv", data_dir / "sample_submission.csv"
-    test_columns = dict.fromkeys([cfg.id_column, *cfg.input_columns, *columns])
-    frames, problems = {}, []
-    for path, needed in ((test_path, test_columns), (sample_path, [cfg.id_column])):
-        if _file_exists(path):
-            table = _Table.read(path, needed, cfg.id_column)
-            table.check_ids()
-            problems += table.problems
-            frames[path] = table.frame
-    test, sample = frames.get(test_path), frames.get(sample_path)
-    if test is not None:
-        texts = test[cfg.text_columns]
-        n_empty = texts.apply(lambda cells: cells.str.strip().eq("")).sum().sum()
+def _check_labels(frame, cfg, path):
+    """Print the classes with their rows, and warn of labels that differ in form alone."""
+    column = cfg.target_columns[0]
+    counts = frame[column].value_counts()
+    shown = [f"{label!r} {count}" for label, count in counts.items()]
+    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+    print(f"{len(shown)} classes with their rows: {', '.join(shown[:10])}{more}")
+    alike = {}
+    for label, text in zip(counts.index, shown, strict=True):
+        form = "".join(unicodedata.normalize("NFKC", label).casefold().split())
+        with contextlib.suppress(ValueError):
+            form = float(form)
+        alike.setdefault(form, []).append(text)
+    for texts in alike.values():
+        if len(texts) > 1:
+            what = f"labels that differ only in how they are written: {', '.join(texts)}"
+            warnings.warn(f"{path}, column {column}: {what}; each is a class", stacklevel=2)
+    n_labels = len(cfg.class_labels(frame))
+    expected = "two labels" if cfg.task == "binary" else "two or more labels"
+    if n_labels < 2 or (cfg.task == "binary" and n_labels > 2):
+        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
+        raise DataError(f"{path}, column {column}: {problem}")
+
+
+def _take_test_ids(test, sample, cfg):
+    """Call the ids of two tables, or of one beside None, by `id_column`, however they are called.
+
+    The sample tells which column of the test table they are, or, where none is, the rows' ids.
+    """
+    wanted = cfg.test_id_column or cfg.id_column
+    names, ids = _id_names(wanted), None
+    if sample is not None:
+        columns = list(sample.frame.columns)
+        in_sample = [n for n in [*names, *_id_names(cfg.id_column)] if n in columns]
+        if not in_sample and columns[0] in cfg.target_columns:
+            sample.check_columns([wanted])
+        name = [*in_sample, columns[0]][0]
+        ids = sample.frame[name]
+        sample.frame = sample.frame.rename(columns={name: cfg.id_column})
+        names = names if cfg.test_id_column else [name, *names]
+    if test is None:
+        return
+    found, n_rows = test.find_ids(names, ids), len(test.frame)
+    if cfg.test_id_column and found not in names:
+        test.check_columns([wanted])
+    elif found is not None:
+        test.take_ids(found)
+    elif ids is not None and len(ids) == n_rows:
+        test.take_ids(None, list(ids), f"those of {sample.path.name}, row by row")
+    elif ids is None and wanted == Config.id_column:
+        test.take_ids(None, [str(number) for number in range(n_rows)])
+    else:
+        test.check_columns([wanted])
+
+
+def _read_test(cfg, folder, columns=()):
+    """The test table, with `columns` too, and the sample submission, checked; None without a file.
+
+    The sample keeps its header in `attrs["header"]`, a name for each column.
+    """
+    test_path, sample_path = folder.find("test"), folder.find("sample")
+    test, sample, problems = None, None, []
+    if test_path:
+        test = _Table.read_rows(test_path, cfg, columns)
+    if sample_path:
+        sample = _Table.read(sample_path, [], cfg.id_column)
+    _take_test_ids(test, sample, cfg)
+    for table in filter(None, (test, sample)):
+        table.check_ids()
+        problems += table.problems
+    if test:
+        n_empty = test.has_no_text(cfg).sum()
         if n_empty:
             message = f"{test_path}: {n_empty} empty texts; they are predicted all the same"
             warnings.warn(message, stacklevel=2)
-    if test is not None and sample is not None:
-        test_ids, sample_ids = set(test[cfg.id_column]), set(sample[cfg.id_column])
+    if test and sample:
+        test_ids, sample_ids = (set(table.frame[cfg.id_column]) for table in (test, sample))
         missing = {sample_path: test_ids - sample_ids, test_path: sample_ids - test_ids}
         for path, ids in missing.items():
             if ids:
@@ -1628,7 +1966,7 @@ def _read_test(cfg, data_dir, columns=()):
                 problems.append(f"{path} lacks {len(ids)} ids {example}")
     if problems:
         raise DataError(problems)
-    return test, sample
+    return test and test.frame, sample and sample.frame
 
 
 def _column_names(kind, outputs):
@@ -1656,9 +1994,10 @@ def read_competition(cfg):
 
     Raises DataError, which names the file, column and rows, what was expected and what came.
     """
-    data_dir = _find_data_dir(cfg.data_dir, "train.csv")
-    train = _read_train(cfg, data_dir)
-    test, sample = _read_test(cfg, data_dir)
+    train = _read_train(cfg)
+    folder = _find_data_dir(cfg, "train")
+    test, sample = _read_test(cfg, folder)
+    folder.print_unread()
     if sample is not None:
         _submission_columns(sample, cfg, cfg.class_labels(train))
     print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
@@ -7533,14 +7872,21 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     return predictions
 
 
-def read_test_set(bundle, data_dir):
-    """(test, sample submission) frames, checked against what the runs read and predict."""
-    folder = _find_data_dir(data_dir, "test.csv")
+def read_test_set(bundle, data_dir, test_file="", sample_file=""):
+    """(test, sample submission) frames, checked against what the runs read and predict.
+
+    The files are those that the settings of the runs name, unless others are given.
+    """
+    names = {"test_file": test_file or bundle.cfg.test_file}
+    names["sample_file"] = sample_file or bundle.cfg.sample_file
+    cfg = dataclasses.replace(bundle.cfg, data_dir=data_dir, **names)
+    folder = _find_data_dir(cfg, "test")
     columns = [name for run in bundle.runs for name in run.cfg.input_columns]
-    test, sample = _read_test(bundle.cfg, folder, columns)
+    test, sample = _read_test(cfg, folder, columns)
+    folder.print_unread()
     if sample is None:
         source = "ids, order and columns are those of test.csv and the settings"
-        print(f"{folder} has no sample_submission.csv: {source}")
+        print(f"{folder.path} has no sample_submission.csv: {source}")
     else:
         _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
     return test, sample
@@ -7572,10 +7918,12 @@ def write_submission(bundle, test, predictions, sample, path):
     table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
     if sample is None:
         table = table.reset_index()[[cfg.id_column, *columns]]
+        table = table.rename(columns={cfg.id_column: test.attrs.get("id_header", cfg.id_column)})
     elif sorted(sample[cfg.id_column]) != sorted(ids):
         raise DataError("the ids of sample_submission.csv and of the predictions differ")
     else:
         table = table.loc[sample[cfg.id_column]].reset_index()[list(sample.columns)]
+        table.columns = sample.attrs.get("header", table.columns)
     path = Path(path)
     with _wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,9 @@ class PretrainConfig(ku.Settings):
         "column with the text, or several, here texts of their own",
         kind="names",
     )
+    train_file: str = ku.option("", "name of the training table; empty: train.csv and its like")
+    test_file: str = ku.option("", "name of the test table; empty: test.csv and its like")
+    numeric_texts: bool = ku.option(False, "every text column may hold numbers")
     max_rows: int = ku.option(0, "pre-train on this many texts, drawn by seed; 0 means all", low=0)
     held_out: float = ku.option(
         0.05,
@@ -129,20 +132,18 @@ class PretrainConfig(ku.Settings):
 
 
 def _read_texts(cfg):
-    """(texts, counts) of train.csv and test.csv: each text once, without empty ones.
+    """(texts, counts) of the training and test tables: each text once, without empty ones.
 
     `max_rows` of them are drawn by seed. Of the files nothing but the text columns is used;
     raises DataError as `read_competition` does.
     """
-    data_dir = ku._find_data_dir(cfg.data_dir, "train.csv")
-    columns = cfg.text_columns
+    settings = cfg.training()
+    folder = ku._find_data_dir(settings, "train")
     texts, counts, problems = [], {}, []
-    for path in (data_dir / "train.csv", data_dir / "test.csv"):
-        if not ku._file_exists(path):
-            continue
-        table = ku._Table.read(path, columns)
-        for column in columns:
-            table.check_not_numbers(column)
+    for path in filter(None, map(folder.find, ("train", "test"))):
+        table = ku._Table.read_rows(path, settings)
+        table.check_not_numbers(settings)
+        for column in cfg.text_columns:
             texts += list(table.frame[column].str.strip())
         problems += table.problems
         counts[path.name] = len(texts) - sum(counts.values())

@@ -1,5 +1,6 @@
 """Pseudo-labels: who labelled what, what is left out, what is refused, and how they are trained on."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -27,7 +28,8 @@ def label(monkeypatch, *arguments):
 def folds_of(runs):
     """The training rows of the two runs with their folds."""
     cfg = ku._Run.load(runs / "one").cfg
-    return ku.make_folds(ku._read_train(cfg, runs.parent / "competition"), cfg)
+    moved = dataclasses.replace(cfg, data_dir=str(runs.parent / "competition"))
+    return ku.make_folds(ku._read_train(moved), cfg)
 
 
 def long_text(number):
@@ -211,11 +213,19 @@ def test_bad_texts_and_a_folder_that_is_there_are_named(runs, made, extra, tmp_p
     )
     frame.assign(excerpt=["", *frame["excerpt"][1:]], id="same").to_csv(tmp_path / "b.csv", index=False)
     message = label(monkeypatch, runs / "one", "--texts", tmp_path / "b.csv", "-o", tmp_path / "p")
-    assert "row 1 (id same): ''" in message and "expected each id once" in message
+    assert "expected each id once" in message
     assert "is there already" in label(monkeypatch, runs / "one", "--texts", extra, "-o", made)
     train = runs.parent / "competition" / "train.csv"
     assert "nothing is left to label" in label(monkeypatch, runs / "one", "--texts", train, "-o", tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_texts_that_are_empty_are_left_out_with_their_number(runs, extra, tmp_path, capsys):
+    frame = pd.read_csv(extra)
+    frame.assign(excerpt=["", " ", *frame["excerpt"][2:]]).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    table = pseudo_label.read_texts([tmp_path / "b.jsonl"], ku._Run.load(runs / "one").cfg)
+    assert list(table["id"]) == list(frame["id"][2:])
+    assert "2 rows without a text are left out, the first is row 1" in capsys.readouterr().out
 
 
 def test_ids_are_made_where_a_file_has_none(runs, extra, tmp_path):

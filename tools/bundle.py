@@ -386,7 +386,8 @@ def notebook_with(name, settings):
 def train_settings(record, backbone):
     """What train.ipynb must be set to for a run to be trained again on Kaggle."""
     run, default = ku.Config.from_dict(record["settings"]).to_dict(), ku.Config().to_dict()
-    local = {*ku.Config.names("place"), "data_dir", "backbone"} - {"run_folds"}
+    local = {*ku.Config.names("place"), "data_dir", "backbone"}
+    local -= {"run_folds", "test_file", "sample_file", "test_id_column"}
     if run["precision"] == "bf16":  # a T4 has none
         local.add("precision")
     changed = {name: run[name] for name in run if name not in local and run[name] != default[name]}

@@ -50,7 +50,7 @@ def load(cfg):
     """(model in evaluation mode with the backbone's own weights, tokens, rows with their fold)."""
     folder = ku._find_backbone(cfg.backbone)
     ku._check_no_foreign_code(folder / "config.json", ku._HARMLESS_KEYS)
-    frame = ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
+    frame = ku.make_folds(ku._read_train(cfg), cfg)
     tokenizer = ku._load_tokenizer(folder)
     new = ku._TextReader(tokenizer, cfg).add_tokens(frame)
     tokens = ku._tokenize(frame, tokenizer, cfg)

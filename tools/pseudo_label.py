@@ -4,9 +4,9 @@
     papermill notebooks/train.ipynb train.out.ipynb -p pseudo_dir pseudo -p run_name student
 
 The model that validates on fold f is later trained with the labels of fold f: the mean over the
-runs of their models that validated on fold f. A csv of texts has the text columns of train.csv; ids
-are made where it has none. A text that is a training row, by id or text, gets no label; one that
-nearly is a row of fold f gets none for fold f: the two share at least --threshold of the word
+runs of their models that validated on fold f. A table of texts has the text columns of train.csv;
+ids are made where it has none. A text that is a training row, by id or text, gets no label; one
+that nearly is a row of fold f gets none for fold f: the two share at least --threshold of the word
 trigrams of the shorter one.
 """
 
@@ -86,13 +86,12 @@ def check_alike(runs):
 def read_rows(run, data_dir):
     """train.csv as the run read it; DataError where its ids or texts are others."""
     cfg = dataclasses.replace(run.cfg, data_dir=data_dir or run.cfg.data_dir)
-    folder = ku._find_data_dir(cfg.data_dir, "train.csv")
-    frame = ku._read_train(cfg, folder)
+    frame = ku._read_train(cfg)
     for name in [cfg.id_column, *cfg.input_columns]:
         what = f"column {name} of train.csv"
         if ku._digest(list(frame[name])) != run.record["fingerprint"].get(what):
             problem = f"{what} is not the one that {run.name} was trained on"
-            raise ku.DataError(f"{folder}: {problem}; set --data-dir")
+            raise ku.DataError(f"{cfg.data_dir or 'the data'}: {problem}; set --data-dir")
     return frame
 
 
@@ -154,21 +153,16 @@ def read_texts(paths, cfg):
     """The texts of all files, one table; ids are made where a file has none."""
     id_column, inputs = cfg.id_column, cfg.input_columns
     columns = list(dict.fromkeys([id_column, *inputs]))
-    tables, problems = [], []
+    tables = []
     for path in paths:
-        table = ku._Table.read(path, inputs, id_column)
-        frame = table.frame
-        if id_column not in frame:
-            frame[id_column] = [f"{path.stem}-{number}" for number in range(1, len(frame) + 1)]
-        for column in cfg.text_columns:
-            table.check_filled(column, "a text")
-        problems += table.problems
-        tables.append(frame[columns])
+        table = ku._Table.read_rows(path, cfg)
+        table.take_ids(table.find_ids(ku._id_names(id_column)))
+        table.drop_empty(cfg)
+        tables.append(table.frame[columns])
     table = ku._Table(ku._comma_join(paths), pd.concat(tables, ignore_index=True), id_column)
     table.refuse_rows(id_column, table.frame[id_column].duplicated(), "each id once")
-    problems += table.problems
-    if problems:
-        raise ku.DataError(problems)
+    if table.problems:
+        raise ku.DataError(table.problems)
     return table.frame
 
 

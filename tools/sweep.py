@@ -46,8 +46,9 @@ import kernel_utils as ku
 # Settings: made by this tool; without effect on what is trained; of which rows are in which fold
 PLACE = ("output_dir", "run_name")
 KEEPING = {*ku.Config.names("place"), "recipe"} - {"run_folds"}
-ROWS = "data_dir id_column text_columns template target_columns task max_rows".split()
-ROWS += "n_folds fold_kind group_column fold_seed".split()
+ROWS = "data_dir train_file id_column text_columns template numeric_texts preprocess".split()
+ROWS += "target_columns task max_rows n_folds fold_kind group_column group_duplicates".split()
+ROWS += ["fold_seed"]
 DEFAULTS = ku.Config().to_dict()
 
 # States of a cell before it runs, and outcomes other than an error
@@ -179,7 +180,7 @@ def silence():
 def read_rows(cfg):
     """The training rows with their folds."""
     with silence():
-        return ku.make_folds(ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv")), cfg)
+        return ku.make_folds(ku._read_train(cfg), cfg)
 
 
 @functools.cache

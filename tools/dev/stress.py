@@ -404,7 +404,7 @@ def train_kit(task, folder, save=True):
         checkpoint_minutes=1e-9 if save else 0,
         **SETTINGS,
     )
-    frame = ku._read_train(cfg, ku._find_data_dir(cfg.data_dir, "train.csv"))
+    frame = ku._read_train(cfg)
     ku.train(ku.make_folds(frame, cfg), cfg)
 
 
