@@ -88,6 +88,7 @@ with warnings.catch_warnings():
 
 import numpy as np
 import pandas as pd
+import scipy.sparse.csgraph
 import scipy.stats
 import sklearn
 import sklearn.metrics
@@ -288,17 +289,25 @@ def _cast_names(value):
     return [str(name).strip() for name in value]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Settings:
-    """What `Config` and its like share: every value is checked when one is built."""
+    """What `Config` and its like share: every value is checked when one is built, and stays."""
 
     recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+
+    def __setattr__(self, name, value):
+        if name in vars(self) or name not in self.__dataclass_fields__:
+            remedy = "set it in the settings cell, or build others with dataclasses.replace"
+            raise ConfigError(
+                f"{name} = {value!r}: settings that are built do not change; {remedy}"
+            )
+        super().__setattr__(name, value)
 
     def __post_init__(self):
         problems = []
         for field in dataclasses.fields(self):
             try:
-                value = self._validate(field)
+                value = self._validate(field, getattr(self, field.name))
             except ValueError as problem:
                 problems.append(str(problem))
                 value = field.default
@@ -307,10 +316,10 @@ class Settings:
         if problems:
             raise ConfigError(problems)
 
-    def _validate(self, field):
-        """The value of a setting in its type; ValueError says what the setting accepts."""
+    def _validate(self, field, value):
+        """A value for a setting in its type; ValueError says what the setting accepts."""
         name, limits = field.name, field.metadata
-        value, kind = getattr(self, name), limits["kind"] or field.type
+        kind = limits["kind"] or field.type
         choices, low, high = limits["choices"], limits["low"], limits["high"]
         try:
             value = _cast(value, kind)
@@ -323,7 +332,7 @@ class Settings:
             ) from None
         if choices is not None and value not in choices and value != field.default:
             hint = _did_you_mean(value, choices)
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+            raise ValueError(f"{name} must be one of {_comma_join(choices)}; got {value!r}{hint}")
         numbers = value if kind is tuple else [value]
         if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -370,30 +379,61 @@ class Settings:
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
         Settings are the names that two cells bind: the last one run whose first line is
-        `# Settings` and the last whose first line is `# Parameters` (papermill's wording). Their
-        values are those of now: a later cell that binds one of the names again changes the
-        setting. The cells of an exported script are read from its file.
+        `# Settings` and the last whose first line is `# Parameters` (papermill's wording). Raises
+        ConfigError where another cell binds a setting to another value. The cells of an exported
+        script are read from its file.
 
         A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters`
         binds after it.
         """
+        notebook = _Notebook(namespace)
+        if not notebook.settings_cells:
+            expected = "its first line must be '# Settings', in a script below a cell mark"
+            raise ConfigError(f"no settings cell has run: {expected}")
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         settings, own_names = {}, set()  # the names that win over a recipe
-        for title, cell in _settings_cells(namespace):
-            names = [name for name in _assigned_names(ast.parse(cell)) if name in namespace]
-            settings |= {name: namespace[name] for name in names}
-            own_names |= set(names)
+        for title, cell in notebook.settings_cells.items():
+            values = notebook.values_of(cell)
+            settings |= values
+            own_names |= set(values)
             if title == "Settings":
-                own_names -= {n for n in names if namespace[n] == defaults.get(n)}
+                own_names -= {name for name in values if values[name] == defaults.get(name)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
         for name in recipe.keys() - own_names:
             settings.pop(name, None)
         config = cls.from_dict(settings)
+        config.refuse_stray_settings(namespace)
         if recipe:
             note = {name: " (given)" if name in own_names else "" for name in recipe}
             used = [f"{name} {getattr(config, name)}{note[name]}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
+
+    def refuse_stray_settings(self, namespace):
+        """Raise ConfigError where a cell that is no settings cell binds a setting to another value.
+
+        Only plain assignments of values that the setting accepts count, in the notebook or exported
+        script of a namespace; other variables of the name, such as those of a loop, do not.
+        """
+        stray = []
+        for name, value in _Notebook(namespace).stray_values().items():
+            if self._would_change(name, value):
+                stray.append(f"{name} = {value!r}")
+        if stray:
+            problem = f"{_comma_join(stray)}: bound in another cell than the settings, to no effect"
+            remedy = "put it into the settings cell (the first), or call the variable otherwise"
+            raise ConfigError(f"{problem}; {remedy} (del forgets it)")
+
+    def _would_change(self, name, value):
+        """Whether there is a setting of this name that accepts the value and has another one."""
+        if name == "recipe":
+            return value in list(self.recipes)
+        if name not in self.names():
+            return False
+        try:
+            return self._validate(self.__dataclass_fields__[name], value) != getattr(self, name)
+        except ValueError:
+            return False
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -403,22 +443,67 @@ _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext pu
 _SETTINGS_TITLE = re.compile(r"\s*# (Settings|Parameters)\s*$", re.MULTILINE)
 
 
-def _settings_cells(namespace):
-    """(title, source) of the settings cells of a notebook or exported script, as they ran."""
-    cells = namespace.get("In", [])
-    if not any(map(_SETTINGS_TITLE.match, cells)) and "__file__" in namespace:
-        script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-        cells = re.split(_CELL_MARKS, script, flags=re.MULTILINE)
-    latest = {}
-    for cell in cells:
-        title = _SETTINGS_TITLE.match(cell)
-        if title:
-            latest.pop(title[1], None)  # a cell that runs again goes to the end
-            latest[title[1]] = cell
-    if not latest:
-        expected = "its first line must be '# Settings', in a script below a cell mark"
-        raise ConfigError(f"no settings cell has run: {expected}")
-    return latest.items()
+class _Notebook:
+    """The cells of a notebook, or of the script it was exported to, and the names that they bind."""
+
+    def __init__(self, namespace):
+        cells, script = namespace.get("In", []), Path(namespace.get("__file__") or "")
+        if not any(map(_SETTINGS_TITLE.match, cells)) and script.is_file():
+            text = script.read_text(encoding="utf-8", errors="replace")
+            cells = re.split(_CELL_MARKS, text, flags=re.MULTILINE)
+        self.namespace = namespace
+        self.settings_cells = {}  # title -> source, as they ran last
+        others = []
+        for cell in cells:
+            title = _SETTINGS_TITLE.match(cell)
+            if title:
+                self.settings_cells.pop(title[1], None)  # a cell that runs again goes to the end
+                self.settings_cells[title[1]] = cell
+            else:
+                others.append(cell)
+        self.stray_names = {}  # what other cells assign; their values are those of `namespace`
+        for cell in others if self.settings_cells else []:
+            self.stray_names |= _plain_assignments(cell)
+
+    def values_of(self, cell):
+        """{name: value} of what a settings cell binds, whatever other cells have bound it to."""
+        names = _assigned_names(ast.parse(cell))
+        values = {name: self.namespace[name] for name in names if name in self.namespace}
+        for name, value in _plain_assignments(cell).items():
+            if name in self.stray_names and value is not _NO_LITERAL:
+                values[name] = value
+        return values
+
+    def stray_values(self):
+        """{name: value} of what other cells bind, but for what the settings cells say too."""
+        own, stray = {}, {}
+        for cell in self.settings_cells.values():
+            own |= _plain_assignments(cell)
+        for name in self.stray_names:
+            value = self.namespace.get(name)
+            is_plain = isinstance(value, (str, int, float, list, tuple, Path))
+            if is_plain and value != own.get(name, _NO_LITERAL):
+                stray[name] = value
+        return stray
+
+
+_NO_LITERAL = object()
+
+
+def _plain_assignments(cell):
+    """{name: value} of the assignments at the top of a cell; of values only literals are read."""
+    values = {}
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
+        for node in ast.parse(cell).body:
+            names = dict.fromkeys(_assigned_names(node), _NO_LITERAL)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and len(names) == 1:
+                with contextlib.suppress(ValueError):
+                    names = dict.fromkeys(names, ast.literal_eval(node.value))
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                values |= names
+            else:  # a loop or branch
+                values |= {name: _NO_LITERAL for name in names if name in values}
+    return values
 
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -472,7 +557,7 @@ _training = functools.partial(option, affects="training")
 _place = functools.partial(option, affects="place")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
@@ -749,7 +834,7 @@ class Config(Settings):
         return dataclasses.replace(self, backbone_dropout=dropout, **values)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
@@ -811,6 +896,9 @@ class _Kaggle:
             return files[0].parent
         problem = "several competitions are attached" if files else "no attached competition"
         folders = [file.parent for file in files] or self.attached_folders("*.csv")
+        if not folders:
+            problem = f"nothing with a csv file is attached under {self.input}"
+            raise DataError(f"{problem}: add the competition with Add Input, or set data_dir")
         raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
 
 
@@ -1400,11 +1488,15 @@ class _Table:
         self.problems = []
 
     @classmethod
-    def read(cls, path, columns, id_column=None):
-        """Read a CSV file with these columns, every cell as the text that stands in it."""
+    def read(cls, path, columns, id_column=None, cfg=None):
+        """Read a CSV file with these columns, every cell as the text that stands in it; with `cfg`
+        as its `preprocess` changes the table.
+        """
         table = cls(path, None, id_column)
         table._check_csv()
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if cfg and cfg.preprocess:
+            frame = table.preprocess(frame, cfg)
         missing = [name for name in columns if name not in frame.columns]
         if missing:
             hints = [f"{name!r}{_did_you_mean(name, frame.columns)}" for name in missing]
@@ -1415,6 +1507,45 @@ class _Table:
             raise DataError(f"{path}: no rows")
         table.frame = frame
         return table
+
+    def preprocess(self, frame, cfg):
+        """What the function of the setting `preprocess` makes of a frame, as texts again.
+
+        Raises DataError unless it keeps every row, id and order, and gives texts in text columns.
+        """
+        where = f"{self.path}, preprocess {cfg.preprocess}"
+        try:
+            result = PREPROCESS[cfg.preprocess](frame.copy())
+        except Exception as error:
+            error.add_note(f"in {where}, which every table goes through: train, test, extra texts")
+            raise
+        if not isinstance(result, pd.DataFrame):
+            raise DataError(f"{where}: expected a DataFrame, got {type(result).__name__}")
+        has_ids = self.id_column in frame.columns
+        if has_ids and self.id_column not in result.columns:
+            existing = _comma_join(result.columns)
+            raise DataError(f"{where}: the column {self.id_column!r} is gone; there are {existing}")
+        before = frame[self.id_column] if has_ids else frame.index
+        after = result[self.id_column] if has_ids else result.index
+        if len(before) != len(after):
+            rows = f"{len(before)} rows went in and {len(after)} came out"
+            raise DataError(f"{where}: {rows}; it must keep every row")
+        for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
+            if old != new:
+                raise DataError(
+                    f"{where}: row {number} was {old!r} and is {new!r}; it must keep ids and order"
+                )
+        result = result.reset_index(drop=True)
+        checked = _Table(where, result, self.id_column if has_ids else None)
+        for column in result.columns:
+            cells = result[column]
+            if column in cfg.text_columns:
+                checked.refuse_rows(column, ~cells.map(lambda cell: isinstance(cell, str)), "texts")
+            else:
+                result[column] = cells.astype(object).where(cells.notna(), "").map(str)
+        if checked.problems:
+            raise DataError(checked.problems)
+        return result
 
     def _check_csv(self):
         """Raise DataError, with the line, for what pandas would take in its own way or not at all.
@@ -1520,7 +1651,7 @@ def _read_train(cfg, data_dir):
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
     errors = [cfg.error_column] if cfg.error_column else []
     columns = [cfg.id_column, *cfg.input_columns, *cfg.target_columns, *errors, *groups]
-    table = _Table.read(path, columns, cfg.id_column)
+    table = _Table.read(path, columns, cfg.id_column, cfg)
     table.check_ids()
     for column in groups:
         table.check_filled(column, "a value")
@@ -1533,9 +1664,8 @@ def _read_train(cfg, data_dir):
     if table.problems:
         raise DataError(table.problems)
     frame = table.frame.assign(**values)
-    if cfg.max_rows:
-        is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
-        frame = frame[is_drawn].reset_index(drop=True)
+    if 0 < cfg.max_rows < len(frame):
+        frame = _draw_rows(frame, cfg)
     n_labels = len(cfg.class_labels(frame))
     expected = None
     if cfg.task == "binary" and n_labels != 2:
@@ -1543,9 +1673,45 @@ def _read_train(cfg, data_dir):
     elif cfg.task == "multiclass" and n_labels < 2:
         expected = "two or more labels"
     if expected:
-        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
+        rows = f"{len(frame)} rows{' (max_rows)' if cfg.max_rows else ''}"
+        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {rows}"
         raise DataError(f"{path}, column {cfg.target_columns[0]}: {problem}")
     return frame
+
+
+def _draw_rows(frame, cfg):
+    """The `max_rows` of a table: as many of a class as its share, at least one where there is room;
+    whole groups for group folds, as they fit. What is left of no class or label is warned of.
+    """
+    order = _id_order(frame[cfg.id_column], cfg.fold_seed)
+    if "group" in cfg.fold_kind:
+        sizes = frame[cfg.group_column].value_counts(sort=False)
+        if sizes.min() > cfg.max_rows:
+            problem = (
+                f"the smallest group has {sizes.min()} rows, more than max_rows {cfg.max_rows}"
+            )
+            raise DataError(f"train.csv, column {cfg.group_column}: {problem}")
+        groups, room = [], cfg.max_rows
+        for number in np.argsort(_id_order(sizes.index, cfg.fold_seed)):
+            if sizes.iloc[number] <= room:
+                groups.append(sizes.index[number])
+                room -= sizes.iloc[number]
+        drawn = frame[frame[cfg.group_column].isin(groups)]
+    else:
+        place, is_further = order, np.zeros(len(frame), bool)
+        if cfg.task in ("binary", "multiclass"):
+            rows = pd.Series(order).groupby(frame[cfg.target_columns[0]].to_numpy())
+            rank = rows.rank()
+            place, is_further = (rank - 0.5) / rows.transform("size"), rank > 1
+        first = np.lexsort((order, place, is_further))[: cfg.max_rows]
+        drawn = frame.iloc[np.sort(first)]
+    for column in cfg.target_columns if cfg.task != "regression" else []:
+        lost = sorted(set(frame[column]) - set(drawn[column]))
+        if lost:
+            labels = _comma_join(map(repr, lost[:10]))
+            message = f"max_rows {cfg.max_rows} leaves no row of {len(lost)} labels: {labels}"
+            warnings.warn(f"train.csv, column {column}: {message}", stacklevel=2)
+    return drawn.reset_index(drop=True)
 
 
 def _read_test(cfg, data_dir, columns=()):
@@ -1555,7 +1721,7 @@ def _read_test(cfg, data_dir, columns=()):
     frames, problems = {}, []
     for path, needed in ((test_path, test_columns), (sample_path, [cfg.id_column])):
         if _file_exists(path):
-            table = _Table.read(path, needed, cfg.id_column)
+            table = _Table.read(path, needed, cfg.id_column, cfg if path == test_path else None)
             table.check_ids()
             problems += table.problems
             frames[path] = table.frame
@@ -1608,8 +1774,61 @@ def read_competition(cfg):
     test, sample = _read_test(cfg, data_dir)
     if sample is not None:
         _submission_columns(sample, cfg, cfg.class_labels(train))
-    print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
+    repeats = ""
+    if test is not None:
+        n_repeats = int(np.isin(_row_texts(test, cfg), _row_texts(train, cfg)).sum())
+        repeats = f", of which {n_repeats} have the text of a training row" if n_repeats else ""
+    n_test = 0 if test is None else len(test)
+    print(f"{len(train)} training rows, {n_test} test rows{repeats}")
     return train, test, sample
+
+
+def _refuse_changed_texts(frame, file, cfg):
+    """Raise DataError where a text is not the one that the file gives, by id: infer.ipynb, which
+    reads the file alone, would predict others. Rows that the file does not have are counted.
+    """
+    try:
+        path = _find_data_dir(cfg.data_dir, file) / file
+    except DataError:
+        print(f"there is no {file} to compare the texts with: infer.ipynb reads those of the file")
+        return
+    table = _Table.read(path, [cfg.id_column, *cfg.input_columns], cfg.id_column, cfg).frame
+    texts = dict(zip(table[cfg.id_column], table[cfg.input_columns].to_numpy(), strict=True))
+    n_added, changed = 0, []
+    for name, cells in zip(frame[cfg.id_column], frame[cfg.input_columns].to_numpy(), strict=True):
+        if str(name) not in texts:
+            n_added += 1
+        elif list(cells) != list(texts[str(name)]):
+            changed.append((name, cells))
+    if changed:
+        name, cells = changed[0]
+        for column, new, old in zip(cfg.input_columns, cells, texts[str(name)], strict=True):
+            if new != old:
+                break
+        start = max(0, len(os.path.commonprefix([str(new), old])) - 20)
+        part = slice(start, start + 60)
+        raise DataError(
+            f"{path}: {len(changed)} rows were changed since the file was read, such as id {name!r}: "
+            f"column {column} has {old[part]!r} there and {str(new)[part]!r} here; infer.ipynb would "
+            f"not change them. Put the change into a function(frame) -> frame under "
+            f'@ku.register(ku.PREPROCESS, "name") and set preprocess to its name'
+        )
+    if n_added:
+        print(f"{n_added} of {len(frame)} rows are not in {path}")
+
+
+def _normalize_texts(texts):
+    """Each text without what editors change: case, punctuation, spaces, forms of a character. A text
+    without words, such as an emoji, keeps its punctuation.
+    """
+    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
+    return [" ".join(re.findall(r"\w+", text) or text.split()) for text in folded]
+
+
+def _row_texts(frame, cfg):
+    """The texts of every row, normalised; those of several columns as one, a line for each."""
+    columns = [_normalize_texts(frame[name]) for name in cfg.text_columns]
+    return ["\n".join(cells) for cells in zip(*columns, strict=True)]
 
 
 def _id_order(ids, seed):
@@ -1622,11 +1841,15 @@ def _id_order(ids, seed):
 def _strata(frame, cfg):
     """What stratified folds balance: labels, label sets, or `floor(1 + log2 N)` bins of the target.
 
-    Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
+    Strata with fewer rows than folds are merged: bins with a neighbour, label sets together;
+    labels with a neighbour too where none of them has as many rows as there are folds.
     """
     values = frame[cfg.target_columns]
     if cfg.task in ("binary", "multiclass"):
-        return values[cfg.target_columns[0]].to_numpy()
+        labels = values[cfg.target_columns[0]].to_numpy()
+        _, numbers, n_rows = np.unique(labels, return_inverse=True, return_counts=True)
+        is_rare = n_rows.max() < cfg.n_folds
+        return _merge_rare(numbers, cfg.n_folds) if is_rare else labels
     if cfg.task == "multilabel":
         label_sets = values.astype(int).astype(str).agg("".join, axis=1)
         n_rows = label_sets.groupby(label_sets).transform("size")
@@ -1635,47 +1858,76 @@ def _strata(frame, cfg):
     scores = (values - values.mean()) / spread
     n_bins = int(1 + math.log2(len(frame)))
     bins = pd.cut(scores.mean(axis=1), n_bins, labels=False).to_numpy(copy=True)
+    return _merge_rare(bins, cfg.n_folds)
+
+
+def _merge_rare(bins, n_folds):
+    """The same numbers (N,), but where one stands fewer than `n_folds` times its neighbour."""
     for b in range(bins.max()):  # upwards, then what is left at the top downwards
         is_here = bins == b
-        if 0 < is_here.sum() < cfg.n_folds:
+        if 0 < is_here.sum() < n_folds:
             bins[is_here] = b + 1
     is_top = bins == bins.max()
-    if is_top.sum() < cfg.n_folds and not is_top.all():
+    if is_top.sum() < n_folds and not is_top.all():
         bins[is_top] = bins[~is_top].max()
     return bins
 
 
-def _draw_folds(frame, cfg):
-    """A fold for every row, drawn by `fold_seed` and the ids with the splitter of `fold_kind`."""
+def _merge_groups(groups, texts):
+    """A number for the group of each row; groups that share a text are one. Sorted as they were."""
+    names, groups = np.unique(groups, return_inverse=True)
+    ends = (groups, len(names) + texts)
+    graph = scipy.sparse.coo_array((np.ones(len(texts)), ends), shape=[len(names) + len(texts)] * 2)
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
+
+
+def _draw_folds(frame, texts, cfg):
+    """A fold for every row, drawn by `fold_seed` and the ids with the splitter of `fold_kind`.
+
+    Rows with the same number in `texts` (N,) come into one fold: without groups one of them is
+    dealt out and the others follow it, with groups those that share a text are dealt out as one.
+    """
     has_groups = "group" in cfg.fold_kind
     order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
-    ordered = frame.iloc[order]
-    groups = ordered[cfg.group_column].to_numpy() if has_groups else None
+    texts = texts[order]
+    if has_groups:
+        groups = _merge_groups(frame[cfg.group_column].to_numpy()[order], texts)
+        dealt = np.arange(len(order))
+    else:
+        groups = None
+        dealt = np.sort(np.unique(texts, return_index=True)[1])
+    rows = frame.iloc[order[dealt]]
     splitter_class = _FOLD_KINDS[cfg.fold_kind]
     splitter = splitter_class(cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
-    folds = np.empty(len(frame), dtype=int)
+    fold_of_text = np.empty(len(frame), dtype=int)
     try:
-        with warnings.catch_warnings():  # `make_folds` refuses a class too rare to be trained
+        with warnings.catch_warnings():  # `make_folds` names a class too rare for all folds
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            splits = splitter.split(ordered, _strata(ordered, cfg), groups)
-            for fold, (_, rows) in enumerate(splits):
-                folds[order[rows]] = fold
+            for fold, (_, part) in enumerate(splitter.split(rows, _strata(rows, cfg), groups)):
+                fold_of_text[texts[dealt[part]]] = fold
     except ValueError as error:
         column = cfg.group_column if has_groups else _comma_join(cfg.target_columns)
         problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+        if len(set(texts)) < len(texts):
+            problem += "; rows with equal texts stay together, see group_duplicates"
         raise DataError(f"train.csv, column {column}: {problem}") from None
+    folds = np.empty(len(frame), dtype=int)
+    folds[order] = fold_of_text[texts]
     return folds
 
 
 def make_folds(frame, cfg):
     """`frame` with a column `fold`. It depends on `fold_seed` and ids, not on `seed` or row order.
 
-    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. A column
-    `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
-    since the model that validates on it would never have seen it.
+    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. Rows with
+    equal texts, but for case, punctuation and spaces, stay in one fold (`group_duplicates`). A
+    column `fold` of whole numbers in the frame wins. Warns of labels that only one fold has, since
+    the model that validates on it never sees them. Raises DataError where that leaves a model
+    nothing to tell apart.
     """
-    table = _Table("train.csv", frame, cfg.id_column)
+    texts = pd.factorize(np.array(_row_texts(frame, cfg), dtype=object))[0]
     if "fold" in frame.columns:
+        table = _Table("train.csv", frame, cfg.id_column)
         folds = _to_numbers(frame["fold"])
         is_fold = (folds >= 0) & (folds < 2**31) & (folds == np.floor(folds))  # False for NaN
         table.refuse_rows("fold", ~is_fold, "a fold number 0, 1, ...")
@@ -1686,17 +1938,56 @@ def make_folds(frame, cfg):
         frame = frame.assign(fold=folds.astype(int))
         print("folds are those of the column 'fold'")
     else:
-        frame = frame.assign(fold=_draw_folds(frame, cfg))
-    cfg.folds_to_run(frame)
-    for column in cfg.target_columns if cfg.task != "regression" else []:
-        n_folds_with = frame.groupby(column)["fold"].nunique()
-        for label in n_folds_with.index[n_folds_with < 2]:
-            rows = f"{(frame[column] == label).sum()} rows"
-            problem = f"label {label!r} ({rows}) is in one fold only"
-            table.problems.append(f"train.csv, column {column}: {problem}")
-    if table.problems:
-        raise DataError(table.problems)
+        kept = texts if cfg.group_duplicates else np.arange(len(frame))
+        frame = frame.assign(fold=_draw_folds(frame, kept, cfg))
+    _tell_of_duplicates(frame, texts, cfg)
+    if cfg.task != "regression":
+        _check_labels(frame, cfg)
     return frame
+
+
+def _tell_of_duplicates(frame, texts, cfg):
+    """Say how many rows share a text with others, by the number of each row's text, and the folds."""
+    is_repeated = np.bincount(texts)[texts] > 1
+    if not is_repeated.any():
+        return
+    by_text = frame[is_repeated].groupby(texts[is_repeated])
+    n_other = int(by_text[cfg.target_columns].nunique().gt(1).any(axis=1).sum())
+    n_split = int((by_text["fold"].nunique() > 1).sum())
+    rows = f"{is_repeated.sum()} rows have the text of another: {len(by_text)} texts"
+    message = f"{rows}, {n_other} of them with different targets; "
+    if not n_split:
+        print(f"{message}each stays in one fold")
+    elif cfg.group_duplicates:
+        cause = "the column 'fold' has them so, and scores will be too good"
+        warnings.warn(f"{message}{n_split} stand in several folds: {cause}", stacklevel=3)
+    else:
+        print(f"{message}{n_split} stand in several folds (group_duplicates is off)")
+
+
+def _check_labels(frame, cfg):
+    """Warn of labels that the model of a fold never sees, as all of their rows are in that fold.
+
+    Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
+    several target columns one that differs is enough.
+    """
+    unseen, problems = [], []
+    for fold in cfg.folds_to_run(frame):
+        is_here = frame["fold"] == fold
+        for column in cfg.target_columns:
+            own, others = frame[column][is_here], set(frame[column][~is_here])
+            for label in sorted(set(own) - others):
+                unseen.append(f"{column} {label!r} ({(own == label).sum()} rows in fold {fold})")
+        if frame[cfg.target_columns][~is_here].nunique().max() < 2:
+            problem = f"the rows outside of fold {fold} have one label, {others.pop()!r}"
+            remedy = "choose other folds (n_folds, fold_kind, fold_seed, run_folds)"
+            problems.append(f"train.csv, column {column}: {problem}: no model can learn; {remedy}")
+    if problems:
+        raise DataError(problems)
+    if unseen:
+        names = _comma_join(unseen[:10]) + (f" and {len(unseen) - 10} more" * (len(unseen) > 10))
+        effect = "the model of that fold never sees such a label, the others train on it"
+        warnings.warn(f"labels in one fold only: {names}; {effect}", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------------------
@@ -5374,17 +5665,6 @@ class FoldTrainer:
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 
 
-def _normalize_texts(texts):
-    """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
-    return [" ".join(re.findall(r"\w+", text)) for text in folded]
-
-
-def _row_texts(frame, cfg):
-    """The texts of every row, normalised; those of a pair as one."""
-    return _normalize_texts(frame[cfg.text_columns].agg(" ".join, axis=1))
-
-
 def _row_digests(frame, cfg):
     """A digest of the input cells of every row."""
     columns = [frame[name] for name in cfg.input_columns]
@@ -6239,7 +6519,10 @@ class _TrainingRun:
     # Going on
 
     def find_folder(self):
-        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
+        cfg, parts = self.cfg, []
+        with contextlib.suppress(DataError):  # a frame made by hand needs no train.csv
+            parts.append(_short_name(_find_data_dir(cfg.data_dir, "train.csv").resolve()))
+        name = "-".join([*parts, _short_name(cfg.backbone), cfg.head, f"seed{cfg.seed}"])
         self.folder = RunFolder(_RunFinder(self.user_cfg, self.record).find(name))
 
     def begin(self):
@@ -6566,6 +6849,10 @@ def train(frame, cfg, test=None):
     takes what there is.
     """
     _prepare_process()
+    cfg.refuse_stray_settings(vars(sys.modules["__main__"]))
+    if "fold" not in frame.columns:
+        raise DataError("the rows have no column 'fold': train(make_folds(train, cfg), cfg)")
+    _refuse_changed_texts(frame, "train.csv", cfg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     budget = TimeBudget(cfg, 0 if test is None else len(test))
@@ -7274,6 +7561,7 @@ def predict_test(run_folder, test, sample=None):
         print("no test.csv, no submission")
         return None
     bundle = Bundle.open(Path(run_folder))
+    _refuse_changed_texts(test, "test.csv", bundle.cfg)
     predictions = predict_bundle(bundle, test)
     return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
 

@@ -33,7 +33,7 @@ __all__ = ["PRETRAIN_RECORD", "PretrainConfig", "pretrain"]
 PRETRAIN_RECORD = "pretrain.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PretrainConfig(ku.Settings):
     """The settings of pretrain.ipynb. A name that `Config` has too means the same here."""
 

@@ -185,9 +185,9 @@ def ensemble_problems(records):
         if folder.name.lower() in names:
             problems.append(f"{folder}: two runs are called {folder.name}; rename one folder")
         names.add(folder.name.lower())
-        for what in ("task", "id_column", "target_columns", "outputs", "classes"):
-            expected = (records[first] | records[first]["settings"])[what]
-            value = (record | record["settings"])[what]
+        for what in ("task", "id_column", "target_columns", "preprocess", "outputs", "classes"):
+            expected = (DEFAULTS | records[first] | records[first]["settings"])[what]
+            value = (DEFAULTS | record | record["settings"])[what]
             if value != expected:
                 must = f"{what} must be as in {first}, {expected!r}"
                 problems.append(f"{folder}: {must}; got {value!r}")

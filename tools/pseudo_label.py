@@ -69,6 +69,7 @@ def what_is_read(run):
         "classes": run.record["classes"],
         "id_column": run.cfg.id_column,
         "text columns": run.cfg.input_columns,
+        "preprocess": run.cfg.preprocess,
     }
 
 
@@ -156,7 +157,7 @@ def read_texts(paths, cfg):
     columns = list(dict.fromkeys([id_column, *inputs]))
     tables, problems = [], []
     for path in paths:
-        table = ku._Table.read(path, inputs, id_column)
+        table = ku._Table.read(path, inputs, id_column, cfg)
         frame = table.frame
         if id_column not in frame:
             frame[id_column] = [f"{path.stem}-{number}" for number in range(1, len(frame) + 1)]

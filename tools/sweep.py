@@ -47,7 +47,7 @@ import kernel_utils as ku
 PLACE = ("output_dir", "run_name")
 KEEPING = {*ku.Config.names("place"), "recipe"} - {"run_folds"}
 ROWS = "data_dir id_column text_columns prefix target_columns task max_rows".split()
-ROWS += "n_folds fold_kind group_column fold_seed".split()
+ROWS += "n_folds fold_kind group_column group_duplicates fold_seed preprocess".split()
 DEFAULTS = ku.Config().to_dict()
 
 # States of a cell before it runs, and outcomes other than an error
@@ -183,13 +183,14 @@ def read_rows(cfg):
 
 
 @functools.cache
-def read_folds(cfg):
-    return read_rows(cfg)[["fold"]]
+def read_folds(settings):
+    """The folds that these settings, in JSON, make."""
+    return read_rows(ku.Config(**json.loads(settings)))[["fold"]]
 
 
 def count_rows(cfg):
     """Rows to train on, over all folds and epochs."""
-    folds = read_folds(ku.Config(**{name: getattr(cfg, name) for name in ROWS}))
+    folds = read_folds(json.dumps({name: getattr(cfg, name) for name in ROWS}))
     chosen = cfg.folds_to_run(folds)
     return cfg.epochs * sum(int((folds["fold"] != fold).sum()) for fold in chosen)
 
