@@ -444,7 +444,7 @@ _SETTINGS_TITLE = re.compile(r"\s*# (Settings|Parameters)\s*$", re.MULTILINE)
 
 
 class _Notebook:
-    """The cells of a notebook, or of the script it was exported to, and the names that they bind."""
+    """The cells of a notebook, or of the script it was exported to, and what they bind."""
 
     def __init__(self, namespace):
         cells, script = namespace.get("In", []), Path(namespace.get("__file__") or "")
@@ -1513,39 +1513,34 @@ class _Table:
 
         Raises DataError unless it keeps every row, id and order, and gives texts in text columns.
         """
-        where = f"{self.path}, preprocess {cfg.preprocess}"
+        where, id_column = f"{self.path}, preprocess {cfg.preprocess}", self.id_column
         try:
             result = PREPROCESS[cfg.preprocess](frame.copy())
         except Exception as error:
-            error.add_note(f"in {where}, which every table goes through: train, test, extra texts")
+            error.add_note(f"in {where}; every table goes through it: train, test, extra texts")
             raise
         if not isinstance(result, pd.DataFrame):
             raise DataError(f"{where}: expected a DataFrame, got {type(result).__name__}")
-        has_ids = self.id_column in frame.columns
-        if has_ids and self.id_column not in result.columns:
+        if id_column in frame and id_column not in result:
             existing = _comma_join(result.columns)
-            raise DataError(f"{where}: the column {self.id_column!r} is gone; there are {existing}")
-        before = frame[self.id_column] if has_ids else frame.index
-        after = result[self.id_column] if has_ids else result.index
-        if len(before) != len(after):
-            rows = f"{len(before)} rows went in and {len(after)} came out"
-            raise DataError(f"{where}: {rows}; it must keep every row")
-        for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
-            if old != new:
-                raise DataError(
-                    f"{where}: row {number} was {old!r} and is {new!r}; it must keep ids and order"
-                )
-        result = result.reset_index(drop=True)
-        checked = _Table(where, result, self.id_column if has_ids else None)
-        for column in result.columns:
-            cells = result[column]
+            raise DataError(f"{where}: the column {id_column!r} is gone; there are {existing}")
+        before, after = (list(rows.get(id_column, rows.index)) for rows in (frame, result))
+        if before != after:
+            is_same = [a == b for a, b in zip(before, after, strict=False)]
+            row = [*is_same, False].index(False)
+            actual = f"{len(after)} rows, row {row + 1} with {after[row : row + 1]}"
+            expected = f"{len(before)} rows in their order, row {row + 1} with {before[row : row + 1]}"
+            raise DataError(f"{where}: expected the same {expected}, got {actual}")
+        table = _Table(where, result.reset_index(drop=True), id_column)
+        for column, cells in table.frame.items():
             if column in cfg.text_columns:
-                checked.refuse_rows(column, ~cells.map(lambda cell: isinstance(cell, str)), "texts")
+                is_text = [isinstance(cell, str) for cell in cells]
+                table.refuse_rows(column, np.logical_not(is_text), "texts")
             else:
-                result[column] = cells.astype(object).where(cells.notna(), "").map(str)
-        if checked.problems:
-            raise DataError(checked.problems)
-        return result
+                table.frame[column] = cells.astype(object).where(cells.notna(), "").map(str)
+        if table.problems:
+            raise DataError(table.problems)
+        return table.frame
 
     def _check_csv(self):
         """Raise DataError, with the line, for what pandas would take in its own way or not at all.
@@ -1784,42 +1779,41 @@ def read_competition(cfg):
 
 
 def _refuse_changed_texts(frame, file, cfg):
-    """Raise DataError where a text is not the one that the file gives, by id: infer.ipynb, which
-    reads the file alone, would predict others. Rows that the file does not have are counted.
+    """Raise DataError where a text is not the one that the file has for its id: infer.ipynb, which
+    reads the file alone, would predict others. Rows that are not in the file are counted.
     """
     try:
         path = _find_data_dir(cfg.data_dir, file) / file
     except DataError:
-        print(f"there is no {file} to compare the texts with: infer.ipynb reads those of the file")
+        print(f"no {file} to compare the texts with: infer.ipynb predicts those of its file")
         return
     table = _Table.read(path, [cfg.id_column, *cfg.input_columns], cfg.id_column, cfg).frame
-    texts = dict(zip(table[cfg.id_column], table[cfg.input_columns].to_numpy(), strict=True))
-    n_added, changed = 0, []
-    for name, cells in zip(frame[cfg.id_column], frame[cfg.input_columns].to_numpy(), strict=True):
-        if str(name) not in texts:
-            n_added += 1
-        elif list(cells) != list(texts[str(name)]):
-            changed.append((name, cells))
-    if changed:
-        name, cells = changed[0]
-        for column, new, old in zip(cfg.input_columns, cells, texts[str(name)], strict=True):
-            if new != old:
-                break
-        start = max(0, len(os.path.commonprefix([str(new), old])) - 20)
-        part = slice(start, start + 60)
-        raise DataError(
-            f"{path}: {len(changed)} rows were changed since the file was read, such as id {name!r}: "
-            f"column {column} has {old[part]!r} there and {str(new)[part]!r} here; infer.ipynb would "
-            f"not change them. Put the change into a function(frame) -> frame under "
-            f'@ku.register(ku.PREPROCESS, "name") and set preprocess to its name'
-        )
+    names, problems = [str(name) for name in frame[cfg.id_column]], []
+    for column in cfg.input_columns:
+        texts = dict(zip(table[cfg.id_column], table[column], strict=True))
+        rows = zip(names, frame[column], strict=True)
+        changed = [(name, str(text)) for name, text in rows if texts.get(name, text) != text]
+        if changed:
+            name, new = changed[0]
+            old = texts[name]
+            is_same = [a == b for a, b in zip(old, new, strict=False)]
+            start = max(0, [*is_same, False].index(False) - 20)
+            part = slice(start, start + 60)
+            cells = f"id {name!r} has {old[part]!r} in the file and {new[part]!r} here"
+            problems.append(f"{path}, column {column}: {len(changed)} texts were changed; {cells}")
+    if problems:
+        remedy = "put the change into a function(frame) -> frame and set preprocess to its name"
+        where = '@ku.register(ku.PREPROCESS, "name")'
+        reason = "infer.ipynb would predict the texts as the file has them"
+        raise DataError([*problems, f"{reason}: {remedy}, under {where}"])
+    n_added = len(set(names) - set(table[cfg.id_column]))
     if n_added:
-        print(f"{n_added} of {len(frame)} rows are not in {path}")
+        print(f"{n_added} of {len(frame)} rows are not in {path}: their texts are taken as they are")
 
 
 def _normalize_texts(texts):
-    """Each text without what editors change: case, punctuation, spaces, forms of a character. A text
-    without words, such as an emoji, keeps its punctuation.
+    """Each text without what editors change: case, punctuation, spaces, forms of a character.
+    One without words, such as an emoji, keeps its punctuation.
     """
     folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
     return [" ".join(re.findall(r"\w+", text) or text.split()) for text in folded]
@@ -1947,7 +1941,7 @@ def make_folds(frame, cfg):
 
 
 def _tell_of_duplicates(frame, texts, cfg):
-    """Say how many rows share a text with others, by the number of each row's text, and the folds."""
+    """Say how many rows share a text, by the number of each row's in `texts`, and where they are."""
     is_repeated = np.bincount(texts)[texts] > 1
     if not is_repeated.any():
         return
