@@ -470,7 +470,7 @@ class _Notebook:
         names = _assigned_names(ast.parse(cell))
         values = {name: self.namespace[name] for name in names if name in self.namespace}
         for name, value in _plain_assignments(cell).items():
-            if name in self.stray_names and value is not _NO_LITERAL:
+            if name in values and value is not _NO_LITERAL:
                 values[name] = value
         return values
 
@@ -1529,7 +1529,9 @@ class _Table:
             is_same = [a == b for a, b in zip(before, after, strict=False)]
             row = [*is_same, False].index(False)
             actual = f"{len(after)} rows, row {row + 1} with {after[row : row + 1]}"
-            expected = f"{len(before)} rows in their order, row {row + 1} with {before[row : row + 1]}"
+            expected = (
+                f"{len(before)} rows in their order, row {row + 1} with {before[row : row + 1]}"
+            )
             raise DataError(f"{where}: expected the same {expected}, got {actual}")
         table = _Table(where, result.reset_index(drop=True), id_column)
         for column, cells in table.frame.items():
@@ -1808,7 +1810,9 @@ def _refuse_changed_texts(frame, file, cfg):
         raise DataError([*problems, f"{reason}: {remedy}, under {where}"])
     n_added = len(set(names) - set(table[cfg.id_column]))
     if n_added:
-        print(f"{n_added} of {len(frame)} rows are not in {path}: their texts are taken as they are")
+        print(
+            f"{n_added} of {len(frame)} rows are not in {path}: their texts are taken as they are"
+        )
 
 
 def _normalize_texts(texts):
@@ -1885,8 +1889,12 @@ def _draw_folds(frame, texts, cfg):
     order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
     texts = texts[order]
     if has_groups:
-        groups = _merge_groups(frame[cfg.group_column].to_numpy()[order], texts)
+        names = frame[cfg.group_column].to_numpy()[order]
+        groups = _merge_groups(names, texts)
         dealt = np.arange(len(order))
+        before, after = len(set(names)), len(set(groups))
+        if after < before:
+            print(f"{before} groups count as {after}: those that share a text stay together")
     else:
         groups = None
         dealt = np.sort(np.unique(texts, return_index=True)[1])
@@ -1935,13 +1943,14 @@ def make_folds(frame, cfg):
         kept = texts if cfg.group_duplicates else np.arange(len(frame))
         frame = frame.assign(fold=_draw_folds(frame, kept, cfg))
     _tell_of_duplicates(frame, texts, cfg)
+    running = cfg.folds_to_run(frame)
     if cfg.task != "regression":
-        _check_labels(frame, cfg)
+        _check_labels(frame, running, cfg)
     return frame
 
 
 def _tell_of_duplicates(frame, texts, cfg):
-    """Say how many rows share a text, by the number of each row's in `texts`, and where they are."""
+    """Say how many rows share a text, by the number of each row's in `texts`, and where."""
     is_repeated = np.bincount(texts)[texts] > 1
     if not is_repeated.any():
         return
@@ -1959,14 +1968,14 @@ def _tell_of_duplicates(frame, texts, cfg):
         print(f"{message}{n_split} stand in several folds (group_duplicates is off)")
 
 
-def _check_labels(frame, cfg):
+def _check_labels(frame, running, cfg):
     """Warn of labels that the model of a fold never sees, as all of their rows are in that fold.
 
     Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
     several target columns one that differs is enough.
     """
     unseen, problems = [], []
-    for fold in cfg.folds_to_run(frame):
+    for fold in running:
         is_here = frame["fold"] == fold
         for column in cfg.target_columns:
             own, others = frame[column][is_here], set(frame[column][~is_here])
@@ -6845,7 +6854,8 @@ def train(frame, cfg, test=None):
     _prepare_process()
     cfg.refuse_stray_settings(vars(sys.modules["__main__"]))
     if "fold" not in frame.columns:
-        raise DataError("the rows have no column 'fold': train(make_folds(train, cfg), cfg)")
+        remedy = "call make_folds first, as in train(make_folds(rows, cfg), cfg)"
+        raise DataError(f"the rows have no column 'fold': {remedy}")
     _refuse_changed_texts(frame, "train.csv", cfg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
