@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import json
 import math
 import re
 import warnings
@@ -14,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from conftest import train_frame
 
 TRAIN = "id,excerpt,target\na,a cat sat,1.5\nb,the dog ran,-2\nc,a red hat,0\n"
 ONE_LABEL = "id,excerpt,target\na,a cat,1\nb,a hat,1\n"
@@ -778,3 +781,132 @@ def test_test_texts_that_are_training_texts_are_counted(data, capsys):
     assert "3 training rows, 3 test rows, of which 2 have the text of a training row" in capsys.readouterr().out
     ku.read_competition(data(test=TEST))
     assert "3 training rows, 2 test rows\n" in capsys.readouterr().out
+
+
+# Preprocessing
+
+
+@pytest.fixture
+def preprocess(monkeypatch, data):
+    """Function: function(frame) -> frame, and what `data` takes -> Config whose tables go through it."""
+
+    def config(function, *files, **settings):
+        monkeypatch.setitem(ku.PREPROCESS, "clean", function)
+        return data(*files, preprocess="clean", **settings)
+
+    return config
+
+
+def test_preprocess_changes_train_and_test_and_not_the_sample(preprocess):
+    def clean(frame):
+        frame["excerpt"] = frame["excerpt"].str.upper()
+        return frame
+
+    train, test, sample = ku.read_competition(preprocess(clean, TRAIN, TEST, SAMPLE))
+    assert train["excerpt"].tolist() == ["A CAT SAT", "THE DOG RAN", "A RED HAT"]
+    assert test["excerpt"].tolist() == ["A CAT", "A DOG"] and sample["id"].tolist() == ["y", "x"]
+    assert train["target"].tolist() == [1.5, -2, 0]
+
+
+def test_preprocess_may_make_the_columns_that_the_settings_name(preprocess):
+    def clean(frame):
+        made = frame.assign(text=frame["title"] + ": " + frame["body"], author=frame["body"].str.len())
+        return made.assign(label=made["score"].astype(float).gt(1)) if "score" in made else made
+
+    train = "id,title,body,score\na,Cat,it sat,1.5\nb,Dog,it ran,0\n"
+    columns = dict(text_columns="text", target_columns="label", task="binary", group_column="author")
+    cfg = preprocess(clean, train, "id,title,body\nx,Hat,it is red\n", fold_kind="group", **columns)
+    train, test, _ = ku.read_competition(cfg)
+    assert train["text"].tolist() == ["Cat: it sat", "Dog: it ran"] and test["text"].tolist() == ["Hat: it is red"]
+    assert train["author"].tolist() == ["6", "6"] and train["label"].tolist() == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "function, parts",
+    [
+        (
+            lambda frame: frame[frame["id"] != "b"],
+            ["expected the same 3 rows", "row 2 with ['b']", "got 2 rows", "['c']"],
+        ),
+        (lambda frame: pd.concat([frame, frame]), ["expected the same 3 rows", "got 6 rows"]),
+        (lambda frame: frame.iloc[::-1], ["row 1 with ['a']", "got 3 rows, row 1 with ['c']"]),
+        (lambda frame: frame.assign(id=frame["id"].str.upper()), ["row 1 with ['a']", "row 1 with ['A']"]),
+        (lambda frame: frame.rename(columns={"id": "key"}), ["the column 'id' is gone", "key, excerpt, target"]),
+        (lambda frame: None, ["expected a DataFrame, got NoneType"]),
+        (lambda frame: frame["excerpt"].str.lower(), ["expected a DataFrame, got Series"]),
+        (lambda frame: frame.assign(excerpt=[1, 2, 3]), ["column excerpt: expected texts, got row 1 (id a): '1'"]),
+        (lambda frame: frame.assign(excerpt=["x", None, "y"]), ["expected texts, got row 2 (id b): 'None'"]),
+        (lambda frame: frame.assign(excerpt=[["x"], "z", "y"]), ["expected texts, got row 1 (id a)"]),
+        (lambda frame: frame.drop(columns="excerpt"), ["no column 'excerpt'"]),
+    ],
+)
+def test_preprocess_must_keep_rows_ids_order_and_texts(preprocess, function, parts):
+    message = refusal(preprocess(function))
+    assert [part for part in [*parts, "train.csv"] if part not in message] == []
+    assert "preprocess clean" in message or "no column" in message
+
+
+def test_an_error_inside_preprocess_comes_as_it_is_with_the_file(preprocess):
+    cfg = preprocess(lambda frame: frame.assign(excerpt=frame["excerpt"] + frame["target"]), TRAIN, TEST)
+    with pytest.raises(KeyError, match="target") as error:
+        ku.read_competition(cfg)
+    assert "test.csv, preprocess clean; every table goes through it" in error.value.__notes__[0]
+
+
+def test_a_preprocess_that_is_not_registered_is_refused(data):
+    with pytest.raises(ku.ConfigError, match="preprocess must be one of nothing; got 'clean'"):
+        data(preprocess="clean")
+
+
+# Texts that are not those of the file
+
+
+def changed(frame, rows, text="another text"):
+    frame = frame.copy()
+    frame.loc[rows, "excerpt"] = text
+    return frame
+
+
+def test_texts_that_a_cell_changed_are_refused_before_training_with_the_remedy(tiny):
+    cfg = tiny()
+    folds = ku.make_folds(ku.read_competition(cfg)[0], cfg)
+    texts = folds["excerpt"].tolist()
+    with pytest.raises(ku.DataError) as error:
+        ku.train(changed(folds, [3, 5], texts[3] + " more"), cfg)
+    parts = [
+        "train.csv, column excerpt: 2 texts were changed; id '003' has",
+        "more' here",
+        "ku.PREPROCESS",
+        "preprocess",
+    ]
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_test_texts_that_a_cell_changed_are_refused_too(runs, competition):
+    cfg = ku.Config.from_dict(json.loads((runs / "two" / "record.json").read_text())["settings"])
+    _, test, sample = ku.read_competition(cfg)
+    with pytest.raises(ku.DataError, match=r"test.csv, column excerpt: 1 texts were changed; id '004'"):
+        ku.predict_test(runs / "two", changed(test, [4]), sample)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda frame: frame.iloc[::-1][:30], ""),
+        (lambda frame: pd.concat([frame, frame[:5]]), ""),
+        (lambda frame: pd.concat([frame, frame[:3].assign(id=["n1", "n2", "n3"])]), "3 of 43 rows are not in"),
+        (lambda frame: changed(frame, frame.index).assign(id=range(1000, 1040)), "40 of 40 rows are not in"),
+    ],
+)
+def test_rows_that_a_cell_drops_repeats_or_adds_are_trained_on_and_new_ones_counted(change, said, tiny, capsys):
+    cfg = tiny()
+    folds = ku.make_folds(ku.read_competition(cfg)[0], cfg)
+    capsys.readouterr()
+    ku._refuse_changed_texts(change(folds), "train.csv", cfg)
+    shown = capsys.readouterr().out
+    assert said in shown if said else shown == ""
+
+
+def test_without_a_file_the_texts_are_taken_as_they_are(tmp_path, capsys):
+    ku._refuse_changed_texts(train_frame(), "train.csv", ku.Config(data_dir=str(tmp_path)))
+    assert "no train.csv to compare the texts with" in capsys.readouterr().out

@@ -343,10 +343,10 @@ TABLES = {  # name -> (what is done to the competition, the settings, what the m
         dict(task="binary"),
         ["train.csv, column target: expected two labels", "got 1"],
     ),
-    "a label in one fold only": (
-        set_column("train.csv", "target", ["rare", *["yes", "no"] * 19, "no"]),
-        dict(task="multiclass"),
-        ["train.csv, column target: label 'rare' (1 rows) is in one fold only"],
+    "a fold whose model would train on one label": (
+        set_column("train.csv", "target", ["rare", *["no"] * 39]),
+        dict(task="binary"),
+        ["train.csv, column target: the rows outside of fold", "have one label, 'no'"],
     ),
     "fewer rows than folds": (
         write("train.csv", "id,excerpt,target\nx,a cat,1\ny,a dog,2\n"),
