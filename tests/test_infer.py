@@ -218,11 +218,8 @@ def test_a_process_predicts_in_the_precision_of_its_parent(bundle_of, monkeypatc
     assert (np.load(tmp_path / "1.npy") != bundle_of("three").predict(FRAME)).any()
 
 
-class Shout:
-    """A `preprocess` as a notebook cell or the module may define it; its test set makes the texts of two columns."""
-
-    def __call__(self, frame):
-        return frame.assign(excerpt=frame["first"] + " " + frame["rest"].str.lower())
+def join_columns(frame):
+    return frame.assign(excerpt=frame["first"] + " " + frame["rest"].str.lower())
 
 
 def test_a_hidden_test_goes_through_the_preprocessing_of_the_run(
@@ -232,7 +229,7 @@ def test_a_hidden_test_goes_through_the_preprocessing_of_the_run(
         table = pd.read_csv(competition / f"{name}.csv", dtype={"id": str})
         words = table.pop("excerpt").str.split(n=1)
         table.assign(first=words.str[0], rest=words.str[1].str.upper()).to_csv(competition / f"{name}.csv", index=False)
-    monkeypatch.setitem(ku.PREPROCESS, "join", Shout())
+    monkeypatch.setitem(ku.PREPROCESS, "join", join_columns)
     cfg = tiny_config(competition, backbone_folder("tiny"), tmp_path / "runs", preprocess="join")
     folder = trained(cfg)
     assert folder.name.startswith("competition-bert")
@@ -248,5 +245,5 @@ def test_a_hidden_test_goes_through_the_preprocessing_of_the_run(
     assert test["excerpt"].tolist() == hidden["excerpt"].tolist()
     assert np.allclose(ku.predict_bundle(bundle, test), ku.predict_bundle(bundle, hidden))
     monkeypatch.delitem(ku.PREPROCESS, "join")
-    with pytest.raises(ku.ConfigError, match="preprocess must be one of .*; got 'join'"):
+    with pytest.raises(ku.ConfigError, match=r"preprocess must be one of .*; got 'join'"):
         ku.load_bundle(str(folder))
