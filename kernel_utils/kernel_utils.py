@@ -495,14 +495,12 @@ def _plain_assignments(cell):
     values = {}
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
         for node in ast.parse(cell).body:
-            names = dict.fromkeys(_assigned_names(node), _NO_LITERAL)
+            names, value = _assigned_names(node), _NO_LITERAL
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and len(names) == 1:
                 with contextlib.suppress(ValueError):
-                    names = dict.fromkeys(names, ast.literal_eval(node.value))
-            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-                values |= names
-            else:  # a loop or branch
-                values |= {name: _NO_LITERAL for name in names if name in values}
+                    value = ast.literal_eval(node.value)
+            is_plain = isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+            values |= {name: value for name in names if is_plain or name in values}
     return values
 
 
@@ -679,7 +677,9 @@ class Config(Settings):
     batch_tokens: int = _training(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = _training(0, "seed of everything but the folds", low=0, high=_MAX_SEED)
     output_dir: str = _place("runs", "folder of the run folders")
-    run_name: str = _place("", "folder of the run; empty: by backbone, head, seed", kind="name")
+    run_name: str = _place(
+        "", "folder of the run; empty: by data, backbone, head, seed", kind="name"
+    )
     report_to: str = _place("", "also log to wandb, offline unless WANDB_MODE is set", ("wandb",))
     # interruptions
     resume: bool = _place(True, "go on with an unfinished run of the same name and settings")
@@ -1478,6 +1478,12 @@ def _to_numbers(cells):
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
 
 
+def _first_difference(one, other):
+    """The first place where two sequences differ, or the end of the shorter one."""
+    is_same = [a == b for a, b in zip(one, other, strict=False)]
+    return [*is_same, False].index(False)
+
+
 class _Table:
     """A table and the file it comes from. Its checks collect what is wrong in `problems`."""
 
@@ -1526,13 +1532,11 @@ class _Table:
             raise DataError(f"{where}: the column {id_column!r} is gone; there are {existing}")
         before, after = (list(rows.get(id_column, rows.index)) for rows in (frame, result))
         if before != after:
-            is_same = [a == b for a, b in zip(before, after, strict=False)]
-            row = [*is_same, False].index(False)
-            actual = f"{len(after)} rows, row {row + 1} with {after[row : row + 1]}"
-            expected = (
-                f"{len(before)} rows in their order, row {row + 1} with {before[row : row + 1]}"
+            row = _first_difference(before, after)
+            old, new = (
+                f"{len(ids)} rows, id {row + 1} {ids[row : row + 1]}" for ids in (before, after)
             )
-            raise DataError(f"{where}: expected the same {expected}, got {actual}")
+            raise DataError(f"{where}: expected the same ids in the same order, {old}; got {new}")
         table = _Table(where, result.reset_index(drop=True), id_column)
         for column, cells in table.frame.items():
             if column in cfg.text_columns:
@@ -1684,10 +1688,8 @@ def _draw_rows(frame, cfg):
     if "group" in cfg.fold_kind:
         sizes = frame[cfg.group_column].value_counts(sort=False)
         if sizes.min() > cfg.max_rows:
-            problem = (
-                f"the smallest group has {sizes.min()} rows, more than max_rows {cfg.max_rows}"
-            )
-            raise DataError(f"train.csv, column {cfg.group_column}: {problem}")
+            problem = f"max_rows {cfg.max_rows} holds no group, the smallest has {sizes.min()}"
+            raise DataError(f"train.csv, column {cfg.group_column}: {problem} rows")
         groups, room = [], cfg.max_rows
         for number in np.argsort(_id_order(sizes.index, cfg.fold_seed)):
             if sizes.iloc[number] <= room:
@@ -1798,8 +1800,7 @@ def _refuse_changed_texts(frame, file, cfg):
         if changed:
             name, new = changed[0]
             old = texts[name]
-            is_same = [a == b for a, b in zip(old, new, strict=False)]
-            start = max(0, [*is_same, False].index(False) - 20)
+            start = max(0, _first_difference(old, new) - 20)
             part = slice(start, start + 60)
             cells = f"id {name!r} has {old[part]!r} in the file and {new[part]!r} here"
             problems.append(f"{path}, column {column}: {len(changed)} texts were changed; {cells}")
@@ -6153,6 +6154,14 @@ def _source_of(part):
     return "\n".join(texts)
 
 
+def _default_name(cfg, kind):
+    """What a run is called without `run_name`, by the folder of its data, backbone, kind, seed."""
+    parts = [_short_name(cfg.backbone), kind, f"seed{cfg.seed}"]
+    with contextlib.suppress(DataError):  # rows made by hand need no train.csv
+        parts.insert(0, _short_name(_find_data_dir(cfg.data_dir, "train.csv").resolve()))
+    return "-".join(parts)
+
+
 class _RunFinder:
     """Finds the folder of a run that begins as `record`, in a file of this name."""
 
@@ -6522,10 +6531,7 @@ class _TrainingRun:
     # Going on
 
     def find_folder(self):
-        cfg, parts = self.cfg, []
-        with contextlib.suppress(DataError):  # a frame made by hand needs no train.csv
-            parts.append(_short_name(_find_data_dir(cfg.data_dir, "train.csv").resolve()))
-        name = "-".join([*parts, _short_name(cfg.backbone), cfg.head, f"seed{cfg.seed}"])
+        name = _default_name(self.cfg, self.cfg.head)
         self.folder = RunFolder(_RunFinder(self.user_cfg, self.record).find(name))
 
     def begin(self):

@@ -651,7 +651,7 @@ def test_max_rows_draws_whole_groups_for_group_folds(data):
         drawn = read(data(text, fold_kind="group", group_column="author", max_rows=40, fold_seed=seed, task="binary"))
         assert Counter(drawn["author"]).most_common() == [(name, 12) for name in dict.fromkeys(drawn["author"])]
         assert len(drawn) == 36
-    assert "the smallest group has 12 rows, more than max_rows 11" in refusal(
+    assert "max_rows 11 holds no group, the smallest has 12 rows" in refusal(
         data(text, fold_kind="group", group_column="author", max_rows=11, task="binary")
     )
 
@@ -826,11 +826,11 @@ def test_preprocess_may_make_the_columns_that_the_settings_name(preprocess):
     [
         (
             lambda frame: frame[frame["id"] != "b"],
-            ["expected the same 3 rows", "row 2 with ['b']", "got 2 rows", "['c']"],
+            ["same ids", "3 rows, id 2 ['b']; got 2 rows, id 2 ['c']"],
         ),
-        (lambda frame: pd.concat([frame, frame]), ["expected the same 3 rows", "got 6 rows"]),
-        (lambda frame: frame.iloc[::-1], ["row 1 with ['a']", "got 3 rows, row 1 with ['c']"]),
-        (lambda frame: frame.assign(id=frame["id"].str.upper()), ["row 1 with ['a']", "row 1 with ['A']"]),
+        (lambda frame: pd.concat([frame, frame]), ["3 rows, id 4 []; got 6 rows, id 4 ['a']"]),
+        (lambda frame: frame.iloc[::-1], ["3 rows, id 1 ['a']; got 3 rows, id 1 ['c']"]),
+        (lambda frame: frame.assign(id=frame["id"].str.upper()), ["id 1 ['a']", "id 1 ['A']"]),
         (lambda frame: frame.rename(columns={"id": "key"}), ["the column 'id' is gone", "key, excerpt, target"]),
         (lambda frame: None, ["expected a DataFrame, got NoneType"]),
         (lambda frame: frame["excerpt"].str.lower(), ["expected a DataFrame, got Series"]),
