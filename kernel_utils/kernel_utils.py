@@ -1913,6 +1913,8 @@ def _draw_folds(frame, texts, cfg):
         problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
         if len(set(texts)) < len(texts):
             problem += "; rows with equal texts stay together, see group_duplicates"
+        if cfg.max_rows:
+            problem += f"; max_rows is {cfg.max_rows}"
         raise DataError(f"train.csv, column {column}: {problem}") from None
     folds = np.empty(len(frame), dtype=int)
     folds[order] = fold_of_text[texts]
@@ -1975,7 +1977,7 @@ def _check_labels(frame, running, cfg):
     Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
     several target columns one that differs is enough.
     """
-    unseen, problems = [], []
+    unseen, hopeless = [], []
     for fold in running:
         is_here = frame["fold"] == fold
         for column in cfg.target_columns:
@@ -1983,15 +1985,16 @@ def _check_labels(frame, running, cfg):
             for label in sorted(set(own) - others):
                 unseen.append(f"{column} {label!r} ({(own == label).sum()} rows in fold {fold})")
         if frame[cfg.target_columns][~is_here].nunique().max() < 2:
-            problem = f"the rows outside of fold {fold} have one label, {others.pop()!r}"
-            remedy = "choose other folds (n_folds, fold_kind, fold_seed, run_folds)"
-            problems.append(f"train.csv, column {column}: {problem}: no model can learn; {remedy}")
-    if problems:
-        raise DataError(problems)
+            hopeless.append(fold)
+    more = f" and {len(unseen) - 10} more" if len(unseen) > 10 else ""
+    message = f"labels in one fold only: {_comma_join(unseen[:10])}{more}"
+    if hopeless:
+        problem = f"outside of fold {_comma_join(hopeless)} all rows are alike, no model can learn"
+        remedy = "choose other folds (n_folds, fold_kind, fold_seed, run_folds) or more max_rows"
+        raise DataError(f"train.csv, {message}; {problem}: {remedy}")
     if unseen:
-        names = _comma_join(unseen[:10]) + (f" and {len(unseen) - 10} more" * (len(unseen) > 10))
         effect = "the model of that fold never sees such a label, the others train on it"
-        warnings.warn(f"labels in one fold only: {names}; {effect}", stacklevel=3)
+        warnings.warn(f"{message}; {effect}", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------------------
@@ -6481,7 +6484,7 @@ class _TrainingRun:
             folder=self.backbone,
             tokenizer=self.tokenizer,
             n_outputs=len(self.outputs),
-            ids=texts[cfg.id_column].to_numpy(),
+            ids=texts[cfg.id_column].map(str).to_numpy(),
             errors=errors,
             pseudo=labels,
         )

@@ -550,7 +550,7 @@ def test_a_label_in_a_fold_that_does_not_run_is_trained_on_and_not_warned_of(rec
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
 def test_a_fold_whose_model_would_train_on_one_label_is_an_error_with_column_and_label(task):
     frame = labelled("xxxxyy", [0, 1, 0, 1, 1, 1])
-    with pytest.raises(ku.DataError, match=r"column target: the rows outside of fold 1 have one label, 'x'"):
+    with pytest.raises(ku.DataError, match=r"target 'y' \(2 rows in fold 1\); outside of fold 1 all rows are alike"):
         ku.make_folds(frame, ku.Config(task=task))
     assert len(ku.make_folds(frame, ku.Config(task=task, run_folds="0"))) == 6
 
@@ -561,7 +561,7 @@ def test_a_label_of_a_label_set_in_one_fold_only_is_warned_of_while_another_colu
     ku.make_folds(frame, cfg)
     with pytest.warns(UserWarning, match=r"q 1\.0 \(1 rows in fold 0\)"):
         ku.make_folds(frame.assign(q=[1.0, 0.0, 0.0, 0.0]), cfg)
-    with pytest.raises(ku.DataError, match="outside of fold 0 have one label"):
+    with pytest.raises(ku.DataError, match="outside of fold 0 all rows are alike"):
         ku.make_folds(frame.assign(p=[1.0, 0.0, 0.0, 0.0], q=[1.0, 0.0, 0.0, 0.0]), cfg)
 
 
@@ -643,6 +643,14 @@ def test_max_rows_draws_classes_in_proportion_and_each_at_least_once(data, max_r
     order = ku._id_order(read(dataclasses.replace(cfg, max_rows=0))["id"], 0)
     first = [f"r{i}" for i in np.argsort(order) if i < 60][: Counter(drawn["target"])["a"]]
     assert set(first) == set(drawn["id"][drawn["target"] == "a"])  # the order of a class is that of its ids
+
+
+def test_too_few_drawn_rows_or_groups_for_the_folds_are_an_error_that_names_max_rows(data):
+    text, groups = classes_csv(dict(a=60, b=36)), dict(fold_kind="group", group_column="author")
+    for settings in (dict(max_rows=4), dict(max_rows=40, **groups)):
+        cfg = data(text, task="binary", **settings)
+        with pytest.raises(ku.DataError, match=f"max_rows is {cfg.max_rows}"):
+            ku.make_folds(read(cfg), cfg)
 
 
 def test_max_rows_draws_whole_groups_for_group_folds(data):

@@ -346,7 +346,7 @@ TABLES = {  # name -> (what is done to the competition, the settings, what the m
     "a fold whose model would train on one label": (
         set_column("train.csv", "target", ["rare", *["no"] * 39]),
         dict(task="binary"),
-        ["train.csv, column target: the rows outside of fold", "have one label, 'no'"],
+        ["train.csv, labels in one fold only: target 'rare' (1 rows in fold", "all rows are alike, no model can learn"],
     ),
     "fewer rows than folds": (
         write("train.csv", "id,excerpt,target\nx,a cat,1\ny,a dog,2\n"),

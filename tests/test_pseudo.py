@@ -1,5 +1,6 @@
 """Pseudo-labels: who labelled what, what is left out, what is refused, and how they are trained on."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -223,6 +224,17 @@ def test_ids_are_made_where_a_file_has_none(runs, extra, tmp_path):
     table = pseudo_label.read_texts([tmp_path / "plain.csv", extra], ku._Run.load(runs / "one").cfg)
     assert list(table["id"][:2]) == ["plain-1", "plain-2"] and list(table.columns) == ["id", "excerpt"]
     assert len(table) == 32 and table["id"].is_unique
+
+
+def test_extra_texts_go_through_the_preprocessing_of_the_runs_and_labelled_ones_not_again(
+    runs, made, student, extra, monkeypatch
+):
+    monkeypatch.setitem(ku.PREPROCESS, "cut", lambda frame: frame.assign(excerpt=frame["excerpt"].str[1:]))
+    cfg = dataclasses.replace(ku._Run.load(runs / "one").cfg, preprocess="cut")
+    plain = pd.read_csv(extra)["excerpt"]
+    assert pseudo_label.read_texts([extra], cfg)["excerpt"].tolist() == plain.str[1:].tolist()
+    labelled = ku._PseudoLabels(folds_of(runs), student(preprocess="cut"), [])
+    assert labelled.texts["excerpt"].tolist() == plain.tolist()
 
 
 # ---------------------------------------------------------------------------------------
