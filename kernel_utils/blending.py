@@ -132,7 +132,7 @@ def _ridge(predictions, target, metric_name):
     return _with_intercept(1 / len(predictions) + model.coef_, predictions, target)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class BlendConfig(ku.Settings):
     """The settings of blend.ipynb."""
 

@@ -64,7 +64,7 @@ CHECKPOINTS = ("last", "best")
 _LEVEL = 0.05  # chance that any comparison with a baseline calls two equal configurations different
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class CompareConfig(ku.Settings):
     """The settings of compare.ipynb."""
 

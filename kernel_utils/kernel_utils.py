@@ -91,6 +91,7 @@ with warnings.catch_warnings():
 
 import numpy as np
 import pandas as pd
+import scipy.sparse.csgraph
 import scipy.stats
 import sklearn
 import sklearn.metrics
@@ -296,17 +297,25 @@ def _cast_names(value):
     return [str(name).strip() for name in value]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Settings:
-    """What `Config` and its like share: every value is checked when one is built."""
+    """What `Config` and its like share: every value is checked when one is built, and stays."""
 
     recipes: ClassVar[dict] = {}  # name -> settings to start from; only `Config` has some
+
+    def __setattr__(self, name, value):
+        if name in vars(self) or name not in self.__dataclass_fields__:
+            remedy = "set it in the settings cell, or build others with dataclasses.replace"
+            raise ConfigError(
+                f"{name} = {value!r}: settings that are built do not change; {remedy}"
+            )
+        super().__setattr__(name, value)
 
     def __post_init__(self):
         problems = []
         for field in dataclasses.fields(self):
             try:
-                value = self._validate(field)
+                value = self._validate(field, getattr(self, field.name))
             except ValueError as problem:
                 problems.append(str(problem))
                 value = field.default
@@ -315,10 +324,10 @@ class Settings:
         if problems:
             raise ConfigError(problems)
 
-    def _validate(self, field):
-        """The value of a setting in its type; ValueError says what the setting accepts."""
+    def _validate(self, field, value):
+        """A value for a setting in its type; ValueError says what the setting accepts."""
         name, limits = field.name, field.metadata
-        value, kind = getattr(self, name), limits["kind"] or field.type
+        kind = limits["kind"] or field.type
         choices, low, high = limits["choices"], limits["low"], limits["high"]
         try:
             value = _cast(value, kind)
@@ -332,7 +341,9 @@ class Settings:
         for item in value if kind == "names" else [value]:
             if choices is not None and item not in choices and value != field.default:
                 hint = _did_you_mean(item, choices)
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {item!r}{hint}")
+                raise ValueError(
+                    f"{name} must be one of {_comma_join(choices)}; got {item!r}{hint}"
+                )
         numbers = value if kind is tuple else [value]
         if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -381,30 +392,61 @@ class Settings:
         """Read the settings cell and the cell papermill puts after it. `namespace` is `globals()`.
 
         Settings are the names that two cells bind: the last one run whose first line is
-        `# Settings` and the last whose first line is `# Parameters` (papermill's wording). Their
-        values are those of now: a later cell that binds one of the names again changes the
-        setting. The cells of an exported script are read from its file.
+        `# Settings` and the last whose first line is `# Parameters` (papermill's wording). Raises
+        ConfigError where another cell binds a setting to another value. The cells of an exported
+        script are read from its file.
 
         A recipe gives what `# Settings` leaves at its default, but nothing that `# Parameters`
         binds after it.
         """
+        notebook = _Notebook(namespace)
+        if not notebook.settings_cells:
+            expected = "its first line must be '# Settings', in a script below a cell mark"
+            raise ConfigError(f"no settings cell has run: {expected}")
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         settings, own_names = {}, set()  # the names that win over a recipe
-        for title, cell in _settings_cells(namespace):
-            names = [name for name in _assigned_names(ast.parse(cell)) if name in namespace]
-            settings |= {name: namespace[name] for name in names}
-            own_names |= set(names)
+        for title, cell in notebook.settings_cells.items():
+            values = notebook.values_of(cell)
+            settings |= values
+            own_names |= set(values)
             if title == "Settings":
-                own_names -= {n for n in names if namespace[n] == defaults.get(n)}
+                own_names -= {name for name in values if values[name] == defaults.get(name)}
         recipe = cls.recipes.get(str(settings.get("recipe")), {})
         for name in recipe.keys() - own_names:
             settings.pop(name, None)
         config = cls.from_dict(settings)
+        config.refuse_stray_settings(namespace)
         if recipe:
             note = {name: " (given)" if name in own_names else "" for name in recipe}
             used = [f"{name} {getattr(config, name)}{note[name]}" for name in recipe]
             print(f"recipe {settings['recipe']}: {', '.join(used)}")
         return config
+
+    def refuse_stray_settings(self, namespace):
+        """Raise ConfigError where a cell that is no settings cell binds a setting to another value.
+
+        Only plain assignments of values that the setting accepts count, in the notebook or exported
+        script of a namespace; other variables of the name, such as those of a loop, do not.
+        """
+        stray = []
+        for name, value in _Notebook(namespace).stray_values().items():
+            if self._would_change(name, value):
+                stray.append(f"{name} = {value!r}")
+        if stray:
+            problem = f"{_comma_join(stray)}: bound in another cell than the settings, to no effect"
+            remedy = "put it into the settings cell (the first), or call the variable otherwise"
+            raise ConfigError(f"{problem}; {remedy} (del forgets it)")
+
+    def _would_change(self, name, value):
+        """Whether there is a setting of this name that accepts the value and has another one."""
+        if name == "recipe":
+            return value in list(self.recipes)
+        if name not in self.names():
+            return False
+        try:
+            return self._validate(self.__dataclass_fields__[name], value) != getattr(self, name)
+        except ValueError:
+            return False
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -438,22 +480,65 @@ _CELL_MARKS = r"^# (?:In\[.*\]:|%%.*|\+.*|-)$"  # what nbconvert and jupytext pu
 _SETTINGS_TITLE = re.compile(r"\s*# (Settings|Parameters)\s*$", re.MULTILINE)
 
 
-def _settings_cells(namespace):
-    """(title, source) of the settings cells of a notebook or exported script, as they ran."""
-    cells = namespace.get("In", [])
-    if not any(map(_SETTINGS_TITLE.match, cells)) and "__file__" in namespace:
-        script = Path(namespace["__file__"]).read_text(encoding="utf-8")
-        cells = re.split(_CELL_MARKS, script, flags=re.MULTILINE)
-    latest = {}
-    for cell in cells:
-        title = _SETTINGS_TITLE.match(cell)
-        if title:
-            latest.pop(title[1], None)  # a cell that runs again goes to the end
-            latest[title[1]] = cell
-    if not latest:
-        expected = "its first line must be '# Settings', in a script below a cell mark"
-        raise ConfigError(f"no settings cell has run: {expected}")
-    return latest.items()
+class _Notebook:
+    """The cells of a notebook, or of the script it was exported to, and what they bind."""
+
+    def __init__(self, namespace):
+        cells, script = namespace.get("In", []), Path(namespace.get("__file__") or "")
+        if not any(map(_SETTINGS_TITLE.match, cells)) and script.is_file():
+            text = script.read_text(encoding="utf-8", errors="replace")
+            cells = re.split(_CELL_MARKS, text, flags=re.MULTILINE)
+        self.namespace = namespace
+        self.settings_cells = {}  # title -> source, as they ran last
+        others = []
+        for cell in cells:
+            title = _SETTINGS_TITLE.match(cell)
+            if title:
+                self.settings_cells.pop(title[1], None)  # a cell that runs again goes to the end
+                self.settings_cells[title[1]] = cell
+            else:
+                others.append(cell)
+        self.stray_names = {}  # what other cells assign; their values are those of `namespace`
+        for cell in others if self.settings_cells else []:
+            self.stray_names |= _plain_assignments(cell)
+
+    def values_of(self, cell):
+        """{name: value} of what a settings cell binds, whatever other cells have bound it to."""
+        names = _assigned_names(ast.parse(cell))
+        values = {name: self.namespace[name] for name in names if name in self.namespace}
+        for name, value in _plain_assignments(cell).items():
+            if name in values and value is not _NO_LITERAL:
+                values[name] = value
+        return values
+
+    def stray_values(self):
+        """{name: value} of what other cells bind, but for what the settings cells say too."""
+        own, stray = {}, {}
+        for cell in self.settings_cells.values():
+            own |= _plain_assignments(cell)
+        for name in self.stray_names:
+            value = self.namespace.get(name)
+            is_plain = isinstance(value, (str, int, float, list, tuple, Path))
+            if is_plain and value != own.get(name, _NO_LITERAL):
+                stray[name] = value
+        return stray
+
+
+_NO_LITERAL = object()
+
+
+def _plain_assignments(cell):
+    """{name: value} of the assignments at the top of a cell; of values only literals are read."""
+    values = {}
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
+        for node in ast.parse(cell).body:
+            names, value = _assigned_names(node), _NO_LITERAL
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and len(names) == 1:
+                with contextlib.suppress(ValueError):
+                    value = ast.literal_eval(node.value)
+            is_plain = isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+            values |= {name: value for name in names if is_plain or name in values}
+    return values
 
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -512,7 +597,7 @@ _place = functools.partial(option, affects="place")
 _column = functools.partial(_data, kind="column")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config(Settings):
     """Every setting of a run. `papermill -p NAME VALUE` sets the field called NAME."""
 
@@ -636,7 +721,9 @@ class Config(Settings):
     batch_tokens: int = _training(0, _BATCH_TOKENS_HELP, low=0)
     seed: int = _training(0, "seed of everything but the folds", low=0, high=_MAX_SEED)
     output_dir: str = _place("runs", "folder of the run folders")
-    run_name: str = _place("", "folder of the run; empty: by backbone, head, seed", kind="name")
+    run_name: str = _place(
+        "", "folder of the run; empty: by data, backbone, head, seed", kind="name"
+    )
     report_to: str = _place("", "also log to wandb, offline unless WANDB_MODE is set", ("wandb",))
     # interruptions
     resume: bool = _place(True, "go on with an unfinished run of the same name and settings")
@@ -811,7 +898,7 @@ class Config(Settings):
         return dataclasses.replace(self, backbone_dropout=dropout, **values)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class InferConfig(Settings):
     """The settings of infer.ipynb; everything else comes from the record of the run."""
 
@@ -877,7 +964,11 @@ class _Kaggle:
         if len(folders) == 1:
             return folders[0]
         problem = "several attached competitions have" if folders else "no attached competition has"
-        folders = _comma_join(folders or self.attached_folders("*.*"))
+        folders = folders or self.attached_folders("*.*")
+        if not folders:
+            problem = f"nothing is attached under {self.input}"
+            raise DataError(f"{problem}: add the competition with Add Input, or set data_dir")
+        folders = _comma_join(folders)
         raise DataError(f"{problem} a {name}; set data_dir to one of: {folders}")
 
 
@@ -1695,6 +1786,12 @@ class _TableFile:
         return header, pd.DataFrame(cells, dtype=object)
 
 
+def _first_difference(one, other):
+    """The first place where two sequences differ, or the end of the shorter one."""
+    is_same = [a == b for a, b in zip(one, other, strict=False)]
+    return [*is_same, False].index(False)
+
+
 class _Table:
     """A table and the file it comes from. Its checks collect what is wrong in `problems`."""
 
@@ -1714,11 +1811,48 @@ class _Table:
 
     @classmethod
     def read_rows(cls, path, cfg, columns=()):
-        """Read a file with the columns of texts and these: rows to train on or to predict."""
-        frame = _TableFile(path).read()
-        table = cls(path, frame, cfg.id_column)
+        """Read a file with rows to train on or to predict, as `preprocess` changes it; it must have
+        the columns of texts and these."""
+        table = cls(path, _TableFile(path).read(), cfg.id_column)
+        if cfg.preprocess:
+            table.frame = table.preprocess(cfg)
         table.check_columns([*cfg.input_columns, *columns])
         return table
+
+    def preprocess(self, cfg):
+        """What the function of the setting `preprocess` makes of the frame, as texts again.
+
+        Raises DataError unless it keeps every row, id and order, and gives texts in text columns.
+        """
+        frame, id_column = self.frame, self.id_column
+        where = f"{self.path}, preprocess {cfg.preprocess}"
+        try:
+            result = PREPROCESS[cfg.preprocess](frame.copy())
+        except Exception as error:
+            error.add_note(f"in {where}; every table goes through it: train, test, extra texts")
+            raise
+        if not isinstance(result, pd.DataFrame):
+            raise DataError(f"{where}: expected a DataFrame, got {type(result).__name__}")
+        if id_column in frame and id_column not in result:
+            existing = _comma_join(result.columns)
+            raise DataError(f"{where}: the column {id_column!r} is gone; there are {existing}")
+        before, after = (list(rows.get(id_column, rows.index)) for rows in (frame, result))
+        if before != after:
+            row = _first_difference(before, after)
+            old, new = (
+                f"{len(ids)} rows, id {row + 1} {ids[row : row + 1]}" for ids in (before, after)
+            )
+            raise DataError(f"{where}: expected the same ids in the same order, {old}; got {new}")
+        table = _Table(where, result.reset_index(drop=True), id_column)
+        for column, cells in table.frame.items():
+            if column in cfg.text_columns:
+                is_text = [isinstance(cell, str) for cell in cells]
+                table.refuse_rows(column, np.logical_not(is_text), "texts")
+            else:
+                table.frame[column] = cells.astype(object).where(cells.notna(), "").map(str)
+        if table.problems:
+            raise DataError(table.problems)
+        return table.frame
 
     def check_columns(self, columns):
         """Raise DataError for a column that is not there, and for cells that are not text."""
@@ -1852,18 +1986,25 @@ def _id_names(name):
     return ["", "Unnamed: 0"] if name in ("", "Unnamed: 0") else [name]
 
 
-def _read_train(cfg):
-    """The training table, checked: texts and labels as text, other targets as numbers."""
+def _read_train_rows(cfg, columns=()):
+    """The training table with its ids, texts and `columns`, without rows that have no text."""
     path = _find_data_dir(cfg, "train").find("train")
-    groups = [cfg.group_column] if "group" in cfg.fold_kind else []
-    errors = [cfg.error_column] if cfg.error_column else []
-    table = _Table.read_rows(path, cfg, [*cfg.target_columns, *errors, *groups])
+    table = _Table.read_rows(path, cfg, columns)
     own_ids = _id_names(cfg.id_column)
     id_column = table.find_ids(own_ids)
     if id_column not in own_ids and cfg.id_column != Config.id_column:
         table.check_columns([cfg.id_column])
     table.take_ids(id_column)
     table.drop_empty(cfg)
+    return table
+
+
+def _read_train(cfg):
+    """The training table, checked: texts and labels as text, other targets as numbers."""
+    groups = [cfg.group_column] if "group" in cfg.fold_kind else []
+    errors = [cfg.error_column] if cfg.error_column else []
+    table = _read_train_rows(cfg, [*cfg.target_columns, *errors, *groups])
+    path = table.path
     table.check_ids()
     for column in groups:
         table.check_filled(column, "a value")
@@ -1874,9 +2015,8 @@ def _read_train(cfg):
     if table.problems:
         raise DataError(table.problems)
     frame = table.frame.assign(**values)
-    if cfg.max_rows:
-        is_drawn = _id_order(frame[cfg.id_column], cfg.fold_seed) < cfg.max_rows
-        frame = frame[is_drawn].reset_index(drop=True)
+    if 0 < cfg.max_rows < len(frame):
+        frame = _draw_rows(frame, cfg)
     if cfg.task in ("binary", "multiclass"):
         _check_labels(frame, cfg, path)
     return frame
@@ -1902,8 +2042,42 @@ def _check_labels(frame, cfg, path):
     n_labels = len(cfg.class_labels(frame))
     expected = "two labels" if cfg.task == "binary" else "two or more labels"
     if n_labels < 2 or (cfg.task == "binary" and n_labels > 2):
-        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {len(frame)} rows"
+        rows = f"{len(frame)} rows{' (max_rows)' if cfg.max_rows else ''}"
+        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {rows}"
         raise DataError(f"{path}, column {column}: {problem}")
+
+
+def _draw_rows(frame, cfg):
+    """The `max_rows` of a table: as many of a class as its share, at least one where there is room;
+    whole groups for group folds, as they fit. What is left of no class or label is warned of.
+    """
+    order = _id_order(frame[cfg.id_column], cfg.fold_seed)
+    if "group" in cfg.fold_kind:
+        sizes = frame[cfg.group_column].value_counts(sort=False)
+        if sizes.min() > cfg.max_rows:
+            problem = f"max_rows {cfg.max_rows} holds no group, the smallest has {sizes.min()}"
+            raise DataError(f"train.csv, column {cfg.group_column}: {problem} rows")
+        groups, room = [], cfg.max_rows
+        for number in np.argsort(_id_order(sizes.index, cfg.fold_seed)):
+            if sizes.iloc[number] <= room:
+                groups.append(sizes.index[number])
+                room -= sizes.iloc[number]
+        drawn = frame[frame[cfg.group_column].isin(groups)]
+    else:
+        place, is_further = order, np.zeros(len(frame), bool)
+        if cfg.task in ("binary", "multiclass"):
+            rows = pd.Series(order).groupby(frame[cfg.target_columns[0]].to_numpy())
+            rank = rows.rank()
+            place, is_further = (rank - 0.5) / rows.transform("size"), rank > 1
+        first = np.lexsort((order, place, is_further))[: cfg.max_rows]
+        drawn = frame.iloc[np.sort(first)]
+    for column in cfg.target_columns if cfg.task != "regression" else []:
+        lost = sorted(set(frame[column]) - set(drawn[column]))
+        if lost:
+            labels = _comma_join(map(repr, lost[:10]))
+            message = f"max_rows {cfg.max_rows} leaves no row of {len(lost)} labels: {labels}"
+            warnings.warn(f"train.csv, column {column}: {message}", stacklevel=2)
+    return drawn.reset_index(drop=True)
 
 
 def _take_test_ids(test, sample, cfg):
@@ -2000,8 +2174,62 @@ def read_competition(cfg):
     folder.print_unread()
     if sample is not None:
         _submission_columns(sample, cfg, cfg.class_labels(train))
-    print(f"{len(train)} training rows, {0 if test is None else len(test)} test rows")
+    repeats = ""
+    if test is not None:
+        n_repeats = int(np.isin(_row_texts(test, cfg), _row_texts(train, cfg)).sum())
+        repeats = f", of which {n_repeats} have the text of a training row" if n_repeats else ""
+    n_test = 0 if test is None else len(test)
+    print(f"{len(train)} training rows, {n_test} test rows{repeats}")
     return train, test, sample
+
+
+def _refuse_changed_texts(frame, kind, cfg):
+    """Raise DataError where a text is not the one that the file has for its id: infer.ipynb, which
+    reads the file alone, would predict others. Rows that are not in the file are counted.
+    """
+    try:
+        folder = _find_data_dir(cfg, kind)
+    except DataError:
+        print(f"no {kind} table to compare the texts with: infer.ipynb predicts those of its file")
+        return
+    path = folder.find(kind)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        table = _read_train_rows(cfg).frame if kind == "train" else _read_test(cfg, folder)[0]
+    names, problems = [str(name) for name in frame[cfg.id_column]], []
+    for column in cfg.input_columns:
+        texts = dict(zip(table[cfg.id_column], table[column], strict=True))
+        rows = zip(names, frame[column], strict=True)
+        changed = [(name, str(text)) for name, text in rows if texts.get(name, text) != text]
+        if changed:
+            name, new = changed[0]
+            old = texts[name]
+            start = max(0, _first_difference(old, new) - 20)
+            part = slice(start, start + 60)
+            cells = f"id {name!r} has {old[part]!r} in the file and {new[part]!r} here"
+            problems.append(f"{path}, column {column}: {len(changed)} texts were changed; {cells}")
+    if problems:
+        remedy = "put the change into a function(frame) -> frame and set preprocess to its name"
+        where = '@ku.register(ku.PREPROCESS, "name")'
+        reason = "infer.ipynb would predict the texts as the file has them"
+        raise DataError([*problems, f"{reason}: {remedy}, under {where}"])
+    n_added = len(set(names) - set(table[cfg.id_column]))
+    if n_added:
+        rows = f"{n_added} of {len(frame)} rows are not in {path}"
+        print(f"{rows}: their texts are taken as they are")
+
+
+def _normalize_texts(texts):
+    """Each text without what editors change: case, punctuation, spaces, forms of a character.
+    One without words, such as an emoji, keeps its punctuation.
+    """
+    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
+    return [" ".join(re.findall(r"\w+", text) or text.split()) for text in folded]
+
+
+def _row_texts(frame, cfg):
+    """The texts of every row, normalised; those of several columns as one, a line for each."""
+    columns = [_normalize_texts(frame[name]) for name in cfg.text_columns]
+    return ["\n".join(cells) for cells in zip(*columns, strict=True)]
 
 
 def _id_order(ids, seed):
@@ -2014,11 +2242,15 @@ def _id_order(ids, seed):
 def _strata(frame, cfg):
     """What stratified folds balance: labels, label sets, or `floor(1 + log2 N)` bins of the target.
 
-    Strata with fewer rows than folds are merged: bins with a neighbour, label sets together.
+    Strata with fewer rows than folds are merged: bins with a neighbour, label sets together;
+    labels with a neighbour too where none of them has as many rows as there are folds.
     """
     values = frame[cfg.target_columns]
     if cfg.task in ("binary", "multiclass"):
-        return values[cfg.target_columns[0]].to_numpy()
+        labels = values[cfg.target_columns[0]].to_numpy()
+        _, numbers, n_rows = np.unique(labels, return_inverse=True, return_counts=True)
+        is_rare = n_rows.max() < cfg.n_folds
+        return _merge_rare(numbers, cfg.n_folds) if is_rare else labels
     if cfg.task == "multilabel":
         label_sets = values.astype(int).astype(str).agg("".join, axis=1)
         n_rows = label_sets.groupby(label_sets).transform("size")
@@ -2027,47 +2259,82 @@ def _strata(frame, cfg):
     scores = (values - values.mean()) / spread
     n_bins = int(1 + math.log2(len(frame)))
     bins = pd.cut(scores.mean(axis=1), n_bins, labels=False).to_numpy(copy=True)
+    return _merge_rare(bins, cfg.n_folds)
+
+
+def _merge_rare(bins, n_folds):
+    """The same numbers (N,), but where one stands fewer than `n_folds` times its neighbour."""
     for b in range(bins.max()):  # upwards, then what is left at the top downwards
         is_here = bins == b
-        if 0 < is_here.sum() < cfg.n_folds:
+        if 0 < is_here.sum() < n_folds:
             bins[is_here] = b + 1
     is_top = bins == bins.max()
-    if is_top.sum() < cfg.n_folds and not is_top.all():
+    if is_top.sum() < n_folds and not is_top.all():
         bins[is_top] = bins[~is_top].max()
     return bins
 
 
-def _draw_folds(frame, cfg):
-    """A fold for every row, drawn by `fold_seed` and the ids with the splitter of `fold_kind`."""
+def _merge_groups(groups, texts):
+    """A number for the group of each row; groups that share a text are one. Sorted as they were."""
+    names, groups = np.unique(groups, return_inverse=True)
+    ends = (groups, len(names) + texts)
+    graph = scipy.sparse.coo_array((np.ones(len(texts)), ends), shape=[len(names) + len(texts)] * 2)
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
+
+
+def _draw_folds(frame, texts, cfg):
+    """A fold for every row, drawn by `fold_seed` and the ids with the splitter of `fold_kind`.
+
+    Rows with the same number in `texts` (N,) come into one fold: without groups one of them is
+    dealt out and the others follow it, with groups those that share a text are dealt out as one.
+    """
     has_groups = "group" in cfg.fold_kind
     order = np.argsort(_id_order(frame[cfg.id_column], cfg.fold_seed))
-    ordered = frame.iloc[order]
-    groups = ordered[cfg.group_column].to_numpy() if has_groups else None
+    texts = texts[order]
+    if has_groups:
+        names = frame[cfg.group_column].to_numpy()[order]
+        groups = _merge_groups(names, texts)
+        dealt = np.arange(len(order))
+        before, after = len(set(names)), len(set(groups))
+        if after < before:
+            print(f"{before} groups count as {after}: those that share a text stay together")
+    else:
+        groups = None
+        dealt = np.sort(np.unique(texts, return_index=True)[1])
+    rows = frame.iloc[order[dealt]]
     splitter_class = _FOLD_KINDS[cfg.fold_kind]
     splitter = splitter_class(cfg.n_folds, shuffle=True, random_state=cfg.fold_seed)
-    folds = np.empty(len(frame), dtype=int)
+    fold_of_text = np.empty(len(frame), dtype=int)
     try:
-        with warnings.catch_warnings():  # `make_folds` refuses a class too rare to be trained
+        with warnings.catch_warnings():  # `make_folds` names a class too rare for all folds
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            splits = splitter.split(ordered, _strata(ordered, cfg), groups)
-            for fold, (_, rows) in enumerate(splits):
-                folds[order[rows]] = fold
+            for fold, (_, part) in enumerate(splitter.split(rows, _strata(rows, cfg), groups)):
+                fold_of_text[texts[dealt[part]]] = fold
     except ValueError as error:
         column = cfg.group_column if has_groups else _comma_join(cfg.target_columns)
         problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+        if len(set(texts)) < len(texts):
+            problem += "; rows with equal texts stay together, see group_duplicates"
+        if cfg.max_rows:
+            problem += f"; max_rows is {cfg.max_rows}"
         raise DataError(f"train.csv, column {column}: {problem}") from None
+    folds = np.empty(len(frame), dtype=int)
+    folds[order] = fold_of_text[texts]
     return folds
 
 
 def make_folds(frame, cfg):
     """`frame` with a column `fold`. It depends on `fold_seed` and ids, not on `seed` or row order.
 
-    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. A column
-    `fold` of whole numbers in the frame wins. Raises DataError for a label that only one fold has,
-    since the model that validates on it would never have seen it.
+    Kinds: stratified (see `_strata`), plain, group, stratified_group, by scikit-learn. Rows with
+    equal texts, but for case, punctuation and spaces, stay in one fold (`group_duplicates`). A
+    column `fold` of whole numbers in the frame wins. Warns of labels that only one fold has, since
+    the model that validates on it never sees them. Raises DataError where that leaves a model
+    nothing to tell apart.
     """
-    table = _Table("train.csv", frame, cfg.id_column)
+    texts = pd.factorize(np.array(_row_texts(frame, cfg), dtype=object))[0]
     if "fold" in frame.columns:
+        table = _Table("train.csv", frame, cfg.id_column)
         folds = _to_numbers(frame["fold"])
         is_fold = (folds >= 0) & (folds < 2**31) & (folds == np.floor(folds))  # False for NaN
         table.refuse_rows("fold", ~is_fold, "a fold number 0, 1, ...")
@@ -2078,17 +2345,58 @@ def make_folds(frame, cfg):
         frame = frame.assign(fold=folds.astype(int))
         print("folds are those of the column 'fold'")
     else:
-        frame = frame.assign(fold=_draw_folds(frame, cfg))
-    cfg.folds_to_run(frame)
-    for column in cfg.target_columns if cfg.task != "regression" else []:
-        n_folds_with = frame.groupby(column)["fold"].nunique()
-        for label in n_folds_with.index[n_folds_with < 2]:
-            rows = f"{(frame[column] == label).sum()} rows"
-            problem = f"label {label!r} ({rows}) is in one fold only"
-            table.problems.append(f"train.csv, column {column}: {problem}")
-    if table.problems:
-        raise DataError(table.problems)
+        kept = texts if cfg.group_duplicates else np.arange(len(frame))
+        frame = frame.assign(fold=_draw_folds(frame, kept, cfg))
+    _tell_of_duplicates(frame, texts, cfg)
+    running = cfg.folds_to_run(frame)
+    if cfg.task != "regression":
+        _check_labels(frame, running, cfg)
     return frame
+
+
+def _tell_of_duplicates(frame, texts, cfg):
+    """Say how many rows share a text, by the number of each row's in `texts`, and where."""
+    is_repeated = np.bincount(texts)[texts] > 1
+    if not is_repeated.any():
+        return
+    by_text = frame[is_repeated].groupby(texts[is_repeated])
+    n_other = int(by_text[cfg.target_columns].nunique().gt(1).any(axis=1).sum())
+    n_split = int((by_text["fold"].nunique() > 1).sum())
+    rows = f"{is_repeated.sum()} rows have the text of another: {len(by_text)} texts"
+    message = f"{rows}, {n_other} of them with different targets; "
+    if not n_split:
+        print(f"{message}each stays in one fold")
+    elif cfg.group_duplicates:
+        cause = "the column 'fold' has them so, and scores will be too good"
+        warnings.warn(f"{message}{n_split} stand in several folds: {cause}", stacklevel=3)
+    else:
+        print(f"{message}{n_split} stand in several folds (group_duplicates is off)")
+
+
+def _check_labels(frame, running, cfg):
+    """Warn of labels that the model of a fold never sees, as all of their rows are in that fold.
+
+    Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
+    several target columns one that differs is enough.
+    """
+    unseen, hopeless = [], []
+    for fold in running:
+        is_here = frame["fold"] == fold
+        for column in cfg.target_columns:
+            own, others = frame[column][is_here], set(frame[column][~is_here])
+            for label in sorted(set(own) - others):
+                unseen.append(f"{column} {label!r} ({(own == label).sum()} rows in fold {fold})")
+        if frame[cfg.target_columns][~is_here].nunique().max() < 2:
+            hopeless.append(fold)
+    more = f" and {len(unseen) - 10} more" if len(unseen) > 10 else ""
+    message = f"labels in one fold only: {_comma_join(unseen[:10])}{more}"
+    if hopeless:
+        problem = f"outside of fold {_comma_join(hopeless)} all rows are alike, no model can learn"
+        remedy = "choose other folds (n_folds, fold_kind, fold_seed, run_folds) or more max_rows"
+        raise DataError(f"train.csv, {message}; {problem}: {remedy}")
+    if unseen:
+        effect = "the model of that fold never sees such a label, the others train on it"
+        warnings.warn(f"{message}; {effect}", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------------------
@@ -6028,17 +6336,6 @@ class FoldTrainer:
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 
 
-def _normalize_texts(texts):
-    """Each text without what editors change: case, punctuation, spaces, forms of a character."""
-    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
-    return [" ".join(re.findall(r"\w+", text)) for text in folded]
-
-
-def _row_texts(frame, cfg):
-    """The texts of every row, normalised; those of a pair as one."""
-    return _normalize_texts(frame[cfg.text_columns].agg(" ".join, axis=1))
-
-
 def _row_digests(frame, cfg):
     """A digest of the input cells of every row."""
     columns = [frame[name] for name in cfg.input_columns]
@@ -6524,6 +6821,14 @@ def _source_of(part):
     return "\n".join(texts)
 
 
+def _default_name(cfg, kind):
+    """What a run is called without `run_name`, by the folder of its data, backbone, kind, seed."""
+    parts = [_short_name(cfg.backbone), kind, f"seed{cfg.seed}"]
+    with contextlib.suppress(DataError):  # rows made by hand need no train.csv
+        parts.insert(0, _short_name(_find_data_dir(cfg, "train").path.resolve()))
+    return "-".join(parts)
+
+
 class _RunFinder:
     """Finds the folder of a run that begins as `record`, in a file of this name."""
 
@@ -6844,7 +7149,7 @@ class _TrainingRun:
             folder=self.backbone,
             tokenizer=self.tokenizer,
             n_outputs=len(self.outputs),
-            ids=texts[cfg.id_column].to_numpy(),
+            ids=texts[cfg.id_column].map(str).to_numpy(),
             errors=errors,
             pseudo=labels,
         )
@@ -6893,7 +7198,7 @@ class _TrainingRun:
     # Going on
 
     def find_folder(self):
-        name = f"{_short_name(self.cfg.backbone)}-{self.cfg.head}-seed{self.cfg.seed}"
+        name = _default_name(self.cfg, self.cfg.head)
         self.folder = RunFolder(_RunFinder(self.user_cfg, self.record).find(name))
 
     def begin(self):
@@ -7220,6 +7525,11 @@ def train(frame, cfg, test=None):
     takes what there is.
     """
     _prepare_process()
+    cfg.refuse_stray_settings(vars(sys.modules["__main__"]))
+    if "fold" not in frame.columns:
+        remedy = "call make_folds first, as in train(make_folds(rows, cfg), cfg)"
+        raise DataError(f"the rows have no column 'fold': {remedy}")
+    _refuse_changed_texts(frame, "train", cfg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     budget = TimeBudget(cfg, 0 if test is None else len(test))
@@ -7938,6 +8248,7 @@ def predict_test(run_folder, test, sample=None):
         print("no test.csv, no submission")
         return None
     bundle = Bundle.open(Path(run_folder))
+    _refuse_changed_texts(test, "test", bundle.cfg)
     predictions = predict_bundle(bundle, test)
     return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
 

@@ -33,7 +33,7 @@ __all__ = ["PRETRAIN_RECORD", "PretrainConfig", "pretrain"]
 PRETRAIN_RECORD = "pretrain.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PretrainConfig(ku.Settings):
     """The settings of pretrain.ipynb. A name that `Config` has too means the same here."""
 
@@ -96,7 +96,9 @@ class PretrainConfig(ku.Settings):
     )
     seed: int = ku.option(0, "seed of everything", low=0, high=2**32 - 1)
     output_dir: str = ku.option("runs", "folder of the run folders")
-    run_name: str = ku.option("", "folder of the run; empty: by backbone and seed", kind="name")
+    run_name: str = ku.option(
+        "", "folder of the run; empty: by data, backbone and seed", kind="name"
+    )
     resume: bool = ku.option(
         True,
         "go on with an unfinished run of the same name and settings, exactly where it was",
@@ -669,8 +671,8 @@ def pretrain(cfg):
         "head": "new" if new_head else "of the checkpoint",
         "fingerprint": _fingerprint(texts, corpus, config_path, weights),
     }
-    usual_name = f"{ku._short_name(cfg.backbone)}-pretrained-seed{cfg.seed}"
-    run = ku._RunFinder(cfg, record, PRETRAIN_RECORD).find(usual_name)
+    name = ku._default_name(training, "pretrained")
+    run = ku._RunFinder(cfg, record, PRETRAIN_RECORD).find(name)
     with ku._locked(run):
         _pretrain_in(run, training, tokenizer, record, budget)
     return run

@@ -429,6 +429,10 @@ HOSTILE = {  # what is done to a run, and what the message must name
         edit_record(lambda r: r["resolved"].update(loss="mine")),
         "loss 'mine' was defined in a notebook cell",
     ),
+    "preprocess of a cell": (
+        edit_record(lambda r: r["settings"].update(preprocess="clean")),
+        "preprocess 'clean' was defined in a notebook cell; put it into",
+    ),
     "no golden rows": (lambda run: (run / "golden.json").unlink(), "golden.json: missing"),
     "golden rows are no JSON": (lambda run: (run / "golden.json").write_text("no"), "golden.json: not a JSON file"),
     "no tokenizer": (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer/tokenizer_config.json: missing"),

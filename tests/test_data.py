@@ -1,8 +1,13 @@
 """Reading and checking a competition, where it is found, and its folds."""
 
+import contextlib
 import csv
+import dataclasses
+import io
+import json
 import math
 import re
+import warnings
 from collections import Counter
 
 import kernel_utils as ku
@@ -10,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from conftest import train_frame
 
 TRAIN = "id,excerpt,target\na,a cat sat,1.5\nb,the dog ran,-2\nc,a red hat,0\n"
 ONE_LABEL = "id,excerpt,target\na,a cat,1\nb,a hat,1\n"
@@ -325,7 +332,7 @@ def fold_frame(n=100, seed=0):
     return pd.DataFrame(
         {
             "id": [f"{i:03d}" for i in range(n)],
-            "excerpt": "a cat",
+            "excerpt": [f"cat {i}" for i in range(n)],
             "target": rng.uniform(-3, 1, n),
             "label": rng.choice(list("xxxxxyyyzz"), n),
             "author": [f"author {a}" for a in rng.integers(0, 20, n)],
@@ -510,24 +517,57 @@ def test_a_given_fold_column_with_one_fold_is_an_error():
         ku.make_folds(fold_frame(4).assign(fold="0"), ku.Config())
 
 
+def labelled(labels, folds):
+    return fold_frame(len(labels)).assign(target=list(labels), fold=folds)
+
+
+@pytest.mark.parametrize(
+    "labels, settings, named",
+    [
+        ("xyxyzz", {}, "target 'z' (2 rows in fold 1)"),
+        ("xyxyxz", {}, "target 'z' (1 rows in fold 1)"),
+        ("xyzxyy", {}, "target 'z' (1 rows in fold 0)"),
+        ("xyxyzz", dict(run_folds="1"), "target 'z' (2 rows in fold 1)"),
+    ],
+)
+def test_a_label_in_one_fold_only_is_warned_of_once_with_what_follows(labels, settings, named):
+    with pytest.warns(UserWarning, match="in one fold only") as told:
+        ku.make_folds(labelled(labels, [0, 0, 0, 1, 1, 1]), ku.Config(task="multiclass", **settings))
+    assert len(told) == 1 and named in str(told[0].message)
+    assert "never sees" in str(told[0].message) and "the others train on it" in str(told[0].message)
+
+
+def test_a_label_in_a_fold_that_does_not_run_is_trained_on_and_not_warned_of(recwarn):
+    ku.make_folds(labelled("xyxxyz", [0, 0, 0, 1, 1, 1]), ku.Config(task="multiclass", run_folds="0"))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
-def test_a_label_in_one_fold_only_is_an_error_with_its_column_and_rows(task):
-    frame = fold_frame(6).assign(target=["x", "x", "x", "x", "y", "y"], fold=[0, 1, 0, 1, 1, 1])
-    with pytest.raises(ku.DataError, match=r"column target: label 'y' \(2 rows\) is in one fold only"):
+def test_a_fold_whose_model_would_train_on_one_label_is_an_error_with_column_and_label(task):
+    frame = labelled("xxxxyy", [0, 1, 0, 1, 1, 1])
+    with pytest.raises(ku.DataError, match=r"target 'y' \(2 rows in fold 1\); outside of fold 1 all rows are alike"):
         ku.make_folds(frame, ku.Config(task=task))
+    assert len(ku.make_folds(frame, ku.Config(task=task, run_folds="0"))) == 6
 
 
-def test_a_label_of_a_label_set_in_one_fold_only_is_an_error_with_its_column():
+def test_a_label_of_a_label_set_in_one_fold_only_is_warned_of_while_another_column_can_be_learnt():
     frame = fold_frame(4).assign(p=[0.0, 1.0, 1.0, 0.0], q=[1.0, 0.0, 1.0, 0.0], fold=[0, 0, 1, 1])
-    ku.make_folds(frame, ku.Config(task="multilabel", target_columns="p,q"))
-    with pytest.raises(ku.DataError, match=r"column q: label 1\.0 \(1 rows\)"):
-        ku.make_folds(frame.assign(q=[1.0, 0.0, 0.0, 0.0]), ku.Config(task="multilabel", target_columns="p,q"))
+    cfg = ku.Config(task="multilabel", target_columns="p,q")
+    ku.make_folds(frame, cfg)
+    with pytest.warns(UserWarning, match=r"q 1\.0 \(1 rows in fold 0\)"):
+        ku.make_folds(frame.assign(q=[1.0, 0.0, 0.0, 0.0]), cfg)
+    with pytest.raises(ku.DataError, match="outside of fold 0 all rows are alike"):
+        ku.make_folds(frame.assign(p=[1.0, 0.0, 0.0, 0.0], q=[1.0, 0.0, 0.0, 0.0]), cfg)
 
 
-def test_a_label_with_a_single_row_is_an_error_of_made_folds_too():
-    frame = fold_frame(50).assign(target=["rare"] + ["x", "y"] * 24 + ["x"])
-    with pytest.raises(ku.DataError, match=r"label 'rare' \(1 rows\) is in one fold only"):
-        ku.make_folds(frame, ku.Config(task="multiclass"))
+@pytest.mark.parametrize("kind", ["stratified", "plain", "group", "stratified_group"])
+def test_labels_with_fewer_rows_than_folds_make_folds_of_every_kind(kind, recwarn):
+    frame = fold_frame(20).assign(target=list("abcdefghij") * 2, author=[f"author {i}" for i in range(20)])
+    made = ku.make_folds(frame, ku.Config(task="multiclass", fold_kind=kind, group_column="author"))
+    assert sorted(Counter(made["fold"]).values()) == [4, 4, 4, 4, 4]
+    frame.loc[7, "target"] = "single"
+    with pytest.warns(UserWarning, match=r"'single' \(1 rows in fold"):
+        ku.make_folds(frame, ku.Config(task="multiclass", fold_kind=kind, group_column="author"))
 
 
 def test_a_regression_target_in_one_fold_only_is_no_error():
@@ -568,15 +608,62 @@ def test_a_frame_with_a_repeated_index_makes_the_folds_of_its_ids():
 
 
 def test_a_fold_column_of_bad_numbers_is_an_error_with_its_row():
-    frame = pd.DataFrame({"id": list("abcd"), "target": [1.0, 2, 3, 4], "fold": [0, 1, -1, 0]})
+    frame = pd.DataFrame({"id": list("abcd"), "excerpt": list("abcd"), "target": [1.0, 2, 3, 4], "fold": [0, 1, -1, 0]})
     with pytest.raises(ku.DataError, match=r"column fold: expected a fold number .* got row 3 \(id c\): '-1'"):
         ku.make_folds(frame, ku.Config())
 
 
-def test_rows_drawn_by_max_rows_that_leave_one_label_are_an_error(data):
+def test_one_row_drawn_by_max_rows_leaves_one_label_which_is_an_error(data):
     rows = "".join(f"{i},text {i % 7} more,{int(i == 0)}\n" for i in range(200))
-    message = refusal(data("id,excerpt,target\n" + rows, task="binary", max_rows=5))
-    assert "column target: expected two labels for task binary, got 1 in 5 rows" in message
+    with pytest.warns(UserWarning, match="max_rows 1 leaves no row of 1 labels: '1'"):
+        message = refusal(data("id,excerpt,target\n" + rows, task="binary", max_rows=1))
+    assert "column target: expected two labels for task binary, got 1 in 1 rows (max_rows)" in message
+
+
+def classes_csv(counts):
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    rows = "".join(f"r{i},cat {i},{label},g{i % 8}\n" for i, label in enumerate(labels))
+    return "id,excerpt,target,author\n" + rows
+
+
+@pytest.mark.parametrize(
+    "max_rows, expected",
+    [(50, dict(a=30, b=15, c=4, d=1)), (20, dict(a=12, b=6, c=1, d=1)), (4, dict(a=1, b=1, c=1, d=1))],
+)
+def test_max_rows_draws_classes_in_proportion_and_each_at_least_once(data, max_rows, expected):
+    cfg = data(classes_csv(dict(a=60, b=30, c=8, d=2)), task="multiclass", max_rows=max_rows)
+    drawn = read(cfg)
+    assert len(drawn) == max_rows and all(abs(n - expected[c]) <= 1 for c, n in Counter(drawn["target"]).items())
+    assert set(drawn["target"]) == set("abcd")
+    order = ku._id_order(read(dataclasses.replace(cfg, max_rows=0))["id"], 0)
+    first = [f"r{i}" for i in np.argsort(order) if i < 60][: Counter(drawn["target"])["a"]]
+    assert set(first) == set(drawn["id"][drawn["target"] == "a"])  # the order of a class is that of its ids
+
+
+def test_too_few_drawn_rows_or_groups_for_the_folds_are_an_error_that_names_max_rows(data):
+    text, groups = classes_csv(dict(a=60, b=36)), dict(fold_kind="group", group_column="author")
+    for settings in (dict(max_rows=4), dict(max_rows=40, **groups)):
+        cfg = data(text, task="binary", **settings)
+        with pytest.raises(ku.DataError, match=f"max_rows is {cfg.max_rows}"):
+            ku.make_folds(read(cfg), cfg)
+
+
+def test_max_rows_draws_whole_groups_for_group_folds(data):
+    text = classes_csv(dict(a=60, b=36))
+    for seed in range(3):
+        drawn = read(data(text, fold_kind="group", group_column="author", max_rows=40, fold_seed=seed, task="binary"))
+        assert Counter(drawn["author"]).most_common() == [(name, 12) for name in dict.fromkeys(drawn["author"])]
+        assert len(drawn) == 36
+    assert "max_rows 11 holds no group, the smallest has 12 rows" in refusal(
+        data(text, fold_kind="group", group_column="author", max_rows=11, task="binary")
+    )
+
+
+@pytest.mark.parametrize("settings", [dict(max_rows=3), dict(max_rows=12, fold_kind="group", group_column="author")])
+def test_a_class_that_max_rows_leaves_out_is_named_with_the_setting(data, settings):
+    cfg = data(classes_csv(dict(a=60, b=30, c=5, d=1)), task="multiclass", **settings)
+    with pytest.warns(UserWarning, match=rf"column target: max_rows {cfg.max_rows} leaves no row of \d labels: .*'d'"):
+        read(cfg)
 
 
 @pytest.mark.parametrize(("column", "row"), [("id", ",a cat,1,g"), ("group", "c,a cat,1,")])
@@ -592,3 +679,237 @@ def test_a_file_separated_by_semicolons_is_asked_about(data):
 
 def test_a_number_among_texts_is_a_text(data):
     assert read(data(TRAIN + "d,1984,1\n"))["excerpt"].iloc[-1] == "1984"
+
+
+# Equal texts
+
+
+def spoken(function, *arguments):
+    """What a call returns, and what it printed and warned."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        value = function(*arguments)
+    return value, said.getvalue() + "".join(str(warning.message) for warning in told)
+
+
+def reposted(texts, times=3, **columns):
+    frame = fold_frame(len(texts) * times)
+    return frame.assign(excerpt=[text for text in texts for _ in range(times)], **columns)
+
+
+def split_texts(made, columns=("excerpt",)):
+    """How many texts, by their words, stand in several folds."""
+    words = made[list(columns)].map(
+        lambda text: tuple("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    )
+    return (made.groupby([words[name] for name in columns])["fold"].nunique() > 1).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_equal_texts_stay_in_one_fold_of_every_kind(kind):
+    frame = reposted([f"cat number {i}" for i in range(40)], author=[f"author {i // 6}" for i in range(120)])
+    made, said = spoken(ku.make_folds, frame, ku.Config(**kind))
+    assert split_texts(made) == 0 and set(made["fold"]) == {0, 1, 2, 3, 4}
+    assert "120 rows have the text of another: 40 texts" in said and "each stays in one fold" in said
+    if "author" in kind.values():
+        assert (made.groupby("author")["fold"].nunique() == 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_without_equal_texts_their_setting_changes_no_fold(kind, capsys):
+    assert folds_by_id(fold_frame(), **kind) == folds_by_id(fold_frame(), group_duplicates=False, **kind)
+    assert capsys.readouterr().out == ""
+
+
+def test_copies_follow_the_first_of_them_which_is_dealt_out_as_if_it_were_alone():
+    frame = reposted([f"cat number {i}" for i in range(30)], fold_seed=0).drop(columns="fold_seed")
+    made = ku.make_folds(frame, ku.Config())
+    order = {name: rank for name, rank in zip(frame["id"], ku._id_order(frame["id"], 0), strict=True)}
+    first = frame.loc[frame.groupby("excerpt")["id"].apply(lambda ids: ids.map(order).idxmin())]
+    assert folds_by_id(first) == made.set_index("id")["fold"][first["id"]].to_dict()
+
+
+def test_texts_that_differ_in_case_spaces_and_punctuation_are_equal_and_texts_without_words_are_not():
+    texts = ["A cat, sat.", "a  cat sat", "A CAT sat!!", "😀", "😀 ", "😢", "!!!", "???", "naïve", "nai\u0308ve"]
+    texts += [f"cat {i}" for i in range(20)]
+    frame = fold_frame(30).assign(excerpt=texts)
+    _, said = spoken(ku.make_folds, frame, ku.Config())
+    assert "7 rows have the text of another: 3 texts, 3 of them with different targets" in said
+    assert len(set(ku._row_texts(frame, ku.Config()))) == 26
+
+
+def test_all_texts_of_a_row_count_together():
+    frame = fold_frame(40).assign(prompt="the same", answer=["x", "x!", *(f"y {i}" for i in range(38))])
+    frame.loc[2, ["prompt", "answer"]] = ["the", "same x"]
+    _, said = spoken(ku.make_folds, frame, ku.Config(text_columns="prompt,answer"))
+    assert "2 rows have the text of another: 1 texts" in said
+
+
+def test_groups_that_share_a_text_come_into_one_fold_however_long_the_chain(capsys):
+    frame = fold_frame(60).assign(author=[f"author {i // 3:02d}" for i in range(60)])
+    for left, right in ((0, 30), (32, 50), (51, 12)):  # authors 0, 10, 16/17, 4
+        frame.loc[right, "excerpt"] = frame.loc[left, "excerpt"].upper() + "!"
+    for kind in ("group", "stratified_group"):
+        made = ku.make_folds(frame, ku.Config(fold_kind=kind, group_column="author"))
+        assert (made.groupby("author")["fold"].nunique() == 1).all() and split_texts(made) == 0
+        folds = made.groupby("author")["fold"].first()
+        assert folds["author 00"] == folds["author 10"] == folds["author 16"]
+        assert folds["author 17"] == folds["author 04"]
+        assert "20 groups count as 17" in capsys.readouterr().out
+
+
+def test_group_duplicates_off_deals_out_every_row_and_says_so():
+    frame = reposted([f"cat {i}" for i in range(20)])
+    made, said = spoken(ku.make_folds, frame, ku.Config(group_duplicates=False))
+    unique = ku.make_folds(frame.assign(excerpt=fold_frame(60)["excerpt"]), ku.Config())
+    assert made["fold"].tolist() == unique["fold"].tolist() and split_texts(made) > 0
+    assert f"{split_texts(made)} stand in several folds (group_duplicates is off)" in said
+
+
+@pytest.mark.parametrize("column, warned", [([0, 1] * 3, True), ([0, 0, 0, 1, 1, 1], False)])
+def test_a_fold_column_that_splits_equal_texts_is_warned_of(column, warned, recwarn):
+    ku.make_folds(reposted(["a cat", "a dog"]).assign(fold=column), ku.Config())
+    assert ["2 stand in several folds: the column 'fold'" in str(w.message) for w in recwarn] == [True] * warned
+
+
+def test_texts_that_are_all_equal_are_an_error_that_names_the_setting():
+    for kind in KINDS[:4]:
+        with pytest.raises(ku.DataError, match="equal texts stay together, see group_duplicates"):
+            ku.make_folds(fold_frame().assign(excerpt="a cat"), ku.Config(**kind))
+
+
+def test_test_texts_that_are_training_texts_are_counted(data, capsys):
+    ku.read_competition(data(test="id,excerpt\nx,A Cat... sat\ny,a hat\nz,a red hat\n"))
+    assert "3 training rows, 3 test rows, of which 2 have the text of a training row" in capsys.readouterr().out
+    ku.read_competition(data(test=TEST))
+    assert "3 training rows, 2 test rows\n" in capsys.readouterr().out
+
+
+# Preprocessing
+
+
+@pytest.fixture
+def preprocess(monkeypatch, data):
+    """Function: function(frame) -> frame, and what `data` takes -> Config whose tables go through it."""
+
+    def config(function, *files, **settings):
+        monkeypatch.setitem(ku.PREPROCESS, "clean", function)
+        return data(*files, preprocess="clean", **settings)
+
+    return config
+
+
+def test_preprocess_changes_train_and_test_and_not_the_sample(preprocess):
+    def clean(frame):
+        frame["excerpt"] = frame["excerpt"].str.upper()
+        return frame
+
+    train, test, sample = ku.read_competition(preprocess(clean, TRAIN, TEST, SAMPLE))
+    assert train["excerpt"].tolist() == ["A CAT SAT", "THE DOG RAN", "A RED HAT"]
+    assert test["excerpt"].tolist() == ["A CAT", "A DOG"] and sample["id"].tolist() == ["y", "x"]
+    assert train["target"].tolist() == [1.5, -2, 0]
+
+
+def test_preprocess_may_make_the_columns_that_the_settings_name(preprocess):
+    def clean(frame):
+        made = frame.assign(text=frame["title"] + ": " + frame["body"], author=frame["body"].str.len())
+        return made.assign(label=made["score"].astype(float).gt(1)) if "score" in made else made
+
+    train = "id,title,body,score\na,Cat,it sat,1.5\nb,Dog,it ran,0\n"
+    columns = dict(text_columns="text", target_columns="label", task="binary", group_column="author")
+    cfg = preprocess(clean, train, "id,title,body\nx,Hat,it is red\n", fold_kind="group", **columns)
+    train, test, _ = ku.read_competition(cfg)
+    assert train["text"].tolist() == ["Cat: it sat", "Dog: it ran"] and test["text"].tolist() == ["Hat: it is red"]
+    assert train["author"].tolist() == ["6", "6"] and train["label"].tolist() == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "function, parts",
+    [
+        (
+            lambda frame: frame[frame["id"] != "b"],
+            ["same ids", "3 rows, id 2 ['b']; got 2 rows, id 2 ['c']"],
+        ),
+        (lambda frame: pd.concat([frame, frame]), ["3 rows, id 4 []; got 6 rows, id 4 ['a']"]),
+        (lambda frame: frame.iloc[::-1], ["3 rows, id 1 ['a']; got 3 rows, id 1 ['c']"]),
+        (lambda frame: frame.assign(id=frame["id"].str.upper()), ["id 1 ['a']", "id 1 ['A']"]),
+        (lambda frame: frame.rename(columns={"id": "key"}), ["the column 'id' is gone", "key, excerpt, target"]),
+        (lambda frame: None, ["expected a DataFrame, got NoneType"]),
+        (lambda frame: frame["excerpt"].str.lower(), ["expected a DataFrame, got Series"]),
+        (lambda frame: frame.assign(excerpt=[1, 2, 3]), ["column excerpt: expected texts, got row 1 (id a): '1'"]),
+        (lambda frame: frame.assign(excerpt=["x", None, "y"]), ["expected texts, got row 2 (id b): "]),
+        (lambda frame: frame.assign(excerpt=[["x"], "z", "y"]), ["expected texts, got row 1 (id a)"]),
+        (lambda frame: frame.drop(columns="excerpt"), ["no column 'excerpt'"]),
+    ],
+)
+def test_preprocess_must_keep_rows_ids_order_and_texts(preprocess, function, parts):
+    message = refusal(preprocess(function))
+    assert [part for part in [*parts, "train.csv"] if part not in message] == []
+    assert "preprocess clean" in message or "no column" in message
+
+
+def test_an_error_inside_preprocess_comes_as_it_is_with_the_file(preprocess):
+    cfg = preprocess(lambda frame: frame.assign(excerpt=frame["excerpt"] + frame["target"]), TRAIN, TEST)
+    with pytest.raises(KeyError, match="target") as error:
+        ku.read_competition(cfg)
+    assert "test.csv, preprocess clean; every table goes through it" in error.value.__notes__[0]
+
+
+def test_a_preprocess_that_is_not_registered_is_refused(data):
+    with pytest.raises(ku.ConfigError, match="preprocess must be one of nothing; got 'clean'"):
+        data(preprocess="clean")
+
+
+# Texts that are not those of the file
+
+
+def changed(frame, rows, text="another text"):
+    frame = frame.copy()
+    frame.loc[rows, "excerpt"] = text
+    return frame
+
+
+def test_texts_that_a_cell_changed_are_refused_before_training_with_the_remedy(tiny):
+    cfg = tiny()
+    folds = ku.make_folds(ku.read_competition(cfg)[0], cfg)
+    texts = folds["excerpt"].tolist()
+    with pytest.raises(ku.DataError) as error:
+        ku.train(changed(folds, [3, 5], texts[3] + " more"), cfg)
+    parts = [
+        "train.csv, column excerpt: 2 texts were changed; id '003' has",
+        "more' here",
+        "ku.PREPROCESS",
+        "preprocess",
+    ]
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_test_texts_that_a_cell_changed_are_refused_too(runs, competition):
+    cfg = ku.Config.from_dict(json.loads((runs / "two" / "record.json").read_text())["settings"])
+    _, test, sample = ku.read_competition(cfg)
+    with pytest.raises(ku.DataError, match=r"test.csv, column excerpt: 1 texts were changed; id '004'"):
+        ku.predict_test(runs / "two", changed(test, [4]), sample)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda frame: frame.iloc[::-1][:30], ""),
+        (lambda frame: pd.concat([frame, frame[:5]]), ""),
+        (lambda frame: pd.concat([frame, frame[:3].assign(id=["n1", "n2", "n3"])]), "3 of 43 rows are not in"),
+        (lambda frame: changed(frame, frame.index).assign(id=range(1000, 1040)), "40 of 40 rows are not in"),
+    ],
+)
+def test_rows_that_a_cell_drops_repeats_or_adds_are_trained_on_and_new_ones_counted(change, said, tiny, capsys):
+    cfg = tiny()
+    folds = ku.make_folds(ku.read_competition(cfg)[0], cfg)
+    capsys.readouterr()
+    ku._refuse_changed_texts(change(folds), "train", cfg)
+    shown = capsys.readouterr().out
+    assert said in shown if said else shown == ""
+
+
+def test_without_a_file_the_texts_are_taken_as_they_are(tmp_path, capsys):
+    ku._refuse_changed_texts(train_frame(), "train", ku.Config(data_dir=str(tmp_path)))
+    assert "no train.csv to compare the texts with" in capsys.readouterr().out

@@ -343,10 +343,10 @@ TABLES = {  # name -> (what is done to the competition, the settings, what the m
         dict(task="binary"),
         ["train.csv, column target: expected two labels", "got 1"],
     ),
-    "a label in one fold only": (
-        set_column("train.csv", "target", ["rare", *["yes", "no"] * 19, "no"]),
-        dict(task="multiclass"),
-        ["train.csv, column target: label 'rare' (1 rows) is in one fold only"],
+    "a fold whose model would train on one label": (
+        set_column("train.csv", "target", ["rare", *["no"] * 39]),
+        dict(task="binary"),
+        ["train.csv, labels in one fold only: target 'rare' (1 rows in fold", "all rows are alike, no model can learn"],
     ),
     "fewer rows than folds": (
         write("train.csv", "id,excerpt,target\nx,a cat,1\ny,a dog,2\n"),
@@ -537,8 +537,16 @@ SETTINGS = {  # name -> (what is done to the folder, the settings, what the mess
     "a run name with a line break": (nothing, dict(run_name="a\n"), ["run_name must be letters", r"'a\n'"]),
     "a run name that is there": (nothing, dict(run_name="earlier"), ["run_name 'earlier'", "exists"]),
     "a run name too long": (nothing, dict(run_name=LONG), ["runs/xxx", "name too long"]),
-    "an output_dir that is a file": (file_named("out"), dict(output_dir="out"), ["out/bert", "ot a directory"]),
-    "an output_dir below a file": (file_named("out"), dict(output_dir="out/runs"), ["out/runs/bert", "ot a directory"]),
+    "an output_dir that is a file": (
+        file_named("out"),
+        dict(output_dir="out"),
+        ["out/competition-bert", "ot a directory"],
+    ),
+    "an output_dir below a file": (
+        file_named("out"),
+        dict(output_dir="out/runs"),
+        ["out/runs/competition-bert", "ot a directory"],
+    ),
     "an output_dir with NUL": (nothing, dict(output_dir=f"a{NUL}b"), ["output_dir", r"'a\x00b"]),
     "an output_dir of nobody": (nothing, dict(output_dir="~nobody-at-all/x"), ["output_dir", "'~nobody-at-all/x"]),
     "an output_dir that is read-only": (

@@ -232,3 +232,34 @@ def test_a_process_predicts_in_the_precision_of_its_parent(bundle_of, monkeypatc
     ku._predict_job(tmp_path / "1.json")
     np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), bundle.predict(FRAME))
     assert (np.load(tmp_path / "1.npy") != bundle_of("three").predict(FRAME)).any()
+
+
+def join_columns(frame):
+    return frame.assign(excerpt=frame["first"] + " " + frame["rest"].str.lower())
+
+
+def test_a_hidden_test_goes_through_the_preprocessing_of_the_run(
+    competition, backbone_folder, tmp_path, monkeypatch, capsys
+):
+    for name in ("train", "test"):
+        table = pd.read_csv(competition / f"{name}.csv", dtype={"id": str})
+        words = table.pop("excerpt").str.split(n=1)
+        table.assign(first=words.str[0], rest=words.str[1].str.upper()).to_csv(competition / f"{name}.csv", index=False)
+    monkeypatch.setitem(ku.PREPROCESS, "join", join_columns)
+    cfg = tiny_config(competition, backbone_folder("tiny"), tmp_path / "runs", preprocess="join")
+    folder = trained(cfg)
+    assert folder.name.startswith("competition-bert")
+    bundle = ku.load_bundle(str(folder))
+    ku.check_golden(bundle)
+    hidden = train_frame(7, seed=9)[["id", "excerpt"]]
+    words = hidden["excerpt"].str.split(n=1)
+    pd.DataFrame({"id": hidden["id"], "first": words.str[0], "rest": words.str[1].str.upper()}).to_csv(
+        competition / "test.csv", index=False
+    )
+    (competition / "sample_submission.csv").unlink()
+    test, _ = ku.read_test_set(bundle, str(competition))
+    assert test["excerpt"].tolist() == hidden["excerpt"].tolist()
+    assert np.allclose(ku.predict_bundle(bundle, test), ku.predict_bundle(bundle, hidden))
+    monkeypatch.delitem(ku.PREPROCESS, "join")
+    with pytest.raises(ku.ConfigError, match=r"preprocess must be one of .*; got 'join'"):
+        ku.load_bundle(str(folder))

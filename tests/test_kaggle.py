@@ -354,7 +354,7 @@ def test_a_misspelt_setting_and_a_bad_value_are_one_error(kernels):
 @pytest.mark.slow
 def test_the_kernels_of_a_starter_and_of_a_run_train_offline_and_infer(kernels, runs):
     """The notebooks of `--kernels`, here with fewer epochs and folds."""
-    for name, run in (("starter trains", "my-kit-mean-seed0"), ("run trains", "tiny-conv1d-seed0")):
+    for name, run in (("starter trains", "commonlit-my-kit-mean-seed0"), ("run trains", "commonlit-tiny-conv1d-seed0")):
         result, work, _ = kernels(name)
         assert result["error"] is None, result
         assert [path.name for path in (work / "runs").iterdir()] == [run]

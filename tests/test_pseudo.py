@@ -235,6 +235,17 @@ def test_ids_are_made_where_a_file_has_none(runs, extra, tmp_path):
     assert len(table) == 32 and table["id"].is_unique
 
 
+def test_extra_texts_go_through_the_preprocessing_of_the_runs_and_labelled_ones_not_again(
+    runs, made, student, extra, monkeypatch
+):
+    monkeypatch.setitem(ku.PREPROCESS, "cut", lambda frame: frame.assign(excerpt=frame["excerpt"].str[1:]))
+    cfg = dataclasses.replace(ku._Run.load(runs / "one").cfg, preprocess="cut")
+    plain = pd.read_csv(extra)["excerpt"]
+    assert pseudo_label.read_texts([extra], cfg)["excerpt"].tolist() == plain.str[1:].tolist()
+    labelled = ku._PseudoLabels(folds_of(runs), student(preprocess="cut"), [])
+    assert labelled.texts["excerpt"].tolist() == plain.tolist()
+
+
 # ---------------------------------------------------------------------------------------
 # Planted leaks
 

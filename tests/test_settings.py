@@ -1,9 +1,12 @@
 """Settings: what they accept, what they refuse, and how a notebook or an exported script hands them over."""
 
 import ast
+import contextlib
+import copy
 import dataclasses
 import io
 import json
+import pickle
 import re
 import runpy
 import sys
@@ -16,6 +19,7 @@ import comparison
 import kernel_utils as ku
 import nbformat
 import numpy as np
+import pandas as pd
 import pretraining
 import pytest
 
@@ -272,8 +276,12 @@ def test_a_notebook_shows_the_message_without_a_traceback():
     "config", [ku.Config, ku.InferConfig, pretraining.PretrainConfig, comparison.CompareConfig, blending.BlendConfig]
 )
 def test_a_built_config_cannot_be_changed(config):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config().data_dir = "elsewhere"
+    cfg = config()
+    for name in ("data_dir", "output_dir", "a_new_name"):
+        with pytest.raises(ku.ConfigError, match=rf"{name} = 'elsewhere': .*settings cell.*dataclasses\.replace"):
+            setattr(cfg, name, "elsewhere")
+    assert cfg == config() and dataclasses.replace(cfg, output_dir="elsewhere").output_dir == "elsewhere"
+    assert copy.deepcopy(cfg) == pickle.loads(pickle.dumps(cfg)) == cfg
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -376,18 +384,85 @@ def test_scratch_cells_before_the_settings_never_count(scratch):
     assert from_cells(scratch, settings) == ku.Config(epochs=7, head="conv1d")
 
 
-def test_a_later_cell_that_binds_a_setting_again_changes_it_and_adds_none():
-    settings = "# Settings\nepochs = 7\nhead = 'conv1d'"
-    assert from_cells(settings, "epochs = 99; heda = 1; seed = 5") == ku.Config(epochs=99, head="conv1d")
+SETTINGS = "# Settings\nepochs: int = 7\nlr: float = 1e-4\nmetric: str = ''\nrecipe: str = ''"
+
+
+@pytest.mark.parametrize(
+    "cell, named",
+    [
+        ("epochs = 99", "epochs = 99"),
+        ("epochs += 2", "epochs = 9"),
+        ("epochs: int = 2; heda = 1", "epochs = 2"),
+        ("seed, ema = 5, 0.99", "seed = 5, ema = 0.99"),
+        ("ema = 0.99", "ema = 0.99"),
+        ("recipe = 'strong'", "recipe = 'strong'"),
+        ("# Parameters of the plot\nseed = 5", "seed = 5"),
+        ("text_columns = ['excerpt', 'more']", "text_columns = ['excerpt', 'more']"),
+        ("x = 1\nfolds = [0]\nbatch_size = n = 2 * 4", "batch_size = 8"),
+    ],
+)
+@pytest.mark.parametrize("is_built", [False, True], ids=["before", "after"])
+def test_a_setting_bound_in_another_cell_is_an_error_that_says_where_to_put_it(cell, named, is_built, session):
+    with pytest.raises(ku.ConfigError) as error:
+        if is_built:
+            cfg = session(SETTINGS)
+            session(SETTINGS, cell, build=False)
+            ku.train(None, cfg)
+        session(SETTINGS, cell)
+    assert f"{named}: bound in another cell than the settings" in str(error.value)
+    assert "put it into the settings cell (the first)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "epochs = 7; lr = 0.0001; seed = 0; head = 'mean'",
+        "metric = 0.71; head = [1, 2]; epochs = 2.5; loss = 'my favourite'; windows = None; levels = {}",
+        "for epochs in (1, 2): pass",
+        "def f(epochs=3):\n    seed = 4",
+        "losses = [lr for lr in (1, 2)]",
+        "epoch = 9; Epochs = 9",
+        "with open('/dev/null') as head: pass",
+        "import math as lr",
+        "schedule = open",
+        "class A:\n    seed = 4",
+        "%magic that is no Python",
+    ],
+)
+def test_other_variables_that_are_called_like_a_setting_do_no_harm(cell, session):
+    cfg = session(SETTINGS, cell)
+    assert cfg == ku.Config(epochs=7, lr=1e-4)
+    with pytest.raises(ku.DataError, match="call make_folds"):  # what `train` checks next
+        ku.train(pd.DataFrame(), cfg)
+
+
+def test_settings_are_built_anew_in_a_cell_by_replace(session):
+    cfg = session(SETTINGS)
+    session(SETTINGS, "epochs = 3", build=False)
+    cfg.refuse_stray_settings({})
+    with pytest.raises(ku.ConfigError, match="epochs = 3"):
+        cfg.refuse_stray_settings(vars(sys.modules["__main__"]))
+    dataclasses.replace(cfg, epochs=3).refuse_stray_settings(vars(sys.modules["__main__"]))
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """Function: sources of cells -> Config of a notebook session in which they ran; `train` sees it too."""
+
+    def run(*sources, build=True):
+        namespace = {"In": ["", *sources], "__name__": "__main__"}
+        for source in sources:
+            with contextlib.suppress(SyntaxError):
+                exec(source, namespace)
+        monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(**namespace))
+        return ku.Config.from_notebook(namespace) if build else None
+
+    return run
 
 
 def test_cells_are_read_and_do_not_run_again():
     namespace = {"In": ["", "# Settings\nruns.append(1)\nepochs = len(runs)"], "runs": [1], "epochs": 1}
     assert ku.Config.from_notebook(namespace) == ku.Config(epochs=1) and namespace["runs"] == [1]
-
-
-def test_a_scratch_cell_titled_parameters_of_something_never_counts():
-    assert from_cells("# Settings\nepochs = 7", "# Parameters of the plot\nseed = 5") == ku.Config(epochs=7)
 
 
 @pytest.mark.parametrize(
@@ -459,8 +534,8 @@ def test_a_misspelt_recipe_gets_the_nearest_setting():
     assert "there is no setting 'recpie' (did you mean recipe?)" in problems_of(recpie="quick")
 
 
-def test_scratch_cells_do_not_set_what_the_settings_cell_leaves_out():
-    assert from_cells("# Settings\nepochs = 7", "seed = 5", "batch_size = 2") == ku.Config(epochs=7)
+def test_a_scratch_cell_does_no_harm_to_what_a_recipe_changes(recipe):
+    assert from_cells("epochs = 99", "# Settings\nepochs = 3\nrecipe = 'made'").epochs == 5
 
 
 def test_a_settings_cell_may_compute_from_names_of_other_cells():
@@ -512,11 +587,13 @@ def test_an_exported_script_reads_the_settings_from_its_file(tmp_path, monkeypat
     assert exported_config(tmp_path, monkeypatch, change) == ku.Config(epochs=7)
 
 
-def test_in_an_exported_script_papermills_cell_counts_and_other_cells_add_no_setting(tmp_path, monkeypatch):
-    def change(notebook):
-        add_after_settings(notebook, '# Parameters\nhead = "conv1d"\n', "warmup_ratio = 0.5\nema = 0.9")
+def test_in_an_exported_script_papermills_cell_counts_and_settings_in_other_cells_are_an_error(tmp_path, monkeypatch):
+    def change(notebook, *more):
+        add_after_settings(notebook, '# Parameters\nhead = "conv1d"\n', *more)
 
     assert exported_config(tmp_path, monkeypatch, change) == ku.Config(head="conv1d")
+    with pytest.raises(ku.ConfigError, match=r"ema = 0\.9: bound in another cell"):
+        exported_config(tmp_path, monkeypatch, lambda notebook: change(notebook, "x = 1", "ema = 0.9"))
 
 
 @pytest.mark.parametrize(
@@ -585,8 +662,8 @@ def test_every_setting_has_a_help_of_one_line(config):
 
 def test_a_scratch_cell_with_a_longer_title_is_not_the_settings_cell():
     cells = ["", "# Settings\nepochs = 7", "# Settings of the plot\nseed = 3", "# Parameters of the plot\nlr = 1.0"]
-    cfg = ku.Config.from_notebook({"In": cells, "epochs": 7, "seed": 3, "lr": 1.0})
-    assert (cfg.epochs, cfg.seed, cfg.lr) == (7, 0, 0.0)
+    with pytest.raises(ku.ConfigError, match=r"seed = 3, lr = 1\.0: bound in another cell"):
+        ku.Config.from_notebook({"In": cells, "epochs": 7, "seed": 3, "lr": 1.0})
 
 
 def test_names_that_the_settings_cell_only_mentions_are_not_settings():

@@ -179,15 +179,15 @@ def run_problems(folder, half):
 
 def ensemble_problems(records):
     """Problems between runs, {folder: record}: one name twice, predictions of different things."""
-    problems, names = [], set()
+    problems, names, defaults = [], set(), ku.Config().to_dict()
     first = next(iter(records))
     for folder, record in records.items():
         if folder.name.lower() in names:
             problems.append(f"{folder}: two runs are called {folder.name}; rename one folder")
         names.add(folder.name.lower())
-        for what in ("task", "id_column", "target_columns", "outputs", "classes"):
-            expected = (records[first] | records[first]["settings"])[what]
-            value = (record | record["settings"])[what]
+        for what in ("task", "id_column", "target_columns", "preprocess", "outputs", "classes"):
+            expected = (defaults | records[first] | records[first]["settings"])[what]
+            value = (defaults | record | record["settings"])[what]
             if value != expected:
                 must = f"{what} must be as in {first}, {expected!r}"
                 problems.append(f"{folder}: {must}; got {value!r}")

@@ -69,6 +69,7 @@ def what_is_read(run):
         "classes": run.record["classes"],
         "id_column": run.cfg.id_column,
         "text columns": run.cfg.input_columns,
+        "preprocess": run.cfg.preprocess,
     }
 
 
