@@ -2018,11 +2018,11 @@ def _read_train(cfg):
     if 0 < cfg.max_rows < len(frame):
         frame = _draw_rows(frame, cfg)
     if cfg.task in ("binary", "multiclass"):
-        _check_labels(frame, cfg, path)
+        _describe_labels(frame, cfg, path)
     return frame
 
 
-def _check_labels(frame, cfg, path):
+def _describe_labels(frame, cfg, path):
     """Print the classes with their rows, and warn of labels that differ in form alone."""
     column = cfg.target_columns[0]
     counts = frame[column].value_counts()

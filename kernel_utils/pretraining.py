@@ -671,7 +671,7 @@ def pretrain(cfg):
         "head": "new" if new_head else "of the checkpoint",
         "fingerprint": _fingerprint(texts, corpus, config_path, weights),
     }
-    name = ku._default_name(training, "pretrained")
+    name = ku._default_name(cfg.training(), "pretrained")
     run = ku._RunFinder(cfg, record, PRETRAIN_RECORD).find(name)
     with ku._locked(run):
         _pretrain_in(run, training, tokenizer, record, budget)
