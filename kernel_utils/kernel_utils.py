@@ -2464,11 +2464,10 @@ class _BackboneLoader:
 
     def say_own_code(self, model):
         """Say what is used instead of the code that the checkpoint brings."""
-        name = type(model).__name__
+        used = f"{type(model).__name__} of transformers instead, which may compute something else"
         if any(getattr(module, "is_causal", False) for module in model.modules()):
-            name += ", in which a token sees no later one,"
-        problem = "the checkpoint's own code (auto_map in config.json) is not run"
-        self.say(f"{problem}: {name} of transformers instead, which may compute something else")
+            used += ": in it a token sees no later one"
+        self.say(f"the checkpoint's own code (auto_map in config.json) is not run: {used}")
 
     def build_empty(self):
         """The encoder that the config describes, for weights to be loaded into."""
@@ -3550,6 +3549,7 @@ class TextModel(nn.Module):
         if error:
             self.packing_errors[None] = error
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
+        self.separate_weights()
 
     def check_head(self, cfg):
         """Raise KitError where the head lacks what the model is built with."""
@@ -3598,12 +3598,9 @@ class TextModel(nn.Module):
         backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
-        model.separate_weights()
         bias = loss.init_bias(targets)
-        error = _tensor_error(bias, (loss.num_logits,))
-        if error:
-            name = f"loss {cfg.loss} ({type(loss).__name__})"
-            raise KitError(f"init_bias of {name} must give {error}")
+        name = f"init_bias of loss {cfg.loss} ({type(loss).__name__})"
+        _check_tensor(name, bias, (loss.num_logits,), "(K,)")
         with torch.no_grad():
             model.output.bias.copy_(bias)
         if cfg.reinit_layers:
@@ -3781,24 +3778,25 @@ class TextModel(nn.Module):
             return _error_text(fault)
 
 
-def _tensor_error(value, shape):
-    """Why a value is no tensor of finite floats in a shape, or None."""
-    expected = f"a tensor of finite floats in shape {shape}"
+def _check_tensor(giver, value, shape, letters):
+    """Raise KitError where what `giver` gave is no tensor of finite float32 in a shape."""
+    got = None
     if not isinstance(value, torch.Tensor):
-        return f"{expected}, gave {type(value).__name__}"
-    if value.shape != shape:
-        return f"{expected}, gave shape {tuple(value.shape)}"
-    if not value.is_floating_point():
-        return f"{expected}, gave {value.dtype}"
-    if not value.isfinite().all():
-        return f"{expected}, gave NaN or infinity"
-    return None
+        got = type(value).__name__
+    elif value.shape != shape:
+        got = f"shape {tuple(value.shape)}"
+    elif value.dtype != torch.float32:
+        got = value.dtype
+    elif not value.isfinite().all():
+        got = "NaN or infinity"
+    if got:
+        expected = f"finite numbers in float32 and shape {letters}, here {shape}"
+        raise KitError(f"{giver} must give {expected}; it gave {got}")
 
 
 class _ModelTrial:
-    """The two shortest texts, cut to 8 tokens, in a model as a fold begins with, in evaluation
-    mode: head and loss keep to their shapes, a text is the same whatever its batch, and the model
-    comes back as it was saved."""
+    """The two shortest texts, cut to 8 tokens, in a model as a fold begins with: head and loss keep
+    to their shapes, a text is the same in any batch, and the model comes back as it was saved."""
 
     tolerance = 0.01  # of the largest value; TF32 and kernels for other shapes stay below
 
@@ -3807,6 +3805,7 @@ class _ModelTrial:
         self.cfg = cfg
         self.dtype = dtype
         self.device = next(model.parameters()).device
+        self.head_name = f"head {cfg.head} ({type(model.head).__name__})"
         self.rows = np.argsort(tokens.lengths, kind="stable")[:2]
         self.inputs, self.padded_inputs = {}, {}
         for name, ids in tokens.batch(self.rows, self.device).items():
@@ -3828,17 +3827,12 @@ class _ModelTrial:
             name = model.backbone_name
             raise KitError(f"{name} cannot be run on texts alone: {_error_text(error)}") from error
 
-    def name(self, kind):
-        part = getattr(self.model, kind)
-        return f"{kind} {getattr(self.cfg, kind)} ({type(part).__name__})"
-
     @torch.no_grad()
     def run_head(self, states, mask):
-        """The features (B, D); KitError where the head gives something else."""
+        """The features (B, D)."""
         features = self.model.head(states, mask)
-        error = _tensor_error(features, (len(mask), self.model.head.out_features))
-        if error:
-            raise KitError(f"{self.name('head')} must give {error}")
+        shape = (len(mask), self.model.head.out_features)
+        _check_tensor(self.head_name, features, shape, "(B, D)")
         return features
 
     def move(self, values, others):
@@ -3851,22 +3845,18 @@ class _ModelTrial:
         """Raise KitError where the features of a text move with padding or another text."""
         noise = self.states[-1].std() * torch.linspace(-10, 10, 8, device=self.device)
         noise = noise[:, None].expand(2, 8, self.model.encoder_info.hidden_size)
-        padded_states = tuple(torch.cat([state, noise], 1) for state in self.states)
+        states = tuple(torch.cat([state, noise], 1) for state in self.states)
+        move = self.move(self.features, self.run_head(states, F.pad(self.mask, (0, 8))))
+        problem = f"{self.head_name}: the features of a text move by {move:.2g} with"
+        if move:
+            remedy = "leave out where attention_mask is 0, as ku.masked_mean and ku.masked_max do"
+            raise KitError(f"{problem} padding; {remedy}")
         first_states = tuple(state[:1] for state in self.states)
-        padded = self.run_head(padded_states, F.pad(self.mask, (0, 8)))
-        alone = self.run_head(first_states, self.mask[:1])
-        moves = {
-            "padding: leave out where attention_mask is 0, as ku.masked_mean and ku.masked_max do": (
-                self.move(self.features, padded)
-            ),
-            "the other texts of its batch: let no row (dimension 0) see another": (
-                self.move(self.features[:1], alone)
-            ),
-        }
-        for cause, move in moves.items():
-            if move:
-                problem = f"the features of a text move by {move:.2g} with {cause}"
-                raise KitError(f"{self.name('head')}: {problem}")
+        move = self.move(self.features[:1], self.run_head(first_states, self.mask[:1]))
+        problem = f"{self.head_name}: the features of a text move by {move:.2g} with"
+        if move:
+            remedy = "let no row (dimension 0) see another"
+            raise KitError(f"{problem} the other texts of its batch; {remedy}")
 
     @torch.no_grad()
     def check_padding(self):
@@ -3880,30 +3870,23 @@ class _ModelTrial:
             warnings.warn(message, stacklevel=2)
 
     def check_loss(self, target, extras, n_outputs):
-        """Raise KitError where the loss, of the two rows or of one, has not the shape that it
-        should have; warn where the loss of a row moves with its batch."""
-        loss, name = self.model.loss, self.name("loss")
-        with torch.no_grad():
-            logits = self.model.output(self.features)
-        logits.requires_grad_()
+        """Raise KitError where the loss gives another shape, for two rows or one; warn where that
+        of a row moves with its batch."""
+        loss = self.model.loss
+        name = f"loss {self.cfg.loss} ({type(loss).__name__})"
+        logits = self.model.output(self.features).detach().requires_grad_()
         row_losses = loss(logits, target, **extras)
-        first = {key: value[:1] for key, value in extras.items()}
-        alone = loss(logits[:1], target[:1], **first)
-        parts = {
-            f"{name} must give one value for each row": (row_losses, (2,)),
-            f"{name} must give one value for the one row": (alone, (1,)),
-            f"predict of {name} must give": (loss.predict(logits), (2, n_outputs)),
-            f"reduce of {name} must give": (loss.reduce(row_losses.mean()), ()),
-        }
+        _check_tensor(name, row_losses, (2,), "(B,)")
+        first_extras = {key: value[:1] for key, value in extras.items()}
+        first_loss = loss(logits[:1], target[:1], **first_extras)
+        _check_tensor(name, first_loss, (1,), "(B,)")
+        _check_tensor(f"reduce of {name}", loss.reduce(row_losses.mean()), (), "()")
+        _check_tensor(f"predict of {name}", loss.predict(logits), (2, n_outputs), "(B, n_outputs)")
         if self.cfg.rdrop:
-            parts[f"distance of {name} must give"] = (loss.distance(logits, logits), (2,))
-        for expected, (value, shape) in parts.items():
-            error = _tensor_error(value, shape)
-            if error:
-                raise KitError(f"{expected}: {error}")
+            _check_tensor(f"distance of {name}", loss.distance(logits, logits), (2,), "(B,)")
         if not row_losses.requires_grad:
             raise KitError(f"{name} gives no gradient: compute it from the logits, in torch alone")
-        move = self.move(row_losses[:1], alone)
+        move = self.move(row_losses[:1], first_loss)
         if move and "valid_mask" not in loss.extra_inputs:
             problem = f"the loss of a row moves by {move:.2g} with its batch"
             remedy = "give logits and target one shape; a loss that compares rows takes valid_mask"
@@ -3912,27 +3895,30 @@ class _ModelTrial:
     def check_saving(self, folder, n_outputs, tokenizer):
         """Raise KitError where the model, saved into the folder and loaded, gives other states or
         features; it names the tensors."""
-        self.model.save(folder)
-        config, name = folder / "config.json", self.model.backbone_name
-        with _wrap_read_errors(f"{name}, saved for a trial before training,"):
+        name = f"{self.model.backbone_name} with {self.head_name}"
+        try:
+            self.model.save(folder)
+            config = folder / "config.json"
             loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer)
             load_model(loaded, folder / "model.safetensors")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # it names weights that are missing or share their memory
+            raise KitError(f"{name} cannot be saved and loaded: {_error_text(error)}") from error
         states, mask = self.encode(loaded.to(self.device).eval(), self.inputs)
         with torch.no_grad():
             features = loaded.head(states, mask)
-        moves = [self.move(torch.stack(self.states), torch.stack(states))]
-        moves.append(self.move(self.features, features))
-        if any(moves):
+        moves = [self.move(old, new) for old, new in zip(self.states, states, strict=True)]
+        move = max(*moves, self.move(self.features, features))
+        if move:
             tensors = loaded.all_tensors()
-            lost = [
-                key
-                for key, tensor in self.model.all_tensors().items()
-                if key in tensors and not torch.equal(tensor, tensors[key])
-            ]
-            problem = f"saved and loaded, its states or features move by {max(moves):.2g}"
-            remedy = "keep what the model computes with in parameters and persistent buffers"
-            parts = f"{name} with {self.name('head')}"
-            raise KitError(f"{parts}: {problem}; not saved: {_comma_join(lost)}; {remedy}")
+            lost = []
+            for key, tensor in self.model.all_tensors().items():
+                if key in tensors and not torch.equal(tensor, tensors[key]):
+                    lost.append(key)
+            problem = f"saved and loaded, it gives other features, by {move:.2g}"
+            remedy = "keep tensors in parameters and persistent buffers"
+            raise KitError(f"{name}: {problem}; not saved are {_comma_join(lost)}: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------

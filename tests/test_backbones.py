@@ -66,12 +66,14 @@ def test_deberta_v1_in_half_precision_is_an_error_that_asks_for_fp32(build):
         forward(model, tokens, range(6))
 
 
-def test_a_model_that_reads_padding_is_warned_of(build):
+@pytest.mark.filterwarnings("error")
+def test_a_backbone_that_reads_padding_is_warned_of(build):
     model, tokens = build("bert")
-    model.check_padding(tokens)
-    model.head.forward = lambda states, mask: states[-1].mean(1)
-    with pytest.warns(UserWarning, match="BertModel reads padding"):
-        model.check_padding(tokens)
+    ku._ModelTrial(model, tokens, ku.Config(), torch.float32).check_padding()
+    encode = model.encode
+    model.encode = lambda **inputs: (tuple(s + inputs["attention_mask"].shape[1] for s in encode(**inputs)[0]), inputs["attention_mask"])
+    with pytest.raises(UserWarning, match="BertModel reads padding: a prediction moves by"):
+        ku._ModelTrial(model, tokens, ku.Config(), torch.float32).check_padding()
 
 
 @pytest.mark.parametrize(
