@@ -811,7 +811,10 @@ class _Kaggle:
             return files[0].parent
         problem = "several competitions are attached" if files else "no attached competition"
         folders = [file.parent for file in files] or self.attached_folders("*.csv")
-        raise DataError(f"{problem} has a {marker}; set data_dir to one of: {_comma_join(folders)}")
+        remedy = f"set data_dir to one of: {_comma_join(folders)}"
+        if not folders:
+            remedy = "attach the competition or a data set with Add Input"
+        raise DataError(f"{problem} has a {marker}; {remedy}")
 
 
 def _user_path(setting, value):
@@ -1381,7 +1384,8 @@ class RunFolder:
         needed += [self.weights(fold) for fold in folds]
         missing = [path.relative_to(self.path) for path in needed if not path.is_file()]
         if missing:
-            return [f"the run lacks {_comma_join(missing)}"]
+            remedy = "copy the whole folder again, or train the run anew under another run_name"
+            return [f"the run lacks {_comma_join(missing)}: {remedy}"]
         return _run_problems(record, *self.read_parts(record))
 
     def is_complete(self):
@@ -2378,7 +2382,10 @@ def _find_backbone(name):
         if folder:
             return folder
         problems.append(f"{place}: {problem}")
-    raise ConfigError([f"backbone {name!r} was not found; tried", *problems])
+    remedy = "set backbone to a folder, or to a name on the hub with the internet on"
+    if _Kaggle().is_here():
+        remedy = "attach it with Add Input, or switch the internet of the notebook on"
+    raise ConfigError([f"backbone {name!r} was not found: {remedy}; tried", *problems])
 
 
 @contextlib.contextmanager
@@ -7336,9 +7343,13 @@ def _find_bundle(bundle_dir):
     folders = list(folders.values())
     if len(folders) != 1:
         modules = _comma_join(_Kaggle().attached_folders("kernel_utils.py"))
+        remedy = "set bundle_dir to one of them"
+        if not folders:
+            remedy = "attach the data set of a bundle, or the output of train.ipynb"
         raise ConfigError(
             f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
-            f"runs (record.json), not one: {_comma_join(folders)}; kernel_utils.py is in {modules}"
+            f"runs (record.json), not one: {_comma_join(folders)}; kernel_utils.py is in {modules}; "
+            f"{remedy}"
         )
     return folders[0]
 
