@@ -7348,8 +7348,8 @@ def _find_bundle(bundle_dir):
             remedy = "attach the data set of a bundle, or the output of train.ipynb"
         raise ConfigError(
             f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
-            f"runs (record.json), not one: {_comma_join(folders)}; kernel_utils.py is in {modules}; "
-            f"{remedy}"
+            f"runs (record.json), not one: {_comma_join(folders)}; {remedy}; "
+            f"kernel_utils.py is in {modules}"
         )
     return folders[0]
 

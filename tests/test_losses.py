@@ -353,7 +353,8 @@ def check_own_loss(build, monkeypatch, **methods):
     monkeypatch.setitem(ku.LOSSES, "own", type("OwnLoss", (ku.Loss,), {"__call__": squared} | methods))
     model, tokens = build("bert")
     model.loss = ku.LOSSES["own"](ku.Config(), 1)
-    cfg = ku.Config(loss="own", rdrop=1.0, backbone_dropout=0.1)
+    rdrop = 0.0 if "reduce" in methods else 1.0
+    cfg = ku.Config(loss="own", rdrop=rdrop, backbone_dropout=0.1)
     trial = ku._ModelTrial(model, tokens, cfg, torch.float32)
     trial.check_loss(torch.tensor([[1.0], [3.0]]), {}, 1)
 
