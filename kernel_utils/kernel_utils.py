@@ -3606,6 +3606,8 @@ class TextModel(nn.Module):
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
         bias = loss.init_bias(targets)
+        if isinstance(bias, np.ndarray):
+            bias = torch.from_numpy(bias)
         name = f"init_bias of loss {cfg.loss} ({type(loss).__name__})"
         _check_tensor(name, bias, (loss.num_logits,), "(K,)")
         with torch.no_grad():
