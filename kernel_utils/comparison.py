@@ -321,7 +321,8 @@ def setting_problems(record, first, other="the baseline"):
         ours = (record | record["oof"])[name]
         theirs = (first | first["oof"])[name]
         if ours != theirs:
-            problems.append(f"{record['folder']} has {name} {ours}, {other} {theirs}")
+            problem = f"{record['folder']} has {name} {ours}, {other} {theirs}"
+            problems.append(f"{problem}: move one of them out of runs_dir")
     return problems
 
 
@@ -333,7 +334,11 @@ def row_problems(name, oof, reference, other="the baseline"):
     apart = oof.index.symmetric_difference(reference.index)
     if len(apart):
         sizes = f"{name} has {_size_text(oof)}, {other} {_size_text(reference)}"
-        return [f"{sizes}; {len(apart)} rows such as id {apart[0]!r} are in one only"]
+        remedy = "take runs of the same rows"
+        if set(oof["fold"]) != set(reference["fold"]):
+            remedy = "train the folds that one lacks, with its run_name and run_folds empty"
+        problem = f"{len(apart)} rows such as id {apart[0]!r} are in one only"
+        return [f"{sizes}; {problem}: {remedy}, or move one of them out of runs_dir"]
     oof = oof.loc[reference.index]
     none = pd.Series("none", reference.index)
     problems = []

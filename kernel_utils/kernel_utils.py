@@ -1390,10 +1390,16 @@ def _foreign_code_keys(content):
 
 def _check_no_foreign_code(path, harmless=()):
     """Raise KitError where a config could run code from elsewhere, but by `harmless` keys."""
-    keys = [key for key in _foreign_code_keys(_read_json(path)) if key not in harmless]
+    content = _read_json(path)
+    keys = [key for key in _foreign_code_keys(content) if key not in harmless]
     if keys:
         danger = "could make transformers run code from elsewhere"
         raise KitError(f"{path}: {_comma_join(keys)} {danger}; delete it")
+    model_type = content.get("model_type")
+    if "auto_map" in content and model_type not in transformers.CONFIG_MAPPING:
+        architecture = f"transformers {transformers.__version__} has no architecture {model_type!r}"
+        remedy = "code that a checkpoint brings is never run: take a backbone that transformers has"
+        raise KitError(f"{path}: {architecture}, and {remedy}")
 
 
 _MANIFEST = "manifest.json"
@@ -1421,23 +1427,29 @@ class _SealedFolder:
 
         A crash at any moment leaves it complete, as it was, or damaged in a way that shows.
         """
+        with self.in_temporary() as temporary:
+            write(temporary)
+            paths = sorted(temporary.iterdir())
+            files = {path.name: _describe_file(path) for path in paths}
+            manifest = temporary / _MANIFEST
+            manifest.write_bytes(_seal_manifest({"files": files}))
+            for path in (*paths, manifest, temporary):
+                _fsync(path)
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            os.replace(temporary, self.path)
+            _fsync(self.path.parent)
+
+    @contextlib.contextmanager
+    def in_temporary(self):
+        """An empty folder beside it, which is deleted in the end."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with _wrap_write_errors(self.path):
                 if temporary.exists():
                     shutil.rmtree(temporary)
                 temporary.mkdir(parents=True)
-                write(temporary)
-                paths = sorted(temporary.iterdir())
-                files = {path.name: _describe_file(path) for path in paths}
-                manifest = temporary / _MANIFEST
-                manifest.write_bytes(_seal_manifest({"files": files}))
-                for path in (*paths, manifest, temporary):
-                    _fsync(path)
-                if self.path.exists():
-                    shutil.rmtree(self.path)
-                os.replace(temporary, self.path)
-                _fsync(self.path.parent)
+                yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -1597,7 +1609,8 @@ class RunFolder:
         needed += [self.weights(fold) for fold in folds]
         missing = [path.relative_to(self.path) for path in needed if not path.is_file()]
         if missing:
-            return [f"the run lacks {_comma_join(missing)}"]
+            remedy = "copy the whole folder again, or train the run anew under another run_name"
+            return [f"the run lacks {_comma_join(missing)}: {remedy}"]
         return _run_problems(record, *self.read_parts(record))
 
     def is_complete(self):
@@ -2402,8 +2415,8 @@ def _check_labels(frame, running, cfg):
 # ---------------------------------------------------------------------------------------
 # 6. Tokens and batches
 
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model")
-_VOCABULARY_FILES += ("spm.model", "spiece.model", "*.bpe.model")
+_SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "*.bpe.model", "tokenizer.model")
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", *_SENTENCEPIECE_FILES)
 
 
 def _load_tokenizer(folder):
@@ -2412,15 +2425,37 @@ def _load_tokenizer(folder):
     if not any(any(Path(folder).glob(name)) for name in _VOCABULARY_FILES):
         names = _comma_join(_VOCABULARY_FILES)
         raise KitError(f"{folder} has no vocabulary; expected one of {names}")
-    hint = "without tokenizer.json it may need the package sentencepiece"
-    with _wrap_read_errors(f"the tokenizer of {folder} ({hint})"):
+    if not (Path(folder) / "tokenizer.json").is_file():
+        _check_sentencepiece(folder)
+    with _wrap_read_errors(f"the tokenizer of {folder}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer("a word, and one that nobody knows: \U0010fffd")
+    if "auto_map" in tokenizer.init_kwargs:
+        name = type(tokenizer).__name__
+        print(f"the checkpoint's own code of a tokenizer (auto_map) is not run: {name} instead")
     for key in _HARMLESS_KEYS:  # they would be saved with a run, and refused there
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
+
+
+def _check_sentencepiece(folder):
+    """Raise KitError where a vocabulary of SentencePiece lacks the packages that read it, for which
+    transformers would ask for tiktoken."""
+    files = [path.name for name in _SENTENCEPIECE_FILES for path in Path(folder).glob(name)]
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    lacking = [name for module, name in packages.items() if not _has_module(module)]
+    if files and lacking:
+        remedy = f"pip install {' '.join(lacking)}, or add the tokenizer.json of the checkpoint"
+        raise KitError(f"{folder} has {files[0]} and no tokenizer.json: {remedy}")
+
+
+def _has_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that it is in
+        return False
 
 
 def _to_device(array, device):
@@ -3286,7 +3321,10 @@ def _find_backbone(name):
         if folder:
             return folder
         problems.append(f"{place}: {problem}")
-    raise ConfigError([f"backbone {name!r} was not found; tried", *problems])
+    remedy = "set backbone to a folder, or to a name on the hub with the internet on"
+    if _Kaggle().is_here():
+        remedy = "attach it with Add Input, or switch the internet of the notebook on"
+    raise ConfigError([f"backbone {name!r} was not found: {remedy}; tried", *problems])
 
 
 @contextlib.contextmanager
@@ -3329,12 +3367,21 @@ class _BackboneLoader:
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            if config.model_type == "t5gemma":  # whose sizes stand in a part for each stack
+                config.hidden_size = config.encoder.hidden_size
+                config.num_hidden_layers = config.encoder.num_hidden_layers
             for name in ("hidden_size", "num_hidden_layers"):
-                size = getattr(config, name)
+                size = getattr(config, name, None)
                 if not (isinstance(size, int) and size > 0):
                     raise ValueError(f"expected a positive {name}, got {size!r}")
+        self.own_code = getattr(config, "auto_map", None)
         for key in _HARMLESS_KEYS:
             vars(config).pop(key, None)
+        encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+        self.encoder_class = transformers.AutoModel
+        if type(config) in encoders:  # a saved encoder of T5 has no decoder, and a class of its own
+            self.encoder_class = transformers.AutoModelForTextEncoding
+            config.is_encoder_decoder = False
         self.old_rates = {}
         if cfg.backbone_dropout >= 0:
             self.old_rates = _set_dropout(config, cfg.backbone_dropout)
@@ -3357,7 +3404,16 @@ class _BackboneLoader:
                 self.say(f"{n_added} embeddings added, at random, for tokens new to the backbone")
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         self.check_weights(model, missing, info)
+        if self.own_code:
+            self.say_own_code(model)
         return self.encoder_of(model)
+
+    def say_own_code(self, model):
+        """Say what is used instead of the code that the checkpoint brings."""
+        used = f"{type(model).__name__} of transformers instead, which may compute something else"
+        if any(getattr(module, "is_causal", False) for module in model.modules()):
+            used += ": in it a token sees no later one"
+        self.say(f"the checkpoint's own code (auto_map in config.json) is not run: {used}")
 
     def build_empty(self):
         """The encoder that the config describes, for weights to be loaded into."""
@@ -3367,18 +3423,13 @@ class _BackboneLoader:
             )
             return self.encoder_of(model)
 
-    @property
-    def encoder_class(self):
-        # a saved encoder of T5 has no decoder, and a class of its own
-        encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-        has_class = type(self.config) in encoders
-        return transformers.AutoModelForTextEncoding if has_class else transformers.AutoModel
-
     @staticmethod
     def encoder_of(model):
         """The model without its decoder, and without a pooler, which no head reads."""
         if getattr(model.config, "is_encoder_decoder", False):
-            model = model.get_encoder()
+            name, model = type(model).__name__, model.get_encoder()
+            if not hasattr(model, "config"):
+                raise KitError(f"the encoder of {name} cannot be used without its decoder")
         if isinstance(getattr(model, "pooler", None), nn.Module):
             model.pooler = nn.Identity()
         return model
@@ -4429,6 +4480,7 @@ class TextModel(nn.Module):
         self.backbone = backbone
         self.loss = loss
         self.head = HEADS[cfg.head](self.encoder_info, cfg)
+        self.check_head(cfg)
         self.dropout = nn.Dropout(cfg.head_dropout)
         self.dropout_samples = cfg.dropout_samples
         self.pool = _WINDOW_POOLS[cfg.window_pool]
@@ -4445,10 +4497,47 @@ class TextModel(nn.Module):
         if error:
             self.packing_errors[None] = error
         self.layout = getattr(getattr(backbone, "encoder", None), "layout", None)  # DeBERTa's
+        self.separate_weights()
+
+    def check_head(self, cfg):
+        """Raise KitError where the head lacks what the model is built with."""
+        head = self.head
+        name = f"head {cfg.head} ({type(head).__name__})"
+        if not isinstance(head, nn.Module):
+            raise KitError(f"{name} must derive from torch.nn.Module")
+        size = getattr(head, "out_features", None)
+        if not isinstance(size, int) or size < 1:
+            expected = "the number D of its features, in __init__"
+            raise KitError(f"{name} must set self.out_features, {expected}; got {size!r}")
+        for weight_name, weight in itertools.chain(head.named_parameters(), head.named_buffers()):
+            if nn.parameter.is_lazy(weight):
+                remedy = "give its layer the number of inputs, encoder.hidden_size"
+                raise KitError(f"{name}: {weight_name} has no shape yet: {remedy}")
 
     @property
     def backbone_name(self):
         return type(self.backbone).__name__
+
+    @classmethod
+    def build_empty(cls, cfg, config, n_outputs, tokenizer):
+        """The model for saved weights to be loaded into; `config` is the path of the backbone's."""
+        loss = LOSSES[cfg.loss](cfg, n_outputs)
+        return cls(cfg, _BackboneLoader(config, cfg).build_empty(), loss, _is_cls_last(tokenizer))
+
+    def all_tensors(self):
+        """name -> every tensor: weights, buffers, and those in attributes."""
+        tensors = {}
+        for name, module in self.named_modules():
+            attributes = vars(module) | module._parameters | module._buffers
+            for key, value in attributes.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}.{key}"] = value
+        return tensors
+
+    def save(self, folder):
+        """Write what `build_empty` and load_model read: config.json and model.safetensors."""
+        self.backbone.config.save_pretrained(folder)
+        save_model(self, folder / "model.safetensors")
 
     @classmethod
     def build(cls, cfg, folder, loss, tokenizer, targets, say=print):
@@ -4457,10 +4546,11 @@ class TextModel(nn.Module):
         backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
-        bias = torch.as_tensor(loss.init_bias(targets))
-        if bias.shape != model.output.bias.shape:
-            shapes = f"{loss.num_logits} values, gave shape {tuple(bias.shape)}"
-            raise KitError(f"loss {cfg.loss}: init_bias must give {shapes}")
+        bias = loss.init_bias(targets)
+        if isinstance(bias, np.ndarray):
+            bias = torch.from_numpy(bias)
+        name = f"init_bias of loss {cfg.loss} ({type(loss).__name__})"
+        _check_tensor(name, bias, (loss.num_logits,), "(K,)")
         with torch.no_grad():
             model.output.bias.copy_(bias)
         if cfg.reinit_layers:
@@ -4476,6 +4566,14 @@ class TextModel(nn.Module):
         if cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing(cfg)
         return model
+
+    def separate_weights(self):
+        """Give every tensor memory of its own, in one layout: transformers leaves q, k and v of
+        NomicBert as views of one tensor, which cannot be saved; fused AdamW wants one layout."""
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+            if is_view or not tensor.is_contiguous():
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
     def install_packed_attention(self):
         """Attention that takes packed rows beside padded ones; returns why not, or None."""
@@ -4578,8 +4676,10 @@ class TextModel(nn.Module):
             raise
         states = (*out.hidden_states[:-1], out.last_hidden_state)
         has_all_states = len(states) == self.encoder_info.num_hidden_states
-        if not has_all_states or states[-1].shape[1] != input_ids.shape[1]:
-            raise KitError(f"{name} changes the number of tokens or states; no head can read it")
+        shapes = {tuple(state.shape) for state in states}
+        if not has_all_states or shapes != {(*input_ids.shape, self.encoder_info.hidden_size)}:
+            problem = "changes the number of tokens or states, or their width"
+            raise KitError(f"{name} {problem}; no head can read it")
 
         if pack is not None:
             return _PaddedStates(states, pack), pack.attention_mask
@@ -4635,26 +4735,152 @@ class TextModel(nn.Module):
             return error
         except (KitError, torch.OutOfMemoryError):
             raise
-        except (_PackingError, NotImplementedError, RuntimeError, TypeError, ValueError) as fault:
+        except Exception as fault:
             return _error_text(fault)
 
-    @torch.no_grad()
-    def check_padding(self, tokens, dtype=torch.float32):
-        """Warn where padding changes the output in evaluation mode, as in FNet and ConvBERT."""
-        device = next(self.parameters()).device
-        tokens = tokens.windows
-        shortest = np.array([tokens.lengths.argmin()])
-        inputs, padded = {}, {}
-        for name, ids in tokens.batch(shortest, device).items():
-            inputs[name] = ids[:, :8]
+
+def _check_tensor(giver, value, shape, letters):
+    """Raise KitError where what `giver` gave is no tensor of finite float32 in a shape."""
+    got = None
+    if not isinstance(value, torch.Tensor):
+        got = type(value).__name__
+    elif value.shape != shape:
+        got = f"shape {tuple(value.shape)}"
+    elif value.dtype != torch.float32:
+        got = value.dtype
+    elif not value.isfinite().all():
+        got = "NaN or infinity"
+    if got:
+        expected = f"finite numbers in float32 and shape {letters}, here {shape}"
+        raise KitError(f"{giver} must give {expected}; it gave {got}")
+
+
+class _ModelTrial:
+    """The two shortest texts, cut to 8 tokens, in a model as a fold begins with: head and loss keep
+    to their shapes, a text is the same in any batch, and the model comes back as it was saved."""
+
+    tolerance = 0.01  # of the largest value; TF32 and kernels for other shapes stay below
+
+    def __init__(self, model, tokens, cfg, dtype):
+        self.model = model.eval()
+        self.cfg = cfg
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.head_name = f"head {cfg.head} ({type(model.head).__name__})"
+        self.rows = np.argsort(tokens.lengths, kind="stable")[:2]
+        self.inputs, self.padded_inputs = {}, {}
+        first_windows = np.array([tokens.windows_of([row])[0][0] for row in self.rows])
+        for name, ids in tokens.windows.batch(first_windows, self.device).items():
             fill = tokens.pad_id if name == "input_ids" else 0
-            padded[name] = F.pad(inputs[name], (0, 8), value=fill)
-        with _autocast(device, dtype):  # flash attention knows no float32
-            change = (self(**padded) - self(**inputs)).abs().max().item()
-        if change > (1e-3 if dtype == torch.float32 else 0.05):
-            name = self.backbone_name
+            self.inputs[name] = ids[:, :8]
+            self.padded_inputs[name] = F.pad(self.inputs[name], (0, 8), value=fill)
+        self.states, self.mask = self.encode(model, self.inputs)
+        self.features = self.run_head(self.states, self.mask)
+
+    @torch.no_grad()
+    def encode(self, model, inputs):
+        """The hidden states (2, T, H) and the mask (2, T)."""
+        try:
+            with _autocast(self.device, self.dtype), _uncompiled(self.cfg):
+                return model.encode(**inputs)
+        except (KitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it wants images too, or where words stand on a page
+            name = model.backbone_name
+            raise KitError(f"{name} cannot be run on texts alone: {_error_text(error)}") from error
+
+    @torch.no_grad()
+    def run_head(self, states, mask):
+        """The features (B, D)."""
+        features = self.model.head(states, mask)
+        shape = (len(mask), self.model.head.out_features)
+        _check_tensor(self.head_name, features, shape, "(B, D)")
+        return features
+
+    def move(self, values, others):
+        """How far values are from others, where that is more than `tolerance`, or 0."""
+        distance = (values - others).abs().max().item()
+        is_small = distance <= self.tolerance * values.abs().max().item()  # NaN is not
+        return 0 if is_small else distance
+
+    def check_head(self):
+        """Raise KitError where the features of a text move with padding or another text."""
+        noise = self.states[-1].std() * torch.linspace(-10, 10, 8, device=self.device)
+        noise = noise[:, None].expand(2, 8, self.model.encoder_info.hidden_size)
+        states = tuple(torch.cat([state, noise], 1) for state in self.states)
+        move = self.move(self.features, self.run_head(states, F.pad(self.mask, (0, 8))))
+        problem = f"{self.head_name}: the features of a text move by {move:.2g} with"
+        if move:
+            remedy = "leave out where attention_mask is 0, as ku.masked_mean and ku.masked_max do"
+            raise KitError(f"{problem} padding; {remedy}")
+        first_states = tuple(state[:1] for state in self.states)
+        move = self.move(self.features[:1], self.run_head(first_states, self.mask[:1]))
+        problem = f"{self.head_name}: the features of a text move by {move:.2g} with"
+        if move:
+            remedy = "let no row (dimension 0) see another"
+            raise KitError(f"{problem} the other texts of its batch; {remedy}")
+
+    @torch.no_grad()
+    def check_padding(self):
+        """Warn where the backbone reads padding, as FNet and ConvBERT do."""
+        padded = self.run_head(*self.encode(self.model, self.padded_inputs))
+        change = self.model.output(padded) - self.model.output(self.features)
+        change = change.abs().max().item()
+        if change > (1e-3 if self.dtype == torch.float32 else 0.05):
+            name = self.model.backbone_name
             message = f"{name} reads padding: a prediction moves by {change:.2g} with its batch"
             warnings.warn(message, stacklevel=2)
+
+    def check_loss(self, target, extras, n_outputs):
+        """Raise KitError where the loss gives another shape, for two rows or one; warn where that
+        of a row moves with its batch."""
+        loss = self.model.loss
+        name = f"loss {self.cfg.loss} ({type(loss).__name__})"
+        logits = self.model.output(self.features).detach().requires_grad_()
+        row_losses = loss(logits, target, **extras)
+        _check_tensor(name, row_losses, (2,), "(B,)")
+        first_extras = {key: value[:1] for key, value in extras.items()}
+        first_loss = loss(logits[:1], target[:1], **first_extras)
+        _check_tensor(name, first_loss, (1,), "(B,)")
+        _check_tensor(f"reduce of {name}", loss.reduce(row_losses.mean()), (), "()")
+        _check_tensor(f"predict of {name}", loss.predict(logits), (2, n_outputs), "(B, n_outputs)")
+        if self.cfg.rdrop:
+            _check_tensor(f"distance of {name}", loss.distance(logits, logits), (2,), "(B,)")
+        if not row_losses.requires_grad:
+            raise KitError(f"{name} gives no gradient: compute it from the logits, in torch alone")
+        move = self.move(row_losses[:1], first_loss)
+        if move and "valid_mask" not in loss.extra_inputs:
+            problem = f"the loss of a row moves by {move:.2g} with its batch"
+            remedy = "give logits and target one shape; a loss that compares rows takes valid_mask"
+            warnings.warn(f"{name}: {problem}; {remedy}", stacklevel=2)
+
+    def check_saving(self, folder, n_outputs, tokenizer):
+        """Raise KitError where the model, saved into the folder and loaded, gives other states or
+        features; it names the tensors."""
+        name = f"{self.model.backbone_name} with {self.head_name}"
+        try:
+            self.model.save(folder)
+            config = folder / "config.json"
+            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer)
+            load_model(loaded, folder / "model.safetensors")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # it names weights that are missing or share their memory
+            raise KitError(f"{name} cannot be saved and loaded: {_error_text(error)}") from error
+        states, mask = self.encode(loaded.to(self.device).eval(), self.inputs)
+        with torch.no_grad():
+            features = loaded.head(states, mask)
+        moves = [self.move(old, new) for old, new in zip(self.states, states, strict=True)]
+        move = max(*moves, self.move(self.features, features))
+        if move:
+            tensors = loaded.all_tensors()
+            lost = []
+            for key, tensor in self.model.all_tensors().items():
+                if key in tensors and not torch.equal(tensor, tensors[key]):
+                    lost.append(key)
+            problem = f"saved and loaded, it gives other features, by {move:.2g}"
+            remedy = "keep tensors in parameters and persistent buffers"
+            raise KitError(f"{name}: {problem}; not saved are {_comma_join(lost)}: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -4731,6 +4957,10 @@ def _learning_rates(groups, steps, cfg):
     schedule = SCHEDULES[cfg.schedule]
     warmup_factors = [(step + 1) / n_warmup for step in range(n_warmup)]
     factors = [schedule(step / n_after) for step in range(steps - n_warmup)]
+    for factor in factors:
+        if not (isinstance(factor, int | float | np.number) and 0 <= factor < math.inf):
+            expected = "a finite number, not below 0, for each progress from 0 to 1"
+            raise KitError(f"schedule {cfg.schedule} must give {expected}, gave {factor!r}")
     return np.outer(warmup_factors + factors, [group["lr"] for group in groups])
 
 
@@ -5554,13 +5784,10 @@ class OptimizerStep:
             self.bind_buffers()
 
     def _new_model(self, fresh, groups):
-        cfg, tokens = self.cfg, self.data.tokens
+        cfg = self.cfg
         fresh.packing_errors |= self.packing_errors
         self.packing_errors = fresh.packing_errors
         self.model = fresh.to(self.device)
-        # a checkpoint's weights come back contiguous, and fused AdamW wants one layout
-        for weight in self.model.parameters():
-            weight.data = weight.data.contiguous()
         self.learning_rates = torch.zeros(len(groups), device=self.device)
         self.is_adversarial = False
         if cfg.awp or cfg.fgm:
@@ -5572,8 +5799,6 @@ class OptimizerStep:
         self.optimizer.register_step_pre_hook(lambda *_: step.note_update())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.choose_path()
-        if not self.is_packed:
-            self.model.eval().check_padding(tokens, self.dtype)
         # of the whole fold, whatever is given up on the way: packed rows need no neighbours
         self.length_bucket = cfg.length_bucket or (1 if self.is_packed else 4)
 
@@ -5759,6 +5984,13 @@ class OptimizerStep:
         self.scaler.scale(loss).backward()
         self.mean_loss += loss.detach()
 
+    def loss_inputs(self, rows):
+        """The targets of `rows`, and what else the loss asks for, by name."""
+        index = rows.clamp(min=0)
+        extras = {"target_std": self.target_std[index], "valid_mask": rows >= 0}
+        names = self.model.loss.extra_inputs
+        return self.targets[index], {name: extras[name] for name in extras if name in names}
+
     def loss_of_passes(self, passes, rows):
         """The part that `rows` (B,) have in the mean loss of a step.
 
@@ -5766,15 +5998,13 @@ class OptimizerStep:
         """
         loss_function = self.model.loss
         passes = [logits if logits.dim() == 3 else logits[None] for logits in passes]
-        index = rows.clamp(min=0)
-        target, target_std = self.targets[index], self.target_std[index]
+        target, extras = self.loss_inputs(rows)
         if self.cfg.label_noise:
+            target_std = self.target_std[rows.clamp(min=0)]
             noise = self.cfg.label_noise * target_std[:, None] * torch.randn_like(target)
             noise_size = noise.abs().mean(1)[None]
             self.metrics["label_noise"] += self.weighted_mean(noise_size, rows)
             target = target + noise
-        extras = {"target_std": target_std, "valid_mask": rows >= 0}
-        extras = {name: extras[name] for name in extras if name in loss_function.extra_inputs}
         samples = [sample for logits in passes for sample in logits]
         row_losses = [loss_function(sample, target, **extras) for sample in samples]
         row_losses = torch.stack(row_losses)  # (S, B)
@@ -6555,8 +6785,7 @@ def _save_fold(model, folder, result):
 
     def write(temporary):
         if model is not None:
-            model.backbone.config.save_pretrained(temporary)
-            save_model(model, temporary / "model.safetensors")
+            model.save(temporary)
         _write_state(temporary, result)
 
     _SealedFolder(folder).save(write)
@@ -6584,6 +6813,7 @@ class _FoldsInTurn:
         self.log = log
         self.print_setup = print_setup  # prints what is the same in each fold, so only once
         self.optimizer_step = OptimizerStep(data, cfg)
+        self.is_tried = False
 
     def train(self, fold):
         """The result of a fold: that of its trainer, with `golden` rows, `peak_memory` in bytes
@@ -6595,6 +6825,8 @@ class _FoldsInTurn:
         parts = (self.optimizer_step, fold, self.log, budget, checkpoints, self.print_setup)
         try:
             trainer = FoldTrainer(*parts)
+            if not self.is_tried:
+                self.try_model(fold)
             result = trainer.train()
             if result["last"]:  # else it was stopped before its first step
                 result["golden"] = self.golden_rows(result["rows"])
@@ -6614,6 +6846,23 @@ class _FoldsInTurn:
             checkpoints.prune(0)
             self.print_scores(result)
         return result
+
+    def try_model(self, fold):
+        """Raise KitError where the first model cannot be trained and saved as it should be; random
+        numbers go on as if it had not been tried."""
+        data, step = self.data, self.optimizer_step
+        random_states = _RandomStates()
+        before = random_states.state_dict()
+        trial = _ModelTrial(step.model, data.tokens, self.cfg, step.dtype)
+        trial.check_head()
+        trial.check_padding()
+        target, extras = step.loss_inputs(_to_device(trial.rows, step.device))
+        trial.check_loss(target, extras, data.n_outputs)
+        # where the fold itself will be written: there is room, and nothing stays after a kill
+        with _SealedFolder(self.folder.fold(fold)).in_temporary() as temporary:
+            trial.check_saving(temporary, data.n_outputs, data.tokenizer)
+        random_states.load_state_dict(before)
+        self.is_tried = True
 
     def golden_rows(self, rows):
         """Four of the validated rows, from the shortest text to the longest, and what the saved
@@ -7733,9 +7982,8 @@ class _Run(NamedTuple):
             for name, path in self.tokenizer.items():
                 shutil.copyfile(path, Path(folder) / name)
             tokenizer = _load_tokenizer(folder)
-        loss = LOSSES[self.cfg.loss](self.cfg, len(self.record["outputs"]))
-        backbone = _BackboneLoader(self.config, self.cfg).build_empty()
-        model = TextModel(self.cfg, backbone, loss, _is_cls_last(tokenizer))
+        n_outputs = len(self.record["outputs"])
+        model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer)
         return tokenizer, model.to(_pick_device())
 
     def load_fold(self, model, fold):
@@ -8059,9 +8307,13 @@ def _find_bundle(bundle_dir):
     folders = list(folders.values())
     if len(folders) != 1:
         modules = _comma_join(_Kaggle().attached_folders("kernel_utils.py"))
+        remedy = "set bundle_dir to one of them"
+        if not folders:
+            remedy = "attach the data set of a bundle, or the output of train.ipynb"
         raise ConfigError(
             f"bundle_dir is empty and there are {len(folders)} bundles ({_MANIFEST}) and complete "
-            f"runs (record.json), not one: {_comma_join(folders)}; kernel_utils.py is in {modules}"
+            f"runs (record.json), not one: {_comma_join(folders)}; {remedy}; "
+            f"kernel_utils.py is in {modules}"
         )
     return folders[0]
 

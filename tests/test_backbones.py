@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from conftest import ARCHITECTURES, make_texts, trained
+from conftest import ARCHITECTURES, BERT_LIKE, SMALL, make_texts, make_tokenizer, trained
 
 CPU = torch.device("cpu")
 SHARED = ["albert"]
@@ -66,12 +66,89 @@ def test_deberta_v1_in_half_precision_is_an_error_that_asks_for_fp32(build):
         forward(model, tokens, range(6))
 
 
-def test_a_model_that_reads_padding_is_warned_of(build):
+@pytest.mark.filterwarnings("error")
+def test_a_backbone_that_reads_padding_is_warned_of(build):
     model, tokens = build("bert")
-    model.check_padding(tokens)
-    model.head.forward = lambda states, mask: states[-1].mean(1)
-    with pytest.warns(UserWarning, match="BertModel reads padding"):
-        model.check_padding(tokens)
+    ku._ModelTrial(model, tokens, ku.Config(), torch.float32).check_padding()
+    encode = model.encode
+    model.encode = lambda **inputs: (
+        tuple(s + inputs["attention_mask"].shape[1] for s in encode(**inputs)[0]),
+        inputs["attention_mask"],
+    )
+    with pytest.raises(UserWarning, match="BertModel reads padding: a prediction moves by"):
+        ku._ModelTrial(model, tokens, ku.Config(), torch.float32).check_padding()
+
+
+SEQ2SEQ = dict(SMALL, d_model=32, num_layers=4, num_heads=4, d_ff=48, d_kv=8)
+GEMMA = dict(SMALL, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+GEMMA |= dict(intermediate_size=48, sliding_window=16)
+ENDS = dict(bos_token_id=2, eos_token_id=3)
+OTHERS = {  # whose weights are shared, views, lazily read or named otherwise in a checkpoint
+    "UMT5Config": SEQ2SEQ,
+    "MT5Config": SEQ2SEQ,
+    "T5GemmaConfig": dict(encoder=GEMMA, decoder=GEMMA, vocab_size=SMALL["vocab_size"], pad_token_id=0, **ENDS),
+    "NomicBertConfig": BERT_LIKE,
+    "JinaEmbeddingsV3Config": BERT_LIKE,
+    "MBartConfig": ARCHITECTURES["bart"][1],
+    "ConvBertConfig": dict(BERT_LIKE, embedding_size=16),
+    "MobileBertConfig": dict(BERT_LIKE, embedding_size=16, true_hidden_size=16, intra_bottleneck_size=16),
+    "FNetConfig": BERT_LIKE,
+    "RemBertConfig": dict(BERT_LIKE, input_embedding_size=16),
+    "Qwen2Config": dict(BERT_LIKE, num_key_value_heads=2, **ENDS),
+    "BloomConfig": dict(SMALL, hidden_size=32, n_layer=4, n_head=4, **ENDS),
+}
+
+
+def save_other(config_class, sizes, folder):
+    config = getattr(transformers, config_class)(**sizes)
+    encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+    auto_class = transformers.AutoModelForTextEncoding if type(config) in encoders else transformers.AutoModel
+    config.is_encoder_decoder &= auto_class is transformers.AutoModel
+    auto_class.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*reads padding")
+@pytest.mark.parametrize(
+    "config_class",
+    [pytest.param(name, marks=() if i in (0, 3) else pytest.mark.nightly) for i, name in enumerate(OTHERS)],
+)
+def test_a_run_of_another_architecture_can_be_read_back(config_class, tiny, tmp_path):
+    if not hasattr(transformers, config_class):
+        pytest.skip("this version of transformers lacks it")
+    folder = save_other(config_class, OTHERS[config_class], tmp_path / "bert")
+    run = trained(ku.dataclasses.replace(tiny(run_folds="0", head="weighted"), backbone=str(folder)))
+    ku.check_golden(ku.load_bundle(run))
+
+
+@pytest.mark.parametrize(
+    ("config_class", "sizes", "problem"),
+    [
+        (
+            "OPTConfig",
+            dict(SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=16),
+            "OPTModel changes the number of tokens or states, or their width",
+        ),
+        ("BrosConfig", BERT_LIKE, "BrosModel cannot be run on texts alone: ValueError: You have to specify bbox"),
+    ],
+)
+def test_an_architecture_that_no_head_can_read_is_refused_before_the_first_step(
+    config_class, sizes, problem, tiny, tmp_path
+):
+    folder = save_other(config_class, sizes, tmp_path / "bert")
+    with pytest.raises(ku.KitError, match=problem):
+        trained(ku.dataclasses.replace(tiny(run_name="refused"), backbone=str(folder)))
+    assert not (tmp_path / "runs/refused").exists()
+
+
+def test_a_checkpoint_without_the_decoder_it_needs_is_refused():
+    model = transformers.FSMTModel.__new__(transformers.FSMTModel)
+    torch.nn.Module.__init__(model)
+    model.config, model.encoder = transformers.FSMTConfig(langs=["en", "de"]), torch.nn.Linear(1, 1)
+    model.get_encoder = lambda: model.encoder
+    with pytest.raises(ku.KitError, match="the encoder of FSMTModel cannot be used without its decoder"):
+        ku._BackboneLoader.encoder_of(model)
 
 
 @pytest.mark.parametrize(
@@ -377,17 +454,46 @@ def test_the_room_that_a_fold_takes_is_known_without_building_its_model(kind, ba
 
 @pytest.mark.parametrize("key", ku._HARMLESS_KEYS)
 def test_a_backbone_whose_config_names_code_trains_without_it_and_leaves_a_run_that_loads(
-    key, tiny, backbone_folder, tmp_path
+    key, tiny, backbone_folder, tmp_path, capsys
 ):
     """transformers has many architectures itself whose hub configs still name code of their authors."""
     folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text()) | {key: {"AutoModel": "modeling.Evil"}}
         (folder / name).write_text(json.dumps(content))
-    run = trained(ku.dataclasses.replace(tiny(run_folds="0"), backbone=str(folder)))
+    run = trained(ku.dataclasses.replace(tiny(), backbone=str(folder)))
+    printed = capsys.readouterr().out
+    is_code = key == "auto_map"  # the other keys change nothing that is computed
+    line = "the checkpoint's own code (auto_map in config.json) is not run: BertModel of transformers instead"
+    assert printed.count(line) == is_code and "sees no later one" not in printed
+    assert printed.count("own code of a tokenizer (auto_map) is not run") == is_code
     ku.check_golden(ku.load_bundle(run))
+    assert "is not run" not in capsys.readouterr().out
     for path in (run / "fold0" / "config.json", run / "tokenizer" / "tokenizer_config.json"):
         assert key not in json.loads(path.read_text())
+
+
+def name_code(folder, **content):
+    path = folder / "config.json"
+    content = {"auto_map": {"AutoModel": "modeling.Own"}} | content
+    path.write_text(json.dumps(json.loads(path.read_text()) | content))
+
+
+def test_code_that_is_not_run_for_a_decoder_is_said_with_what_its_tokens_see(backbone_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(backbone_folder("llama"), tmp_path / "backbone"))
+    name_code(folder)
+    ku._BackboneLoader(folder, ku.Config()).load()
+    used = "LlamaModel of transformers instead, which may compute something else: in it a token sees no later one"
+    assert used in capsys.readouterr().out
+
+
+def test_an_architecture_that_only_the_checkpoints_own_code_knows_is_refused(backbone_folder, tiny, tmp_path):
+    folder = Path(shutil.copytree(backbone_folder("bert"), tmp_path / "backbone"))
+    name_code(folder, model_type="own_bert")
+    with pytest.raises(
+        ku.KitError, match="has no architecture 'own_bert', and code that a checkpoint brings is never run"
+    ):
+        trained(ku.dataclasses.replace(tiny(), backbone=str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -912,4 +912,4 @@ def test_rows_that_a_cell_drops_repeats_or_adds_are_trained_on_and_new_ones_coun
 
 def test_without_a_file_the_texts_are_taken_as_they_are(tmp_path, capsys):
     ku._refuse_changed_texts(train_frame(), "train", ku.Config(data_dir=str(tmp_path)))
-    assert "no train.csv to compare the texts with" in capsys.readouterr().out
+    assert "no train table to compare the texts with" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Every entry of HEADS meets the same contract; each pooling equals its formula in NumPy."""
 
+import contextlib
+import math
+
 import kernel_utils as ku
 import numpy as np
 import pytest
@@ -168,3 +171,120 @@ def test_conv1d_gives_its_last_channels_for_each_output():
 def test_concat_of_more_layers_than_there_are_is_refused():
     with pytest.raises(ku.ConfigError, match="concat_layers must be at most the backbone's 4 layers, got 5"):
         make_head("concat", concat_layers=5)
+
+
+class OwnHead(torch.nn.Module):
+    """A masked mean, until a test gives it another `forward`."""
+
+    def __init__(self, encoder, cfg):
+        super().__init__()
+        self.out_features = encoder.hidden_size
+        self.lstm = torch.nn.LSTM(encoder.hidden_size, encoder.hidden_size, batch_first=True)
+        self.norm = torch.nn.BatchNorm1d(encoder.hidden_size)
+        self.view, self.other_view = map(torch.nn.Parameter, torch.ones(2, encoder.hidden_size))
+        self.scale = torch.rand(1)
+
+    def forward(self, states, mask):
+        return ku.masked_mean(states[-1], mask)
+
+
+def trial_of(forward, build, monkeypatch):
+    monkeypatch.setitem(ku.HEADS, "own", type("OwnHead", (OwnHead,), {"forward": forward}))
+    model, tokens = build("bert", head="own", loss="mse")
+    return ku._ModelTrial(model, tokens, ku.Config(head="own", loss="mse"), torch.float32)
+
+
+@pytest.mark.parametrize("head", ku.HEADS)
+def test_every_head_passes_the_trial_of_a_new_model(head, build):
+    model, tokens = build("bert", head=head)
+    ku._ModelTrial(model, tokens, ku.Config(head=head), torch.float32).check_head()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, states, mask: self.norm(ku.masked_mean(states[-1], mask)),
+        lambda self, states, mask: ku.masked_mean(torch.stack(list(states)).mean(0), mask),
+        lambda self, states, mask: states[-1][torch.arange(len(mask)), mask.sum(1) - 1],
+    ],
+)
+def test_a_head_of_ones_own_that_masks_passes_the_trial(forward, build, monkeypatch):
+    trial_of(forward, build, monkeypatch).check_head()
+
+
+@pytest.mark.parametrize(
+    ("forward", "cause"),
+    [
+        (lambda self, states, mask: states[-1].mean(1), "padding; leave out where attention_mask is 0"),
+        (lambda self, states, mask: states[-1].amax(1), "padding"),
+        (lambda self, states, mask: states[-1].amin(1), "padding"),
+        (lambda self, states, mask: states[-1][:, -1], "padding"),
+        (lambda self, states, mask: (states[-1] * states[-1].softmax(1)).sum(1), "padding"),
+        (lambda self, states, mask: ku.masked_mean(states[-1] - states[-1].mean(1, True), mask), "padding"),
+        (lambda self, states, mask: (states[-1] * mask[..., None]).sum(1) / mask.shape[1], "padding"),
+        (lambda self, states, mask: self.lstm(states[-1])[1][0][0], "padding"),
+        (lambda self, states, mask: ku.masked_mean(states[-1], mask).softmax(0), "the other texts of its batch"),
+    ],
+)
+def test_a_head_of_ones_own_in_which_padding_or_another_text_shows_is_refused(forward, cause, build, monkeypatch):
+    trial = trial_of(forward, build, monkeypatch)
+    with pytest.raises(ku.KitError, match=rf"head own \(OwnHead\): the features of a text move by .* with {cause}"):
+        trial.check_head()
+
+
+@pytest.mark.parametrize(
+    ("forward", "got"),
+    [
+        (lambda self, states, mask: states[-1], r"shape \(2, 8, 32\)"),
+        (lambda self, states, mask: states[-1].mean((0, 1)), r"shape \(32,\)"),
+        (lambda self, states, mask: torch.cat(2 * [states[-1][:, 0]], 1), r"shape \(2, 64\)"),
+        (lambda self, states, mask: (states[-1][:, 0], mask), "tuple"),
+        (lambda self, states, mask: states[-1][:, 0] * math.nan, "NaN or infinity"),
+        (lambda self, states, mask: states[-1][:, 0].half(), "torch.float16"),
+    ],
+)
+def test_a_head_of_ones_own_that_gives_no_features_is_refused_with_what_it_gave(forward, got, build, monkeypatch):
+    expected = rf"head own \(OwnHead\) must give .* shape \(B, D\), here \(2, 32\); it gave {got}"
+    with pytest.raises(ku.KitError, match=expected):
+        trial_of(forward, build, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda head: delattr(head, "out_features"), "must set self.out_features, the number D of its features"),
+        (lambda head: setattr(head, "out_features", "32"), "must set self.out_features.*got '32'"),
+        (lambda head: setattr(head, "lazy", torch.nn.LazyLinear(2)), "lazy.weight has no shape yet"),
+    ],
+)
+def test_a_head_of_ones_own_that_lacks_what_a_model_is_built_with_is_refused(spoil, problem, build, monkeypatch):
+    class Spoilt(OwnHead):
+        def __init__(self, encoder, cfg):
+            super().__init__(encoder, cfg)
+            spoil(self)
+
+    monkeypatch.setitem(ku.HEADS, "own", Spoilt)
+    with pytest.raises(ku.KitError, match=rf"head own \(Spoilt\):? {problem}"):
+        build("bert", head="own")
+
+
+def grow(self, states, mask):
+    if not hasattr(self, "grown"):
+        self.grown = torch.nn.Parameter(torch.ones(32))
+    return self.grown * ku.masked_mean(states[-1], mask)
+
+
+@pytest.mark.parametrize(
+    ("forward", "problem"),
+    [
+        (lambda self, states, mask: self.scale * states[-1][:, 0], "gives other features, .* not saved are head.scale"),
+        (grow, 'cannot be saved and loaded: .*Unexpected key.*"head.grown"'),
+        (OwnHead.forward, None),  # two of its parameters are views of one tensor
+    ],
+)
+def test_a_head_of_ones_own_that_does_not_come_back_as_saved_is_refused(
+    forward, problem, build, monkeypatch, tmp_path, tokenizer
+):
+    trial = trial_of(forward, build, monkeypatch)
+    with pytest.raises(ku.KitError, match=problem) if problem else contextlib.nullcontext():
+        trial.check_saving(tmp_path, 1, tokenizer)

@@ -343,3 +343,64 @@ def test_auc_leaves_out_a_class_that_has_no_row():
 def test_a_score_that_is_not_a_number_never_counts_as_the_best():
     assert not ku.METRICS["rmse"].is_better(math.nan, 0.5)
     assert ku.METRICS["rmse"].is_better(0.5, math.nan)
+
+
+def squared(self, logits, target):
+    return ((logits - target) ** 2).mean(1)
+
+
+def check_own_loss(build, monkeypatch, **methods):
+    monkeypatch.setitem(ku.LOSSES, "own", type("OwnLoss", (ku.Loss,), {"__call__": squared} | methods))
+    model, tokens = build("bert")
+    model.loss = ku.LOSSES["own"](ku.Config(), 1)
+    rdrop = 0.0 if "reduce" in methods else 1.0
+    cfg = ku.Config(loss="own", rdrop=rdrop, backbone_dropout=0.1)
+    trial = ku._ModelTrial(model, tokens, cfg, torch.float32)
+    trial.check_loss(torch.tensor([[1.0], [3.0]]), {}, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_of_ones_own_passes_the_trial(build, monkeypatch):
+    check_own_loss(build, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("method", "function", "problem"),
+    [
+        ("__call__", lambda self, x, y: squared(self, x, y).mean(), r"\(B,\), here \(2,\); it gave shape \(\)"),
+        ("__call__", lambda self, x, y: (x - y) ** 2, r"\(B,\), here \(2,\); it gave shape \(2, 1\)"),
+        ("__call__", lambda self, x, y: 0.5, "it gave float"),
+        ("__call__", lambda self, x, y: squared(self, x, y) * math.nan, "it gave NaN"),
+        ("__call__", lambda self, x, y: squared(self, x.detach(), y), "gives no gradient"),
+        ("predict", lambda self, x: x[:, 0], r"\(B, n_outputs\), here \(2, 1\); it gave shape \(2,\)"),
+        ("reduce", lambda self, mean: mean[None], r"it gave shape \(1,\)"),
+        ("distance", lambda self, x, y: (x - y).mean(), r"it gave shape \(\)"),
+    ],
+)
+def test_a_loss_of_ones_own_that_gives_another_shape_is_refused(method, function, problem, build, monkeypatch):
+    with pytest.raises(ku.KitError, match=rf"loss own \(OwnLoss\) .*{problem}"):
+        check_own_loss(build, monkeypatch, **{method: function})
+
+
+def test_a_loss_of_ones_own_that_moves_with_its_batch_is_warned_of(build, monkeypatch):
+    def broadcast(self, logits, target):  # (B,) - (B, 1) is (B, B)
+        return ((logits[:, 0] - target) ** 2).mean(1)
+
+    with pytest.warns(UserWarning, match=r"loss own \(OwnLoss\): the loss of a row moves by .* with its batch"):
+        check_own_loss(build, monkeypatch, __call__=broadcast)
+
+
+@pytest.mark.parametrize("bias", [0.0, torch.zeros(()), torch.tensor([math.nan])])
+def test_a_first_bias_of_another_shape_is_refused(bias, backbone_folder, tokenizer):
+    cfg, folder = ku.Config(max_length=32), backbone_folder("tiny")
+    loss = ku.MseLoss(cfg, 1)
+    loss.init_bias = lambda targets: bias
+    with pytest.raises(ku.KitError, match=r"init_bias of loss .*\(MseLoss\) must give .* \(K,\), here \(1,\)"):
+        ku.TextModel.build(cfg, folder, loss, tokenizer, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1.0, None, "1", torch.ones(())])
+def test_a_schedule_that_gives_no_factor_is_refused(factor, monkeypatch):
+    monkeypatch.setitem(ku.SCHEDULES, "own", lambda progress: factor)
+    with pytest.raises(ku.KitError, match="schedule own must give a finite number, not below 0"):
+        ku._learning_rates([{"lr": 1.0}], 10, ku.Config(schedule="own"))

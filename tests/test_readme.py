@@ -1,31 +1,40 @@
 """The Python that the README shows works as it stands there."""
 
+import json
 import re
+import runpy
+import sys
 import types
-from pathlib import Path
 
 import kernel_utils as ku
 import numpy as np
 import pytest
 import torch
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture
-def examples(tmp_path, monkeypatch):
-    """Run the README's Python blocks; what they register is gone after the test."""
-    monkeypatch.chdir(tmp_path)
-    tables = {name: dict(table) for name, table in TABLES.items()}
-    scope = {"ku": ku, "__name__": "__main__"}
-    for block in BLOCKS:
-        exec(block, scope)
+def tables():
+    """What is registered in a test is gone after it."""
+    before = {name: dict(table) for name, table in TABLES.items()}
     yield
     for name, table in TABLES.items():
         table.clear()
-        table.update(tables[name])
+        table.update(before[name])
+
+
+@pytest.fixture
+def examples(tables, tmp_path, monkeypatch):
+    """Run the README's Python blocks."""
+    monkeypatch.chdir(tmp_path)
+    scope = {"ku": ku, "__name__": "__main__"}
+    for block in BLOCKS:
+        exec(block, scope)
 
 
 def test_the_head_of_the_readme_can_be_set_and_is_the_median_of_the_real_tokens(examples):
@@ -47,6 +56,30 @@ def test_the_loss_of_the_readme_can_be_set(examples):
 def test_the_metric_of_the_readme_can_be_set(examples):
     metric = ku.METRICS[ku.Config(metric="largest_error").metric]
     assert metric(np.array([[0.0], [1.0]]), np.array([[0.5], [-1.0]])) == 2.0
+
+
+def test_the_examples_train_as_they_are_in_cells_above_from_notebook(
+    tables, competition, backbone_folder, tmp_path, monkeypatch
+):
+    notebook = json.loads((ROOT / "notebooks/train.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    place = next(i for i, cell in enumerate(cells) if "ku.Config.from_notebook" in cell)
+    settings = dict(head="median", loss="log_cosh", metric="largest_error", n_folds=2, epochs=1, max_length=32)
+    settings |= dict(
+        data_dir=str(competition), backbone=str(backbone_folder("tiny")), output_dir=str(tmp_path / "runs")
+    )
+    parameters = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    cells[place:place] = [f"# Parameters\n{parameters}", *BLOCKS]
+    script = tmp_path / "train.py"
+    script.write_text("".join(f"# %%\n{cell}\n" for cell in cells), encoding="utf-8")
+    monkeypatch.chdir(ROOT)  # of a clone, where the notebook finds the module
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("IPython.display.Image", lambda path: None)  # tests draw no figures
+    runpy.run_path(str(script), run_name="__main__")
+    (run,) = (tmp_path / "runs").iterdir()
+    record = ku.RunFolder(run).read_record()
+    assert record["status"] == "complete" and record["oof"]["metric"] == "largest_error"
+    assert (run / "submission.csv").is_file()
 
 
 def test_the_readme_lists_every_head_loss_metric_and_the_settings_it_names():

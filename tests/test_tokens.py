@@ -706,3 +706,16 @@ def test_the_spaces_around_a_text_of_a_template_are_no_tokens(template, kind):
     plain = rows_of(tokens_of(["the cat sat"], tokenizer, ku.Config()))[0]
     (row,) = template_rows(frame, tokenizer, template)
     assert [i for i in row if i != tokenizer.convert_tokens_to_ids("[new]")] == plain and len(row) == len(plain) + 1
+
+
+@pytest.mark.parametrize("file", ["spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"])
+@pytest.mark.parametrize("lacking", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]])
+def test_a_sentencepiece_vocabulary_asks_for_the_packages_that_read_it(file, lacking, tmp_path, monkeypatch):
+    (tmp_path / file).write_bytes(b"a vocabulary")
+    monkeypatch.setattr(ku, "_has_module", lambda name: name not in lacking)
+    packages = " ".join(lacking).replace("google.", "")
+    with pytest.raises(
+        ku.KitError, match=rf"has {file} and no tokenizer.json: pip install {packages}, or add"
+    ) as error:
+        ku._load_tokenizer(tmp_path)
+    assert "tiktoken" not in str(error.value)

@@ -73,7 +73,7 @@ def pool_layers(model, tokens, cfg):
     dtype = ku._pick_dtype(cfg.precision, device)
     make_batch = tokens.pack_rows
     if not model.can_pack(tokens, dtype):
-        model.check_padding(tokens, dtype)
+        ku._ModelTrial(model, tokens, cfg, dtype).check_padding()
         make_batch = tokens.batch
     info = model.encoder_info
     shape = (info.num_hidden_states, len(FEATURES), len(tokens), info.hidden_size)

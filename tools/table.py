@@ -61,7 +61,10 @@ def main():
         sys.exit(f"no complete run under {', '.join(args.folders)}")
     metrics = sorted({record["oof"]["metric"] for _, record in runs})
     if len(metrics) > 1:
-        sys.exit(f"the runs have different metrics: {', '.join(metrics)}")
+        problem = f"the runs have different metrics: {', '.join(metrics)}"
+        of_other = [name for name, record in runs if record["oof"]["metric"] != metrics[0]]
+        remedy = f"name the folders of one metric; of another than {metrics[0]} are"
+        sys.exit(f"{problem}: {remedy} {', '.join(of_other)}")
     is_ascending = runs[0][1]["oof"]["better"] == "lower"
     table = pd.DataFrame([row(name, record) for name, record in runs])
     table = table.sort_values(f"{metrics[0]} last", ascending=is_ascending)
