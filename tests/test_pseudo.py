@@ -407,11 +407,11 @@ def test_the_weight_scales_the_losses_of_pseudo_labelled_rows_alone(micro, stude
 
 def test_standard_errors_weigh_the_training_rows_and_leave_the_weight_of_pseudo_labels(student):
     engine = begun(student(pseudo_weight=0.25, error_column="standard_error", error_weights=True))
-    engine.target_std[:3] = torch.tensor([0.1, 0.2, 1.0])
+    engine.data.errors[:3] = [0.1, 0.2, 1.0]
     engine.setup_fold(0, **QUIET)
     rows = engine.data.training_rows(0)
     own = rows[engine.data.folds[rows] >= 0]
-    error = engine.target_std[: len(engine.data.targets)].numpy()
+    error = engine.data.errors
     expected = 1 / (error**2 + (error[own] ** 2).mean())
     np.testing.assert_allclose(engine.sample_weights[: len(error)], expected / expected[own].mean(), rtol=1e-5)
     assert (engine.sample_weights[len(error) :] == 0.25).all() and (engine.target_std[len(error) :] == 0).all()
