@@ -1430,8 +1430,9 @@ class RunFolder:
 # 5. Tables and folds
 
 
-_MAX_SHARE_ERROR = 0.01  # by which probabilities of a row may miss 1, as rounding makes them
-_MAX_DECIMAL_CLASSES = 50  # more different decimals are amounts, not classes
+_TRUTH_VALUES = {"True": "1", "False": "0", "true": "1", "false": "0"}
+_MAX_SHARE_ERROR = 0.005  # of each probability of a row, as rounding to two digits makes them
+_MAX_DOUBTFUL_CLASSES = 50  # more decimals, or as good as one a row, are no classes
 
 
 def _to_numbers(cells):
@@ -1542,40 +1543,45 @@ class _Table:
     def read_targets(self, column, task):
         """Targets of regression and multilabel tasks as numbers, labels as they are."""
         cells = self.frame[column]
-        numbers = _to_numbers(cells)
-        n_labels, is_number = cells.nunique(), np.isfinite(numbers)
-        has_decimals = is_number.all() and (numbers % 1 != 0).any()
-        by_count = "binary" if n_labels == 2 else "multiclass"
+        numbers, n_labels = _to_numbers(cells), cells.nunique()
+        is_number = np.isfinite(numbers)
         if task in ("binary", "multiclass"):
             self.check_filled(column, "a label")
-            if n_labels > _MAX_DECIMAL_CLASSES and has_decimals:
-                actual = f"{n_labels} different numbers with decimals in {len(cells)} rows"
-                problem = f"expected labels of task {task}, got {actual}; set task regression"
-                self.problems.append(f"{self.path}, column {column}: {problem}")
+            has_decimals = is_number.all() and (numbers % 1 != 0).any()
+            is_unlike_classes = has_decimals or n_labels > len(cells) / 2
+            if n_labels > _MAX_DOUBTFUL_CLASSES and is_unlike_classes:
+                remedy = "name another of target_columns"
+                remedy = "set task regression" if is_number.all() else remedy
+                actual = f"got {n_labels} different values in {len(cells)} rows; {remedy}"
+                problem = f"{self.path}, column {column}: expected labels for task {task}, {actual}"
+                self.problems.append(problem)
             return cells
         if task == "multilabel":
+            numbers = _to_numbers(cells.replace(_TRUTH_VALUES))
             is_amount = is_number.all() and n_labels > 2
-            remedy = "; set task multiclass, or regression where they are amounts"
-            self.refuse_rows(
-                column, ~np.isin(numbers, (0, 1)), f"0 or 1{remedy if is_amount else ''}"
-            )
+            remedy = " (set task multiclass, or regression for amounts)" if is_amount else ""
+            self.refuse_rows(column, ~np.isin(numbers, (0, 1)), f"0 or 1{remedy}")
         else:
-            remedy = f"; for labels set task {by_count}" if is_number.mean() < 0.5 else ""
+            by_labels = "binary" if n_labels == 2 else "multiclass"
+            remedy = f" (set task {by_labels} for labels)" if is_number.mean() < 0.5 else ""
             self.refuse_rows(column, ~is_number, f"a finite number{remedy}")
         return numbers
 
     def read_class_columns(self, columns):
         """{column: probabilities of the class that it is}, each row divided by its sum."""
-        shares = self.frame[columns].apply(_to_numbers)
+        shares = self.frame[columns].replace(_TRUTH_VALUES).apply(_to_numbers)
         for column in columns:
             is_share = np.isfinite(shares[column]) & (shares[column] >= 0)
             self.refuse_rows(column, ~is_share, "a probability, from 0 to 1")
-        sums, name = shares.sum(axis=1), " + ".join(columns)
-        is_off = (sums - 1).abs() > _MAX_SHARE_ERROR
+        sums, tolerance = shares.sum(axis=1), _MAX_SHARE_ERROR * len(columns)
+        is_off = (sums - 1).abs() > tolerance + 1e-9
         if not self.problems and is_off.any():
+            name = " + ".join(columns)
             rows = _Table(self.path, self.frame.assign(**{name: sums.round(6)}), self.id_column)
-            remedy = "if a text can have several labels or none, set task multilabel"
-            rows.refuse_rows(name, is_off, f"1, within {_MAX_SHARE_ERROR} ({remedy})")
+            remedy = (
+                "divide counts by their sum; if a text may have several labels or none, set task"
+            )
+            rows.refuse_rows(name, is_off, f"1, within {tolerance:g} ({remedy} multilabel)")
             self.problems += rows.problems
         return dict(shares.div(sums, axis=0))
 
@@ -3003,10 +3009,10 @@ class Loss:
     def __call__(self, logits, target):
         """The loss of every row (B,).
 
-        Given by keyword where `extra_inputs` names them: `target_std` (B, n_outputs), the standard
-        errors of the targets in their units, (B, 1) of 0 without error_column; `valid_mask` (B,),
-        False for rows that only fill up; `cell_weight` (B, n_outputs), weights of cells in a
-        multilabel task with class_weight, else not given.
+        Given by keyword where `extra_inputs` names them: `target_std` (B, n_outputs or 1), the
+        standard errors of the targets in their units, 0 without error_column; `valid_mask` (B,),
+        False for rows that only fill up; and in a multilabel task with class_weight alone
+        `cell_weight` (B, n_outputs).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
@@ -4324,7 +4330,7 @@ class _TrainingData(NamedTuple):
 
 
 class _FoldTargets:
-    """What a fold is trained to predict, row by row, in the units of its loss, and how rows count.
+    """What a fold is trained to predict, in the units of its loss, and how much each row counts.
 
     Scale and weights come from the fold's own training rows, not from pseudo-labelled texts.
     """
@@ -4332,31 +4338,27 @@ class _FoldTargets:
     def __init__(self, data, fold, cfg):
         self.data = data
         self.cfg = cfg
-        n_rows = len(data.targets)
+        n_rows, n_extra = len(data.targets), len(data.folds) - len(data.targets)
         self.own_rows = np.flatnonzero(data.folds[:n_rows] != fold)
         self.targets = data.training_targets(fold)  # (N + M, K), or (N,) class numbers
-        self.sample_weights = np.full(len(data.folds), cfg.pseudo_weight)  # (N + M,)
-        self.sample_weights[:n_rows] = self.weigh_rows(fold)
+        weights = self.weigh_rows(fold)
+        self.sample_weights = np.pad(weights, (0, n_extra), constant_values=cfg.pseudo_weight)
         self.cell_weights = None  # (N + M, K) of a multilabel task with class_weight
-        if cfg.class_weight:
-            weights = self.weigh_classes()
-            if weights.shape[1] == 1:
-                self.sample_weights *= weights[:, 0]
-            else:
-                self.cell_weights = weights
+        if cfg.class_weight and cfg.task == "multilabel":
+            self.cell_weights = self.weigh_classes()
+        elif cfg.class_weight:
+            self.sample_weights *= self.weigh_classes()[:, 0]
         self.mean, self.spread = 0.0, 1.0  # (K,) where targets are standardised
         self.is_standardized = cfg.task == "regression" and LOSSES[cfg.loss].takes_standardized()
         if self.is_standardized:
             self.mean, self.spread = self.measure_scale()
             self.targets = (self.targets - self.mean) / self.spread
-        self.target_std = np.zeros((len(data.folds), 1))  # standard errors of the targets
-        if data.errors is not None:
-            errors = np.pad(data.errors, (0, len(data.folds) - n_rows))[:, None]
-            self.target_std = errors / (self.spread * np.ones(data.n_outputs))  # (N + M, K)
+        errors = np.zeros(n_rows) if data.errors is None else data.errors
+        self.target_std = np.pad(errors, (0, n_extra))[:, None] / self.spread  # (N + M, K or 1)
 
     def weigh_rows(self, fold):
-        """Weights (N,) of weight_column times, with `error_weights`, 1 / (e^2 + mean of e^2), with
-        e the standard errors of the targets; 1 on average over the own rows."""
+        """Weights (N,), 1 on average over the own rows: those of weight_column, with error_weights
+        times 1 / (e^2 + mean of e^2), e the standard errors of the targets."""
         data, own = self.data, self.own_rows
         weights = np.ones(len(data.targets)) if data.weights is None else data.weights
         if self.cfg.error_weights:
@@ -4368,38 +4370,37 @@ class _FoldTargets:
         return weights / weights[own].mean()
 
     def weigh_classes(self):
-        """Weights (N + M, K) of labels by class_weight, 1 on average over the own rows; (N + M, 1)
-        of a multiclass task. A soft label has the mean of what its probabilities weigh."""
-        cfg, targets = self.cfg, self.targets
+        """Weights by class_weight, 1 on average over the own rows: (N + M, 1), or of each cell
+        (N + M, K) of a multilabel task. A soft label weighs what its classes do on average."""
+        cfg, targets, own = self.cfg, self.targets, self.own_rows
+        numbers = _to_numbers(cfg.class_weight)  # NaN where it is balanced
         is_balanced = cfg.class_weight == ["balanced"]
-        numbers = _to_numbers([] if is_balanced else cfg.class_weight)
         if cfg.task == "multiclass":
             shares = targets if targets.ndim == 2 else np.eye(self.data.n_outputs)[targets]
             if is_balanced:
-                numbers = 1 / shares[self.own_rows].sum(0).clip(1)
+                numbers = 1 / shares[own].sum(0).clip(1)
             weights = (shares @ numbers)[:, None]
         else:
+            n_positive = targets[own].sum(0)
             if is_balanced:
-                n_positive = targets[self.own_rows].sum(0)
-                numbers = (len(self.own_rows) - n_positive).clip(1) / n_positive.clip(1)
-            elif cfg.task == "binary":
-                numbers = numbers[-1:] / numbers[0] if len(numbers) == 2 else numbers
+                numbers = (len(own) - n_positive).clip(1) / n_positive.clip(1)
+            elif len(numbers) > targets.shape[1]:  # of both classes of a binary task
+                numbers = numbers[1:] / numbers[0]
             weights = 1 + (numbers - 1) * targets
-        return weights / weights[self.own_rows].mean(0)
+        return weights / weights[own].mean(0)
 
     def measure_scale(self):
-        """Mean and spread (K,) of the targets of the own rows by their weights; 1 where all are the
-        same."""
+        """Mean and standard deviation (K,) of the targets of the own rows, by weight; a deviation
+        of 1 where all are the same."""
         weights = self.sample_weights[self.own_rows]
-        values = self.data.targets[self.own_rows][weights > 0]
-        weights = weights[weights > 0]
+        values, weights = self.data.targets[self.own_rows][weights > 0], weights[weights > 0]
         mean = np.average(values, axis=0, weights=weights)
         spread = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
         return mean, np.where(np.ptp(values, axis=0) > 0, spread, 1.0)
 
     def draw(self, rows):
-        """Targets of `rows`, each as often as its weight says: a constant that is best for them is
-        best for the weighted loss."""
+        """Targets of `rows`, each as often as its weight says: the constant that is best for them
+        is best for the weighted loss."""
         targets, weights = self.targets[rows], self.sample_weights[rows]
         if self.cell_weights is None:
             return targets[_draw_by_weight(weights)]
@@ -4407,11 +4408,11 @@ class _FoldTargets:
         drawn = [values[_draw_by_weight(weights * cells)] for values, cells in columns]
         return np.stack(drawn, axis=1)
 
-    def describe(self):
+    def describe_scale(self):
         """The scale as a record has it; None where targets stay as they are."""
-        if self.is_standardized:
-            return {"mean": self.mean.tolist(), "spread": self.spread.tolist()}
-        return None
+        if not self.is_standardized:
+            return None
+        return {"mean": self.mean.tolist(), "spread": self.spread.tolist()}
 
 
 def _draw_by_weight(weights):
@@ -4804,7 +4805,7 @@ class OptimizerStep:
 
     def set_targets(self, fold_targets):
         """Put the targets of a fold, their errors and weights at their places on the device."""
-        self.target_scale = fold_targets.describe()
+        self.target_scale = fold_targets.describe_scale()
         for name in ("targets", "target_std", "sample_weights", "cell_weights"):
             values = getattr(fold_targets, name)
             if values is None:
@@ -6411,9 +6412,15 @@ class _TrainingRun:
             negative, positive = self.classes
             print(f"predicts the probability of {positive!r}, not {negative!r}")
         loss = LOSSES[cfg.loss]
-        if cfg.task == "regression" and loss.is_standardized is None and not loss.takes_standardized():
+        if (
+            cfg.task == "regression"
+            and loss.is_standardized is None
+            and not loss.takes_standardized()
+        ):
             remedy = "set its is_standardized to False, or to True for standardised ones"
-            print(f"loss {cfg.loss} has a predict of its own: it gets targets as they are; {remedy}")
+            print(
+                f"loss {cfg.loss} has a predict of its own: it gets targets as they are; {remedy}"
+            )
         _warn_of_slow_precision(cfg.precision)
 
     # Data
