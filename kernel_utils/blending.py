@@ -76,11 +76,12 @@ def _best_member(predictions, target, metric_name):
 def _standardize(predictions, target):
     """Cells (N * K, M) of the members and (N * K,) of the target, for a fit without intercept.
 
-    Less the mean of each output, in standard deviations of the target.
+    Less the mean of each output, in standard deviations of its target.
     """
     centred = predictions - predictions.mean(1, keepdims=True)
-    goal = target - target.mean(0)
-    return centred.reshape(len(centred), -1).T / goal.std(), goal.ravel() / goal.std()
+    spread = np.where(target.std(0) > 0, target.std(0), 1)
+    goal = (target - target.mean(0)) / spread
+    return (centred / spread).reshape(len(centred), -1).T, goal.ravel()
 
 
 def _with_intercept(weights, predictions, target):
@@ -161,7 +162,7 @@ class BlendInputs(NamedTuple):
     records: dict  # name of a run -> its record
     folds: np.ndarray  # (N,)
     groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
-    target: np.ndarray  # (N, K), or (N,) class numbers
+    target: np.ndarray  # as `Config.encode_targets` gives it
     predictions: np.ndarray  # (M, N, K), of the weights that each run kept
 
 
@@ -361,6 +362,7 @@ def _residuals(inputs):
     target = inputs.target
     if target.ndim == 1:
         target = np.eye(n_outputs)[target]
+    target = target.reshape(-1, n_outputs)  # soft ones are (N, 1, C)
     return (target - inputs.predictions).reshape(n_members, -1)
 
 

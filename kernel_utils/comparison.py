@@ -117,7 +117,7 @@ class Comparison(NamedTuple):
     folds: np.ndarray  # (N,)
     groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
     test_to_train: float  # rows of a fold by those that its models were trained on
-    target: np.ndarray  # (N, K), or (N,) class numbers
+    target: np.ndarray  # as `Config.encode_targets` gives it
     configurations: list
 
     @property
@@ -388,7 +388,7 @@ def _print_differing_machines(records):
 
 
 def encode_oof(oof, cfg, classes):
-    """Targets (N, K) or class numbers (N,), folds (N,) and groups (N,), as numbers, of a table."""
+    """Targets as `Config.encode_targets` gives them, folds (N,) and groups (N,) of a table."""
     names = dict(
         zip(ku._column_names("target", cfg.target_columns), cfg.target_columns, strict=True)
     )

@@ -616,7 +616,7 @@ class Config(Settings):
     sample_file: str = _place("", "name of the sample submission; empty: its usual names")
     test_id_column: str = _place("", "id_column of test; empty: as found", kind="column")
     error_column: str = _column("", "column with the standard error of the target; empty: none")
-    weight_column: str = _column("", "column with the weight of a row in the loss; empty: none")
+    weight_column: str = _column("", "column with the weight of a row in training; empty: none")
     positive_label: str = _data("", "binary: label to predict the probability of; empty: the last")
     class_order: str = _data(
         "", "labels from lowest to highest, such as low,mid,high", kind="names"
@@ -678,7 +678,9 @@ class Config(Settings):
     )
     metric: str = _training("", "score; empty: rmse, auc or accuracy by task", METRICS)
     metrics: str = _place("", "further scores that are only shown", kind="names")
-    class_weight: str = _training("", "weights of classes in the loss: balanced, or numbers")
+    class_weight: str = _training(
+        "", "of classes in the loss: balanced, or a number for each", kind="names"
+    )
     epochs: int = _training(3, "passes over the training folds", low=1)
     batch_size: int = _training(16, "rows of an optimiser step", low=1)
     micro_batch_size: int = _training(
@@ -747,8 +749,9 @@ class Config(Settings):
             if task not in tasks:
                 yield f"{setting} {name} is for {', '.join(tasks)}; task is {task}"
         one_column = f"takes one target column, got target_columns {_comma_join(targets)}"
-        if task in ("binary", "multiclass") and len(targets) > 1:
-            yield f"task {task} {one_column}"
+        if task == "binary" and len(targets) > 1:
+            remedy = "columns of 0 and 1 are for task multilabel, or multiclass if one of them is 1"
+            yield f"task binary {one_column}; {remedy}"
         if loss == "coral" and len(targets) > 1:
             yield f"loss coral {one_column}"
         for setting in ("text_columns", "target_columns"):
@@ -761,6 +764,8 @@ class Config(Settings):
             yield f"fold_kind {self.fold_kind} needs group_column"
         if self.error_column and task != "regression":
             yield f"error_column is for regression; task is {task}"
+        if self.class_weight:
+            yield from self._class_weight_conflicts(LOSSES[loss or TASKS[task][0]])
         if self.label_smoothing and (loss or TASKS[task][0]) != "cross_entropy":
             yield "label_smoothing is for the loss cross_entropy"
         if loss == "coral" and (len(levels) != 2 or levels[0] >= levels[1]):
@@ -777,6 +782,16 @@ class Config(Settings):
         if len(self.truncation) not in (1, len(self.segments)):
             names = _comma_join("".join(pieces) for pieces in self.segments)
             yield f"truncation has {len(self.truncation)} values; the texts are {names}"
+
+    def _class_weight_conflicts(self, loss):
+        if self.task == "regression":
+            yield "class_weight is for tasks with classes; task is regression: see weight_column"
+        if self.task == "multilabel" and "cell_weight" not in loss.extra_inputs:
+            yield f"class_weight: loss {self.loss} does not name cell_weight in extra_inputs"
+        weights = _to_numbers(self.class_weight)
+        if self.class_weight != ["balanced"] and not (np.isfinite(weights) & (weights > 0)).all():
+            actual = _comma_join(self.class_weight)
+            yield f"class_weight must be balanced, or numbers above 0 such as 1,5; got {actual}"
 
     def _training_conflicts(self):
         loss, start = LOSSES.get(self.loss), self.adversarial_start
@@ -845,23 +860,52 @@ class Config(Settings):
         """A name for every column of predictions: classes of a multiclass task, else targets."""
         return classes if self.task == "multiclass" else self.target_columns
 
+    @property
+    def has_class_columns(self):
+        """Whether the target columns are the classes, with the probabilities of each row."""
+        return self.task == "multiclass" and len(self.target_columns) > 1
+
+    def row_labels(self, frame):
+        """The label of every row of a binary or multiclass task: that of its likeliest class."""
+        if self.has_class_columns:
+            return frame[self.target_columns].idxmax(axis=1)
+        return frame[self.target_columns[0]]
+
     def class_labels(self, frame):
         """Labels of a binary or multiclass task, sorted: as numbers if all are, else as text."""
         if self.task not in ("binary", "multiclass"):
             return []
+        if self.has_class_columns:
+            return list(self.target_columns)
         labels = sorted(set(frame[self.target_columns[0]]))
         if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
             labels.sort(key=float)
         return labels
 
     def encode_targets(self, frame, classes):
-        """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task."""
-        if self.task == "multiclass":
-            return np.array([classes.index(label) for label in frame[self.target_columns[0]]])
+        """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task.
+
+        Where class columns hold anything between 0 and 1, it is (N, 1, C) probabilities.
+        """
         values = frame[self.target_columns]
+        if self.has_class_columns and not values.eq(1).any(axis=1).all():
+            return values.to_numpy(dtype=np.float64)[:, None]
+        if self.task == "multiclass":
+            return np.array([classes.index(label) for label in self.row_labels(frame)])
         if self.task == "binary":
             values = values.eq(classes[1])
         return values.to_numpy(dtype=np.float64, copy=True)
+
+    def check_class_weight(self, classes):
+        """Raise ConfigError unless `class_weight` has a number for every class or label."""
+        names = classes or self.target_columns
+        counts = {len(names), 1} if self.task == "binary" else {len(names)}
+        weights = self.class_weight
+        if weights and weights != ["balanced"] and len(weights) not in counts:
+            expected = f"a number for each of {len(names)}, in this order: {_comma_join(names)}"
+            one = ", or one: the weight of the second against the first"
+            expected += one if self.task == "binary" else ""
+            raise ConfigError(f"class_weight must have {expected}; got {_comma_join(weights)}")
 
     def folds_to_run(self, frame):
         """Numbers of the folds that `run_folds` asks for."""
@@ -1627,8 +1671,13 @@ class RunFolder:
 # 5. Tables and folds
 
 
+_TRUTH_VALUES = {"True": "1", "False": "0", "true": "1", "false": "0"}
+_MAX_SHARE_ERROR = 0.005  # of each probability of a row, as rounding to two digits makes them
+_MAX_DOUBTFUL_CLASSES = 50  # more decimals, or as good as one a row, are no classes
+
+
 def _to_numbers(cells):
-    return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
+    return pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(dtype=np.float64)
 
 
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character
@@ -1970,23 +2019,56 @@ class _Table:
 
     def read_targets(self, column, task):
         """Targets of regression and multilabel tasks as numbers, labels as they are."""
+        cells = self.frame[column]
+        numbers, n_labels = _to_numbers(cells), cells.nunique()
+        is_number = np.isfinite(numbers)
         if task in ("binary", "multiclass"):
             self.check_filled(column, "a label")
-            return self.frame[column]
-        numbers = _to_numbers(self.frame[column])
+            has_decimals = is_number.all() and (numbers % 1 != 0).any()
+            is_unlike_classes = has_decimals or n_labels > len(cells) / 2
+            if n_labels > _MAX_DOUBTFUL_CLASSES and is_unlike_classes:
+                remedy = "name another of target_columns"
+                remedy = "set task regression" if is_number.all() else remedy
+                actual = f"got {n_labels} different values in {len(cells)} rows; {remedy}"
+                problem = f"{self.path}, column {column}: expected labels for task {task}, {actual}"
+                self.problems.append(problem)
+            return cells
         if task == "multilabel":
-            self.refuse_rows(column, ~np.isin(numbers, (0, 1)), "0 or 1")
+            numbers = _to_numbers(cells.replace(_TRUTH_VALUES))
+            is_amount = is_number.all() and n_labels > 2
+            remedy = " (set task multiclass, or regression for amounts)" if is_amount else ""
+            self.refuse_rows(column, ~np.isin(numbers, (0, 1)), f"0 or 1{remedy}")
         else:
-            self.refuse_rows(column, ~np.isfinite(numbers), "a finite number")
+            by_labels = "binary" if n_labels == 2 else "multiclass"
+            remedy = f" (set task {by_labels} for labels)" if is_number.mean() < 0.5 else ""
+            self.refuse_rows(column, ~is_number, f"a finite number{remedy}")
         return numbers
 
-    def read_errors(self, column):
-        """Standard errors of the targets as numbers."""
+    def read_class_columns(self, columns):
+        """{column: probabilities of the class that it is}, each row divided by its sum."""
+        shares = self.frame[columns].replace(_TRUTH_VALUES).apply(_to_numbers)
+        for column in columns:
+            is_share = np.isfinite(shares[column]) & (shares[column] >= 0)
+            self.refuse_rows(column, ~is_share, "a probability, from 0 to 1")
+        sums, tolerance = shares.sum(axis=1), _MAX_SHARE_ERROR * len(columns)
+        is_off = (sums - 1).abs() > tolerance + 1e-9
+        if not self.problems and is_off.any():
+            name = " + ".join(columns)
+            rows = _Table(self.path, self.frame.assign(**{name: sums.round(6)}), self.id_column)
+            remedy = (
+                "divide counts by their sum; if a text may have several labels or none, set task"
+            )
+            rows.refuse_rows(name, is_off, f"1, within {tolerance:g} ({remedy} multilabel)")
+            self.problems += rows.problems
+        return dict(shares.div(sums, axis=0))
+
+    def read_amounts(self, column):
+        """Standard errors of targets, or weights of rows, as numbers."""
         numbers = _to_numbers(self.frame[column])
-        is_error = np.isfinite(numbers) & (numbers >= 0)
-        self.refuse_rows(column, ~is_error, "a finite number from 0 up")
+        is_amount = np.isfinite(numbers) & (numbers >= 0)
+        self.refuse_rows(column, ~is_amount, "a finite number from 0 up")
         if not numbers.any():
-            expected = "expected an error above 0 in some row, got 0 in all"
+            expected = "expected a number above 0 in some row, got 0 in all"
             self.problems.append(f"{self.path}, column {column}: {expected}")
         return numbers
 
@@ -2015,16 +2097,19 @@ def _read_train_rows(cfg, columns=()):
 def _read_train(cfg):
     """The training table, checked: texts and labels as text, other targets as numbers."""
     groups = [cfg.group_column] if "group" in cfg.fold_kind else []
-    errors = [cfg.error_column] if cfg.error_column else []
-    table = _read_train_rows(cfg, [*cfg.target_columns, *errors, *groups])
+    amounts = [name for name in (cfg.error_column, cfg.weight_column) if name]
+    table = _read_train_rows(cfg, [*cfg.target_columns, *amounts, *groups])
     path = table.path
     table.check_ids()
     for column in groups:
         table.check_filled(column, "a value")
     table.check_not_numbers(cfg)
-    values = {column: table.read_targets(column, cfg.task) for column in cfg.target_columns}
-    for column in errors:
-        values[column] = table.read_errors(column)
+    if cfg.has_class_columns:
+        values = table.read_class_columns(cfg.target_columns)
+    else:
+        values = {column: table.read_targets(column, cfg.task) for column in cfg.target_columns}
+    for column in amounts:
+        values[column] = table.read_amounts(column)
     if table.problems:
         raise DataError(table.problems)
     frame = table.frame.assign(**values)
@@ -2032,13 +2117,18 @@ def _read_train(cfg):
         frame = _draw_rows(frame, cfg)
     if cfg.task in ("binary", "multiclass"):
         _describe_labels(frame, cfg, path)
+    is_binary = frame[cfg.target_columns].isin([0, 1]).all(axis=None)
+    if cfg.task == "regression" and not cfg.loss and is_binary:
+        task = "multilabel" if len(cfg.target_columns) > 1 else "binary"
+        names = _comma_join(cfg.target_columns)
+        print(f"{names}: only 0 and 1, taken as numbers; task {task} predicts probabilities")
     return frame
 
 
 def _describe_labels(frame, cfg, path):
     """Print the classes with their rows, and warn of labels that differ in form alone."""
-    column = cfg.target_columns[0]
-    counts = frame[column].value_counts()
+    column = _comma_join(cfg.target_columns)
+    counts = cfg.row_labels(frame).value_counts()
     shown = [f"{label!r} {count}" for label, count in counts.items()]
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     print(f"{len(shown)} classes with their rows: {', '.join(shown[:10])}{more}")
@@ -2056,7 +2146,9 @@ def _describe_labels(frame, cfg, path):
     expected = "two labels" if cfg.task == "binary" else "two or more labels"
     if n_labels < 2 or (cfg.task == "binary" and n_labels > 2):
         rows = f"{len(frame)} rows{' (max_rows)' if cfg.max_rows else ''}"
-        problem = f"expected {expected} for task {cfg.task}, got {n_labels} in {rows}"
+        actual = f"{n_labels} in {rows}: {', '.join(shown[:10])}{more}"
+        remedy = "; set task multiclass" if n_labels > 2 else ""
+        problem = f"expected {expected} for task {cfg.task}, got {actual}{remedy}"
         raise DataError(f"{path}, column {column}: {problem}")
 
 
@@ -2079,7 +2171,7 @@ def _draw_rows(frame, cfg):
     else:
         place, is_further = order, np.zeros(len(frame), bool)
         if cfg.task in ("binary", "multiclass"):
-            rows = pd.Series(order).groupby(frame[cfg.target_columns[0]].to_numpy())
+            rows = pd.Series(order).groupby(cfg.row_labels(frame).to_numpy())
             rank = rows.rank()
             place, is_further = (rank - 0.5) / rows.transform("size"), rank > 1
         first = np.lexsort((order, place, is_further))[: cfg.max_rows]
@@ -2260,7 +2352,7 @@ def _strata(frame, cfg):
     """
     values = frame[cfg.target_columns]
     if cfg.task in ("binary", "multiclass"):
-        labels = values[cfg.target_columns[0]].to_numpy()
+        labels = cfg.row_labels(frame).to_numpy()
         _, numbers, n_rows = np.unique(labels, return_inverse=True, return_counts=True)
         is_rare = n_rows.max() < cfg.n_folds
         return _merge_rare(numbers, cfg.n_folds) if is_rare else labels
@@ -2392,14 +2484,17 @@ def _check_labels(frame, running, cfg):
     Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
     several target columns one that differs is enough.
     """
+    columns = dict(frame[cfg.target_columns])
+    if cfg.has_class_columns:
+        columns = {_comma_join(columns): cfg.row_labels(frame)}
     unseen, hopeless = [], []
     for fold in running:
         is_here = frame["fold"] == fold
-        for column in cfg.target_columns:
-            own, others = frame[column][is_here], set(frame[column][~is_here])
+        for column, labels in columns.items():
+            own, others = labels[is_here], set(labels[~is_here])
             for label in sorted(set(own) - others):
                 unseen.append(f"{column} {label!r} ({(own == label).sum()} rows in fold {fold})")
-        if frame[cfg.target_columns][~is_here].nunique().max() < 2:
+        if max(labels[~is_here].nunique() for labels in columns.values()) < 2:
             hopeless.append(fold)
     more = f" and {len(unseen) - 10} more" if len(unseen) > 10 else ""
     message = f"labels in one fold only: {_comma_join(unseen[:10])}{more}"
@@ -3887,11 +3982,18 @@ class Loss:
     target columns, or of classes in a multiclass task.
 
     Shapes: logits (B, K), K the loss's own `num_logits`; targets (B, n_outputs) in floats. Targets
-    of a multiclass task are class numbers (B,), in a run with pseudo-labels probabilities (B, K).
+    of a multiclass task are class numbers (B,), in a run with pseudo-labels or soft targets
+    probabilities (B, K).
+
+    Targets of regression come standardised: less their mean over the training rows, divided by
+    their standard deviation there; and what `predict` gives is multiplied and shifted back. A loss
+    that owns its units (probabilities, levels, amounts above 0) says `is_standardized = False`.
     """
 
     tasks = ("regression",)  # that it can be chosen for
-    extra_inputs = ()  # of "target_std" and "valid_mask": what `__call__` gets by keyword besides
+    is_standardized = None  # or True or False; None: True unless the class overrides `predict`
+    # of "target_std", "valid_mask" and "cell_weight": what `__call__` gets by keyword besides
+    extra_inputs = ()
 
     def __init__(self, cfg, n_outputs):
         self.num_logits = n_outputs  # K, how many logits it wants from the model
@@ -3899,8 +4001,10 @@ class Loss:
     def __call__(self, logits, target):
         """The loss of every row (B,).
 
-        Given by keyword where `extra_inputs` names them: `target_std` (B,), the standard errors of
-        the targets, 0 without error_column; `valid_mask` (B,), False for rows that only fill up.
+        Given by keyword where `extra_inputs` names them: `target_std` (B, n_outputs or 1), the
+        standard errors of the targets in their units, 0 without error_column; `valid_mask` (B,),
+        False for rows that only fill up; and in a multilabel task with class_weight alone
+        `cell_weight` (B, n_outputs).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
@@ -3909,8 +4013,15 @@ class Loss:
         return mean
 
     def predict(self, logits):
-        """Predictions in target units (B, n_outputs), or probabilities."""
+        """Predictions (B, n_outputs) in the units of the targets, or probabilities."""
         return logits
+
+    @classmethod
+    def takes_standardized(cls):
+        """Whether targets of regression come standardised, and `predict` gives such."""
+        if cls.is_standardized is None:
+            return cls.predict is Loss.predict
+        return cls.is_standardized
 
     def distance(self, logits, other):
         """How far apart the predictions of two sets of logits are, by row (B,); for R-Drop."""
@@ -3943,7 +4054,8 @@ class RmseLoss(MseLoss):
 
 @register(LOSSES, "smooth_l1")
 class SmoothL1Loss(Loss):
-    """Squared below an error of 1, linear above. Fast R-CNN, arXiv:1504.08083."""
+    """Squared below an error of one standard deviation of the targets, linear above. Fast R-CNN,
+    arXiv:1504.08083."""
 
     def __call__(self, logits, target):
         return F.smooth_l1_loss(logits, target, reduction="none").mean(1)
@@ -3954,9 +4066,12 @@ class BceLoss(Loss):
     """Binary cross-entropy of each output; also for regression targets from 0 to 1."""
 
     tasks = ("binary", "multilabel", "regression")
+    is_standardized = False
+    extra_inputs = ("cell_weight",)
 
-    def __call__(self, logits, target):
-        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+    def __call__(self, logits, target, cell_weight=1):
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return (entropy * cell_weight).mean(1)
 
     def predict(self, logits):
         return logits.sigmoid()
@@ -4038,6 +4153,7 @@ class GaussianLoss(Loss):
     log-likelihood (Nix & Weigend 1994).
     """
 
+    is_standardized = True
     extra_inputs = ("target_std",)
 
     def __init__(self, cfg, n_outputs):
@@ -4046,7 +4162,7 @@ class GaussianLoss(Loss):
 
     def __call__(self, logits, target, target_std):
         mean, log_spread = logits.split(self.n_outputs, 1)
-        squares = target_std[:, None] ** 2 + (target - mean) ** 2
+        squares = target_std**2 + (target - mean) ** 2
         return (log_spread + squares / 2 * torch.exp(-2 * log_spread)).mean(1)
 
     def predict(self, logits):
@@ -4062,6 +4178,7 @@ class FocalLoss(Loss):
     """Cross-entropy times (1 - p) ** `focal_gamma`, p the chance of the truth. arXiv:1708.02002."""
 
     tasks = ("binary", "multilabel", "multiclass")
+    extra_inputs = ("cell_weight",)
 
     def __init__(self, cfg, n_outputs):
         super().__init__(cfg, n_outputs)
@@ -4071,13 +4188,13 @@ class FocalLoss(Loss):
         plain = base(cfg, n_outputs)
         self.predict, self.distance, self.init_bias = plain.predict, plain.distance, plain.init_bias
 
-    def __call__(self, logits, target):
+    def __call__(self, logits, target, cell_weight=1):
         if self.is_multiclass:
             entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         else:
             entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         p = torch.exp(-entropy)
-        return ((1 - p) ** self.focal_gamma * entropy).mean(1)
+        return ((1 - p) ** self.focal_gamma * entropy * cell_weight).mean(1)
 
 
 class _OrdinalLinear(nn.Linear):
@@ -4103,6 +4220,7 @@ class CoralLoss(BceLoss):
     """
 
     tasks = ("regression",)
+    extra_inputs = ()
 
     def __init__(self, cfg, n_outputs):
         self.lowest, self.highest = cfg.levels
@@ -4149,16 +4267,23 @@ class CoralLoss(BceLoss):
 class _Metric:
     """A score of predictions over all rows, as `metric` lists it."""
 
-    def __init__(self, function, better, tasks, reduce):
+    def __init__(self, function, better, tasks, reduce, takes_soft):
         functools.update_wrapper(self, function)
         self.__qualname__ = getattr(function, "__qualname__", repr(function))
         self.better = better
         self.tasks = tasks
         self.reduce = reduce
-        self.per_row = function if reduce else None
+        self.takes_soft = takes_soft
+        self.per_row = self.call_function if reduce else None
+
+    def call_function(self, target, prediction):
+        """What the function gives; where it takes no soft targets, for the likeliest classes."""
+        if target.ndim == 3 and not self.takes_soft:
+            target = target[:, 0].argmax(1)
+        return self.__wrapped__(target, prediction)
 
     def __call__(self, target, prediction):
-        value = self.__wrapped__(target, prediction)
+        value = self.call_function(target, prediction)
         if self.reduce:
             value = self.reduce(value.mean(0))
         if np.ndim(value) > 0:
@@ -4173,17 +4298,20 @@ class _Metric:
         return new < old if self.better == "lower" else new > old
 
 
-def metric(name, better, tasks, reduce=None):
+def metric(name, better, tasks, reduce=None, takes_soft=False):
     """Decorator that lists `function(target, prediction) -> float` in METRICS under `name`, for the
     `tasks` it can score; `better` is "lower" or "higher".
 
     Targets and predictions are arrays over all rows: (N, K), or class numbers (N,) and
     probabilities (N, C). With `reduce` the function gives values of each row, (N, M), and the
     metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster.
+
+    Soft targets come as the numbers of the likeliest classes, or with `takes_soft` as
+    probabilities (N, 1, C).
     """
 
     def add(function):
-        return register(METRICS, name)(_Metric(function, better, tasks, reduce))
+        return register(METRICS, name)(_Metric(function, better, tasks, reduce, takes_soft))
 
     return add
 
@@ -4267,16 +4395,22 @@ def auc(target, prediction):
     return _mean_of_columns(score, target[:, has_both], prediction[:, has_both])
 
 
-@metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last)
+@metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last, takes_soft=True)
 def logloss(target, prediction):
-    """Mean negative log-likelihood; of the cells in a multilabel task."""
+    """Mean negative log-likelihood; of the cells in a multilabel task; cross-entropy with soft
+    targets."""
+    smallest = np.finfo(np.float64).eps
     prediction = prediction.astype(np.float64)
-    if target.ndim == 1:
+    if target.ndim != 2:
         prediction = prediction / prediction.sum(1, keepdims=True)
+    if target.ndim == 3:
+        entropy = -target[:, 0] * np.log(prediction.clip(smallest))
+        return entropy.sum(1, keepdims=True)
+    if target.ndim == 1:
         likelihood = np.take_along_axis(prediction, target[:, None], 1)
     else:
         likelihood = np.where(target == 1, prediction, 1 - prediction)
-    return -np.log(likelihood.clip(np.finfo(np.float64).eps))
+    return -np.log(likelihood.clip(smallest))
 
 
 @metric("qwk", "higher", ("regression", "multiclass"))
@@ -4470,7 +4604,10 @@ class _PackingTrial:
 
 
 class TextModel(nn.Module):
-    """Backbone, head, dropout and output layer; `loss` turns their K logits into predictions."""
+    """Backbone, head, dropout and output layer; `loss` turns their K logits into predictions.
+
+    Where the loss takes standardised targets, the weights hold the mean and spread of its fold's.
+    """
 
     def __init__(self, cfg, backbone, loss, cls_last=False):
         super().__init__()
@@ -4488,6 +4625,9 @@ class TextModel(nn.Module):
         if self.head.out_features == len(self.output.weight):
             # conv1d's channels are predictions already: keep their scale and sign
             nn.init.eye_(self.output.weight)
+        n_targets = len(cfg.target_columns)
+        self.register_buffer("target_mean", torch.zeros(n_targets, dtype=torch.float64))
+        self.register_buffer("target_spread", torch.ones(n_targets, dtype=torch.float64))
 
         has_type_argument = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.uses_token_types = has_type_argument and getattr(config, "type_vocab_size", 2) > 1
@@ -4542,7 +4682,7 @@ class TextModel(nn.Module):
     @classmethod
     def build(cls, cfg, folder, loss, tokenizer, targets, say=print):
         """The model that a fold starts with. Its output layer predicts the best constant for the
-        `targets` of the training rows."""
+        `targets` of the training rows, as the loss takes them."""
         backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
@@ -4709,6 +4849,10 @@ class TextModel(nn.Module):
             return logits
         texts = logits.split(n_windows, dim=-2)
         return torch.stack([self.pool(text, dim=-2) for text in texts], dim=-2)
+
+    def predict(self, logits):
+        """Predictions (B, n_outputs) in float64, in target units or probabilities."""
+        return self.loss.predict(logits).double() * self.target_spread + self.target_mean
 
     def can_pack(self, tokens, dtype, gradients=False):
         """Whether it may be given packed rows: tried once in each precision, and printed. With
@@ -5163,8 +5307,7 @@ def predict(model, tokens, cfg, rows=None, can_halve=True):
 
     model.train(was_training)
     logits = torch.cat(outputs)[np.argsort(np.concatenate(done))]
-    predictions = model.loss.predict(model.pool_windows(logits, n_windows))
-    return predictions.cpu().double().numpy()
+    return model.predict(model.pool_windows(logits, n_windows)).cpu().numpy()
 
 
 def _halve_batches(batches, lengths, memory_error):
@@ -5292,13 +5435,14 @@ class _TrainingData(NamedTuple):
     """What all folds of a run share: N training rows, then M extra texts, which are in no fold."""
 
     tokens: Tokens  # of N + M texts
-    targets: np.ndarray  # (N, K), or (N,) class numbers
+    targets: np.ndarray  # (N, K), (N,) class numbers, or (N, 1, C) probabilities
     folds: np.ndarray  # (N + M,), -1 for an extra text
     folder: Path  # of the backbone
     tokenizer: object
     n_outputs: int
     ids: np.ndarray  # (N + M,)
     errors: np.ndarray | None = None  # (N,) standard errors of the targets
+    weights: np.ndarray | None = None  # (N,) of weight_column
     # fold -> pseudo-labels (M, K) of the extra texts, NaN where one must not be used for the fold
     pseudo: dict = {}  # noqa: RUF012
 
@@ -5309,10 +5453,13 @@ class _TrainingData(NamedTuple):
             is_usable[len(self.targets) :] = np.isfinite(self.pseudo[fold]).all(1)
         return np.flatnonzero(is_usable)
 
-    def training_targets(self, fold):
-        """Targets of all rows for that model; class numbers become probabilities beside labels."""
+    def training_targets(self, fold=None):
+        """Targets of all rows for that model, (N + M, K) or (N,) class numbers, which beside
+        pseudo-labels become probabilities; without a fold those of the N rows."""
         targets = self.targets
-        if not self.pseudo:
+        if targets.ndim == 3:
+            targets = targets[:, 0]
+        if fold not in self.pseudo:
             return targets
         if targets.ndim == 1:
             targets = np.eye(self.n_outputs)[targets]
@@ -5369,6 +5516,99 @@ class _TrainingData(NamedTuple):
             lengths = self.tokens.lengths[stage.rows]
             for batch in _epoch_batches(lengths, fold, cfg, length_bucket, stage.epochs):
                 yield stage.rows[batch]
+
+
+class _FoldTargets:
+    """What a fold is trained to predict, in the units of its loss, and how much each row counts.
+
+    Scale and weights come from the fold's own training rows, not from pseudo-labelled texts.
+    """
+
+    def __init__(self, data, fold, cfg):
+        self.data = data
+        self.cfg = cfg
+        n_rows, n_extra = len(data.targets), len(data.folds) - len(data.targets)
+        self.own_rows = np.flatnonzero(data.folds[:n_rows] != fold)
+        self.targets = data.training_targets(fold)  # (N + M, K), or (N,) class numbers
+        weights = self.weigh_rows(fold)
+        self.sample_weights = np.pad(weights, (0, n_extra), constant_values=cfg.pseudo_weight)
+        self.cell_weights = None  # (N + M, K) of a multilabel task with class_weight
+        if cfg.class_weight and cfg.task == "multilabel":
+            self.cell_weights = self.weigh_classes()
+        elif cfg.class_weight:
+            self.sample_weights *= self.weigh_classes()[:, 0]
+        self.mean, self.spread = 0.0, 1.0  # (K,) where targets are standardised
+        self.is_standardized = cfg.task == "regression" and LOSSES[cfg.loss].takes_standardized()
+        if self.is_standardized:
+            self.mean, self.spread = self.measure_scale()
+            self.targets = (self.targets - self.mean) / self.spread
+        errors = np.zeros(n_rows) if data.errors is None else data.errors
+        self.target_std = np.pad(errors, (0, n_extra))[:, None] / self.spread  # (N + M, K or 1)
+
+    def weigh_rows(self, fold):
+        """Weights (N,), 1 on average over the own rows: those of weight_column, with error_weights
+        times 1 / (e^2 + mean of e^2), e the standard errors of the targets."""
+        data, own = self.data, self.own_rows
+        weights = np.ones(len(data.targets)) if data.weights is None else data.weights
+        if self.cfg.error_weights:
+            squares = data.errors**2
+            weights = weights / (squares + squares[own].mean())
+        if not weights[own].any():
+            problem = f"expected a weight above 0 in a training row of fold {fold}, got 0 in all"
+            raise DataError(f"train.csv, column {self.cfg.weight_column}: {problem}")
+        return weights / weights[own].mean()
+
+    def weigh_classes(self):
+        """Weights by class_weight, 1 on average over the own rows: (N + M, 1), or of each cell
+        (N + M, K) of a multilabel task. A soft label weighs what its classes do on average."""
+        cfg, targets, own = self.cfg, self.targets, self.own_rows
+        numbers = _to_numbers(cfg.class_weight)  # NaN where it is balanced
+        is_balanced = cfg.class_weight == ["balanced"]
+        if cfg.task == "multiclass":
+            shares = targets if targets.ndim == 2 else np.eye(self.data.n_outputs)[targets]
+            if is_balanced:
+                numbers = 1 / shares[own].sum(0).clip(1)
+            weights = (shares @ numbers)[:, None]
+        else:
+            n_positive = targets[own].sum(0)
+            if is_balanced:
+                numbers = (len(own) - n_positive).clip(1) / n_positive.clip(1)
+            elif len(numbers) > targets.shape[1]:  # of both classes of a binary task
+                numbers = numbers[1:] / numbers[0]
+            weights = 1 + (numbers - 1) * targets
+        return weights / weights[own].mean(0)
+
+    def measure_scale(self):
+        """Mean and standard deviation (K,) of the targets of the own rows, by weight; a deviation
+        of 1 where all are the same."""
+        weights = self.sample_weights[self.own_rows]
+        values, weights = self.data.targets[self.own_rows][weights > 0], weights[weights > 0]
+        mean = np.average(values, axis=0, weights=weights)
+        spread = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
+        return mean, np.where(np.ptp(values, axis=0) > 0, spread, 1.0)
+
+    def draw(self, rows):
+        """Targets of `rows`, each as often as its weight says: the constant that is best for them
+        is best for the weighted loss."""
+        targets, weights = self.targets[rows], self.sample_weights[rows]
+        if self.cell_weights is None:
+            return targets[_draw_by_weight(weights)]
+        columns = zip(targets.T, self.cell_weights[rows].T, strict=True)
+        drawn = [values[_draw_by_weight(weights * cells)] for values, cells in columns]
+        return np.stack(drawn, axis=1)
+
+    def describe_scale(self):
+        """The scale as a record has it; None where targets stay as they are."""
+        if not self.is_standardized:
+            return None
+        return {"mean": self.mean.tolist(), "spread": self.spread.tolist()}
+
+
+def _draw_by_weight(weights):
+    """As many places (n,) in `weights` (n,), evenly spread by weight; each once if all are alike."""
+    n = len(weights)
+    ends = np.cumsum(weights) / weights.sum()
+    return np.searchsorted(ends, (np.arange(n) + 0.5) / n)
 
 
 def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
@@ -5697,14 +5937,8 @@ class OptimizerStep:
 
     def make_buffers(self):
         """Allocate what steps read and write, at fixed places on the device."""
-        n_rows = len(self.data.folds)
-        self.targets = None  # (n_rows, K) or (n_rows,), of the fold
-        self.target_std = torch.zeros(n_rows, device=self.device)
-        if self.data.errors is not None:
-            errors = _to_device(self.data.errors.astype(np.float32), self.device)
-            self.target_std[: len(errors)] = errors
-        weights = np.where(self.data.folds < 0, self.cfg.pseudo_weight, 1)
-        self.sample_weights = _to_device(weights.astype(np.float32), self.device)
+        # of the fold, by row, as `_FoldTargets` has them
+        self.targets = self.target_std = self.sample_weights = self.cell_weights = None
         self.rows_in_step = torch.ones((), device=self.device)
         self.mean_loss = torch.zeros((), device=self.device)  # of the step, as far as it has come
         self.clean_loss = torch.zeros((), device=self.device)  # before the adversarial pass
@@ -5725,18 +5959,16 @@ class OptimizerStep:
         _seed_everything(cfg.seed, fold)
         stages = data.stages(fold, cfg)
         rows = np.concatenate([stage.rows for stage in stages])
-        targets = torch.from_numpy(data.training_targets(fold))
-        if targets.is_floating_point():
-            targets = targets.float()
-        if self.targets is None:
-            self.targets = targets.to(self.device)
-        self.targets.copy_(targets)
+        fold_targets = _FoldTargets(data, fold, cfg)
+        self.set_targets(fold_targets)
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        fresh = TextModel.build(cfg, data.folder, loss, data.tokenizer, targets[rows], say)
+        start = torch.from_numpy(fold_targets.draw(rows))
+        start = start.float() if start.is_floating_point() else start
+        fresh = TextModel.build(cfg, data.folder, loss, data.tokenizer, start, say)
+        fresh.target_mean[:] = torch.as_tensor(fold_targets.mean)
+        fresh.target_spread[:] = torch.as_tensor(fold_targets.spread)
         groups = parameter_groups(fresh, cfg)
         self.set_schedule(stages, groups)
-        if cfg.error_weights:
-            self.set_sample_weights(rows)
         if can_reuse:
             self._reuse_model(fresh)
         else:
@@ -5760,15 +5992,18 @@ class OptimizerStep:
             for table in (self.learning_rate_table, self.average_table)
         )
 
-    def set_sample_weights(self, rows):
-        """Weigh rows by 1 / (e^2 + mean of e^2), with e the standard errors of their targets.
-
-        The weights are 1 on average over the training rows; pseudo-labelled rows keep theirs.
-        """
-        own_rows = rows[self.data.folds[rows] >= 0]
-        n = len(self.data.targets)
-        weights = 1 / (self.target_std**2 + (self.target_std[own_rows] ** 2).mean())
-        self.sample_weights[:n] = (weights / weights[own_rows].mean())[:n]
+    def set_targets(self, fold_targets):
+        """Put the targets of a fold, their errors and weights at their places on the device."""
+        self.target_scale = fold_targets.describe_scale()
+        for name in ("targets", "target_std", "sample_weights", "cell_weights"):
+            values = getattr(fold_targets, name)
+            if values is None:
+                continue
+            values = torch.from_numpy(values)
+            values = values.float() if values.is_floating_point() else values
+            if getattr(self, name) is None:
+                setattr(self, name, values.to(self.device))
+            getattr(self, name).copy_(values)
 
     def _reuse_model(self, fresh):
         """Put a fresh model's weights and moments of 0 into the memory of the old ones."""
@@ -5988,6 +6223,8 @@ class OptimizerStep:
         """The targets of `rows`, and what else the loss asks for, by name."""
         index = rows.clamp(min=0)
         extras = {"target_std": self.target_std[index], "valid_mask": rows >= 0}
+        if self.cell_weights is not None:
+            extras["cell_weight"] = self.cell_weights[index]
         names = self.model.loss.extra_inputs
         return self.targets[index], {name: extras[name] for name in extras if name in names}
 
@@ -6001,7 +6238,7 @@ class OptimizerStep:
         target, extras = self.loss_inputs(rows)
         if self.cfg.label_noise:
             target_std = self.target_std[rows.clamp(min=0)]
-            noise = self.cfg.label_noise * target_std[:, None] * torch.randn_like(target)
+            noise = self.cfg.label_noise * target_std * torch.randn_like(target)
             noise_size = noise.abs().mean(1)[None]
             self.metrics["label_noise"] += self.weighted_mean(noise_size, rows)
             target = target + noise
@@ -6519,6 +6756,7 @@ class FoldTrainer:
             "fallbacks": dict(self.optimizer_step.fallbacks),
             "pseudo_rows": int(is_pseudo.sum()),
             "pseudo_steps": self.pseudo_steps,
+            "target_scale": self.optimizer_step.target_scale,
             "step": state.step,
             "skipped_steps": state.skipped_steps,
             "best": state.best,
@@ -6708,7 +6946,8 @@ def _plot_curves(folder, record, entries):
         best = scores[scores["best"] == 1].tail(1)
         ring = dict(marker="o", fillstyle="none", markersize=10)
         right.plot(best["step"], best[metric], color=color, **ring)
-    left.set(xlabel="optimiser step", ylabel=f"training loss ({loss})")
+    unit = ", targets standardised" if record["folds"][0]["target_scale"] else ""
+    left.set(xlabel="optimiser step", ylabel=f"training loss ({loss}{unit})")
     right.set(xlabel="optimiser step", ylabel=f"validation {metric}")
     right.legend(fontsize="small")
     title = f"{folder.name}: {metric} {oof['last']:.4f} last, {oof['best']:.4f} best"
@@ -6768,8 +7007,12 @@ def _plot_oof(folder, record, oof):
         figure = _plot_matrix(np.stack(fractions, axis=1), names, ["absent", "present"], *labels)
     else:
         chosen = predictions.argmax(1) if task == "multiclass" else is_predicted[:, 0].astype(int)
+        columns = _column_names("target", record["settings"]["target_columns"])
+        truth = oof[columns[0]]
+        if len(columns) > 1:
+            truth = np.array(classes)[oof[columns].to_numpy().argmax(1)]
         fractions = sklearn.metrics.confusion_matrix(
-            oof["target"], np.array(classes)[chosen], labels=classes, normalize="true"
+            truth, np.array(classes)[chosen], labels=classes, normalize="true"
         )
         labels = ("predicted class", "true class: share of its rows")
         figure = _plot_matrix(fractions, classes, classes, *labels)
@@ -7299,7 +7542,7 @@ class _TrainingTrial(_PrecisionTrial):
 
     def __init__(self, data, cfg):
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
-        targets = torch.from_numpy(data.targets)
+        targets = torch.from_numpy(data.training_targets())
         quiet = dict(say=lambda text: None)
         model = TextModel.build(cfg, data.folder, loss, data.tokenizer, targets, **quiet)
         tokens = data.tokens.windows
@@ -7339,6 +7582,7 @@ class _TrainingRun:
         self.tokenizer = _load_tokenizer(self.backbone)
         self.cfg = user_cfg.resolved(self.backbone_config)
         self.classes = self.cfg.class_labels(frame)
+        self.cfg.check_class_weight(self.classes)
         self.outputs = self.cfg.output_names(self.classes)
         self.folds = self.cfg.folds_to_run(frame)
         self.record = self.new_record()
@@ -7374,6 +7618,16 @@ class _TrainingRun:
         if cfg.task == "binary":
             negative, positive = self.classes
             print(f"predicts the probability of {positive!r}, not {negative!r}")
+        loss = LOSSES[cfg.loss]
+        if (
+            cfg.task == "regression"
+            and loss.is_standardized is None
+            and not loss.takes_standardized()
+        ):
+            remedy = "set its is_standardized to False, or to True for standardised ones"
+            print(
+                f"loss {cfg.loss} has a predict of its own: it gets targets as they are; {remedy}"
+            )
         _warn_of_slow_precision(cfg.precision)
 
     # Data
@@ -7388,9 +7642,10 @@ class _TrainingRun:
             texts = pd.concat([frame, pseudo.texts.assign(fold=-1)], ignore_index=True)
             origin = {name: source[name] for name in ("runs", "threshold")}
             self.record["pseudo_labels"] = origin | {"rows": len(pseudo.texts)}
-        errors = None
-        if cfg.error_column:
-            errors = np.array(frame[cfg.error_column], dtype=np.float64)
+        amounts = {}
+        for name, column in (("errors", cfg.error_column), ("weights", cfg.weight_column)):
+            if column:
+                amounts[name] = frame[column].to_numpy(dtype=np.float64, copy=True)
         self.data = _TrainingData(
             tokens=self.tokenize(texts),
             targets=cfg.encode_targets(frame, self.classes),
@@ -7399,8 +7654,8 @@ class _TrainingRun:
             tokenizer=self.tokenizer,
             n_outputs=len(self.outputs),
             ids=texts[cfg.id_column].map(str).to_numpy(),
-            errors=errors,
             pseudo=labels,
+            **amounts,
         )
         self.record["fingerprint"] = self.fingerprint()
 
@@ -7429,6 +7684,8 @@ class _TrainingRun:
         digests["the folds"] = _digest(frame["fold"].to_numpy())
         if data.errors is not None:
             digests["the standard errors"] = _digest(data.errors)
+        if data.weights is not None:
+            digests["the weights of rows"] = _digest(data.weights)
         if data.pseudo:
             digests["the pseudo-labels"] = _digest(*data.pseudo.values())
         digests["the token ids"] = _digest(data.tokens.ids, data.tokens.windows.lengths)
@@ -7668,7 +7925,8 @@ class _TrainingRun:
             has_spread = len(folds) > 1
             scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if has_spread else None
         if cfg.task == "regression":
-            scores["target_sd"] = float(targets.std(0).mean())
+            is_constant = np.ptp(targets, axis=0) == 0
+            scores["target_sd"] = np.where(is_constant, 0, targets.std(0)).tolist()
         if cfg.task == "regression" and cfg.metric == "qwk":
             folds = self.data.folds[rows]
             scores |= _threshold_scores(np.rint(targets), predictions[cfg.keep], folds)
@@ -7728,6 +7986,7 @@ class _TrainingRun:
             "skipped_steps": result["skipped_steps"],
             "pseudo_rows": result["pseudo_rows"],
             "pseudo_steps": result["pseudo_steps"],
+            "target_scale": result["target_scale"],
             "regularisers": result["regularisers"],
             "best": {name: result["best"][name] for name in ("score", "step")},
             "last": {name: result["last"][name] for name in ("score", "step")},
@@ -7816,7 +8075,8 @@ def _summary(name, record):
         text = "" if spread is None else f", sd over folds {spread:.4f}"
         lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{text}")
     if "target_sd" in oof:
-        lines.append(f"  standard deviation of the target: {oof['target_sd']:.4f}")
+        spreads = _comma_join(f"{spread:.4g}" for spread in oof["target_sd"])
+        lines.append(f"  standard deviation of the target: {spreads}")
     if "thresholds" in oof:
         nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
         outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
@@ -7850,7 +8110,9 @@ _GOLDEN_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 # The unit of a gap is never below this share of the prediction, since arithmetic rounds in
 # proportion to it: float32 may be off by 1e-6, eight roundings, however little a target spreads.
+# Where targets are standardised only float64 rounds what is shifted back.
 _GOLDEN_MIN_FRACTION = 0.01
+_GOLDEN_MIN_FRACTION_STANDARDIZED = 1e-10
 
 
 def _version_error(version):
@@ -8019,12 +8281,17 @@ class _Run(NamedTuple):
         return predictions
 
     def golden_gaps(self, predictions, golden):
-        """Distance (n,) of predictions (n, K) from `golden`, in standard deviations of the target.
+        """Distance (n,) of predictions (n, K) from `golden`, in standard deviations of each target.
 
-        The unit is 1 for probabilities, and never less than `_GOLDEN_MIN_FRACTION` of a prediction.
+        The unit is 1 for probabilities and where a target is constant, and never less than a
+        fraction of a prediction, `_GOLDEN_MIN_FRACTION`.
         """
-        spread = self.record["oof"].get("target_sd") or 1  # 0 where all targets are one value
-        scale = np.maximum(spread, _GOLDEN_MIN_FRACTION * np.abs(golden))
+        spread = np.array(self.record["oof"].get("target_sd", 1.0))
+        spread = np.where(spread > 0, spread, 1)
+        fraction = _GOLDEN_MIN_FRACTION
+        if self.record["folds"][0]["target_scale"]:
+            fraction = _GOLDEN_MIN_FRACTION_STANDARDIZED
+        scale = np.maximum(spread, fraction * np.abs(golden))
         return (abs(predictions - np.array(golden)) / scale).max(1)
 
     def check_gaps(self, predictions, precision):

@@ -147,7 +147,7 @@ def test_fp16_weights_halve_the_bundle_stay_the_same_bytes_and_say_how_far_predi
     pairs = [
         (a["prediction"][0], b["prediction"][0]) for a, b in zip(trained_rows, told["golden"]["rows"], strict=True)
     ]
-    spread = json.loads((runs / "one" / "record.json").read_text())["oof"]["target_sd"]
+    spread = json.loads((runs / "one" / "record.json").read_text())["oof"]["target_sd"][0]
     moved = max(abs(a - b) for a, b in pairs) / spread
     assert 0 < moved < 1e-2 and told["golden_moved_by_half"] == pytest.approx(moved, abs=1e-5)
     assert "fp16 weights move the golden predictions by" in out

@@ -64,7 +64,9 @@ def tweets(n, seed):
 
 def misconceptions(n, seed):
     texts, questions = make_texts(n, seed), make_texts(n, seed + 10)
-    labels = rank_classes(share(texts) + 1e-6 * np.arange(n), ["False_Correct:NA", "True_Correct:NA", "True_Neither:NA"])
+    labels = rank_classes(
+        share(texts) + 1e-6 * np.arange(n), ["False_Correct:NA", "True_Correct:NA", "True_Neither:NA"]
+    )
     frame = pd.DataFrame({"row_id": range(seed * 1000, seed * 1000 + n), "QuestionText": questions})
     return frame.assign(MC_Answer=[str(i % 7) for i in range(n)], StudentExplanation=texts, label=labels)
 
@@ -108,7 +110,11 @@ FLOWS = {
         ["label"],
         {"label": "False_Correct:NA True_Correct:NA True_Neither:NA"},
     ),
-    "several labels a comment": (comments, ["toxic", "insult", "threat"], dict.fromkeys(["toxic", "insult", "threat"], 0.5)),
+    "several labels a comment": (
+        comments,
+        ["toxic", "insult", "threat"],
+        dict.fromkeys(["toxic", "insult", "threat"], 0.5),
+    ),
     "products ranked for each query": (searches, ["relevance"], {"relevance": 0.0}),
     "long documents": (long_texts, ["score"], {"score": 0.0}),
 }
@@ -180,8 +186,16 @@ def test_a_layout_goes_through_the_notebooks_and_a_bundle(flow, tmp_path, backbo
     done, executed = papermill("train.ipynb", tmp_path / "train.ipynb", *parameters)
     assert done.returncode == 0, done.stderr
     assert "wrote" in printed(executed)
-    command = [sys.executable, str(ROOT / "tools" / "bundle.py"), str(tmp_path / "runs" / "flow"), "-o", str(tmp_path / "bundle")]
-    done = subprocess.run([*command, "--id", "me/flow-bundle", "--title", "Flow bundle"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bundle.py"),
+        str(tmp_path / "runs" / "flow"),
+        "-o",
+        str(tmp_path / "bundle"),
+    ]
+    done = subprocess.run(
+        [*command, "--id", "me/flow-bundle", "--title", "Flow bundle"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     parameters = [("bundle_dir", tmp_path / "bundle"), ("data_dir", hidden), ("output_dir", tmp_path)]
     done, _ = papermill("infer.ipynb", tmp_path / "infer.ipynb", *parameters)

@@ -244,7 +244,7 @@ def test_a_bundle_packed_for_it_predicts_in_int8_near_pytorch(packed, capsys):
     assert "one, fold 1: OpenVINO int8 agrees" in capsys.readouterr().out
     for fold in expected:
         gap = np.sqrt(np.square(got[fold] - expected[fold]).mean())
-        assert 1e-6 < gap < 0.04 * loaded.runs[0].record["oof"]["target_sd"]
+        assert 1e-6 < gap < 0.04 * loaded.runs[0].record["oof"]["target_sd"][0]
 
 
 # ---------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_infer_predicts_with_the_engine_of_a_bundle(packed, runs, tmp_path):
     assert "fold 1: OpenVINO int8 agrees" in printed(executed)  # a tiny model may be no faster in it
     submission = pd.read_csv(tmp_path / "submission.csv")
     expected = ku.load_bundle(packed).predict(test)[:, 0]
-    sd = ku.load_bundle(packed).runs[0].record["oof"]["target_sd"]
+    sd = ku.load_bundle(packed).runs[0].record["oof"]["target_sd"][0]
     assert np.sqrt(np.square(submission["target"] - expected).mean()) < 0.04 * sd
 
 

@@ -101,7 +101,8 @@ def test_the_labels_of_a_fold_are_the_mean_of_the_models_that_validated_on_it(ru
             tokenizer, model = run.open()
             run.load_fold(model.eval(), fold)
             inputs = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in texts]
-            predictions.append([model(row["input_ids"], row["attention_mask"]).item() for row in inputs])
+            logits = [model(row["input_ids"], row["attention_mask"]) for row in inputs]
+            predictions.append([model.predict(row).item() for row in logits])
         labels = table[f"target_fold{fold}"].to_numpy()
         known = np.isfinite(labels)
         np.testing.assert_allclose(labels[known], np.mean(predictions, axis=0)[known], atol=1e-5)
@@ -350,7 +351,9 @@ def test_each_fold_trains_on_its_own_labels_and_validates_training_rows_alone(st
         assert sorted(spy.rows(fold)) == sorted(expected * 2)
         both = np.concatenate([frame["target"], labels])
         got = spy.targets(fold)
-        np.testing.assert_allclose([got[row][0] for row in expected], both[expected], rtol=1e-6)
+        own = frame["target"][frame["fold"] != fold]  # the labels are scaled with its numbers
+        expected_targets = (both[expected] - own.mean()) / own.std(ddof=0)
+        np.testing.assert_allclose([got[row][0] for row in expected], expected_targets, rtol=1e-5, atol=1e-6)
         assert record["folds"][fold]["pseudo_rows"] == len(extra) and record["folds"][fold]["pseudo_steps"] == 0
         assert record["folds"][fold]["steps"] == 2 * math.ceil(len(expected) / 8)
     assert record["pseudo_labels"]["rows"] == 16 and record["oof"]["rows"] == 40
@@ -415,7 +418,7 @@ def test_the_weight_scales_the_losses_of_pseudo_labelled_rows_alone(micro, stude
     assert list(engine.data.folds[rows] < 0) == [False] * 5 + [True] * 3
     model = engine.model.train()
     raw = model(**engine.data.tokens.batch(rows, engine.device))[:, 0]
-    targets = np.array(engine.data.training_targets(0)[rows, 0])
+    targets = engine.targets[rows, 0].numpy()
     losses = np.square(raw.detach().numpy() - targets)
     weight = np.where(np.arange(8) < 5, 1.0, 0.25)
     expected = torch.autograd.grad(
@@ -428,11 +431,11 @@ def test_the_weight_scales_the_losses_of_pseudo_labelled_rows_alone(micro, stude
 
 def test_standard_errors_weigh_the_training_rows_and_leave_the_weight_of_pseudo_labels(student):
     engine = begun(student(pseudo_weight=0.25, error_column="standard_error", error_weights=True))
-    engine.target_std[:3] = torch.tensor([0.1, 0.2, 1.0])
+    engine.data.errors[:3] = [0.1, 0.2, 1.0]
     engine.setup_fold(0, **QUIET)
     rows = engine.data.training_rows(0)
     own = rows[engine.data.folds[rows] >= 0]
-    error = engine.target_std[: len(engine.data.targets)].numpy()
+    error = engine.data.errors
     expected = 1 / (error**2 + (error[own] ** 2).mean())
     np.testing.assert_allclose(engine.sample_weights[: len(error)], expected / expected[own].mean(), rtol=1e-5)
     assert (engine.sample_weights[len(error) :] == 0.25).all() and (engine.target_std[len(error) :] == 0).all()
@@ -543,7 +546,9 @@ def test_budgets_and_stale_memory_follow_the_labels_of_the_fold(student, monkeyp
     assert engine.micro_batch_tokens() == expected
     engine.setup_fold(1, **QUIET)
     assert engine.targets.data_ptr() == place
-    np.testing.assert_allclose(engine.targets.numpy(), engine.data.training_targets(1), rtol=1e-6)
+    labels, scale = engine.data.training_targets(1), engine.target_scale
+    expected_targets = (labels - scale["mean"]) / scale["spread"]
+    np.testing.assert_allclose(engine.targets.numpy(), expected_targets, rtol=1e-5, atol=1e-6)
 
 
 def test_students_can_label_in_turn(student, extra, tmp_path, monkeypatch):

@@ -350,7 +350,8 @@ def test_noise_on_the_targets_has_the_size_of_their_standard_errors(tiny, monkey
     draws, draw = [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: draws.append(draw(x)) or draws[-1])
     engine.accumulate(engine.micro_batches(ROWS))
-    noise = 2 * np.linspace(0, 0.6, 24)[ROWS] * draws[0].numpy()[:, 0]
+    error = np.linspace(0, 0.6, 24) / engine.data.targets[1::2].std()  # in the units of the targets in training
+    noise = 2 * error[ROWS] * draws[0].numpy()[:, 0]
     raw = engine.model(**engine.data.tokens.batch(ROWS, engine.device)).detach().numpy()[:, 0]
     expected = ((raw - engine.targets[ROWS].numpy()[:, 0] - noise) ** 2).mean()
     assert engine.mean_loss.item() == pytest.approx(expected, rel=1e-5)
@@ -362,7 +363,9 @@ def test_validation_and_its_score_know_no_weights_and_no_noise(tiny):
     oof = pd.read_csv(run / "oof.csv")
     record = ku.RunFolder(run).read_record()
     assert record["oof"]["last"] == pytest.approx(np.sqrt(((oof["target"] - oof["prediction_last"]) ** 2).mean()))
-    assert record["folds"][0]["regularisers"]["label_noise"]["mean_size"] == pytest.approx(0.4, abs=0.15)
+    fold = record["folds"][0]
+    noise = fold["regularisers"]["label_noise"]["mean_size"] * fold["target_scale"]["spread"][0]
+    assert noise == pytest.approx(0.4, abs=0.15)
     assert sorted(oof["target"]) == sorted(train_frame()["target"])
 
 
@@ -379,7 +382,7 @@ def test_a_standard_error_that_is_none_is_named_with_its_row(cell, told, tiny, c
 def test_standard_errors_that_are_all_zero_are_refused(tiny, competition):
     train_frame().assign(standard_error=0).to_csv(competition / "train.csv", index=False)
     with pytest.raises(
-        ku.DataError, match="column standard_error: expected an error above 0 in some row, got 0 in all"
+        ku.DataError, match="column standard_error: expected a number above 0 in some row, got 0 in all"
     ):
         ku.read_competition(tiny(error_column="standard_error", error_weights=True))
 

@@ -239,7 +239,7 @@ def test_golden_rows_are_those_of_float32_and_hold_in_half_precision_to_its_tole
         assert row["prediction"] == pytest.approx(
             oof.set_index("id")["prediction"][[row["id"]]], abs=ku._GOLDEN_TOLERANCES[name]
         )
-        row["prediction"][0] += 2e-4 * record["oof"]["target_sd"]
+        row["prediction"][0] += 2e-4 * record["oof"]["target_sd"][0]
     (folder / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ku.BundleError, match="in float32 the prediction is"):
         ku.check_golden(ku.Bundle.open(folder))
@@ -251,16 +251,18 @@ def with_scores(loaded, **scores):
 
 def test_golden_rows_are_compared_in_standard_deviations_of_the_targets(runs):
     loaded = ku._Run.load(runs / "one")
-    wide, probabilities, constant = (with_scores(loaded, **s) for s in ({"target_sd": 500.0}, {}, {"target_sd": 0.0}))
+    spreads = {"target_sd": [500.0]}, {}, {"target_sd": [0.0]}, {"target_sd": [1.0, 1000.0]}
+    wide, probabilities, constant, unequal = (with_scores(loaded, **scores) for scores in spreads)
     assert wide.golden_gaps(np.array([[3.0], [1500.0]]), [[2.0], [1000.0]]) == pytest.approx([1 / 500, 1])
     assert probabilities.golden_gaps(np.array([[0.5, 0.5]]), [[0.6, 0.4]]) == pytest.approx([0.1])
     assert constant.golden_gaps(np.array([[0.0], [0.1]]), [[0.0], [0.0]]) == pytest.approx([0, 0.1])
+    assert unequal.golden_gaps(np.array([[0.5, 0.0], [0.0, 10.0]]), [[0.0, 0.0]] * 2) == pytest.approx([0.5, 0.01])
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 0.01, 0.9])
 def test_a_prediction_that_is_off_by_a_small_spread_is_refused_in_every_precision(mean, precision, runs):
-    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=0.01)
+    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=[0.01])
     rows = [{"id": "a", "fold": 0, "prediction": [mean]}, {"id": "b", "fold": 1, "prediction": [mean]}]
     narrow = narrow._replace(golden=narrow.golden | {"rows": rows})
     near = 0.5 * 0.01 * ku._GOLDEN_TOLERANCES[precision]
@@ -269,11 +271,15 @@ def test_a_prediction_that_is_off_by_a_small_spread_is_refused_in_every_precisio
         narrow.check_gaps(np.array([[mean], [mean + 0.01]]), precision)
 
 
-def test_a_prediction_far_from_zero_may_be_rounded_to_float32_however_small_the_spread(runs):
-    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=0.01)
+def test_a_prediction_far_from_zero_may_be_rounded_to_float32_where_targets_are_not_standardised(runs):
+    narrow = with_scores(ku._Run.load(runs / "one"), target_sd=[0.01])
+    fold = {"target_scale": None}
+    narrow = narrow._replace(record=narrow.record | {"folds": [fold]})
     rounded = float(np.nextafter(np.float32(1000), np.float32(2000)))
     assert 0 < narrow.golden_gaps(np.array([[rounded]]), [[1000.0]])[0] < ku._GOLDEN_TOLERANCES["float32"]
     assert narrow.golden_gaps(np.array([[1000.01]]), [[1000.0]])[0] > ku._GOLDEN_TOLERANCES["float32"]
+    fold["target_scale"] = {"mean": [1000.0], "spread": [0.01]}
+    assert narrow.golden_gaps(np.array([[rounded]]), [[1000.0]])[0] > ku._GOLDEN_TOLERANCES["float32"]
 
 
 @pytest.mark.gpu
@@ -683,7 +689,7 @@ def test_a_metric_of_ones_own_chooses_the_best_evaluation(tiny):
         _, record, oof = run(tiny(metric="largest_error", epochs=2))
         assert record["oof"]["last"] == pytest.approx((oof["target"] - oof["prediction"]).abs().max())
         with pytest.raises(ku.KitError, match=r"largest_errors must give a number, gave shape \(3,\)"):
-            ku._Metric(largest_errors, "lower", (), None)(np.ones(3), np.zeros(3))
+            ku._Metric(largest_errors, "lower", (), None, False)(np.ones(3), np.zeros(3))
     finally:
         del ku.METRICS["largest_error"]
 

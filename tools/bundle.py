@@ -213,10 +213,11 @@ def prove(run):
 
 
 def save_half(source, target):
-    """Copy weights in fp16, without metadata, which would be written in any order."""
+    """Copy weights in fp16, without metadata, which would be written in any order. The scale of
+    targets, which is in float64, stays."""
     tensors = load_file(source)
     for name, tensor in tensors.items():
-        tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+        tensors[name] = tensor.half() if tensor.dtype == torch.float32 else tensor
     save_file(tensors, target)
 
 

@@ -95,8 +95,9 @@ def make_targets(frame, cfg):
     """Targets (N, K) of a regression, else 0/1 indicators; of two classes that of the second."""
     classes = cfg.class_labels(frame)
     targets = cfg.encode_targets(frame, classes)
-    if cfg.task == "multiclass":
+    if targets.ndim == 1:
         targets = np.eye(len(classes))[targets]
+    targets = targets.reshape(len(targets), -1)  # soft ones are (N, 1, C)
     if not np.ptp(targets, axis=0).any():
         same = f"{ku._comma_join(cfg.target_columns)} is the same in every row"
         raise ku.DataError(f"train.csv: {same}; there is nothing to probe")

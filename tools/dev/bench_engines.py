@@ -38,7 +38,7 @@ def predict_in_loop(model, tokens, cfg, rows=None):
     predictions = np.empty((len(rows), 1))
     for batch in ku._plan_prediction_batches(tokens.lengths[rows], 4096):
         logits = model(**tokens.batch(rows[batch], torch.device("cpu")))
-        predictions[batch] = model.loss.predict(logits).numpy()
+        predictions[batch] = model.predict(logits).numpy()
     return predictions
 
 
@@ -95,7 +95,7 @@ class Bench:
                 predictions[name] = self.predict(way, self.tokens)
                 if repeat:  # the first pass warms up
                     speeds[name].append(len(self.tokens) / (time.perf_counter() - began))
-        target_sd = self.run.record["oof"]["target_sd"]
+        target_sd = self.run.record["oof"]["target_sd"][0]
         rmses = self.rmse_of_unseen_rows()
         numbers = {}
         for name in ways:
