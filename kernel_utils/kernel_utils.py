@@ -727,9 +727,8 @@ class Config(Settings):
         if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
             labels.sort(key=float)
         elif "qwk" in (self.metric, *self.metrics):
-            example = ",".join(labels[:10])
-            problem = f"metric qwk needs an order of the labels, and {labels[0]!r} is no number"
-            raise DataError(f"{where}: {problem}: set class_order, lowest first, to {example}")
+            problem = f"metric qwk needs an order of the labels {_comma_join(labels)}"
+            raise DataError(f"{where}: {problem}: set class_order to them, from lowest to highest")
         if self.positive_label and self.positive_label not in labels:
             hint = _did_you_mean(self.positive_label, labels)
             expected = f"expected the positive_label {self.positive_label!r}{hint}"
@@ -3219,7 +3218,7 @@ class _Metric:
         return float(value)
 
     def is_better(self, new, old):
-        """Whether a score beats the best so far. None and NaN are none: they never beat a number."""
+        """Whether a score beats the best so far. None and NaN are none, and never beat one."""
         if new is None or math.isnan(new):
             return False
         if old is None or math.isnan(old):
@@ -7570,7 +7569,7 @@ class _SubmissionForm:
             cells = sample[self.columns].astype(str).to_numpy().ravel()
             self.cells = sorted({cell.strip() for cell in cells})
         self.order = self.match_columns()
-        self.separator, self.k = " ", METRICS[self.metric_name].labels or 1  # labels in a cell
+        self.separator, self.k = " ", int(METRICS[self.metric_name].labels or 1)  # labels in a cell
         self.labels = self.names if self.order is None else ["0", "1"]
         self.texts = self.find_texts()  # of the labels, as cells write them
         self.form = "numbers" if cfg.task == "regression" else self.choose_form()
@@ -7582,7 +7581,7 @@ class _SubmissionForm:
     # Columns
 
     def match_columns(self):
-        """`order`, by names or by the words that they end with; DataError for other columns."""
+        """`order`, by names or by the words in them; DataError for columns that are others."""
         names, columns, task = self.names, self.columns, self.cfg.task
         has_one = len(columns) == 1
         if has_one and task in ("binary", "multiclass"):
@@ -7591,28 +7590,28 @@ class _SubmissionForm:
             return [0]
         if set(names) == set(columns):
             return [names.index(column) for column in columns]
-        ending = os.path.commonprefix([column[::-1] for column in columns])
-        for length in dict.fromkeys((0, len(ending))):
-            stems = [_name_words(column[: len(column) - length]) for column in columns]
-            for texts in _spellings(names, by_place=task == "binary"):
-                order = [self.match_words(words, texts) for words in stems]
-                if sorted(order) == list(range(len(names))):
-                    return order
+        for texts in _spellings(names, by_place=task == "binary"):
+            order = [self.match_name(column, texts) for column in columns]
+            if sorted(order) == list(range(len(names))):
+                return order
         if has_one and task == "multilabel" and self.cells and self.holds_labels(names):
             return None
-        actual = f"sample_submission.csv has columns {_comma_join(columns)}"
-        extra = [c for c in columns if self.match_words(_name_words(c), names) < 0]
-        more = (
-            f"; delete {_comma_join(extra)}" if 0 < len(extra) == len(columns) - len(names) else ""
-        )
-        raise DataError(f"{actual}; the settings predict {_comma_join(names)}{more}")
+        problem = f"sample_submission.csv has columns {_comma_join(columns)}"
+        problem += f"; the settings predict {_comma_join(names)}"
+        others = [column for column in columns if self.match_name(column, names) < 0]
+        if len(columns) == len(names) + len(others):
+            problem += f"; delete {_comma_join(others)} in a copy of the sample"
+        raise DataError(problem)
 
-    def match_words(self, words, texts):
-        """The place of the longest text that `words` end with; -1 where there is none."""
+    @staticmethod
+    def match_name(column, texts):
+        """The place of the longest text whose words the column's name has; -1 without one."""
+        spaced = f" {' '.join(_name_words(column))} "
         lengths = [0]
         for text in texts:
-            own = _name_words(text)
-            lengths.append(len(own) if own and words[-len(own) :] == own else 0)
+            words = _name_words(text)
+            is_in = f" {' '.join(words)} " in spaced
+            lengths.append(len(words) if is_in else 0)
         return int(np.argmax(lengths)) - 1
 
     # Cells
@@ -7662,10 +7661,9 @@ class _SubmissionForm:
             self.notes.append(f"{actual}: these are written as train.csv has them")
             self.texts = self.labels
         elif form == "labels" and self.texts != self.labels:
-            pairs = [f"{text} for {name}" for name, text in zip(self.labels, self.texts)]
-            self.notes.append(
-                f"labels are written as the sample has them: {_comma_join(pairs[:10])}"
-            )
+            pairs = zip(self.labels, self.texts, strict=True)
+            pairs = [f"{text} for {label}" for label, text in pairs]
+            self.notes.append(f"labels as the sample has them: {_comma_join(pairs[:10])}")
         return form
 
     def print_notes(self):
