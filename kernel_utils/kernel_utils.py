@@ -715,14 +715,10 @@ class Config(Settings):
         labels = sorted(set(frame[self.target_columns[0]]))
         where = f"train.csv, column {self.target_columns[0]}"
         if self.class_order:
-            wrong = {
-                "lacks": [name for name in self.class_order if name not in labels],
-                "has besides": [name for name in labels if name not in self.class_order],
-            }
-            problems = [f"{what} {_comma_join(names)}" for what, names in wrong.items() if names]
-            if problems:
-                order = _comma_join(self.class_order)
-                raise DataError(f"{where} {', '.join(problems)}; class_order is {order}")
+            wrong = sorted({*labels} ^ {*self.class_order})
+            if wrong:
+                sides = f"labels {_comma_join(labels)}, class_order {_comma_join(self.class_order)}"
+                raise DataError(f"{where}: {sides}; in one of them only: {_comma_join(wrong)}")
             return self.class_order
         if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
             labels.sort(key=float)
@@ -3291,25 +3287,27 @@ def mcrmse(target, prediction):
     return (target - prediction) ** 2
 
 
-def _correlation(coefficient, target, prediction):
-    """A coefficient of scipy.stats for numbers (N,); NaN where either are all the same."""
-    if np.ptp(target) == 0 or np.ptp(prediction) == 0:
-        return math.nan
-    return coefficient(target, prediction).statistic
+def _mean_correlation(coefficient, target, prediction):
+    """Mean of a coefficient of scipy.stats over the columns in which neither side is constant."""
+
+    def correlate(target, prediction):
+        if np.ptp(target) == 0 or np.ptp(prediction) == 0:
+            return math.nan
+        return coefficient(target, prediction).statistic
+
+    return _mean_of_columns(correlate, target, prediction)
 
 
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
     """Pearson correlation, mean over the target columns that have one."""
-    score = functools.partial(_correlation, scipy.stats.pearsonr)
-    return _mean_of_columns(score, target, prediction)
+    return _mean_correlation(scipy.stats.pearsonr, target, prediction)
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns that have one."""
-    score = functools.partial(_correlation, scipy.stats.spearmanr)
-    return _mean_of_columns(score, target, prediction)
+    return _mean_correlation(scipy.stats.spearmanr, target, prediction)
 
 
 @metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last, labels=True)
@@ -5901,7 +5899,7 @@ class _FoldsInTurn:
             outputs = _output_scores(self.cfg, self.cfg.target_columns, targets, predictions)
             left_out = [name for name, score in outputs["scores"].items() if score is None]
             if left_out:
-                print(f"  left out, since without a value on this fold: {_comma_join(left_out)}")
+                print(f"  without a value on this fold and left out: {_comma_join(left_out)}")
         for regularizer, numbers in result["regularisers"].items():
             effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
             print(f"  {regularizer}: {', '.join(effects)}")
@@ -6852,39 +6850,34 @@ _MAX_SHOWN_OUTPUTS = 8  # targets or classes whose scores are printed; the recor
 
 def _score_text(score, chance=None):
     """A score as text, beside that of a constant prediction."""
-    if score is None:
-        return "without a value"
-    text = f"{score:.4f}"
-    return text if chance is None else f"{text} (constant: {chance:.4f})"
-
-
-def _describe_thresholds(oof):
-    """What thresholds are worth, and which are used, in one line."""
-    nested, rounded = _score_text(oof["nested"]), _score_text(oof["rounded"])
-    if oof["nested"] is None:
-        nested = "unknown with one fold"
-    outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
-    use = "used" if oof["is_fitted"] else "not used, halfway is as good:"
-    scores = f"fitted on other folds {nested}, halfway {rounded}"
-    scores += f" (on the same rows {_score_text(oof['fitted'])})"
-    points = "; ".join(dict.fromkeys(outputs))
-    return f"  {oof['metric']} with thresholds {scores}: {use} {points}"
+    constant = "" if chance is None else f" (constant: {chance:.4f})"
+    return "without a value" if score is None else f"{score:.4f}{constant}"
 
 
 def _describe_outputs(outputs):
     """Scores of several targets or classes in lines, the worst first; no line for one."""
-    scores = {name: score for name, score in outputs["scores"].items() if score is not None}
-    undefined = [name for name in outputs["scores"] if name not in scores]
-    if len(outputs["scores"]) < 2:
+    name, scores = outputs["metric"], outputs["scores"]
+    if len(scores) < 2:
         return []
-    worst_first = sorted(scores, key=scores.get, reverse=outputs["better"] == "lower")
-    texts = [f"{name} {scores[name]:.4f}" for name in worst_first]
-    dots = ", ..." if len(texts) > _MAX_SHOWN_OUTPUTS else ""
-    title = f"{outputs['metric']} of each, the worst first"
-    lines = [f"  {title}: {_comma_join(texts[:_MAX_SHOWN_OUTPUTS])}{dots}"]
-    if undefined:
-        lines.append(f"  left out, since without a value: {_comma_join(undefined)}")
+    defined = [output for output in scores if scores[output] is not None]
+    defined.sort(key=scores.get, reverse=outputs["better"] == "lower")
+    texts = [f"{output} {scores[output]:.4f}" for output in defined[:_MAX_SHOWN_OUTPUTS]]
+    lines = [f"  {name} of each, the worst first: {_comma_join(texts)}"]
+    if len(defined) > len(texts):
+        lines[0] += f"; {len(defined) - len(texts)} more are in the record"
+    if len(defined) < len(scores):
+        undefined = [output for output in scores if output not in defined]
+        lines.append(f"  without a value and left out: {_comma_join(undefined)}")
     return lines
+
+
+def _describe_thresholds(oof):
+    """What thresholds are worth, and which are used."""
+    outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
+    points = "; ".join(dict.fromkeys(outputs))
+    use = f"cut at {points}" if oof["is_fitted"] else f"not used, but halfway: {points}"
+    scores = f"{_score_text(oof['rounded'])} halfway, {_score_text(oof['nested'])} fitted on"
+    return f"  {oof['metric']} by thresholds: {scores} other folds; {use}"
 
 
 def _summary(name, record):
@@ -6899,7 +6892,7 @@ def _summary(name, record):
         lines.append(f"  {kind}: {oof['metric']} {score}{text}")
     if oof["undefined_folds"]:
         folds = _comma_join(oof["undefined_folds"])
-        lines.append(f"  left out of the spread, since without a value: fold {folds}")
+        lines.append(f"  without a value and left out of mean and sd over folds: fold {folds}")
     for metric_name, scores in oof["metrics"].items():
         lines.append(f"  {metric_name} {_score_text(scores['score'], scores['chance'])}")
     lines += _describe_outputs(oof["by_output"])
@@ -7556,6 +7549,7 @@ class _SubmissionForm:
 
     def __init__(self, cfg, classes, sample=None, chosen=""):
         self.cfg = cfg
+        self.classes = classes
         self.names = classes or cfg.target_columns
         self.metric_name = cfg.metric or TASKS[cfg.task][1]
         self.chosen = chosen or cfg.submission_form
@@ -7598,6 +7592,7 @@ class _SubmissionForm:
             return None
         problem = f"sample_submission.csv has columns {_comma_join(columns)}"
         problem += f"; the settings predict {_comma_join(names)}"
+        problem += ", in a column each or in one" if self.classes else ""
         others = [column for column in columns if self.match_name(column, names) < 0]
         if len(columns) == len(names) + len(others):
             problem += f"; delete {_comma_join(others)} in a copy of the sample"
@@ -7656,6 +7651,11 @@ class _SubmissionForm:
             if len(self.cells) > 1 and not (self.order and self.cfg.task == "multiclass"):
                 form, reason = "labels", "as the sample has them"
             self.notes.append(f"{source}: {form} are written, {reason}; or set submission_form")
+        if form == "probabilities" and not self.order:
+            other, own = self.classes
+            if self.match_name(self.columns[0], self.classes) == 0:
+                column = f"column {self.columns[0]} holds the probability of {own!r}"
+                self.notes.append(f"{column}, not of {other!r}: or set positive_label")
         if form == "labels" and self.texts is None:
             actual = f"the sample holds {cells}, none of the labels {_comma_join(self.labels[:10])}"
             self.notes.append(f"{actual}: these are written as train.csv has them")

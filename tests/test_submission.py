@@ -5,8 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import train_frame, trained
-
 NAMES = dict(binary="target", multiclass="target", multilabel="toxic,insult", regression="cohesion,syntax")
 THREE = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])  # probabilities of two rows
 TWO = np.array([[0.3], [0.8]])  # probabilities of the second label
