@@ -164,6 +164,7 @@ class BlendInputs(NamedTuple):
     groups: np.ndarray  # (N,) numbers; rows of one group are resampled together
     target: np.ndarray  # as `Config.encode_targets` gives it
     predictions: np.ndarray  # (M, N, K), of the weights that each run kept
+    cuts: ku._Cuts | None = None
 
 
 def _choose_records(records, runs):
@@ -197,6 +198,7 @@ def _kept_predictions(record, oof):
 def _score_problems(record, predictions, target, metric_name):
     """Where an oof.csv does not give the score that its record tells."""
     expected = record["oof"][record["settings"]["keep"]]
+    expected = math.nan if expected is None else expected
     got = ku.METRICS[metric_name](target, predictions)
     if abs(got - expected) <= 1e-5 * max(1, abs(expected)):  # not so for NaN
         return []
@@ -245,7 +247,9 @@ def align_members(records, runs=""):
     if flattered:
         reason = "since they kept the checkpoint that is best on these rows"
         print(f"flattered, {reason}: {ku._comma_join(flattered)}")
-    return BlendInputs(cfg.task, cfg.metric, chosen, folds, groups, target, np.stack(predictions))
+    cuts = ku._Cuts.of(cfg, target)
+    members = np.stack(predictions)
+    return BlendInputs(cfg.task, cfg.metric, chosen, folds, groups, target, members, cuts)
 
 
 # ---------------------------------------------------------------------------------------
@@ -258,11 +262,11 @@ class BlendResult(NamedTuple):
     method: str
     weights: np.ndarray  # (M,)
     intercept: np.ndarray  # (K,)
-    # (N, K), nested: each fold is blended, and cut for qwk, by what was fitted on the others
+    # (N, K), nested: each fold is blended, and cut to labels, by what was fitted on the others
     predictions: np.ndarray
     nested: float  # score of these predictions
     in_sample: float  # score of the weights on the rows that they were fitted on
-    cuts: dict  # of `threshold_scores` where the metric is qwk in regression, else empty
+    cuts: dict  # of `_Cuts.describe` where the metric scores grades or labels, else empty
 
 
 def _blend_rows(weights, intercept, predictions):
@@ -282,11 +286,12 @@ def _fit_blend(inputs, method):
     weights, intercept = fit(predictions, target, metric_name)
     blended = _blend_rows(weights, intercept, predictions)
     in_sample, cuts = score(target, blended), {}
-    if inputs.task == "regression" and metric_name == "qwk":
-        levels = np.rint(target)
-        cuts = ku._threshold_scores(levels, blended, inputs.folds)
-        in_sample = cuts["fitted"]
-        nested = ku._nested_levels(levels, nested, inputs.folds)
+    if inputs.cuts:
+        cuts = inputs.cuts.describe(target, nested, inputs.folds)
+        if cuts["is_fitted"]:
+            nested = inputs.cuts.apply_nested(target, nested, inputs.folds)
+            cuts["thresholds"] = inputs.cuts.fit(target, blended)
+        in_sample = score(target, inputs.cuts.apply(cuts["thresholds"], blended))
     return BlendResult(
         method=method,
         weights=weights,

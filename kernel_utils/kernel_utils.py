@@ -570,6 +570,7 @@ RECIPES = {  # settings to start from; a setting that is given wins
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _ENGINES = ("torch", "openvino")
 _SUBMISSION_FORMS = ("labels", "probabilities")
+_SUBMISSION_FORM_HELP = "labels or probabilities; empty: as the sample has it, or as metric asks"
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _OPTIMIZERS = ("adamw", "adamw8bit")
 _WINDOW_POOLS = {"mean": torch.mean, "max": torch.amax}
@@ -732,7 +733,7 @@ class Config(Settings):
     resume_from: str = _place("", "run folder to copy and go on with, such as an attached output")
     checkpoint_minutes: float = _place(10.0, "minutes between checkpoints; 0: none", low=0)
     max_minutes: float = _place(0.0, "minutes from training to submission; 0: no limit", low=0)
-    submission_form: str = _place("", "empty: as the sample has it", _SUBMISSION_FORMS)
+    submission_form: str = _place("", _SUBMISSION_FORM_HELP, _SUBMISSION_FORMS)
     predict_partial: bool = _place(False, "if stopped, predict with what is trained, else fail")
 
     def conflicts(self):
@@ -758,6 +759,7 @@ class Config(Settings):
             names = getattr(self, setting)
             if not all(names) or len(set(names)) < len(names):
                 yield f"{setting} has an empty or repeated name: {_comma_join(names)}"
+        yield from self._label_conflicts()
         if "fold" in targets:
             yield "target_columns must not hold 'fold': that column has the folds"
         if "group" in self.fold_kind and not self.group_column:
@@ -792,6 +794,23 @@ class Config(Settings):
         if self.class_weight != ["balanced"] and not (np.isfinite(weights) & (weights > 0)).all():
             actual = _comma_join(self.class_weight)
             yield f"class_weight must be balanced, or numbers above 0 such as 1,5; got {actual}"
+
+    def _label_conflicts(self):
+        for name in self.metrics:
+            if name not in METRICS:
+                hint = _did_you_mean(name, METRICS)
+                yield f"metrics must be among {', '.join(METRICS)}; got {name!r}{hint}"
+            elif self.task not in METRICS[name].tasks:
+                tasks = ", ".join(METRICS[name].tasks)
+                yield f"metrics: {name} is for {tasks}; task is {self.task}"
+        if self.class_order and self.task != "multiclass":
+            yield f"class_order is for task multiclass; task is {self.task}"
+        if len(set(self.class_order)) < len(self.class_order):
+            yield f"class_order has a label twice: {_comma_join(self.class_order)}"
+        if self.positive_label and self.task != "binary":
+            yield f"positive_label is for task binary; task is {self.task}"
+        if self.submission_form and self.task == "regression":
+            yield "submission_form is for labels and their probabilities; task is regression"
 
     def _training_conflicts(self):
         loss, start = LOSSES.get(self.loss), self.adversarial_start
@@ -872,15 +891,31 @@ class Config(Settings):
         return frame[self.target_columns[0]]
 
     def class_labels(self, frame):
-        """Labels of a binary or multiclass task, sorted: as numbers if all are, else as text."""
+        """Labels of a binary or multiclass task: in `class_order`, or sorted as numbers if all are,
+        else as text, `positive_label` last. DataError where these settings do not fit them.
+        """
         if self.task not in ("binary", "multiclass"):
             return []
         if self.has_class_columns:
             return list(self.target_columns)
         labels = sorted(set(frame[self.target_columns[0]]))
+        where = f"train.csv, column {self.target_columns[0]}"
+        if self.class_order:
+            wrong = sorted({*labels} ^ {*self.class_order})
+            if wrong:
+                sides = f"labels {_comma_join(labels)}, class_order {_comma_join(self.class_order)}"
+                raise DataError(f"{where}: {sides}; in one of them only: {_comma_join(wrong)}")
+            return self.class_order
         if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels):
             labels.sort(key=float)
-        return labels
+        elif "qwk" in (self.metric, *self.metrics):
+            problem = f"metric qwk needs an order of the labels {_comma_join(labels)}"
+            raise DataError(f"{where}: {problem}: set class_order to them, from lowest to highest")
+        if self.positive_label and self.positive_label not in labels:
+            hint = _did_you_mean(self.positive_label, labels)
+            expected = f"expected the positive_label {self.positive_label!r}{hint}"
+            raise DataError(f"{where}: {expected}, got {_comma_join(labels)}")
+        return sorted(labels, key=lambda label: label == self.positive_label)
 
     def encode_targets(self, frame, classes):
         """Targets as an array: (N, K) floats, or (N,) class numbers of a multiclass task.
@@ -957,6 +992,7 @@ class InferConfig(Settings):
         "auto, fp32, bf16 or fp16; auto: as trained on a GPU; on a CPU bf16 if that is quicker",
         _PRECISIONS,
     )
+    submission_form: str = option("", _SUBMISSION_FORM_HELP, _SUBMISSION_FORMS)
     engine: str = option(
         "torch", "torch; or openvino, on a CPU, from a bundle that is packed for it", _ENGINES
     )
@@ -1373,8 +1409,18 @@ def _read_json(path):
     return content
 
 
+def _finite_json(content):
+    """`content` as JSON can have it: what is no finite number is null."""
+    if isinstance(content, dict):
+        return {key: _finite_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite_json(value) for value in content]
+    is_number = not isinstance(content, float) or math.isfinite(content)
+    return content if is_number else None
+
+
 def _write_json(path, content):
-    text = json.dumps(content, indent=1) + "\n"
+    text = json.dumps(_finite_json(content), indent=1, allow_nan=False) + "\n"
     _write_atomic(path, lambda temporary: temporary.write_text(text))
 
 
@@ -2253,21 +2299,6 @@ def _column_names(kind, outputs):
     return [kind] if len(outputs) == 1 else [f"{kind}_{name}" for name in outputs]
 
 
-def _submission_columns(sample, cfg, classes):
-    """Columns of the sample submission besides the id.
-
-    One column takes any single output or the likeliest class; several must be the targets or the
-    classes. DataError where a run with these settings cannot fill them.
-    """
-    columns = [name for name in sample.columns if name != cfg.id_column]
-    outputs = cfg.output_names(classes)
-    takes_one = len(columns) == 1 and (len(outputs) == 1 or cfg.task == "multiclass")
-    if not takes_one and set(columns) != set(outputs):
-        actual = f"sample_submission.csv has columns {_comma_join(columns)}"
-        raise DataError(f"{actual}; the settings predict {_comma_join(outputs)}")
-    return columns
-
-
 def read_competition(cfg):
     """(train, test, sample submission) frames, checked; None for the last two without a file.
 
@@ -2278,7 +2309,7 @@ def read_competition(cfg):
     test, sample = _read_test(cfg, folder)
     folder.print_unread()
     if sample is not None:
-        _submission_columns(sample, cfg, cfg.class_labels(train))
+        _SubmissionForm(cfg, cfg.class_labels(train), sample).print_notes()
     repeats = ""
     if test is not None:
         n_repeats = int(np.isin(_row_texts(test, cfg), _row_texts(train, cfg)).sum())
@@ -4263,55 +4294,76 @@ class CoralLoss(BceLoss):
 # ---------------------------------------------------------------------------------------
 # 11. Metrics, thresholds
 
+_METRIC_INPUTS = ("frame",)  # what a metric may take besides targets and predictions
+
 
 class _Metric:
     """A score of predictions over all rows, as `metric` lists it."""
 
-    def __init__(self, function, better, tasks, reduce, takes_soft):
+    def __init__(self, function, better, tasks, reduce, takes, labels, takes_soft):
         functools.update_wrapper(self, function)
         self.__qualname__ = getattr(function, "__qualname__", repr(function))
         self.better = better
         self.tasks = tasks
         self.reduce = reduce
+        self.takes = takes
+        self.labels = labels
         self.takes_soft = takes_soft
         self.per_row = self.call_function if reduce else None
 
-    def call_function(self, target, prediction):
+    def call_function(self, target, prediction, **taken):
         """What the function gives; where it takes no soft targets, for the likeliest classes."""
         if target.ndim == 3 and not self.takes_soft:
             target = target[:, 0].argmax(1)
-        return self.__wrapped__(target, prediction)
+        return self.__wrapped__(target, prediction, **taken)
 
-    def __call__(self, target, prediction):
-        value = self.call_function(target, prediction)
+    def __call__(self, target, prediction, **inputs):
+        """The score, NaN where it has no value; `inputs` are those that the metric `takes`."""
+        name = self.__qualname__
+        if any(inputs.get(needed) is None for needed in self.takes):
+            problem = f"metric {name} takes {_comma_join(self.takes)}, which only a training has"
+            raise KitError(f"{problem}: compare and blend by another metric")
+        taken = {needed: inputs[needed] for needed in self.takes}
+        value = self.call_function(target, prediction, **taken)
         if self.reduce:
             value = self.reduce(value.mean(0))
         if np.ndim(value) > 0:
-            name, shape = self.__qualname__, np.shape(value)
-            raise KitError(f"metric {name} must give a number, gave shape {shape}")
+            raise KitError(f"metric {name} must give a number, gave shape {np.shape(value)}")
         return float(value)
 
     def is_better(self, new, old):
-        """Whether a score beats the best so far. NaN never beats a number."""
-        if math.isnan(old):
-            return not math.isnan(new)
+        """Whether a score beats the best so far. None and NaN are none, and never beat one."""
+        if new is None or math.isnan(new):
+            return False
+        if old is None or math.isnan(old):
+            return True
         return new < old if self.better == "lower" else new > old
 
 
-def metric(name, better, tasks, reduce=None, takes_soft=False):
+def metric(name, better, tasks, reduce=None, takes=(), labels=False, takes_soft=False):
     """Decorator that lists `function(target, prediction) -> float` in METRICS under `name`, for the
     `tasks` it can score; `better` is "lower" or "higher".
 
     Targets and predictions are arrays over all rows: (N, K), or class numbers (N,) and
     probabilities (N, C). With `reduce` the function gives values of each row, (N, M), and the
-    metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster.
+    metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster. With
+    `takes=("frame",)` it gets `frame`, the N rows of the training table, in the same order.
+    `labels` says that it scores labels and no probabilities, or how many labels of a row: a
+    prediction counts as 1 from a half up, and is cut at a better threshold where one is fitted.
 
     Soft targets come as the numbers of the likeliest classes, or with `takes_soft` as
-    probabilities (N, 1, C).
+    probabilities (N, 1, C). Raises ConfigError for a `better`, or a name in `takes`, that there is not.
     """
+    if better not in ("lower", "higher"):
+        raise ConfigError(f"metric {name}: better must be lower or higher, got {better!r}")
+    unknown = set(takes) - set(_METRIC_INPUTS)
+    if isinstance(takes, str) or unknown or (takes and reduce):
+        expected = f"takes must be a tuple of {_comma_join(_METRIC_INPUTS)}, without reduce"
+        raise ConfigError(f"metric {name}: {expected}; got {takes!r}")
 
     def add(function):
-        return register(METRICS, name)(_Metric(function, better, tasks, reduce, takes_soft))
+        part = _Metric(function, better, tasks, reduce, takes, labels, takes_soft)
+        return register(METRICS, name)(part)
 
     return add
 
@@ -4325,8 +4377,10 @@ def _mean_root(values):
 
 
 def _mean_of_columns(score, target, prediction):
-    """Mean of a score over the columns of targets and predictions (N, K)."""
-    return np.mean([score(t, p) for t, p in zip(target.T, prediction.T, strict=True)])
+    """Mean of a score over the columns of targets and predictions (N, K) that have one."""
+    scores = [score(t, p) for t, p in zip(target.T, prediction.T, strict=True)]
+    scores = [score for score in scores if math.isfinite(score)]
+    return float(np.mean(scores)) if scores else math.nan
 
 
 def _predicted_labels(target, prediction):
@@ -4354,32 +4408,59 @@ def mcrmse(target, prediction):
     return (target - prediction) ** 2
 
 
+def _mean_correlation(coefficient, target, prediction):
+    """Mean of a coefficient of scipy.stats over the columns in which neither side is constant."""
+
+    def correlate(target, prediction):
+        if np.ptp(target) == 0 or np.ptp(prediction) == 0:
+            return math.nan
+        return coefficient(target, prediction).statistic
+
+    return _mean_of_columns(correlate, target, prediction)
+
+
 @metric("pearson", "higher", ("regression",))
 def pearson(target, prediction):
-    """Pearson correlation, mean over the target columns."""
-    return _mean_of_columns(lambda t, p: scipy.stats.pearsonr(t, p).statistic, target, prediction)
+    """Pearson correlation, mean over the target columns that have one."""
+    return _mean_correlation(scipy.stats.pearsonr, target, prediction)
 
 
 @metric("spearman", "higher", ("regression",))
 def spearman(target, prediction):
-    """Spearman rank correlation, mean over the target columns."""
-    return _mean_of_columns(lambda t, p: scipy.stats.spearmanr(t, p).statistic, target, prediction)
+    """Spearman rank correlation, mean over the target columns that have one."""
+    return _mean_correlation(scipy.stats.spearmanr, target, prediction)
 
 
-@metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last)
+@metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last, labels=True)
 def accuracy(target, prediction):
     """Share of right labels; of right cells in a multilabel task."""
     is_right = _predicted_labels(target, prediction) == target
     return is_right.reshape(len(target), -1)
 
 
-@metric("f1_macro", "higher", _CLASS_TASKS)
+def _f1(target, labels):
+    """F1 (K,) of columns of 0 and 1 (N, K); NaN where neither has a 1."""
+    n_right, n_ones = (target * labels).sum(0), target.sum(0) + labels.sum(0)
+    return np.divide(2 * n_right, n_ones, out=np.full(len(n_ones), math.nan), where=n_ones > 0)
+
+
+@metric("f1_macro", "higher", _CLASS_TASKS, labels=True)
 def f1_macro(target, prediction):
-    """F1, mean over the classes."""
+    """F1, mean over the classes that are there or predicted; over all labels, 0 for one without."""
     labels = _predicted_labels(target, prediction)
-    if target.shape[-1] == 1:  # one column of a binary task: its two classes
-        target, labels = target.ravel(), labels.ravel()
-    return sklearn.metrics.f1_score(target, labels, average="macro", zero_division=0)
+    if target.ndim == 1:
+        classes = np.eye(prediction.shape[1])
+        return np.nanmean(_f1(classes[target], classes[labels]))
+    if target.shape[1] == 1:  # one column of a binary task: its two classes
+        target, labels = (np.hstack([1 - column, column]) for column in (target, labels))
+        return np.nanmean(_f1(target, labels))
+    return np.nan_to_num(_f1(target, labels)).mean()
+
+
+def _column_auc(target, prediction):
+    if np.ptp(target) == 0:
+        return math.nan
+    return sklearn.metrics.roc_auc_score(target, prediction)
 
 
 @metric("auc", "higher", _CLASS_TASKS)
@@ -4387,12 +4468,7 @@ def auc(target, prediction):
     """Area under the ROC curve, one class against the rest, mean over classes that have both."""
     if target.ndim == 1:
         target = np.eye(prediction.shape[1])[target]
-    n_positive = target.sum(0)
-    has_both = (n_positive > 0) & (n_positive < len(target))
-    if not has_both.any():
-        return math.nan
-    score = sklearn.metrics.roc_auc_score
-    return _mean_of_columns(score, target[:, has_both], prediction[:, has_both])
+    return _mean_of_columns(_column_auc, target, prediction)
 
 
 @metric("logloss", "lower", _CLASS_TASKS, reduce=_mean_last, takes_soft=True)
@@ -4413,92 +4489,188 @@ def logloss(target, prediction):
     return -np.log(likelihood.clip(smallest))
 
 
-@metric("qwk", "higher", ("regression", "multiclass"))
+def _likeliest(prediction, k):
+    """Numbers of the k likeliest classes of each row (N, k), the likeliest first."""
+    return np.argsort(-prediction, axis=1, kind="stable")[:, :k]
+
+
+@metric("map3", "higher", ("multiclass",), reduce=_mean_last, labels=3)
+def map3(target, prediction):
+    """MAP@3: the mean of 1, 1/2 or 1/3 where the class is the first, second or third likeliest."""
+    is_right = _likeliest(prediction, 3) == target[:, None]
+    return (is_right / np.arange(1, is_right.shape[1] + 1)).sum(1, keepdims=True)
+
+
+@metric("qwk", "higher", ("regression", "multiclass"), labels=True)
 def qwk(target, prediction):
-    """Quadratic weighted kappa of class numbers, or of predictions rounded to whole targets."""
+    """Quadratic weighted kappa of class numbers; or of predictions rounded to the nearest level,
+    one of the values that the targets have, mean over the columns that have two."""
     if target.ndim == 1:
         return _quadratic_kappa(target, prediction.argmax(1))
-    rounded = np.clip(np.rint(prediction), target.min(), target.max())
-    return _mean_of_columns(_quadratic_kappa, np.rint(target), np.rint(rounded))
+
+    def score(values, guesses):
+        return _quadratic_kappa(values, _Thresholds(np.unique(values)).apply(guesses))
+
+    return _mean_of_columns(score, target, prediction)
 
 
 def _quadratic_kappa(target, labels):
-    """Quadratic weighted kappa of whole numbers (N,): 1 less their mean squared distance by that of
-    random pairs; 0 where all numbers are the same."""
+    """Quadratic weighted kappa of numbers (N,): 1 less their mean squared distance by that of
+    random pairs; NaN where all targets are the same.
+
+    Distances are those of the values. Where these are evenly spaced it is that of scikit-learn,
+    which counts places.
+    """
+    if np.ptp(target) == 0:
+        return math.nan
     by_chance = target.var() + labels.var() + (target.mean() - labels.mean()) ** 2
-    if by_chance == 0:
-        return 0.0
     return 1 - ((target - labels) ** 2).mean() / by_chance
 
 
+def _output_scores(cfg, names, target, prediction):
+    """The score of each target column, as a record has it; of each class its F1."""
+    name = cfg.metric
+    if METRICS[name].__module__ != __name__:  # one column may be no input of a notebook's metric
+        name = TASKS[cfg.task][1]
+    better = METRICS[name].better
+    if cfg.task in ("binary", "multiclass"):
+        name, better, classes = "F1", "higher", np.eye(len(names))
+        if target.ndim == 3:
+            target = target[:, 0].argmax(1)
+        truth, labels = target.ravel(), _predicted_labels(target, prediction).ravel()
+        scores = _f1(classes[truth.astype(int)], classes[labels.astype(int)])
+    else:  # a column twice, since one alone is that of a binary task
+        pairs = [[k, k] for k in range(len(names))]
+        scores = [METRICS[name](target[:, pair], prediction[:, pair]) for pair in pairs]
+    scores = _finite_json(dict(zip(names, map(float, scores), strict=True)))
+    return {"metric": name, "better": better, "scores": scores}
+
+
 class _Thresholds:
-    """Sorted `points` between whole `levels`, from the first to the second; by default halfway."""
+    """Sorted `points` between sorted `levels`, by default halfway, which rounds to the nearest."""
 
     def __init__(self, levels, points=None):
-        self.lowest = levels[0]
-        self.points = np.arange(*levels) + 0.5 if points is None else points
+        self.levels = np.asarray(levels, dtype=np.float64)
+        halfway = (self.levels[1:] + self.levels[:-1]) / 2
+        self.points = halfway if points is None else np.array(points)
 
     def apply(self, prediction):
-        """Whole numbers (N,), one more for each point that a prediction reaches."""
-        return self.lowest + np.searchsorted(self.points, prediction, side="right")
+        """The levels of predictions of any shape: the next one for each point that is reached."""
+        return self.levels[np.searchsorted(self.points, prediction, side="right")]
 
-    def fit(self, target, prediction):
-        """Move one point after another to the best quadratic weighted kappa, until none moves."""
-        best_score = _quadratic_kappa(target, self.apply(prediction))
+    def fit(self, target, prediction, score=_quadratic_kappa):
+        """Move one point after another to the best `score(target, levels)`, until none moves."""
+        best_score = score(target, self.apply(prediction))
         has_moved = True
         while has_moved:
             has_moved = False
             for k in range(len(self.points)):
-                for candidate in self.candidates(k, prediction):
+                for candidate in self.candidates(k, target, prediction):
                     old_point = self.points[k]
                     self.points[k] = candidate
-                    score = _quadratic_kappa(target, self.apply(prediction))
-                    if score > best_score + 1e-12:
-                        best_score = score
+                    new_score = score(target, self.apply(prediction))
+                    if new_score > best_score + 1e-12:
+                        best_score = new_score
                         has_moved = True
                     else:
                         self.points[k] = old_point
         return self
 
-    def candidates(self, k, prediction):
-        """Where point k may move: to its neighbours, to percentiles of predictions between them."""
+    def candidates(self, k, target, prediction):
+        """Where point k may move: to its neighbours, and to percentiles of the predictions between
+        them of targets below the point's level and above: few rows may have a rare label."""
         below = self.points[k - 1] if k > 0 else -np.inf
         above = self.points[k + 1] if k + 1 < len(self.points) else np.inf
         values = [neighbour for neighbour in (below, above) if np.isfinite(neighbour)]
-        between = prediction[(prediction > below) & (prediction < above)]
-        if len(between):
-            values.extend(np.quantile(between, np.linspace(0, 1, 101)))
+        is_between = (prediction > below) & (prediction < above)
+        is_higher = target > self.levels[k]
+        for side in (is_between & is_higher, is_between & ~is_higher):
+            if side.any():
+                values.extend(np.quantile(prediction[side], np.linspace(0, 1, 51)))
         return np.unique(values)
 
 
-def _nested_levels(target, prediction, folds):
-    """Predictions (N, K) as whole numbers, each fold cut at thresholds fitted on the others."""
-    labels = np.empty_like(target)
-    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
-        levels = (int(truth.min()), int(truth.max()))
+class _Cuts:
+    """How predictions (N, K) become the labels that a metric scores: grades of a regression, or 0
+    and 1. Grades have thresholds for each output, 0 and 1 one threshold for all.
+    """
+
+    max_levels = 50  # more different values are amounts, not grades
+
+    def __init__(self, metric_name, levels):
+        self.metric = METRICS[metric_name]
+        self.is_kappa = metric_name == "qwk"
+        self.levels = levels  # for each output
+
+    @classmethod
+    def of(cls, cfg, targets):
+        """Those of a run with these targets, or None. DataError for a column of amounts."""
+        metric = METRICS[cfg.metric]
+        if cfg.task == "regression" and cfg.metric == "qwk":
+            levels = [np.unique(column).tolist() for column in targets.T]
+        elif cfg.task in ("binary", "multilabel") and metric.labels and not metric.takes:
+            levels = [[0.0, 1.0]] * targets.shape[1]
+        else:
+            return None
+        for name, values in zip(cfg.target_columns, levels, strict=True):
+            if len(values) > cls.max_levels:
+                problem = f"metric {cfg.metric} takes grades, at most {cls.max_levels} of them"
+                actual = f"{name} has {len(values)} different values"
+                raise DataError(f"train.csv: {problem}; {actual}: take another metric, or round it")
+        return cls(cfg.metric, levels)
+
+    def halfway(self):
+        return [_Thresholds(levels).points.tolist() for levels in self.levels]
+
+    def fit(self, target, prediction):
+        """Thresholds for each output."""
+        if self.is_kappa:
+            columns = zip(self.levels, target.T, prediction.T, strict=True)
+            fitted = [_Thresholds(levels).fit(t, p) for levels, t, p in columns]
+            return [thresholds.points.tolist() for thresholds in fitted]
+        shared = _Thresholds(self.levels[0]).fit(target, prediction, self.score_upwards)
+        return [shared.points.tolist()] * len(self.levels)
+
+    def score(self, target, labels):
+        if self.is_kappa:
+            return _mean_of_columns(_quadratic_kappa, target, labels)
+        return self.metric(target, labels)
+
+    def score_upwards(self, target, labels):
+        score = self.score(target, labels)
+        return -score if self.metric.better == "lower" else score
+
+    def apply(self, thresholds, prediction):
+        """Labels (N, K)."""
+        columns = zip(self.levels, thresholds, prediction.T, strict=True)
+        return np.stack([_Thresholds(own, points).apply(p) for own, points, p in columns], axis=1)
+
+    def apply_nested(self, target, prediction, folds):
+        """Labels (N, K), each fold cut at thresholds fitted on the others."""
+        labels = np.empty_like(target)
         for fold in np.unique(folds):
-            inside = folds == fold
-            thresholds = _Thresholds(levels).fit(truth[~inside], values[~inside])
-            labels[inside, k] = thresholds.apply(values[inside])
-    return labels
+            own = folds == fold
+            thresholds = self.fit(target[~own], prediction[~own])
+            labels[own] = self.apply(thresholds, prediction[own])
+        return labels
 
+    def describe(self, target, prediction, folds):
+        """Levels, thresholds and scores, as a record has them.
 
-def _threshold_scores(target, prediction, folds):
-    """Thresholds for whole targets (N, K), fitted for each output on all rows, and mean kappas:
-    `fitted` on the same rows, which flatters, `nested` as `_nested_levels` cuts them."""
-    scores = {"thresholds": [], "levels": [], "fitted": None, "nested": None}
-    labels = np.empty_like(target)
-    for k, (truth, values) in enumerate(zip(target.T, prediction.T, strict=True)):
-        levels = [int(truth.min()), int(truth.max())]
-        thresholds = _Thresholds(levels).fit(truth, values)
-        labels[:, k] = thresholds.apply(values)
-        scores["thresholds"].append(thresholds.points.tolist())
-        scores["levels"].append(levels)
-    scores["fitted"] = float(_mean_of_columns(_quadratic_kappa, target, labels))
-    if len(set(folds)) > 1:
-        labels = _nested_levels(target, prediction, folds)
-        scores["nested"] = float(_mean_of_columns(_quadratic_kappa, target, labels))
-    return scores
+        Scores of labels cut halfway (`rounded`), at thresholds `fitted` on the same rows, which
+        flatters, and `nested`, as `apply_nested` cuts. Only where that is better are `thresholds`
+        the fitted ones, and `is_fitted`; else they are halfway.
+        """
+        fitted = self.fit(target, prediction)
+        labels = {"rounded": self.apply(self.halfway(), prediction)}
+        labels["fitted"] = self.apply(fitted, prediction)
+        if len(np.unique(folds)) > 1:
+            labels["nested"] = self.apply_nested(target, prediction, folds)
+        scores = {"nested": None}
+        scores |= {kind: self.score(target, values) for kind, values in labels.items()}
+        is_fitted = self.metric.is_better(scores["nested"], scores["rounded"])
+        thresholds = fitted if is_fitted else self.halfway()
+        return {"levels": self.levels, "thresholds": thresholds, "is_fitted": is_fitted} | scores
 
 
 # ---------------------------------------------------------------------------------------
@@ -5445,6 +5617,30 @@ class _TrainingData(NamedTuple):
     weights: np.ndarray | None = None  # (N,) of weight_column
     # fold -> pseudo-labels (M, K) of the extra texts, NaN where one must not be used for the fold
     pseudo: dict = {}  # noqa: RUF012
+    frame: pd.DataFrame | None = None  # of the N rows, where a metric takes it
+
+    def score(self, metric_name, rows, predictions):
+        """The score of predictions for `rows`; NaN where there is none."""
+        inputs = {} if self.frame is None else {"frame": self.frame.iloc[rows]}
+        return METRICS[metric_name](self.targets[rows], predictions, **inputs)
+
+    def chance(self, metric_name, rows, training_rows):
+        """Score for `rows` of the best constant prediction: the mean, the median or the largest of
+        the targets of `training_rows`, of classes one for each. NaN where none has a score.
+        """
+        targets = self.targets
+        if targets.ndim == 1:
+            targets = np.eye(self.n_outputs)[targets]
+        targets = targets.reshape(len(targets), -1)[training_rows]
+        best = math.nan
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # of what a metric says of constants
+            for statistic in (np.mean, np.median, np.max):
+                constant = np.tile(statistic(targets, axis=0), (len(rows), 1))
+                score = self.score(metric_name, rows, constant)
+                if METRICS[metric_name].is_better(score, best):
+                    best = score
+        return best
 
     def training_rows(self, fold):
         """Rows that a model which validates on `fold` may be trained on."""
@@ -5475,6 +5671,8 @@ class _TrainingData(NamedTuple):
         state["folder"] = str(self.folder.resolve())
         state["folds"] = self.folds.copy()  # a column of a frame, which is read-only
         state["ids"] = [str(name) for name in self.ids]
+        if self.frame is not None:
+            state["frame"] = self.frame.to_dict("list")
         _write_state(folder, state)
 
     @classmethod
@@ -5493,6 +5691,8 @@ class _TrainingData(NamedTuple):
         state["tokenizer"] = tokenizer
         state["folder"] = Path(state["folder"])
         state["ids"] = np.array(state["ids"], dtype=object)
+        if state["frame"] is not None:
+            state["frame"] = pd.DataFrame(state["frame"])
         return cls(**state)
 
     def stages(self, fold, cfg):
@@ -5605,7 +5805,7 @@ class _FoldTargets:
 
 
 def _draw_by_weight(weights):
-    """As many places (n,) in `weights` (n,), evenly spread by weight; each once if all are alike."""
+    """Places (n,) in `weights` (n,), evenly spread by weight; each once if all are alike."""
     n = len(weights)
     ends = np.cumsum(weights) / weights.sum()
     return np.searchsorted(ends, (np.arange(n) + 0.5) / n)
@@ -6538,6 +6738,10 @@ class FoldTrainer:
         self.budget = budget
         self.checkpoints = checkpoints
         self.valid_rows = np.flatnonzero(self.data.folds == fold)
+        own_rows = self.data.folds[: len(self.data.targets)]
+        other_rows = np.flatnonzero(own_rows != fold)
+        # before the first step, since a metric of the notebook may fail
+        self.chance = self.data.chance(self.cfg.metric, self.valid_rows, other_rows)
         self.stages = self.data.stages(fold, self.cfg)
         last = self.stages[-1]
         self.total_steps = sum(stage.steps for stage in self.stages)
@@ -6599,7 +6803,7 @@ class FoldTrainer:
                 is_best = self.evaluate()
                 score = state.last["score"]
                 self.log(state.step, {self.cfg.metric: score, "best": is_best})
-                text = f"{self.cfg.metric} {score:.4f}{budget.remaining_text()}"
+                text = f"{self.cfg.metric} {_score_text(score)}{budget.remaining_text()}"
                 bar.set_postfix_str(text, refresh=False)
             if should_save:
                 self.save_checkpoint()
@@ -6617,16 +6821,20 @@ class FoldTrainer:
     # Evaluations and checkpoints
 
     def evaluate(self):
-        """Score the model, or the average of its weights; whether it is the best so far."""
+        """Score the model, or the average of its weights; whether it is the best so far.
+
+        Until one has a score the last counts as the best: nothing says that another is better.
+        """
         state = self.state
         self.optimizer_step.swap_average(state.step)
         predictions = self.optimizer_step.predict(self.valid_rows)
         self.check_predictions(predictions)
         metric = METRICS[self.cfg.metric]
-        score = float(metric(self.data.targets[self.valid_rows], predictions))
+        score = _finite_json(self.data.score(self.cfg.metric, self.valid_rows, predictions))
         state.last = {"predictions": predictions, "score": score, "step": state.step}
         self.budget.row_seconds = state.spend("evaluate") / len(self.valid_rows)
-        is_best = state.best is None or metric.is_better(score, state.best["score"])
+        has_best = state.best is not None and state.best["score"] is not None
+        is_best = not has_best or metric.is_better(score, state.best["score"])
         if is_best:
             state.best = state.last
         if is_best and self.cfg.keep == "best":
@@ -6679,7 +6887,7 @@ class FoldTrainer:
 
     def log(self, step, entry):
         line = {"fold": self.fold, "step": step, "epoch": self.epochs_after(step)} | entry
-        self.state.lines.append(json.dumps(line))
+        self.state.lines.append(json.dumps(_finite_json(line), allow_nan=False))
         self.write_log(line)
 
     def epochs_after(self, step):
@@ -6761,6 +6969,7 @@ class FoldTrainer:
             "skipped_steps": state.skipped_steps,
             "best": state.best,
             "last": state.last,
+            "chance": _finite_json(self.chance),
             "seconds": state.seconds,
             "lines": state.lines,
             "regularisers": self.regularizer_report(),
@@ -6923,6 +7132,10 @@ def _new_figure(width, height):
 
 
 def _save_figure(figure, path):
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name with a $ is no formula
     figure.draw_without_rendering()  # the layout takes a second pass where labels are long
     _write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
@@ -6950,7 +7163,8 @@ def _plot_curves(folder, record, entries):
     left.set(xlabel="optimiser step", ylabel=f"training loss ({loss}{unit})")
     right.set(xlabel="optimiser step", ylabel=f"validation {metric}")
     right.legend(fontsize="small")
-    title = f"{folder.name}: {metric} {oof['last']:.4f} last, {oof['best']:.4f} best"
+    title = f"{folder.name}: {metric} {_score_text(oof['last'])} last"
+    title += f", {_score_text(oof['best'])} best"
     figure.suptitle(title, fontsize="medium")
     _save_figure(figure, folder.curves)
 
@@ -7118,12 +7332,38 @@ class _FoldsInTurn:
 
     def print_scores(self, result):
         last, best = result["last"], result["best"]
-        scores = f"{self.cfg.metric} {last['score']:.4f} last, {best['score']:.4f} best"
+        scores = f"{_score_text(last['score'])} last, {_score_text(best['score'])} best"
         place = f"step {best['step']} of {result['steps']}"
-        print(f"fold {result['fold']}: {scores} ({place}){self.budget.remaining_text()}")
+        warning = self.constant_warning(result)
+        remaining = self.budget.remaining_text()
+        print(f"fold {result['fold']}: {self.cfg.metric} {scores} ({place}){remaining}{warning}")
+        if best["score"] is None:
+            print(f"  {self.cfg.metric} has no value on this fold: its last weights are kept")
+        elif self.cfg.task in ("regression", "multilabel"):
+            targets, predictions = self.data.targets[result["rows"]], last["predictions"]
+            outputs = _output_scores(self.cfg, self.cfg.target_columns, targets, predictions)
+            left_out = [name for name, score in outputs["scores"].items() if score is None]
+            if left_out:
+                print(f"  without a value on this fold and left out: {_comma_join(left_out)}")
         for regularizer, numbers in result["regularisers"].items():
             effects = [f"{name} {number:.4g}" for name, number in numbers.items()]
             print(f"  {regularizer}: {', '.join(effects)}")
+
+    def constant_warning(self, result):
+        """That the kept predictions say nothing of a text, or are no better than if they did."""
+        kept, chance = result[self.cfg.keep], result["chance"]
+        predictions, targets = kept["predictions"], self.data.targets[result["rows"]]
+        spread = targets.std(0) if targets.ndim == 2 else 1.0
+        is_constant = np.ptp(predictions, axis=0) <= 1e-3 * spread
+        if is_constant.any():
+            share = "all predictions are the same"
+            if not is_constant.all():
+                share = f"{is_constant.sum()} of {len(is_constant)} outputs are the same for all"
+            return f"; {share}: nothing is learnt; lower lr, or look at the texts and targets"
+        metric = METRICS[self.cfg.metric]
+        if chance is None or kept["score"] is None or metric.is_better(kept["score"], chance):
+            return ""
+        return f"; no better than a constant prediction, {_score_text(chance)}"
 
 
 # ---------------------------------------------------------------------------------------
@@ -7476,9 +7716,10 @@ class _RunLog:
             self.tracker.finish()
 
     def __call__(self, entry):
-        self.file.write_line(json.dumps(entry))
+        entry = _finite_json(entry)
+        self.file.write_line(json.dumps(entry, allow_nan=False))
         if self.tracker:
-            numbers = dict(entry)
+            numbers = {name: value for name, value in entry.items() if value is not None}
             fold = numbers.pop("fold")
             for depth, rate in numbers.pop("lr", {}).items():
                 numbers[f"lr/{depth}"] = rate
@@ -7646,6 +7887,7 @@ class _TrainingRun:
         for name, column in (("errors", cfg.error_column), ("weights", cfg.weight_column)):
             if column:
                 amounts[name] = frame[column].to_numpy(dtype=np.float64, copy=True)
+        takes_frame = any("frame" in METRICS[name].takes for name in (cfg.metric, *cfg.metrics))
         self.data = _TrainingData(
             tokens=self.tokenize(texts),
             targets=cfg.encode_targets(frame, self.classes),
@@ -7656,7 +7898,9 @@ class _TrainingRun:
             ids=texts[cfg.id_column].map(str).to_numpy(),
             pseudo=labels,
             **amounts,
+            frame=frame if takes_frame else None,
         )
+        self.cuts = _Cuts.of(cfg, self.data.targets)
         self.record["fingerprint"] = self.fingerprint()
 
     def tokenize(self, texts):
@@ -7802,7 +8046,7 @@ class _TrainingRun:
         folds = [fold for fold in self.folds if fold not in old_results]
         elapsed = time.perf_counter() - self.budget.began
         job = {
-            "settings": dataclasses.replace(self.cfg, report_to="").to_dict(),
+            "settings": dataclasses.replace(self.cfg, report_to="", metrics=[]).to_dict(),
             "run": str(self.folder.path.resolve()),
             "n_finished": len(old_results),
             "n_folds": len(self.folds),
@@ -7915,22 +8159,31 @@ class _TrainingRun:
 
     def score(self, results, rows, predictions):
         """Scores of the last and best checkpoints over all validated rows, and over folds."""
-        cfg, metric = self.cfg, METRICS[self.cfg.metric]
-        targets = self.data.targets[rows]
-        scores = {"metric": cfg.metric, "better": metric.better, "rows": len(rows)}
+        cfg, data, kept = self.cfg, self.data, predictions[self.cfg.keep]
+        targets, better = data.targets[rows], METRICS[cfg.metric].better
+        scores = {"metric": cfg.metric, "better": better, "rows": len(rows)}
         for kind in ("best", "last"):
-            folds = [result[kind]["score"] for result in results]
-            scores[kind] = float(metric(targets, predictions[kind]))
-            scores[f"{kind}_fold_mean"] = float(np.mean(folds))
+            all_folds = [result[kind]["score"] for result in results]
+            folds = [score for score in all_folds if score is not None]
+            scores[kind] = data.score(cfg.metric, rows, predictions[kind])
+            scores[f"{kind}_fold_mean"] = float(np.mean(folds)) if folds else None
             has_spread = len(folds) > 1
             scores[f"{kind}_fold_sd"] = float(np.std(folds, ddof=1)) if has_spread else None
+        undefined = [result["fold"] for result in results if result["last"]["score"] is None]
+        scores["undefined_folds"] = undefined  # left out of the means over folds
+        scores["chance"] = data.chance(cfg.metric, rows, np.arange(len(data.targets)))
+        scores["metrics"] = {}
+        for name in cfg.metrics:
+            chance = data.chance(name, rows, np.arange(len(data.targets)))
+            scores["metrics"][name] = {"score": data.score(name, rows, kept), "chance": chance}
+        names = self.classes or self.outputs
+        scores["by_output"] = _output_scores(cfg, names, targets, kept)
         if cfg.task == "regression":
             is_constant = np.ptp(targets, axis=0) == 0
             scores["target_sd"] = np.where(is_constant, 0, targets.std(0)).tolist()
-        if cfg.task == "regression" and cfg.metric == "qwk":
-            folds = self.data.folds[rows]
-            scores |= _threshold_scores(np.rint(targets), predictions[cfg.keep], folds)
-        return scores
+        if self.cuts:
+            scores |= self.cuts.describe(targets, kept, data.folds[rows])
+        return _finite_json(scores)
 
     def describe_stop(self, partial, n_complete):
         """Why the run was stopped, and where its folds stand."""
@@ -7990,6 +8243,7 @@ class _TrainingRun:
             "regularisers": result["regularisers"],
             "best": {name: result["best"][name] for name in ("score", "step")},
             "last": {name: result["last"][name] for name in ("score", "step")},
+            "chance": result["chance"],
         }
 
     def read_back(self):
@@ -8065,6 +8319,41 @@ def train(frame, cfg, test=None):
     return run.folder.path
 
 
+_MAX_SHOWN_OUTPUTS = 8  # targets or classes whose scores are printed; the record has all
+
+
+def _score_text(score, chance=None):
+    """A score as text, beside that of a constant prediction."""
+    constant = "" if chance is None else f" (constant: {chance:.4f})"
+    return "without a value" if score is None else f"{score:.4f}{constant}"
+
+
+def _describe_outputs(outputs):
+    """Scores of several targets or classes in lines, the worst first; no line for one."""
+    name, scores = outputs["metric"], outputs["scores"]
+    if len(scores) < 2:
+        return []
+    defined = [output for output in scores if scores[output] is not None]
+    defined.sort(key=scores.get, reverse=outputs["better"] == "lower")
+    texts = [f"{output} {scores[output]:.4f}" for output in defined[:_MAX_SHOWN_OUTPUTS]]
+    lines = [f"  {name} of each, the worst first: {_comma_join(texts)}"]
+    if len(defined) > len(texts):
+        lines[0] += f"; {len(defined) - len(texts)} more are in the record"
+    if len(defined) < len(scores):
+        undefined = [output for output in scores if output not in defined]
+        lines.append(f"  without a value and left out: {_comma_join(undefined)}")
+    return lines
+
+
+def _describe_thresholds(oof):
+    """What thresholds are worth, and which are used."""
+    outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
+    points = "; ".join(dict.fromkeys(outputs))
+    use = f"cut at {points}" if oof["is_fitted"] else f"not used, but halfway: {points}"
+    scores = f"{_score_text(oof['rounded'])} halfway, {_score_text(oof['nested'])} fitted on"
+    return f"  {oof['metric']} by thresholds: {scores} other folds; {use}"
+
+
 def _summary(name, record):
     """The score of a run with its rows, folds, seed and spread, as text."""
     oof, seconds, n_folds = record["oof"], record["seconds"], len(record["folds"])
@@ -8073,15 +8362,19 @@ def _summary(name, record):
     for kind in ("last", "best"):
         spread = oof[f"{kind}_fold_sd"]
         text = "" if spread is None else f", sd over folds {spread:.4f}"
-        lines.append(f"  {kind}: {oof['metric']} {oof[kind]:.4f}{text}")
+        score = _score_text(oof[kind], oof["chance"])
+        lines.append(f"  {kind}: {oof['metric']} {score}{text}")
+    if oof["undefined_folds"]:
+        folds = _comma_join(oof["undefined_folds"])
+        lines.append(f"  without a value and left out of mean and sd over folds: fold {folds}")
+    for metric_name, scores in oof["metrics"].items():
+        lines.append(f"  {metric_name} {_score_text(scores['score'], scores['chance'])}")
+    lines += _describe_outputs(oof["by_output"])
     if "target_sd" in oof:
         spreads = _comma_join(f"{spread:.4g}" for spread in oof["target_sd"])
         lines.append(f"  standard deviation of the target: {spreads}")
     if "thresholds" in oof:
-        nested = "unknown with one fold" if oof["nested"] is None else f"{oof['nested']:.4f}"
-        outputs = [", ".join(f"{point:.3f}" for point in points) for points in oof["thresholds"]]
-        scores = f"fitted on other folds {nested}, on the same rows {oof['fitted']:.4f}"
-        lines.append(f"  qwk with thresholds {scores}: {'; '.join(outputs)}")
+        lines.append(_describe_thresholds(oof))
     speed = f"{record['rows_per_second']:.1f} rows/s"
     memory = f"{record['peak_memory_bytes'] / 2**30:.1f} GB"
     lines.append(
@@ -8141,6 +8434,11 @@ def _record_error(record):
     return None if record["folds"] else "the run has no folds"
 
 
+def _recorded_config(record):
+    """The settings of a run, but for `metrics`, which may be those of a notebook."""
+    return Config.from_dict(record["settings"] | record["resolved"] | {"metrics": []})
+
+
 def _run_problems(record, golden, config, tokenizer, weights):
     """What is wrong with the parts of a run whose record has no `_record_error`, as in `_Run`."""
     problems = []
@@ -8150,7 +8448,7 @@ def _run_problems(record, golden, config, tokenizer, weights):
         except KitError as error:
             problems += error.problems
     try:
-        cfg = Config.from_dict(record["settings"] | record["resolved"])
+        cfg = _recorded_config(record)
         for row in golden["rows"]:
             row["id"], row["prediction"], weights[row["fold"]]
             [row["cells"][name] for name in cfg.input_columns]
@@ -8206,7 +8504,7 @@ class _Run(NamedTuple):
     @classmethod
     def from_parts(cls, name, record, golden, config, tokenizer, weights):
         """A run of parts without problems, as trained or in a precision that this machine has."""
-        cfg = Config.from_dict(record["settings"] | record["resolved"])
+        cfg = _recorded_config(record)
         run = cls(name, record, golden, cfg, config, tokenizer, weights)
         precision_error = _precision_error(cfg.precision)
         if precision_error:
@@ -8491,7 +8789,8 @@ class Bundle:
         return self.blend.intercept + sum(weighted)
 
     def to_levels(self, predictions):
-        """Predictions (N, K) for the metric qwk in regression as whole numbers, others unchanged.
+        """Predictions (N, K) as the labels that the metric scores: grades, or 0 and 1; unchanged
+        for a metric that scores none.
 
         They are cut at the thresholds of the blend, or else at the mean of those of the runs.
         """
@@ -8504,12 +8803,13 @@ class Bundle:
         if any(other != levels[0] for other in levels):
             between = ", ".join(map(str, levels))
             raise BundleError(f"the runs have thresholds between other levels: {between}")
-        columns = []
-        for k, (lowest, highest) in enumerate(levels[0]):
+        columns, lines = [], {}
+        for k, own in enumerate(levels[0]):
             thresholds = np.mean([score["thresholds"][k] for score in scores], axis=0)
-            columns.append(_Thresholds((lowest, highest), thresholds).apply(predictions[:, k]))
+            columns.append(_Thresholds(own, thresholds).apply(predictions[:, k]))
             points = ", ".join(f"{point:.3f}" for point in thresholds)
-            print(f"levels {lowest} to {highest}, cut at {points}")
+            lines[f"levels {own[0]:g} to {own[-1]:g}, cut at {points}"] = k
+        print("\n".join(lines))
         return np.stack(columns, axis=1)
 
 
@@ -8701,6 +9001,190 @@ def predict_bundle(bundle, frame, batch_tokens=0, processes=0):
     return predictions
 
 
+def _spellings(labels, by_place=False):
+    """Lists of texts in which a file may write these labels, first as they are; `by_place`, the
+    first of two words as 0 and the second as 1."""
+    numbers, words = _to_numbers(pd.Series(labels)), [label.casefold() for label in labels]
+    lists = [labels]
+    if np.isfinite(numbers).all():
+        lists += [[f"{number:g}" for number in numbers], [str(number) for number in numbers]]
+        if np.isin(numbers, (0, 1)).all():
+            lists.append([str(number == 1) for number in numbers])
+    elif set(words) == {"false", "true"}:
+        lists.append([str(int(word == "true")) for word in words])
+    elif by_place:
+        lists += [["0", "1"], ["False", "True"]]
+    changes = (str, str.lower, str.upper, str.capitalize)
+    return [[change(text) for text in texts] for texts in lists for change in changes]
+
+
+def _name_words(name):
+    """Words and numbers of a name in lower case: ["model", "a", "2"] of `Model-A2`."""
+    spaced = re.sub("([a-z])([A-Z])", r"\1 \2", name)
+    return [word.casefold() for word in re.findall(r"[^\W\d_]+|\d+", spaced)]
+
+
+class _SubmissionForm:
+    """Columns and cells of a submission: those of the sample, or what the metric asks for.
+
+    `order` has the place in `names`, targets or classes, of every column, or None where one column
+    takes labels or the probability of the second of two classes.
+    """
+
+    separators = (None, ", ", ",", "; ", ";", "|", " ")  # of labels in a cell; None: it has one
+
+    def __init__(self, cfg, classes, sample=None, chosen=""):
+        self.cfg = cfg
+        self.classes = classes
+        self.names = classes or cfg.target_columns
+        self.metric_name = cfg.metric or TASKS[cfg.task][1]
+        self.chosen = chosen or cfg.submission_form
+        self.notes = []
+        self.cells = []  # the different ones of the sample
+        if sample is None:
+            wants_all = cfg.task == "multiclass" and self.metric_form() == "probabilities"
+            self.columns = self.names if wants_all else cfg.target_columns
+        else:
+            self.columns = [name for name in sample.columns if name != cfg.id_column]
+            cells = sample[self.columns].astype(str).to_numpy().ravel()
+            self.cells = sorted({cell.strip() for cell in cells})
+        self.order = self.match_columns()
+        self.separator, self.k = " ", int(METRICS[self.metric_name].labels or 1)  # labels in a cell
+        self.labels = self.names if self.order is None else ["0", "1"]
+        self.texts = self.find_texts()  # of the labels, as cells write them
+        self.form = "numbers" if cfg.task == "regression" else self.choose_form()
+
+    def metric_form(self):
+        by_metric = "labels" if METRICS[self.metric_name].labels else "probabilities"
+        return self.chosen or by_metric
+
+    # Columns
+
+    def match_columns(self):
+        """`order`, by names or by the words in them; DataError for columns that are others."""
+        names, columns, task = self.names, self.columns, self.cfg.task
+        has_one = len(columns) == 1
+        if has_one and task in ("binary", "multiclass"):
+            return None
+        if has_one and len(names) == 1:
+            return [0]
+        if set(names) == set(columns):
+            return [names.index(column) for column in columns]
+        for texts in _spellings(names, by_place=task == "binary"):
+            order = [self.match_name(column, texts) for column in columns]
+            if sorted(order) == list(range(len(names))):
+                return order
+        if has_one and task == "multilabel" and self.cells and self.holds_labels(names):
+            return None
+        problem = f"sample_submission.csv has columns {_comma_join(columns)}"
+        problem += f"; the settings predict {_comma_join(names)}"
+        problem += ", in a column each or in one" if self.classes else ""
+        others = [column for column in columns if self.match_name(column, names) < 0]
+        if len(columns) == len(names) + len(others):
+            problem += f"; delete {_comma_join(others)} in a copy of the sample"
+        raise DataError(problem)
+
+    @staticmethod
+    def match_name(column, texts):
+        """The place of the longest text whose words the column's name has; -1 without one."""
+        spaced = f" {' '.join(_name_words(column))} "
+        lengths = [0]
+        for text in texts:
+            words = _name_words(text)
+            is_in = f" {' '.join(words)} " in spaced
+            lengths.append(len(words) if is_in else 0)
+        return int(np.argmax(lengths)) - 1
+
+    # Cells
+
+    def holds_labels(self, texts):
+        """Whether every cell is one of the texts, or several; finds `separator` and `k`."""
+        for separator in self.separators:
+            rows = [cell.split(separator) if separator else [cell] for cell in self.cells]
+            if set(itertools.chain(*rows)) <= set(texts):
+                if separator:
+                    self.separator, self.k = separator, max(map(len, rows))
+                return True
+        return False
+
+    def find_texts(self):
+        if not self.cells:
+            return self.labels
+        self.k = 1
+        for texts in _spellings(self.labels, by_place=self.cfg.task == "binary"):
+            if self.holds_labels(texts):
+                return texts
+        return None
+
+    def choose_form(self):
+        """labels or probabilities; a note where that is doubtful."""
+        form, cells = self.metric_form(), _comma_join(self.cells[:5])
+        numbers = _to_numbers(pd.Series(self.cells, dtype=object))
+        is_single = self.order is None and self.cfg.task != "binary"
+        is_zero_one = np.isin(numbers, (0, 1)).all()  # without a sample too
+        if is_single:
+            form = "labels"
+            if self.chosen == "probabilities":
+                columns = _comma_join(self.columns)
+                problem = "submission_form probabilities needs a column for each label"
+                raise DataError(f"{problem}, sample_submission.csv has {columns}")
+        elif not self.chosen and not is_zero_one:
+            is_probability = self.texts is None and np.isfinite(numbers).all()
+            form = "probabilities" if is_probability else "labels"
+        elif not self.chosen:
+            source = f"the sample holds {cells}" if self.cells else "there is no sample"
+            reason = f"as metric {self.metric_name} asks"
+            if len(self.cells) > 1 and not (self.order and self.cfg.task == "multiclass"):
+                form, reason = "labels", "as the sample has them"
+            self.notes.append(f"{source}: {form} are written, {reason}; or set submission_form")
+        if form == "probabilities" and not self.order:
+            other, own = self.classes
+            if self.match_name(self.columns[0], self.classes) == 0:
+                column = f"column {self.columns[0]} holds the probability of {own!r}"
+                self.notes.append(f"{column}, not of {other!r}: or set positive_label")
+        if form == "labels" and self.texts is None:
+            actual = f"the sample holds {cells}, none of the labels {_comma_join(self.labels[:10])}"
+            self.notes.append(f"{actual}: these are written as train.csv has them")
+            self.texts = self.labels
+        elif form == "labels" and self.texts != self.labels:
+            pairs = zip(self.labels, self.texts, strict=True)
+            pairs = [f"{text} for {label}" for label, text in pairs]
+            self.notes.append(f"labels as the sample has them: {_comma_join(pairs[:10])}")
+        return form
+
+    def print_notes(self):
+        for note in self.notes:
+            print(f"submission: {note}")
+
+    def fill(self, predictions, labels):
+        """Cells (N, columns) from predictions (N, K) and labels as `Bundle.to_levels` has them."""
+        if self.cfg.task == "regression":
+            return self.write_numbers(labels)[:, self.order]
+        labels = (labels >= 0.5).astype(int)
+        if self.cfg.task == "binary":
+            predictions = np.hstack([1 - predictions, predictions])
+            labels = np.hstack([1 - labels, labels])
+        elif self.cfg.task == "multiclass":
+            labels = np.eye(len(self.names), dtype=int)[predictions.argmax(1)]
+        if self.form == "probabilities":
+            return predictions[:, self.order or [1]]
+        if self.order:
+            return np.array(self.texts)[labels][:, self.order]
+        ranked = _likeliest(2 * labels + predictions, len(self.names))
+        counts = np.full(len(labels), self.k)
+        if self.cfg.task == "multilabel":
+            counts = labels.sum(1).clip(1)  # no cell is empty
+        rows = [row[:count] for row, count in zip(ranked, counts, strict=True)]
+        return np.array([[self.separator.join(self.texts[k] for k in row)] for row in rows])
+
+    def write_numbers(self, numbers):
+        """Grades as texts, 3 as 3.0 only where the sample has it so; other numbers as they are."""
+        if self.metric_name != "qwk":
+            return numbers
+        ending = "" if any(cell.endswith(".0") for cell in self.cells) else ".0"
+        return np.vectorize(lambda number: str(number).removesuffix(ending))(numbers)
+
+
 def read_test_set(bundle, data_dir, test_file="", sample_file=""):
     """(test, sample submission) frames, checked against what the runs read and predict.
 
@@ -8717,18 +9201,18 @@ def read_test_set(bundle, data_dir, test_file="", sample_file=""):
         source = "ids, order and columns are those of test.csv and the settings"
         print(f"{folder.path} has no sample_submission.csv: {source}")
     else:
-        _submission_columns(sample, bundle.cfg, bundle.runs[0].record["classes"])
+        _SubmissionForm(bundle.cfg, bundle.runs[0].record["classes"], sample)
     return test, sample
 
 
-def write_submission(bundle, test, predictions, sample, path):
+def write_submission(bundle, test, predictions, sample, path, submission_form=""):
     """Write predictions (N, K) for the rows of `test` as a submission; returns it as a frame.
 
     It has the columns, ids and order of `sample`, or without one (None) those of `test` and the
-    settings. Of a multiclass task it holds a probability for each class where the sample has those
-    columns, or else the likeliest label. For the metric qwk in regression predictions are cut at
-    the thresholds that the runs fitted. Raises DataError for ids or columns that do not fit and for
-    values that are not finite; a file that is there is replaced only by a good one.
+    settings. Labels or probabilities are written as the sample has them, or as the metric asks
+    where that leaves it open; `submission_form` chooses otherwise. Labels and grades are cut at
+    the thresholds of the runs. Raises DataError for ids or columns that do not fit and for values
+    that are not finite; a file that is there is replaced only by a good one.
     """
     cfg, record = bundle.cfg, bundle.runs[0].record
     ids, outputs, classes = test[cfg.id_column], record["outputs"], record["classes"]
@@ -8739,14 +9223,13 @@ def write_submission(bundle, test, predictions, sample, path):
     if len(bad):
         first = ids.iloc[bad[0]]
         raise DataError(f"{len(bad)} predictions are not finite, the first for id {first!r}")
-    columns = cfg.target_columns if sample is None else _submission_columns(sample, cfg, classes)
-    values = bundle.to_levels(predictions)
-    if cfg.task == "multiclass" and len(columns) == 1:
-        values = np.array(classes)[predictions.argmax(1)][:, None]
-    names = columns if len(columns) == 1 else outputs
-    table = pd.DataFrame(values, columns=names, index=pd.Index(ids, name=cfg.id_column))
+    form = _SubmissionForm(cfg, classes, sample, submission_form)
+    form.print_notes()
+    labels = predictions if form.form == "probabilities" else bundle.to_levels(predictions)
+    values = form.fill(predictions, labels)
+    table = pd.DataFrame(values, columns=form.columns, index=pd.Index(ids, name=cfg.id_column))
     if sample is None:
-        table = table.reset_index()[[cfg.id_column, *columns]]
+        table = table.reset_index()
         table = table.rename(columns={cfg.id_column: test.attrs.get("id_header", cfg.id_column)})
     elif sorted(sample[cfg.id_column]) != sorted(ids):
         raise DataError("the ids of sample_submission.csv and of the predictions differ")
@@ -8757,19 +9240,28 @@ def write_submission(bundle, test, predictions, sample, path):
     with _wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
-    print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}")
+    print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}, {form.form}")
     return table
 
 
-def predict_test(run_folder, test, sample=None):
-    """Predict `test` with a run and write `submission.csv` into its folder; None without a test."""
+def predict_test(run_folder, test, sample=None, submission_form=""):
+    """Predict `test` with a run and write `submission.csv` into its folder, on Kaggle into the
+    working folder too; None without a test.
+    """
     if test is None:
         print("no test.csv, no submission")
         return None
-    bundle = Bundle.open(Path(run_folder))
+    bundle, path = Bundle.open(Path(run_folder)), RunFolder(run_folder).submission
     _refuse_changed_texts(test, "test", bundle.cfg)
     predictions = predict_bundle(bundle, test)
-    return write_submission(bundle, test, predictions, sample, RunFolder(run_folder).submission)
+    table = write_submission(bundle, test, predictions, sample, path, submission_form)
+    kaggle = _Kaggle()
+    if kaggle.is_here():
+        copy = kaggle.working / path.name
+        with _wrap_write_errors(copy):
+            shutil.copyfile(path, copy)
+        print(f"wrote {copy}, where Kaggle looks for it")
+    return table
 
 
 # ---------------------------------------------------------------------------------------
@@ -8781,7 +9273,7 @@ def _train_by_config(path):
     cfg = Config.from_dict(_read_json(_user_path("--config", path)))
     frame, test, sample = read_competition(cfg)
     run = train(make_folds(frame, cfg), cfg, test)
-    predict_test(run, test, sample)
+    predict_test(run, test, sample, cfg.submission_form)
 
 
 def main(arguments):

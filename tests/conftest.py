@@ -253,6 +253,15 @@ def maskable(tmp_path_factory):
 
 
 @pytest.fixture
+def own_metrics():
+    """The metrics that a test registers are gone after it."""
+    before = dict(ku.METRICS)
+    yield
+    ku.METRICS.clear()
+    ku.METRICS.update(before)
+
+
+@pytest.fixture
 def tokenizer():
     return make_tokenizer()
 

@@ -35,7 +35,8 @@ def make_members(target, predictions, metric="rmse", task="regression", folds=No
     """`BlendInputs` of simulated predictions, 5 folds unless given, with records that tell the checkpoint."""
     n, records = len(target), {f"run{i}": {"settings": {"keep": "last"}} for i in range(len(predictions))}
     folds = np.arange(n) % 5 if folds is None else folds
-    return blending.BlendInputs(task, metric, records, folds, np.arange(n), target, predictions)
+    cuts = None if target.ndim == 1 else ku._Cuts.of(ku.Config(task=task, metric=metric), target)
+    return blending.BlendInputs(task, metric, records, folds, np.arange(n), target, predictions, cuts)
 
 
 def rmse_of(weights, intercept, predictions, target):
@@ -369,10 +370,11 @@ def test_with_qwk_the_blend_has_thresholds_of_its_own_by_which_whole_numbers_are
     blended = blending.fit_blends(members, "mean")[0]
     cuts = blending.write_blend(members, blended, tmp_path)["cuts"]
     target, rows = members.target[:, 0].astype(int), members.predictions.mean(0)[:, 0]
-    assert cuts["thresholds"][0] == pytest.approx(ku._Thresholds((1, 4)).fit(target, rows).points)
-    labels = ku._Thresholds((1, 4), cuts["thresholds"][0]).apply(rows)
-    kappa = sklearn.metrics.cohen_kappa_score(target, labels, weights="quadratic")
-    nested = ku._threshold_scores(target[:, None], rows[:, None], members.folds)["nested"]
+    scores = members.cuts.describe(target[:, None], rows[:, None], members.folds)
+    assert cuts["levels"] == [[1, 2, 3, 4]] and cuts["thresholds"][0] == pytest.approx(scores["thresholds"][0])
+    labels = ku._Thresholds((1, 2, 3, 4), cuts["thresholds"][0]).apply(rows)
+    kappa = sklearn.metrics.cohen_kappa_score(target, labels.astype(int), weights="quadratic")
+    nested = scores["nested"] if scores["is_fitted"] else scores["rounded"]
     assert blended.in_sample == pytest.approx(kappa) and blended.nested == pytest.approx(nested)
     folders = [tmp_path / "runs" / f"seed{seed}" for seed in (0, 1)]
     assert bundle_tool(*folders, "--blend", tmp_path / "blend.json", "-o", tmp_path / "dist", *NAMES) is None
@@ -396,7 +398,7 @@ def test_with_qwk_methods_are_scored_by_whole_numbers_cut_as_the_submission_is()
                     members.predictions[:, ~rows], grades[~rows], "qwk"
                 )
                 inner[rows] = blending._blend_rows(weights, intercept, members.predictions[:, rows])[:, 0]
-            labels[own] = ku._Thresholds((0, 4)).fit(grades[~own, 0], inner[~own]).apply(raw[own])
+            labels[own] = ku._Thresholds(range(5)).fit(grades[~own, 0], inner[~own]).apply(raw[own])
         assert blended.nested == pytest.approx(ku._quadratic_kappa(grades[:, 0], labels))
         assert blended.nested > ku.METRICS["qwk"](
             grades, blending._blend_rows(blended.weights, blended.intercept, members.predictions)

@@ -505,7 +505,8 @@ def train_cells(todo, n_before, output, submit):
                     if result == FINISHED:
                         record = read_record(output / cell.name)
                         oof, seconds = record["oof"], record["seconds"]["total"]
-                        scores = f"{oof['metric']} {oof['last']:.4f} last, {oof['best']:.4f} best"
+                        last, best = ku._score_text(oof["last"]), ku._score_text(oof["best"])
+                        scores = f"{oof['metric']} {last} last, {best} best"
                         bar.write(f"{cell.name}: {scores}, {seconds:.0f} s")
                     elif result in (ELSEWHERE, TRAINED):
                         bar.write(f"{cell.name}: {result}")

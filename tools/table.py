@@ -23,15 +23,18 @@ def finished(folders):
     return [(name, record) for name, record in records if record["status"] == "complete"]
 
 
+def rounded(score):
+    return None if score is None else round(score, 4)
+
+
 def row(name, record):
     settings, oof = record["settings"], record["oof"]
-    spread = oof["last_fold_sd"]
     return {
         "run": name,
         "head": settings["head"],
-        f"{oof['metric']} last": round(oof["last"], 4),
-        f"{oof['metric']} best": round(oof["best"], 4),
-        "sd over folds": None if spread is None else round(spread, 4),
+        f"{oof['metric']} last": rounded(oof["last"]),
+        f"{oof['metric']} best": rounded(oof["best"]),
+        "sd over folds": rounded(oof["last_fold_sd"]),
         "folds": len(record["folds"]),
         "seed": settings["seed"],
         "epochs": settings["epochs"],
