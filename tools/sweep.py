@@ -183,13 +183,13 @@ def read_rows(cfg):
 
 
 @functools.cache
-def read_folds(cfg):
-    return read_rows(cfg)[["fold"]]
+def read_folds(settings):
+    return read_rows(ku.Config(**json.loads(settings)))[["fold"]]
 
 
 def count_rows(cfg):
     """Rows to train on, over all folds and epochs."""
-    folds = read_folds(ku.Config(**{name: getattr(cfg, name) for name in ROWS}))
+    folds = read_folds(json.dumps({name: getattr(cfg, name) for name in ROWS}))
     chosen = cfg.folds_to_run(folds)
     return cfg.epochs * sum(int((folds["fold"] != fold).sum()) for fold in chosen)
 
