@@ -4352,7 +4352,8 @@ def metric(name, better, tasks, reduce=None, takes=(), labels=False, takes_soft=
     prediction counts as 1 from a half up, and is cut at a better threshold where one is fitted.
 
     Soft targets come as the numbers of the likeliest classes, or with `takes_soft` as
-    probabilities (N, 1, C). Raises ConfigError for a `better`, or a name in `takes`, that there is not.
+    probabilities (N, 1, C). Raises ConfigError for a `better`, or a name in `takes`, that there is
+    not.
     """
     if better not in ("lower", "higher"):
         raise ConfigError(f"metric {name}: better must be lower or higher, got {better!r}")

@@ -319,7 +319,7 @@ METRIC_FORMULAS = [
     ("auc", BITS, CHANCES, lambda t, p: np.mean([pairs_won(t[:, k], p[:, k]) for k in (0, 1)])),
     ("auc", GRADES, PROBABILITIES, lambda t, p: np.mean([pairs_won((t == k).astype(int), p[:, k]) for k in range(4)])),
     ("map3", GRADES, PROBABILITIES,
-     lambda t, p: np.mean([sum((np.argsort(-row)[k] == own) / (k + 1) for k in range(3)) for own, row in zip(t, p)])),
+     lambda t, p: np.mean([[1, 1 / 2, 1 / 3, 0][(p[i] > p[i, t[i]]).sum()] for i in range(60)])),
     ("logloss", GRADES, PROBABILITIES, lambda t, p: -np.mean(np.log(p[np.arange(60), t]))),
     ("logloss", BITS, CHANCES, lambda t, p: -np.mean(t * np.log(p) + (1 - t) * np.log(1 - p))),
     ("qwk", GRADES, PROBABILITIES, lambda t, p: kappa(t, p.argmax(1), 4)),
