@@ -762,8 +762,8 @@ class Config(Settings):
         yield from self._label_conflicts()
         if "fold" in targets:
             yield "target_columns must not hold 'fold': that column has the folds"
-        if "group" in self.fold_kind and not self.group_column:
-            yield f"fold_kind {self.fold_kind} needs group_column"
+        if self.has_groups and not self.group_column:
+            yield f"fold_kind {self.fold_kind} or the metric needs group_column"
         if self.error_column and task != "regression":
             yield f"error_column is for regression; task is {task}"
         if self.class_weight:
@@ -828,9 +828,6 @@ class Config(Settings):
             yield "pseudo_weight is for mixed rows: set it to 1, or pseudo_epochs to 0"
         if -1 < self.backbone_dropout < 0:
             yield f"backbone_dropout must be -1 or from 0 to 0.99, got {self.backbone_dropout}"
-        if self.windows > 1 and self.window_overlap > self.max_length // 2:
-            half = f"half of max_length, {self.max_length // 2}"
-            yield f"window_overlap must be at most {half}; got {self.window_overlap}"
         kernels, channels = len(self.conv_kernels), len(self.conv_channels)
         if kernels != channels:
             yield f"conv_kernels has {kernels} and conv_channels {channels} values"
@@ -878,6 +875,12 @@ class Config(Settings):
     def output_names(self, classes):
         """A name for every column of predictions: classes of a multiclass task, else targets."""
         return classes if self.task == "multiclass" else self.target_columns
+
+    @property
+    def has_groups(self):
+        """Whether folds or a metric read `group_column`."""
+        names = filter(None, (self.metric, *self.metrics))
+        return "group" in self.fold_kind or any("group" in METRICS[name].takes for name in names)
 
     @property
     def has_class_columns(self):
@@ -2142,7 +2145,7 @@ def _read_train_rows(cfg, columns=()):
 
 def _read_train(cfg):
     """The training table, checked: texts and labels as text, other targets as numbers."""
-    groups = [cfg.group_column] if "group" in cfg.fold_kind else []
+    groups = [cfg.group_column] if cfg.has_groups else []
     amounts = [name for name in (cfg.error_column, cfg.weight_column) if name]
     table = _read_train_rows(cfg, [*cfg.target_columns, *amounts, *groups])
     path = table.path
@@ -4294,7 +4297,7 @@ class CoralLoss(BceLoss):
 # ---------------------------------------------------------------------------------------
 # 11. Metrics, thresholds
 
-_METRIC_INPUTS = ("frame",)  # what a metric may take besides targets and predictions
+_METRIC_INPUTS = ("frame", "group")  # what a metric may take besides targets and predictions
 
 
 class _Metric:
@@ -4347,7 +4350,8 @@ def metric(name, better, tasks, reduce=None, takes=(), labels=False, takes_soft=
     Targets and predictions are arrays over all rows: (N, K), or class numbers (N,) and
     probabilities (N, C). With `reduce` the function gives values of each row, (N, M), and the
     metric is `reduce` of their means, (..., M) -> (...): it is resampled many times faster. With
-    `takes=("frame",)` it gets `frame`, the N rows of the training table, in the same order.
+    `takes=("frame",)` it gets `frame`, the N rows of the training table, in the same order, with
+    `takes=("group",)` `group`, their column `group_column`.
     `labels` says that it scores labels and no probabilities, or how many labels of a row: a
     prediction counts as 1 from a half up, and is cut at a better threshold where one is fitted.
 
@@ -4430,6 +4434,14 @@ def pearson(target, prediction):
 def spearman(target, prediction):
     """Spearman rank correlation, mean over the target columns that have one."""
     return _mean_correlation(scipy.stats.spearmanr, target, prediction)
+
+
+@metric("group_spearman", "higher", ("regression",), takes=("group",))
+def group_spearman(target, prediction, group):
+    """Spearman rank correlation within each group of rows, mean over the groups that have one."""
+    rows_of_groups = group.groupby(group.to_numpy()).indices.values()
+    scores = pd.Series([spearman(target[rows], prediction[rows]) for rows in rows_of_groups])
+    return scores.mean()
 
 
 @metric("accuracy", "higher", _CLASS_TASKS, reduce=_mean_last, labels=True)
@@ -4531,7 +4543,8 @@ def _quadratic_kappa(target, labels):
 def _output_scores(cfg, names, target, prediction):
     """The score of each target column, as a record has it; of each class its F1."""
     name = cfg.metric
-    if METRICS[name].__module__ != __name__:  # one column may be no input of a notebook's metric
+    # one column alone may be no input of a metric that takes rows, or of a notebook's
+    if METRICS[name].takes or METRICS[name].__module__ != __name__:
         name = TASKS[cfg.task][1]
     better = METRICS[name].better
     if cfg.task in ("binary", "multiclass"):
@@ -5618,11 +5631,15 @@ class _TrainingData(NamedTuple):
     weights: np.ndarray | None = None  # (N,) of weight_column
     # fold -> pseudo-labels (M, K) of the extra texts, NaN where one must not be used for the fold
     pseudo: dict = {}  # noqa: RUF012
-    frame: pd.DataFrame | None = None  # of the N rows, where a metric takes it
+    frame: pd.DataFrame | None = None  # of the N rows, where a metric takes some of it
+    group_column: str = ""
 
     def score(self, metric_name, rows, predictions):
         """The score of predictions for `rows`; NaN where there is none."""
-        inputs = {} if self.frame is None else {"frame": self.frame.iloc[rows]}
+        inputs = {}
+        if self.frame is not None:
+            inputs["frame"] = self.frame.iloc[rows]
+            inputs["group"] = inputs["frame"].get(self.group_column)
         return METRICS[metric_name](self.targets[rows], predictions, **inputs)
 
     def chance(self, metric_name, rows, training_rows):
@@ -7888,7 +7905,7 @@ class _TrainingRun:
         for name, column in (("errors", cfg.error_column), ("weights", cfg.weight_column)):
             if column:
                 amounts[name] = frame[column].to_numpy(dtype=np.float64, copy=True)
-        takes_frame = any("frame" in METRICS[name].takes for name in (cfg.metric, *cfg.metrics))
+        takes_frame = any(METRICS[name].takes for name in (cfg.metric, *cfg.metrics))
         self.data = _TrainingData(
             tokens=self.tokenize(texts),
             targets=cfg.encode_targets(frame, self.classes),
@@ -7900,6 +7917,7 @@ class _TrainingRun:
             pseudo=labels,
             **amounts,
             frame=frame if takes_frame else None,
+            group_column=cfg.group_column,
         )
         self.cuts = _Cuts.of(cfg, self.data.targets)
         self.record["fingerprint"] = self.fingerprint()

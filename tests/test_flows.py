@@ -91,10 +91,6 @@ def long_texts(n, seed):
     return pd.DataFrame({"id": [f"l{seed}{i}" for i in range(n)], "full_text": words, "score": share(words)})
 
 
-def of_one_value(value):
-    return lambda frame, name: value
-
-
 # name in the page -> (makes n rows, columns that only train.csv has, the columns of the sample and what they hold)
 FLOWS = {
     "essays, graded 1 to 6": (essays, ["score"], {"score": 3}),
@@ -167,6 +163,7 @@ def check(name, table, hidden):
 def test_a_layout_trains_and_predicts_a_hidden_test_with_the_settings_of_the_page(flow, tmp_path, backbone_folder):
     name, public, hidden, settings = flow
     own = dict(backbone=str(backbone_folder("tiny")), n_folds=2, epochs=1, output_dir=str(tmp_path / "runs"))
+    own |= dict(max_length=64)
     cfg = ku.Config.from_dict({"data_dir": str(public)} | own | settings)
     train, test, sample = ku.read_competition(cfg)
     run = ku.train(ku.make_folds(train, cfg), cfg, test)
@@ -182,6 +179,7 @@ def test_a_layout_trains_and_predicts_a_hidden_test_with_the_settings_of_the_pag
 def test_a_layout_goes_through_the_notebooks_and_a_bundle(flow, tmp_path, backbone_folder):
     name, public, hidden, settings = flow
     own = dict(backbone=backbone_folder("tiny"), n_folds=2, epochs=1, output_dir=tmp_path / "runs", run_name="flow")
+    own |= dict(max_length=64)
     parameters = ({"data_dir": public} | own | settings).items()
     done, executed = papermill("train.ipynb", tmp_path / "train.ipynb", *parameters)
     assert done.returncode == 0, done.stderr
