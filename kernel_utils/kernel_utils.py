@@ -3189,7 +3189,7 @@ _METRIC_INPUTS = ("frame",)  # what a metric may take besides targets and predic
 class _Metric:
     """A score of predictions over all rows, as `metric` lists it."""
 
-    def __init__(self, function, better, tasks, reduce, takes, labels):
+    def __init__(self, function, better, tasks, reduce, takes=(), labels=False):
         functools.update_wrapper(self, function)
         self.__qualname__ = getattr(function, "__qualname__", repr(function))
         self.better = better
@@ -7648,7 +7648,9 @@ class _SubmissionForm:
         elif not self.chosen:
             source = f"the sample holds {cells}" if self.cells else "there is no sample"
             reason = f"as metric {self.metric_name} asks"
-            if len(self.cells) > 1 and not (self.order and self.cfg.task == "multiclass"):
+            if self.order and self.classes:
+                form, reason = "probabilities", "as columns of classes take them"
+            elif len(self.cells) > 1:
                 form, reason = "labels", "as the sample has them"
             self.notes.append(f"{source}: {form} are written, {reason}; or set submission_form")
         if form == "probabilities" and not self.order:
