@@ -4303,7 +4303,7 @@ _METRIC_INPUTS = ("frame", "group")  # what a metric may take besides targets an
 class _Metric:
     """A score of predictions over all rows, as `metric` lists it."""
 
-    def __init__(self, function, better, tasks, reduce, takes, labels, takes_soft):
+    def __init__(self, function, better, tasks, reduce, takes=(), labels=False, takes_soft=False):
         functools.update_wrapper(self, function)
         self.__qualname__ = getattr(function, "__qualname__", repr(function))
         self.better = better
@@ -9153,7 +9153,9 @@ class _SubmissionForm:
         elif not self.chosen:
             source = f"the sample holds {cells}" if self.cells else "there is no sample"
             reason = f"as metric {self.metric_name} asks"
-            if len(self.cells) > 1 and not (self.order and self.cfg.task == "multiclass"):
+            if self.order and self.classes:
+                form, reason = "probabilities", "as columns of classes take them"
+            elif len(self.cells) > 1:
                 form, reason = "labels", "as the sample has them"
             self.notes.append(f"{source}: {form} are written, {reason}; or set submission_form")
         if form == "probabilities" and not self.order:

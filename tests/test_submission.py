@@ -83,6 +83,16 @@ def test_class_columns_are_known_under_prefixes_in_other_case_and_order(classes,
     assert [cells[0] for cells in written(form, THREE).values()] == expected.split()
 
 
+@pytest.mark.parametrize("cells", ["0", ["1", "0"]])
+def test_class_columns_take_probabilities_unless_labels_are_chosen(cells):
+    columns = dict.fromkeys(["A", "B", "C"], cells)
+    assert written(form_of("multiclass", ["A", "B", "C"], columns, metric="accuracy"), THREE)["B"] == ["0.5", "0.1"]
+    chosen = form_of("multiclass", ["A", "B", "C"], columns, "labels")
+    assert written(chosen, THREE) == {"A": ["0", "1"], "B": ["1", "0"], "C": ["0", "0"]}
+    words = form_of("multiclass", ["A", "B", "C"], dict.fromkeys(["A", "B", "C"], "False"))
+    assert written(words, THREE)["A"] == ["False", "True"]
+
+
 def test_both_classes_of_a_binary_task_may_have_a_column():
     form = form_of("binary", ["no", "yes"], {"is_yes": "0.5", "is_no": "0.5"})
     assert written(form, TWO) == {"is_yes": ["0.3", "0.8"], "is_no": ["0.7", "0.19999999999999996"]}

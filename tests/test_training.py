@@ -405,7 +405,8 @@ def test_every_task_runs_from_the_table_to_a_submission(task, tiny, competition)
     cfg = tiny(run_name=task, **settings)
     test = pd.read_csv(competition / "test.csv", dtype=str)
     columns = sorted(suffixes) if suffixes else ["target"]
-    test[["id"]].assign(**dict.fromkeys(columns, 0)).to_csv(competition / "sample_submission.csv", index=False)
+    cells = dict.fromkeys(columns, 0.5)
+    test[["id"]].assign(**cells).to_csv(competition / "sample_submission.csv", index=False)
     folder, record, oof = run(cfg)
     predicted = [f"prediction_{name}" for name in columns] if suffixes else ["prediction"]
     assert set(predicted) <= set(oof.columns)
