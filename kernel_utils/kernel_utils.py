@@ -5823,7 +5823,7 @@ class _FoldTargets:
 
 
 def _draw_by_weight(weights):
-    """Places (n,) in `weights` (n,), evenly spread by weight; each once if all are alike."""
+    """As many places (n,) in `weights` (n,), spread by weight; each once if all are equal."""
     n = len(weights)
     ends = np.cumsum(weights) / weights.sum()
     return np.searchsorted(ends, (np.arange(n) + 0.5) / n)

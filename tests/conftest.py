@@ -308,8 +308,9 @@ def engine_of(cfg, frame=None):
     tokens = ku._tokenize(frame, tokenizer, cfg)
     targets = cfg.encode_targets(frame, None)
     folds, ids = frame["fold"].to_numpy(), frame["id"].to_numpy()
-    errors = np.array(frame[cfg.error_column], dtype=np.float64) if cfg.error_column else None
-    data = ku._TrainingData(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, errors)
+    columns = cfg.error_column, cfg.weight_column
+    amounts = [np.array(frame[column], dtype=np.float64) if column else None for column in columns]
+    data = ku._TrainingData(tokens, targets, folds, ku.Path(cfg.backbone), tokenizer, targets.shape[1], ids, *amounts)
     return ku.OptimizerStep(data, cfg)
 
 
