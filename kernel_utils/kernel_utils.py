@@ -9280,6 +9280,7 @@ def predict_test(run_folder, test, sample=None, submission_form=""):
     if kaggle.is_here():
         copy = kaggle.working / path.name
         with _wrap_write_errors(copy):
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         print(f"wrote {copy}, where Kaggle looks for it")
     return table

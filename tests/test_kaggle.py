@@ -1,6 +1,7 @@
 """From a run to a submission on a made Kaggle root: every mount layout, inputs read-only, no way to the network."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -475,6 +476,7 @@ def test_every_other_process_gets_an_equal_gpu_of_its_own(visible, given, dist, 
 def test_with_parts_of_the_notebook_one_process_predicts_and_says_so(field, name, tiny, capsys, monkeypatch):
     part = ku._REGISTRIES[field][name]
     own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
+    own = copy.copy(part) if field == "metric" else own
     own.__module__, own.__name__ = "__main__", "Own"
     monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     train, _, _ = ku.read_competition(cfg := tiny(run_folds="0", run_name="own", **{field: "own"}))

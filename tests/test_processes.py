@@ -1,6 +1,7 @@
 """Folds side by side in several processes, and the command line."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -190,7 +191,7 @@ def test_a_killed_parent_leaves_no_process_behind_and_the_folder_is_locked_until
 @pytest.mark.parametrize(("field", "name"), [("head", "mean"), ("metric", "rmse")])
 def test_with_parts_of_the_notebook_one_process_trains_and_says_so(field, name, tiny, capsys, monkeypatch):
     part = ku._REGISTRIES[field][name]
-    own = type("Own", (part,), {}) if isinstance(part, type) else ku.functools.wraps(part)(lambda *a: part(*a))
+    own = type("Own", (part,), {}) if isinstance(part, type) else copy.copy(part)
     own.__module__, own.__name__ = "__main__", "Own"
     monkeypatch.setitem(ku._REGISTRIES[field], "own", own)
     monkeypatch.setattr(ku, "_Worker", kill)
