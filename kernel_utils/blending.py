@@ -76,12 +76,11 @@ def _best_member(predictions, target, metric_name):
 def _standardize(predictions, target):
     """Cells (N * K, M) of the members and (N * K,) of the target, for a fit without intercept.
 
-    Less the mean of each output, in standard deviations of its target.
+    Less the mean of each output, in standard deviations of the target.
     """
     centred = predictions - predictions.mean(1, keepdims=True)
-    spread = np.where(target.std(0) > 0, target.std(0), 1)
-    goal = (target - target.mean(0)) / spread
-    return (centred / spread).reshape(len(centred), -1).T, goal.ravel()
+    goal = target - target.mean(0)
+    return centred.reshape(len(centred), -1).T / goal.std(), goal.ravel() / goal.std()
 
 
 def _with_intercept(weights, predictions, target):

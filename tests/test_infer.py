@@ -62,7 +62,8 @@ def simple_way(run, frame):
             for text in frame["excerpt"]
         ]
         with torch.no_grad():
-            total.append([model.eval()(row["input_ids"], row["attention_mask"]).numpy()[0] for row in rows])
+            logits = [model.eval()(row["input_ids"], row["attention_mask"]) for row in rows]
+            total.append([model.predict(row).numpy()[0] for row in logits])
     return np.mean(total, axis=0)
 
 

@@ -239,7 +239,7 @@ def test_bounds_hold_to_the_last_value(name, inside, outside):
     [
         (dict(task="regression", loss="cross_entropy"), ["cross_entropy", "regression"]),
         (dict(task="multiclass", metric="rmse"), ["rmse", "multiclass"]),
-        (dict(task="multiclass", target_columns="a,b"), ["target_columns", "a, b"]),
+        (dict(task="binary", target_columns="a,b"), ["target_columns", "a, b"]),
         (dict(target_columns="a,a"), ["target_columns", "a, a"]),
         (dict(target_columns="a,"), ["target_columns", "a, "]),
         (dict(text_columns="a,a"), ["text_columns", "a, a"]),
