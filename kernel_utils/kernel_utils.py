@@ -879,8 +879,8 @@ class Config(Settings):
     @property
     def has_groups(self):
         """Whether folds or a metric read `group_column`."""
-        names = filter(None, (self.metric, *self.metrics))
-        return "group" in self.fold_kind or any("group" in METRICS[name].takes for name in names)
+        metrics = [METRICS[name] for name in (self.metric, *self.metrics) if name in METRICS]
+        return "group" in self.fold_kind or any("group" in metric.takes for metric in metrics)
 
     @property
     def has_class_columns(self):

@@ -5,6 +5,7 @@ import math
 
 import kernel_utils as ku
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -262,6 +263,10 @@ PROBABILITIES = softmax(RNG.normal(size=(60, 4)))
 BITS, CHANCES = RNG.integers(0, 2, (60, 2)).astype(float), RNG.uniform(0.01, 0.99, (60, 2))
 
 
+GROUPS = pd.Series(np.arange(60) % 4)  # of rows, for the metrics that take them
+ROWS_OF_GROUPS = [np.flatnonzero(GROUPS == name) for name in range(4)]
+
+
 def cases(metric):
     """Targets and a perfect and a poor prediction for every task of a metric."""
     for task in ku.METRICS[metric].tasks:
@@ -279,7 +284,7 @@ def cases(metric):
 def test_a_perfect_prediction_is_the_best_value_of_a_metric(name):
     metric = ku.METRICS[name]
     for target, perfect, poor in cases(name):
-        best, worse = metric(target, perfect), metric(target, poor)
+        best, worse = (metric(target, prediction, group=GROUPS) for prediction in (perfect, poor))
         assert best == pytest.approx(1.0 if metric.better == "higher" else 0.0, abs=1e-6)
         assert metric.is_better(best, worse) and not metric.is_better(worse, best)
 
@@ -311,6 +316,8 @@ METRIC_FORMULAS = [
     ("pearson", NUMBERS, GUESSES, lambda t, p: np.mean([np.corrcoef(t[:, k], p[:, k])[0, 1] for k in (0, 1)])),
     ("spearman", NUMBERS, GUESSES,
      lambda t, p: np.mean([np.corrcoef(rank(t[:, k]), rank(p[:, k]))[0, 1] for k in (0, 1)])),
+    ("group_spearman", NUMBERS, GUESSES,
+     lambda t, p: np.mean([np.corrcoef(rank(t[g, k]), rank(p[g, k]))[0, 1] for g in ROWS_OF_GROUPS for k in (0, 1)])),
     ("accuracy", GRADES, PROBABILITIES, lambda t, p: np.mean(t == p.argmax(1))),
     ("accuracy", BITS, CHANCES, lambda t, p: np.mean((p >= 0.5) == (t == 1))),
     ("f1_macro", GRADES, PROBABILITIES, lambda t, p: np.mean([f1(t == k, p.argmax(1) == k) for k in range(4)])),
@@ -334,7 +341,8 @@ def test_every_metric_has_a_formula_here():
 
 @pytest.mark.parametrize(("name", "target", "prediction", "formula"), METRIC_FORMULAS)
 def test_a_metric_equals_its_formula(name, target, prediction, formula):
-    assert ku.METRICS[name](target, prediction) == pytest.approx(formula(target, prediction), abs=1e-9)
+    score = ku.METRICS[name](target, prediction, group=GROUPS)
+    assert score == pytest.approx(formula(target, prediction), abs=1e-9)
 
 
 def test_auc_leaves_out_a_class_that_has_no_row():

@@ -287,7 +287,7 @@ def test_rounded_probabilities_are_divided_by_their_sum_and_others_are_named(tin
     [
         ("multiclass", np.arange(60) / 7, "60 different values in 60 rows; set task regression"),
         ("multiclass", [f"w{i}" for i in range(60)], "60 different values in 60 rows; name another"),
-        ("binary", list("abc") * 20, "got 3 in 60 rows: a, b, c; set task multiclass"),
+        ("binary", list("abc") * 20, "got 3 in 60 rows: 'a' 20, 'b' 20, 'c' 20; set task multiclass"),
         ("regression", ["low", "high"] * 30, r"a finite number \(set task binary for labels\)"),
         ("regression", ["low", "mid", "high"] * 20, r"a finite number \(set task multiclass for labels\)"),
         ("multilabel", [0, 1, 2, 3] * 15, r"0 or 1 \(set task multiclass, or regression for amounts\)"),

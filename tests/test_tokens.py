@@ -623,7 +623,7 @@ class SumOfIds(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight, self.shapes = nn.Parameter(torch.ones(1)), []
-        self.loss = types.SimpleNamespace(predict=lambda raw: raw)
+        self.predict = lambda logits: logits
         self.pool_windows = lambda logits, n_windows: logits
 
     def can_pack(self, tokens, dtype):
