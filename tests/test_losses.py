@@ -264,7 +264,7 @@ BITS, CHANCES = RNG.integers(0, 2, (60, 2)).astype(float), RNG.uniform(0.01, 0.9
 
 
 GROUPS = pd.Series(np.arange(60) % 4)  # of rows, for the metrics that take them
-ROWS_OF_GROUPS = [np.flatnonzero(GROUPS == name) for name in range(4)]
+ROWS_OF_GROUPS = [np.flatnonzero(name == GROUPS) for name in range(4)]
 
 
 def cases(metric):

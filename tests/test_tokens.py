@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from collections import Counter
 
 import kernel_utils as ku

@@ -303,7 +303,7 @@ def plain_predictions(run, texts):
                 tokens = ku._tokenize({"excerpt": [text]}, tokenizer, cfg).windows
                 windows = np.split(tokens.ids, tokens.offsets[1:-1])
                 logits = [model.eval()(torch.tensor(ids)[None].long(), torch.ones(1, len(ids))) for ids in windows]
-                rows.append(torch.cat(logits).mean(0).numpy())
+                rows.append(model.predict(torch.cat(logits).mean(0, True)).numpy()[0])
             total.append(rows)
     return np.mean(total, axis=0)
 
