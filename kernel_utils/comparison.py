@@ -59,7 +59,7 @@ __all__ = [
 # Settings in which runs of one configuration may differ
 _INCIDENTAL = {*ku.Config.names("place"), "data_dir", "recipe", "seed", "keep", "batch_tokens"}
 # what comparing asks of the settings
-_NEEDED = ("task", "target_columns", "epochs", "evals_per_epoch", "eval_steps")
+_NEEDED = ("task", "target_columns", "group_column", "epochs", "evals_per_epoch", "eval_steps")
 CHECKPOINTS = ("last", "best")
 _LEVEL = 0.05  # chance that any comparison with a baseline calls two equal configurations different
 

@@ -995,7 +995,9 @@ class InferConfig(Settings):
         "auto, fp32, bf16 or fp16; auto: as trained on a GPU; on a CPU bf16 if that is quicker",
         _PRECISIONS,
     )
-    submission_form: str = option("", _SUBMISSION_FORM_HELP, _SUBMISSION_FORMS)
+    submission_form: str = option(
+        "", "labels or probabilities; empty: as in training", _SUBMISSION_FORMS
+    )
     engine: str = option(
         "torch", "torch; or openvino, on a CPU, from a bundle that is packed for it", _ENGINES
     )
@@ -4061,6 +4063,9 @@ class Loss:
         """How far apart the predictions of two sets of logits are, by row (B,); for R-Drop."""
         return F.mse_loss(self.predict(logits), self.predict(other), reduction="none").mean(1)
 
+    def check_targets(self, targets):
+        """Raise DataError where the loss cannot take the targets of the training rows."""
+
     def init_bias(self, targets):
         """Logits (K,) of the best constant prediction: where the output layer's bias starts."""
         return targets.mean(0)
@@ -4114,10 +4119,12 @@ class BceLoss(Loss):
         """Mean of both Kullback-Leibler divergences, mean over the outputs."""
         return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).mean(1) / 2
 
-    def init_bias(self, targets):
+    def check_targets(self, targets):
         low, high = targets.min(), targets.max()
         if low < 0 or high > 1:
             raise DataError(f"loss bce takes targets from 0 to 1, got {low:g} to {high:g}")
+
+    def init_bias(self, targets):
         return torch.logit(targets.mean(0), eps=1e-3)
 
 
@@ -4283,12 +4290,14 @@ class CoralLoss(BceLoss):
     def distance(self, logits, other):
         return super().distance(logits, other) * self.num_logits  # the sum, as in the loss
 
-    def init_bias(self, targets):
+    def check_targets(self, targets):
         low, high = targets.min(), targets.max()
         is_whole = (targets == targets.round()).all()
         if not is_whole or low < self.lowest or high > self.highest:
             expected = f"whole numbers from {self.lowest} to {self.highest}, as levels says"
             raise DataError(f"loss coral takes {expected}; got {low:g} to {high:g}")
+
+    def init_bias(self, targets):
         logits = torch.logit(self.is_above_levels(targets).mean(0), eps=1e-3)
         drops = (logits[:-1] - logits[1:]).clamp(min=0.01)
         return torch.cat([logits[:1], torch.expm1(drops).log()])  # the inverse of softplus
@@ -4318,14 +4327,18 @@ class _Metric:
         """What the function gives; where it takes no soft targets, for the likeliest classes."""
         if target.ndim == 3 and not self.takes_soft:
             target = target[:, 0].argmax(1)
-        return self.__wrapped__(target, prediction, **taken)
+        try:
+            return self.__wrapped__(target, prediction, **taken)
+        except Exception as error:
+            error.add_note(f"in metric {self.__qualname__}, which gets constant predictions too")
+            raise
 
     def __call__(self, target, prediction, **inputs):
         """The score, NaN where it has no value; `inputs` are those that the metric `takes`."""
         name = self.__qualname__
         if any(inputs.get(needed) is None for needed in self.takes):
-            problem = f"metric {name} takes {_comma_join(self.takes)}, which only a training has"
-            raise KitError(f"{problem}: compare and blend by another metric")
+            problem = f"metric {name} takes {_comma_join(self.takes)}, which oof.csv has not"
+            raise KitError(f"{problem}: runs that it scores cannot be compared or blended")
         taken = {needed: inputs[needed] for needed in self.takes}
         value = self.call_function(target, prediction, **taken)
         if self.reduce:
@@ -4622,7 +4635,7 @@ class _Cuts:
         metric = METRICS[cfg.metric]
         if cfg.task == "regression" and cfg.metric == "qwk":
             levels = [np.unique(column).tolist() for column in targets.T]
-        elif cfg.task in ("binary", "multilabel") and metric.labels and not metric.takes:
+        elif cfg.task in ("binary", "multilabel") and metric.labels is True and not metric.takes:
             levels = [[0.0, 1.0]] * targets.shape[1]
         else:
             return None
@@ -5755,6 +5768,7 @@ class _FoldTargets:
             self.cell_weights = self.weigh_classes()
         elif cfg.class_weight:
             self.sample_weights *= self.weigh_classes()[:, 0]
+            self.sample_weights[:n_rows] /= self.sample_weights[self.own_rows].mean()
         self.mean, self.spread = 0.0, 1.0  # (K,) where targets are standardised
         self.is_standardized = cfg.task == "regression" and LOSSES[cfg.loss].takes_standardized()
         if self.is_standardized:
@@ -6180,6 +6194,7 @@ class OptimizerStep:
         fold_targets = _FoldTargets(data, fold, cfg)
         self.set_targets(fold_targets)
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
+        loss.check_targets(torch.from_numpy(fold_targets.targets[fold_targets.own_rows]))
         start = torch.from_numpy(fold_targets.draw(rows))
         start = start.float() if start.is_floating_point() else start
         fresh = TextModel.build(cfg, data.folder, loss, data.tokenizer, start, say)
@@ -7373,7 +7388,8 @@ class _FoldsInTurn:
         predictions, targets = kept["predictions"], self.data.targets[result["rows"]]
         spread = targets.std(0) if targets.ndim == 2 else 1.0
         is_constant = np.ptp(predictions, axis=0) <= 1e-3 * spread
-        if is_constant.any():
+        # a rare class may be near 0 in all rows
+        if is_constant.all() or (self.cfg.task == "regression" and is_constant.any()):
             share = "all predictions are the same"
             if not is_constant.all():
                 share = f"{is_constant.sum()} of {len(is_constant)} outputs are the same for all"
@@ -7876,7 +7892,12 @@ class _TrainingRun:
         print(f"lr {cfg.lr:g} ({rate}), dropout in the backbone {dropout}")
         if cfg.task == "binary":
             negative, positive = self.classes
-            print(f"predicts the probability of {positive!r}, not {negative!r}")
+            print(f"predicts the probability of {positive!r}, not {negative!r} (positive_label)")
+        if cfg.class_weight and cfg.class_weight != ["balanced"]:
+            names = self.classes or self.outputs
+            names = names if len(names) == len(cfg.class_weight) else names[-1:]
+            pairs = zip(names, cfg.class_weight, strict=True)
+            print(f"class_weight {_comma_join(f'{name} {weight}' for name, weight in pairs)}")
         loss = LOSSES[cfg.loss]
         if (
             cfg.task == "regression"
@@ -7920,6 +7941,10 @@ class _TrainingRun:
             group_column=cfg.group_column,
         )
         self.cuts = _Cuts.of(cfg, self.data.targets)
+        rows = np.arange(len(frame))
+        for name in cfg.metrics:  # a mistake in one must not show after the training
+            _Cuts.of(dataclasses.replace(cfg, metric=name), self.data.targets)
+            self.data.chance(name, rows, rows)
         self.record["fingerprint"] = self.fingerprint()
 
     def tokenize(self, texts):
@@ -7980,6 +8005,10 @@ class _TrainingRun:
             folds = {fold["fold"] for fold in old["folds"]}
             if folds == set(self.folds):
                 self.record = old
+                if old["settings"]["metrics"] != self.cfg.metrics:
+                    print(
+                        "other metrics than those of the record need a run under another run_name"
+                    )
                 return
             if not folds < set(self.folds):
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
@@ -8659,7 +8688,7 @@ class _Blend(NamedTuple):
     method: str
     weights: dict  # name of a run -> weight
     intercept: list  # (K,)
-    cuts: dict  # thresholds and levels of `_threshold_scores`; only for qwk in regression
+    cuts: dict  # levels and thresholds of `_Cuts.describe`; empty without
 
     def __str__(self):
         terms = [f"{weight:.4g} {name}" for name, weight in self.weights.items()]
@@ -9040,7 +9069,7 @@ def _spellings(labels, by_place=False):
 def _name_words(name):
     """Words and numbers of a name in lower case: ["model", "a", "2"] of `Model-A2`."""
     spaced = re.sub("([a-z])([A-Z])", r"\1 \2", name)
-    return [word.casefold() for word in re.findall(r"[^\W\d_]+|\d+", spaced)]
+    return [word.casefold() for word in re.findall(r"[^\W\d_]+|(?:(?<![^\W_])-)?\d+", spaced)]
 
 
 class _SubmissionForm:
@@ -9066,7 +9095,7 @@ class _SubmissionForm:
         else:
             self.columns = [name for name in sample.columns if name != cfg.id_column]
             cells = sample[self.columns].astype(str).to_numpy().ravel()
-            self.cells = sorted({cell.strip() for cell in cells})
+            self.cells = sorted({cell.strip() for cell in cells} - {"", "NaN", "nan"})
         self.order = self.match_columns()
         self.separator, self.k = " ", int(METRICS[self.metric_name].labels or 1)  # labels in a cell
         self.labels = self.names if self.order is None else ["0", "1"]
@@ -9099,7 +9128,7 @@ class _SubmissionForm:
         problem += f"; the settings predict {_comma_join(names)}"
         problem += ", in a column each or in one" if self.classes else ""
         others = [column for column in columns if self.match_name(column, names) < 0]
-        if len(columns) == len(names) + len(others):
+        if others and len(columns) == len(names) + len(others):
             problem += f"; delete {_comma_join(others)} in a copy of the sample"
         raise DataError(problem)
 
@@ -9112,7 +9141,8 @@ class _SubmissionForm:
             words = _name_words(text)
             is_in = f" {' '.join(words)} " in spaced
             lengths.append(len(words) if is_in else 0)
-        return int(np.argmax(lengths)) - 1
+        is_clear = lengths.count(max(lengths)) == 1
+        return int(np.argmax(lengths)) - 1 if is_clear else -1
 
     # Cells
 
@@ -9129,7 +9159,6 @@ class _SubmissionForm:
     def find_texts(self):
         if not self.cells:
             return self.labels
-        self.k = 1
         for texts in _spellings(self.labels, by_place=self.cfg.task == "binary"):
             if self.holds_labels(texts):
                 return texts
@@ -9150,19 +9179,23 @@ class _SubmissionForm:
         elif not self.chosen and not is_zero_one:
             is_probability = self.texts is None and np.isfinite(numbers).all()
             form = "probabilities" if is_probability else "labels"
+            if form != self.metric_form():
+                actual = f"the sample holds {cells}: {form} are written"
+                wanted = f"though metric {self.metric_name} asks for {self.metric_form()}"
+                self.notes.append(f"{actual}, {wanted}; or set submission_form")
         elif not self.chosen:
-            source = f"the sample holds {cells}" if self.cells else "there is no sample"
+            source = f"the sample holds {cells}" if self.cells else "no sample has values"
             reason = f"as metric {self.metric_name} asks"
             if self.order and self.classes:
                 form, reason = "probabilities", "as columns of classes take them"
             elif len(self.cells) > 1:
                 form, reason = "labels", "as the sample has them"
             self.notes.append(f"{source}: {form} are written, {reason}; or set submission_form")
-        if form == "probabilities" and not self.order:
+        if self.cfg.task == "binary" and not self.order:
             other, own = self.classes
             if self.match_name(self.columns[0], self.classes) == 0:
-                column = f"column {self.columns[0]} holds the probability of {own!r}"
-                self.notes.append(f"{column}, not of {other!r}: or set positive_label")
+                column = f"column {self.columns[0]} says whether it is {own!r}"
+                self.notes.append(f"{column}, not {other!r}: or set positive_label")
         if form == "labels" and self.texts is None:
             actual = f"the sample holds {cells}, none of the labels {_comma_join(self.labels[:10])}"
             self.notes.append(f"{actual}: these are written as train.csv has them")
@@ -9193,7 +9226,7 @@ class _SubmissionForm:
             return np.array(self.texts)[labels][:, self.order]
         ranked = _likeliest(2 * labels + predictions, len(self.names))
         counts = np.full(len(labels), self.k)
-        if self.cfg.task == "multilabel":
+        if self.cfg.task == "multilabel" and METRICS[self.metric_name].labels is True:
             counts = labels.sum(1).clip(1)  # no cell is empty
         rows = [row[:count] for row, count in zip(ranked, counts, strict=True)]
         return np.array([[self.separator.join(self.texts[k] for k in row)] for row in rows])
@@ -9261,7 +9294,9 @@ def write_submission(bundle, test, predictions, sample, path, submission_form=""
     with _wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
-    print(f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}, {form.form}")
+    print(
+        f"wrote {path}: {len(table)} rows, columns {_comma_join(table.columns)}; cells: {form.form}"
+    )
     return table
 
 
