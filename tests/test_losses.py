@@ -199,7 +199,7 @@ def test_corals_start_is_the_shares_above_each_level():
 @pytest.mark.parametrize("target", [[2, 7], [1, 3], [2.5, 3]])
 def test_coral_refuses_targets_that_are_no_levels(target):
     with pytest.raises(ku.DataError, match="loss coral takes whole numbers from 2 to 6, as levels says; got"):
-        coral().init_bias(torch.tensor(target).float()[:, None])
+        coral().check_targets(torch.tensor(target).float()[:, None])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_label_smoothing_spreads_a_share_of_the_target_over_all_classes():
 
 def test_bce_refuses_targets_outside_zero_and_one():
     with pytest.raises(ku.DataError, match="loss bce takes targets from 0 to 1, got -2 to 1"):
-        ku.LOSSES["bce"](CFG, 1).init_bias(torch.tensor([[-2.0], [1.0]]))
+        ku.LOSSES["bce"](CFG, 1).check_targets(torch.tensor([[-2.0], [1.0]]))
 
 
 RNG = np.random.default_rng(1)

@@ -185,17 +185,16 @@ def ensemble_problems(records):
         if folder.name.lower() in names:
             problems.append(f"{folder}: two runs are called {folder.name}; rename one folder")
         names.add(folder.name.lower())
-        names = ("task", "id_column", "target_columns", "preprocess", "outputs", "classes")
-        for what in (*names, "levels that are cut"):
-            expected, value = (
-                (defaults | r | r["settings"] | {"levels that are cut": r["oof"].get("levels")})[
-                    what
-                ]
-                for r in (records[first], record)
-            )
+        for what in ("task", "id_column", "target_columns", "preprocess", "outputs", "classes"):
+            expected = (defaults | records[first] | records[first]["settings"])[what]
+            value = (defaults | record | record["settings"])[what]
             if value != expected:
                 must = f"{what} must be as in {first}, {expected!r}"
                 problems.append(f"{folder}: {must}; got {value!r}")
+        expected, value = records[first]["oof"].get("levels"), record["oof"].get("levels")
+        if value != expected:
+            must = f"its predictions must be cut to labels as in {first}, {expected}"
+            problems.append(f"{folder}: {must}; got {value}: train both with one metric")
     return problems
 
 
