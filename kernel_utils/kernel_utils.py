@@ -318,7 +318,7 @@ class Settings:
                 value = self._validate(field, getattr(self, field.name))
             except ValueError as problem:
                 problems.append(str(problem))
-                value = field.default
+                value = self._validate(field, field.default)
             object.__setattr__(self, field.name, value)
         problems += self.conflicts()
         if problems:
@@ -341,9 +341,8 @@ class Settings:
         for item in value if kind == "names" else [value]:
             if choices is not None and item not in choices and value != field.default:
                 hint = _did_you_mean(item, choices)
-                raise ValueError(
-                    f"{name} must be one of {_comma_join(choices)}; got {item!r}{hint}"
-                )
+                known = _comma_join(choices) if choices else "those registered before, here none"
+                raise ValueError(f"{name} must be one of {known}; got {item!r}{hint}")
         numbers = value if kind is tuple else [value]
         if kind in (int, float, tuple) and not all(low <= number <= high for number in numbers):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -457,6 +456,8 @@ def _rename_old_settings(settings):
     names = ("text_column", "pair_column", "prefix")
     old = {name: str(settings[name]) for name in names if settings.get(name)}
     kept = {name: value for name, value in settings.items() if name not in names}
+    if not old:
+        return kept
     columns, new = _cast_names(kept.get("text_columns", Config.text_columns)), {}
     if "text_column" in old or "pair_column" in old:
         columns = [old.get("text_column", Config.text_columns), old.get("pair_column")]
@@ -471,8 +472,7 @@ def _rename_old_settings(settings):
     both = [name for name in new if kept.get(name, "") not in ("", getattr(Config, name))]
     if both:
         raise ConfigError(f"{_comma_join(old)} and {_comma_join(both)} are both given")
-    if old:
-        print(f"settings of version 0.9: {old} are now {new}")
+    print(f"settings of version 0.9: {old} are now {new}")
     return kept | new
 
 
@@ -757,7 +757,7 @@ class Config(Settings):
             yield f"loss coral {one_column}"
         for setting in ("text_columns", "target_columns"):
             names = getattr(self, setting)
-            if not all(names) or len(set(names)) < len(names):
+            if not names or not all(names) or len(set(names)) < len(names):
                 yield f"{setting} has an empty or repeated name: {_comma_join(names)}"
         yield from self._label_conflicts()
         if "fold" in targets:
@@ -805,6 +805,8 @@ class Config(Settings):
                 yield f"metrics: {name} is for {tasks}; task is {self.task}"
         if self.class_order and self.task != "multiclass":
             yield f"class_order is for task multiclass; task is {self.task}"
+        if self.class_order and self.has_class_columns:
+            yield "class_order does nothing where target_columns are the classes: order those"
         if len(set(self.class_order)) < len(self.class_order):
             yield f"class_order has a label twice: {_comma_join(self.class_order)}"
         if self.positive_label and self.task != "binary":
@@ -892,6 +894,14 @@ class Config(Settings):
         if self.has_class_columns:
             return frame[self.target_columns].idxmax(axis=1)
         return frame[self.target_columns[0]]
+
+    def label_columns(self, frame):
+        """{name: labels of every row} of each column of labels, or of all columns of classes."""
+        if self.task == "regression":
+            return {}
+        if self.has_class_columns:
+            return {_comma_join(self.target_columns): self.row_labels(frame)}
+        return dict(frame[self.target_columns])
 
     def class_labels(self, frame):
         """Labels of a binary or multiclass task: in `class_order`, or sorted as numbers if all are,
@@ -1939,24 +1949,33 @@ class _Table:
         """
         frame, id_column = self.frame, self.id_column
         where = f"{self.path}, preprocess {cfg.preprocess}"
+        frame = frame.copy()
+        has_ids = id_column in frame
+        if not has_ids:  # numbers, which tell whether the order stays
+            frame[id_column] = self.numbers.astype(str)
+        before = list(frame[id_column])
         try:
-            result = PREPROCESS[cfg.preprocess](frame.copy())
+            result = PREPROCESS[cfg.preprocess](frame)
         except Exception as error:
-            error.add_note(f"in {where}; every table goes through it: train, test, extra texts")
+            note = "every table goes through it; test and extra texts have no targets"
+            error.add_note(f"in {where}: {note}")
             raise
         if not isinstance(result, pd.DataFrame):
             raise DataError(f"{where}: expected a DataFrame, got {type(result).__name__}")
-        if id_column in frame and id_column not in result:
-            existing = _comma_join(result.columns)
+        existing = _comma_join(result.columns)
+        if not result.columns.is_unique:
+            raise DataError(f"{where}: expected each column once, got {existing}")
+        if id_column not in result:
             raise DataError(f"{where}: the column {id_column!r} is gone; there are {existing}")
-        before, after = (list(rows.get(id_column, rows.index)) for rows in (frame, result))
+        after = list(result[id_column])
         if before != after:
             row = _first_difference(before, after)
             old, new = (
                 f"{len(ids)} rows, id {row + 1} {ids[row : row + 1]}" for ids in (before, after)
             )
             raise DataError(f"{where}: expected the same ids in the same order, {old}; got {new}")
-        table = _Table(where, result.reset_index(drop=True), id_column)
+        result = result.reset_index(drop=True)
+        table = _Table(where, result if has_ids else result.drop(columns=id_column), id_column)
         for column, cells in table.frame.items():
             if column in cfg.text_columns:
                 is_text = [isinstance(cell, str) for cell in cells]
@@ -2109,6 +2128,7 @@ class _Table:
             remedy = (
                 "divide counts by their sum; if a text may have several labels or none, set task"
             )
+            rows.numbers = self.numbers
             rows.refuse_rows(name, is_off, f"1, within {tolerance:g} ({remedy} multilabel)")
             self.problems += rows.problems
         return dict(shares.div(sums, axis=0))
@@ -2227,8 +2247,9 @@ def _draw_rows(frame, cfg):
             place, is_further = (rank - 0.5) / rows.transform("size"), rank > 1
         first = np.lexsort((order, place, is_further))[: cfg.max_rows]
         drawn = frame.iloc[np.sort(first)]
-    for column in cfg.target_columns if cfg.task != "regression" else []:
-        lost = sorted(set(frame[column]) - set(drawn[column]))
+    is_drawn = frame.index.isin(drawn.index)
+    for column, values in cfg.label_columns(frame).items():
+        lost = sorted(set(values) - set(values[is_drawn]))
         if lost:
             labels = _comma_join(map(repr, lost[:10]))
             message = f"max_rows {cfg.max_rows} leaves no row of {len(lost)} labels: {labels}"
@@ -2248,6 +2269,8 @@ def _take_test_ids(test, sample, cfg):
         in_sample = [n for n in [*names, *_id_names(cfg.id_column)] if n in columns]
         if not in_sample and columns[0] in cfg.target_columns:
             sample.check_columns([wanted])
+        looks_like_ids = sample.find_ids([])
+        in_sample += [] if looks_like_ids is None else [looks_like_ids]
         name = [*in_sample, columns[0]][0]
         ids = sample.frame[name]
         sample.frame = sample.frame.rename(columns={name: cfg.id_column})
@@ -2453,7 +2476,9 @@ def _draw_folds(frame, texts, cfg):
                 fold_of_text[texts[dealt[part]]] = fold
     except ValueError as error:
         column = cfg.group_column if has_groups else _comma_join(cfg.target_columns)
-        problem = f"no {cfg.n_folds} {cfg.fold_kind} folds: {error}"
+        problem = (
+            f"no {cfg.n_folds} {cfg.fold_kind} folds ({str(error).rstrip('.')}): lower n_folds"
+        )
         if len(set(texts)) < len(texts):
             problem += "; rows with equal texts stay together, see group_duplicates"
         if cfg.max_rows:
@@ -2520,9 +2545,7 @@ def _check_labels(frame, running, cfg):
     Raises DataError for a fold whose model would see one label alone: it could learn nothing. With
     several target columns one that differs is enough.
     """
-    columns = dict(frame[cfg.target_columns])
-    if cfg.has_class_columns:
-        columns = {_comma_join(columns): cfg.row_labels(frame)}
+    columns = cfg.label_columns(frame)
     unseen, hopeless = [], []
     for fold in running:
         is_here = frame["fold"] == fold
@@ -4337,7 +4360,7 @@ class _Metric:
         """The score, NaN where it has no value; `inputs` are those that the metric `takes`."""
         name = self.__qualname__
         if any(inputs.get(needed) is None for needed in self.takes):
-            problem = f"metric {name} takes {_comma_join(self.takes)}, which oof.csv has not"
+            problem = f"metric {name} takes {_comma_join(self.takes)}, which only a training has"
             raise KitError(f"{problem}: runs that it scores cannot be compared or blended")
         taken = {needed: inputs[needed] for needed in self.takes}
         value = self.call_function(target, prediction, **taken)

@@ -170,7 +170,7 @@ def test_a_metric_may_take_the_rows_that_it_scores(tiny, tmp_path, own_metrics, 
     _, other = run(tiny, folder, **settings, run_name="two", head="cls")
     assert other["oof"]["by_output"]["metric"] == "rmse"
     with pytest.raises(
-        ku.KitError, match=r"metric .*by_writer takes frame, which oof.csv has not: runs that it scores"
+        ku.KitError, match=r"metric .*by_writer takes frame, which only a training has: runs that it scores"
     ):
         comparison.align_runs(comparison.read_records(tmp_path / "runs"))
 
