@@ -4908,7 +4908,7 @@ class TextModel(nn.Module):
         backbone = _BackboneLoader(folder, cfg, say).load(len(tokenizer))
         _check_max_length(backbone, cfg)
         model = cls(cfg, backbone, loss, _is_cls_last(tokenizer))
-        bias = loss.init_bias(targets)
+        bias = loss.init_bias(targets.float() if targets.is_floating_point() else targets)
         if isinstance(bias, np.ndarray):
             bias = torch.from_numpy(bias)
         name = f"init_bias of loss {cfg.loss} ({type(loss).__name__})"
@@ -6219,7 +6219,6 @@ class OptimizerStep:
         loss = LOSSES[cfg.loss](cfg, data.n_outputs)
         loss.check_targets(torch.from_numpy(fold_targets.targets[fold_targets.own_rows]))
         start = torch.from_numpy(fold_targets.draw(rows))
-        start = start.float() if start.is_floating_point() else start
         fresh = TextModel.build(cfg, data.folder, loss, data.tokenizer, start, say)
         fresh.target_mean[:] = torch.as_tensor(fold_targets.mean)
         fresh.target_spread[:] = torch.as_tensor(fold_targets.spread)

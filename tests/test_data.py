@@ -853,11 +853,11 @@ def test_an_error_inside_preprocess_comes_as_it_is_with_the_file(preprocess):
     cfg = preprocess(lambda frame: frame.assign(excerpt=frame["excerpt"] + frame["target"]), TRAIN, TEST)
     with pytest.raises(KeyError, match="target") as error:
         ku.read_competition(cfg)
-    assert "test.csv, preprocess clean; every table goes through it" in error.value.__notes__[0]
+    assert "test.csv, preprocess clean: every table goes through it" in error.value.__notes__[0]
 
 
 def test_a_preprocess_that_is_not_registered_is_refused(data):
-    with pytest.raises(ku.ConfigError, match="preprocess must be one of nothing; got 'clean'"):
+    with pytest.raises(ku.ConfigError, match="preprocess must be one of those registered before, here none; got .clean."):
         data(preprocess="clean")
 
 

@@ -647,7 +647,7 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
             keys(CONFIG, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})(folder),
             (folder / "evil.py").write_text(f"open({str(folder.parent / 'marker')!r}, 'w')"),
         ],
-        ["backbone", "custom code"],
+        ["backbone", "never run"],
     ),
     "code of its own for a model that there is": (
         lambda folder: [

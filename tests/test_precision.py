@@ -260,11 +260,11 @@ def test_golden_rows_that_bf16_would_fail_are_predicted_in_float32(runs, cpu, mo
 
 
 def test_runs_of_a_bundle_have_a_trial_each_and_share_their_model(runs, cpu, monkeypatch, tmp_path):
-    trials, built, real = cpu(), [], ku.TextModel
+    trials, built, real = cpu(), [], ku.TextModel.build_empty
     shutil.copytree(runs / "two", tmp_path / "three")
     bundle = ku.Bundle.open(runs / "two")
     bundle.runs += ku.Bundle.open(tmp_path / "three").runs
-    monkeypatch.setattr(ku, "TextModel", lambda *rest: built.append(real(*rest)) or built[-1])
+    monkeypatch.setattr(ku.TextModel, "build_empty", lambda *rest: built.append(real(*rest)) or built[-1])
     bundle.pick_cpu_precisions()
     ku.check_golden(bundle)
     assert [run.cfg.precision for run in bundle.runs] == ["bf16"] * 2 and len(trials) == 2 and len(built) == 1

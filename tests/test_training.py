@@ -690,7 +690,7 @@ def test_a_metric_of_ones_own_chooses_the_best_evaluation(tiny):
         _, record, oof = run(tiny(metric="largest_error", epochs=2))
         assert record["oof"]["last"] == pytest.approx((oof["target"] - oof["prediction"]).abs().max())
         with pytest.raises(ku.KitError, match=r"largest_errors must give a number, gave shape \(3,\)"):
-            ku._Metric(largest_errors, "lower", (), None, False)(np.ones(3), np.zeros(3))
+            ku._Metric(largest_errors, "lower", (), None)(np.ones(3), np.zeros(3))
     finally:
         del ku.METRICS["largest_error"]
 
