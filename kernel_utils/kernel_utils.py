@@ -112,17 +112,8 @@ __all__ = [
     # settings
     *("Config", "InferConfig", "Settings", "option", "RECIPES", "TASKS"),
     # parts of your own
-    *(
-        "HEADS",
-        "LOSSES",
-        "METRICS",
-        "SCHEDULES",
-        "PREPROCESS",
-        "register",
-        "metric",
-        "Loss",
-        "MseLoss",
-    ),
+    *("HEADS", "LOSSES", "METRICS", "SCHEDULES", "PREPROCESS"),
+    *("register", "metric", "Loss", "MseLoss"),
     *("EncoderInfo", "cls_token", "masked_mean", "masked_max"),
     # errors
     *("KitError", "ConfigError", "DataError", "NumericError", "Stopped", "BundleError"),
