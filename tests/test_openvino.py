@@ -363,7 +363,7 @@ def test_infer_predicts_with_the_engine_of_a_bundle(packed, runs, tmp_path):
     settings = [("bundle_dir", packed), ("data_dir", data), ("output_dir", tmp_path), ("engine", "openvino")]
     done, executed = papermill("infer.ipynb", tmp_path / "infer.ipynb", *settings)
     assert done.returncode == 0, done.stderr
-    assert "fold 1: OpenVINO int8 agrees" in printed(executed)  # a tiny model may be no faster in it
+    assert "fold 0: OpenVINO int8 agrees" in printed(executed)  # where it is slow, fold 1 has no trial
     submission = pd.read_csv(tmp_path / "submission.csv")
     expected = ku.load_bundle(packed).predict(test)[:, 0]
     sd = ku.load_bundle(packed).runs[0].record["oof"]["target_sd"][0]
