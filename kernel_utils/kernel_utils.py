@@ -107,7 +107,7 @@ from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 __all__ = [
     # settings
     *("Config", "InferConfig", "Settings", "option", "RECIPES", "TASKS"),
@@ -1635,6 +1635,16 @@ def _read_state(folder):
         return tensors[content].numpy() if kind == "array" else tensors[content]
 
     return json.loads((folder / "state.json").read_text(), object_hook=unpack)
+
+
+def _link_problems(folder):
+    """The symbolic links in a folder, at any depth, as problems: what they lead to is elsewhere."""
+    problems = []
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in sorted(folders + files)):
+            if path.is_symlink():
+                problems.append(f"{path}: a symbolic link; expected the file or folder itself")
+    return problems
 
 
 class RunFolder:
