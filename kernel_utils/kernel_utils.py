@@ -987,6 +987,10 @@ class InferConfig(Settings):
 
     data_dir: str = option("", "folder of test.csv; empty: the attached competition or the sample")
     bundle_dir: str = option("", "bundle or run folder; empty: the only one attached or in runs/")
+    bundle_sha256: str = option(
+        "", "SHA-256 of its manifest.json, as bundle.py printed it; empty: any"
+    )
+    own_module: bool = option(False, "run kernel_utils.py of the clone, not that of the bundle")
     test_file: str = option("", "name of the test table; empty: as in training")
     sample_file: str = option("", "name of the sample submission; empty: as in training")
     output_dir: str = option(".", "folder that submission.csv is written to")
@@ -8761,15 +8765,11 @@ class Bundle:
     _models: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def open(cls, folder, verify=False):
-        """The bundle or run of a folder; `verify` compares every file with the manifest first."""
+    def open(cls, folder):
+        """The bundle or run of a folder, which need not be as it was packed: see `verify`."""
         if not (folder / _MANIFEST).is_file():
-            if verify:
-                print(f"{folder}: a run folder, without checksums")
             return cls(folder, [_Run.load(folder)])
         manifest = _read_bundle_manifest(folder)
-        if verify:
-            cls._verify(folder, manifest["files"])
         entries, path = manifest["runs"], folder / _BLEND_FILE
         bundle = cls(folder, [_Run.from_bundle(folder, *entry) for entry in entries.items()])
         if path.is_file():
@@ -8781,16 +8781,29 @@ class Bundle:
         return bundle
 
     @staticmethod
-    def _verify(folder, files):
-        """Raise BundleError where a file is not what was packed, or another module runs."""
+    def verify(folder, sha256="", own_module=False):
+        """Raise BundleError where a file of a bundle is not what was packed, its manifest is not
+        the one with this `sha256`, or, but for `own_module`, another module runs."""
+        if not (folder / _MANIFEST).is_file():
+            if sha256:
+                raise BundleError(f"{folder}: a run folder, which has no bundle_sha256 {sha256}")
+            print(f"{folder}: a run folder, without checksums")
+            return
+        actual = _file_sha256(folder / _MANIFEST)
+        if sha256 not in ("", actual):
+            raise BundleError(f"{folder / _MANIFEST}: bundle_sha256 is {sha256}, got {actual}")
+        files = _read_bundle_manifest(folder)["files"]
         problems = _SealedFolder(folder).integrity_problems(files)
-        if not problems and _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]:
-            running = f"{__file__}, version {__version__}"
-            problems = [f"kernel_utils.py: {running}, runs instead of the one of the bundle"]
+        is_own = _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]
+        running = f"{__file__}, version {__version__}, runs instead of the one of the bundle"
+        if is_own and not own_module:
+            problems = problems or [f"kernel_utils.py: {running}"]
         if problems:
             raise BundleError([f"{folder}", *problems])
         size = sum(file["bytes"] for file in files.values())
         print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
+        if is_own:
+            print(f"  {running}")
 
     @property
     def cfg(self):
@@ -8956,18 +8969,21 @@ def _find_bundle(bundle_dir):
     return folders[0]
 
 
-def load_bundle(bundle_dir="", precision="auto"):
+def load_bundle(bundle_dir="", precision="auto", bundle_sha256="", own_module=False):
     """The bundle or run that `bundle_dir` names or that alone is attached, verified, as a `Bundle`.
 
-    Every file is checked by size and SHA-256, and that this module is the bundle's own: BundleError
-    names every file that is not what was packed. A run folder has no manifest to verify;
-    `check_golden` checks its predictions all the same. `precision` is that of infer.ipynb: auto is
-    as trained on a GPU; on a CPU that computes bf16 what a trial finds quicker, else fp32.
+    Every file is checked by size and SHA-256, and that this module is the bundle's own, unless
+    `own_module` says that it need not be: BundleError names every file that is not what was packed.
+    With `bundle_sha256` manifest.json must have that SHA-256. A run folder has no manifest to
+    verify; `check_golden` checks its predictions all the same. `precision` is that of infer.ipynb:
+    auto is as trained on a GPU; on a CPU that computes bf16 what a trial finds quicker, else fp32.
     """
     precision_error = _precision_error(precision)
     if precision_error:
         raise ConfigError(f"precision {precision} cannot be used here: {precision_error}")
-    bundle = Bundle.open(_find_bundle(bundle_dir), verify=True)
+    folder = _find_bundle(bundle_dir)
+    Bundle.verify(folder, bundle_sha256, own_module)
+    bundle = Bundle.open(folder)
     for run in bundle.runs:
         print(_summary(run.name, run.record))
         changes = _list_changes(run.record["versions"], _versions(), "here")
@@ -8984,16 +9000,17 @@ def load_bundle(bundle_dir="", precision="auto"):
 
 
 def load_sibling(name):
-    """The module of the file `name`.py beside this one, such as openvino_engine.
+    """The module of the file `name`.py beside this one, such as comparison or openvino_engine.
 
     In a bundle or starter its bytes must be those that the manifest names: BundleError. ConfigError
     where there is no such file.
     """
     path = Path(__file__).with_name(f"{name}.py")
     if not path.is_file():
-        engine = name.removesuffix("_engine")
-        remedy = f"pack the bundle with tools/bundle.py --engine {engine}, or set engine torch"
-        raise ConfigError(f"engine {engine}: there is no {path}; {remedy}")
+        remedy = "attach a starter or clone"
+        if name.endswith("_engine"):
+            remedy = "pack the bundle with tools/bundle.py --engine, or set engine torch"
+        raise ConfigError(f"there is no {path}: {remedy}")
     code = path.read_bytes()
     if path.with_name(_MANIFEST).is_file():
         file = _read_bundle_manifest(path.parent)["files"].get(path.name, {})

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,7 @@ MOUNTS = {  # name -> {mount: what is there, see `kernels`}, for infer.ipynb
     "competition old": {BUNDLES["new"]: "one", OLD: "competition"},
     "both old": {BUNDLES["old"]: "one", OLD: "competition"},
     "training output": {"notebooks/me/train/runs/one": "run", "datasets/me/kit": "module", NEW: "competition"},
+    "run that has code": {"datasets/me/run": "run with code", "datasets/me/kit": "module", NEW: "competition"},
     "two runs": {BUNDLES["new"]: "two", NEW: "competition"},
     **{f"damaged {name}": {BUNDLES["new"]: name, NEW: "competition"} for name in DAMAGED},
 }
@@ -189,6 +191,30 @@ def own_notebook(clone, settings):
     return export(inside / "mine.ipynb", inside / "mine.py")
 
 
+def strangers(made, bundle_folder, run):
+    """Folders from somebody else, {name: folder}, whose code writes the file RAN if it runs."""
+    touch = f"open({str(made / 'RAN')!r}, 'w').write('x')\n"
+    names = ("shadowed bundle", "own bundle", "run with code")
+    folders = {name: made / name for name in names}
+    for folder, source in zip(folders.values(), (bundle_folder, bundle_folder, run), strict=True):
+        shutil.copytree(source, folder)
+    shadowed, own, with_code = folders.values()
+    for name in ("safetensors.py", "torch.py", "transformers.py", "kernel_utils_extra.py"):
+        (shadowed / name).write_text(touch)
+    (made / "theirs.py").write_text(touch)
+    cached = shadowed / "__pycache__" / f"kernel_utils.{sys.implementation.cache_tag}.pyc"
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(made / "theirs.py", cached, str(shadowed / "kernel_utils.py"), invalidation_mode=unchecked)
+    module = touch + Path(ku.__file__).read_text()
+    for folder in (own, with_code):
+        (folder / "kernel_utils.py").write_text(module)
+    manifest = json.loads((own / "manifest.json").read_bytes())
+    manifest["files"]["kernel_utils.py"] = ku._describe_file(own / "kernel_utils.py")
+    del manifest["sha256"]
+    (own / "manifest.json").write_bytes(ku._seal_manifest(manifest))
+    return folders
+
+
 @pytest.fixture(scope="module")
 def kernels(dist, runs, backbone_folder, tmp_path_factory):
     """Function: name of MOUNTS, OTHERS, or of those below -> what became of the notebook or script there, and its
@@ -207,6 +233,15 @@ def kernels(dist, runs, backbone_folder, tmp_path_factory):
     files = {"starter trains": "starter/train/train.ipynb", "run trains": "kernels/train/train.ipynb"}
     files |= {"run infers": "kernels/infer/infer.ipynb", "exported script": "exported script kaggle/working/infer.py"}
     home = {"root": str(made / "none"), "folder": str(ROOT), "settings": {}}
+    infer = home | {"file": str(ROOT / "notebooks" / "infer.ipynb")}
+    theirs = strangers(made, dist("one"), runs / "one")
+    for name, folder in theirs.items():  # first: what is imported once is not imported again
+        kernels[name] = infer | {"settings": {"bundle_dir": str(folder), "output_dir": str(made / name)}}
+    kernels["own bundle"]["settings"]["own_module"] = True
+    for name, folder in {"pinned": dist("one"), "another one": theirs["own bundle"]}.items():
+        settings = {"bundle_dir": str(folder), "bundle_sha256": bundle.bundle_sha256(dist("one"))}
+        kernels[name] = infer | {"settings": settings | {"output_dir": str(made / name)}}
+    folders["run with code"] = theirs["run with code"]
     with kaggle_roots(made) as mount:
         for name, inputs in (MOUNTS | OTHERS).items():
             env, work = mount({place: folders[what] for place, what in inputs.items()}, f"{name} kaggle")
@@ -216,7 +251,7 @@ def kernels(dist, runs, backbone_folder, tmp_path_factory):
         kernels["starter trains"]["settings"] = SMALL
         export(ROOT / "notebooks" / "infer.ipynb", made / files["exported script"])
         settings = {"bundle_dir": str(dist("one")), "output_dir": str(made / "home")}
-        kernels["home"] = home | {"settings": settings, "file": str(ROOT / "notebooks" / "infer.ipynb")}
+        kernels["home"] = infer | {"settings": settings}
         settings = {"heda": "conv1d", "head": "conv1", "epochs": 2.5}
         kernels["misspelt"] = home | {"settings": settings, "file": str(ROOT / "notebooks" / "train.ipynb")}
         settings = {"data_dir": str(folders["competition"]), "backbone": str(folders["backbone"]), "output_dir": "out"}
@@ -229,8 +264,7 @@ def kernels(dist, runs, backbone_folder, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert not Path(env["NETWORK_LOG"]).exists(), Path(env["NETWORK_LOG"]).read_text()
         for name, expected in trees.items():
-            if not name.endswith("trains"):  # which imports the module as any other, and caches it where it can
-                assert tree(made / f"{name} kaggle" / "input") == expected
+            assert tree(made / f"{name} kaggle" / "input") == expected
         assert tree(dist("one")) == before
         results = json.loads((made / "results.json").read_text())
         yield lambda name: (results[name], Path(kernels[name]["folder"]), made)
@@ -260,7 +294,8 @@ def test_what_is_attached_under_any_mount_predicts_offline_what_training_predict
     assert Path(result["module"]).is_relative_to(work.parent / "input")
     assert "8 golden rows in float32" in out and "rows/s" in out and "1 process on" in out
     assert f"10 rows by {4 if name == 'two runs' else 2} models in" in out
-    assert ("all as they were packed" in out) is (name != "training output")
+    assert ("all as they were packed" in out) is (name not in ("training output", "run that has code"))
+    assert ("datasets/me/kit" in result["module"]) is (name in ("training output", "run that has code"))
 
 
 @pytest.mark.slow
@@ -268,6 +303,28 @@ def test_what_is_attached_under_any_mount_predicts_offline_what_training_predict
 def test_a_damaged_bundle_stops_the_notebook_names_the_file_and_writes_no_submission(name, kernels):
     result, work, _ = kernels(f"damaged {name}")
     assert name in result["error"] and not (work / "submission.csv").exists()
+
+
+@pytest.mark.slow
+def test_of_a_folder_from_somebody_else_no_code_runs_but_the_module_of_a_bundle(kernels):
+    error = kernels("shadowed bundle")[0]["error"]
+    assert all(f"{name}: not in manifest.json" in error for name in ("__pycache__", "safetensors.py", "torch.py"))
+    for name, said in (("run with code", "a run folder, without checksums"), ("own bundle", "runs instead of the one")):
+        result, _, made = kernels(name)
+        assert result["error"] is None and said in result["printed"], result
+        assert Path(result["module"]) == ROOT / "kernel_utils" / "kernel_utils.py"
+        assert len(submission(made / name)) == 49
+    assert not (made / "RAN").exists()
+
+
+@pytest.mark.slow
+def test_a_bundle_that_is_pinned_is_the_only_one_that_runs(kernels, dist):
+    result, _, made = kernels("pinned")
+    assert result["error"] is None and len(submission(made / "pinned")) == 49
+    assert Path(result["module"]).parent == dist("one")
+    error = kernels("another one")[0]["error"]
+    assert "another one" not in error and "own bundle/manifest.json has not the SHA-256" in error
+    assert not (made / "another one").exists() and not (made / "RAN").exists()
 
 
 @pytest.mark.slow

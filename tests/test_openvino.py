@@ -345,7 +345,7 @@ def test_an_engine_that_is_not_the_file_that_was_packed_does_not_run(packed, bes
 
 def test_an_engine_that_is_not_listed_does_not_run(runs, beside, tmp_path):
     plain = pack(runs / "one", tmp_path / "plain")
-    with pytest.raises(ku.ConfigError, match=r"engine openvino: there is no .*--engine openvino, or set engine torch"):
+    with pytest.raises(ku.ConfigError, match=r"there is no .*openvino_engine.py: .*--engine, or set engine torch"):
         beside(plain)
     (plain / "openvino_engine.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ku.BundleError, match="not the file that was packed"):

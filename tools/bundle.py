@@ -367,6 +367,11 @@ def check(folder):
     return True
 
 
+def bundle_sha256(folder):
+    """What pins a bundle: the SHA-256 of its manifest, which has those of all other files."""
+    return ku._file_sha256(Path(folder, ku._MANIFEST))
+
+
 # ---------------------------------------------------------------------------------------
 # Kernels
 
@@ -691,6 +696,7 @@ def pack_and_push(args):
     target, *kernels = pack(args)
     # Training again takes hours of a weekly quota: only a starter's kernel is pushed unnamed
     used = [folder for folder in kernels if args.starter or folder.name == "infer"]
+    print(f"bundle_sha256 {bundle_sha256(target)}: set it in infer.ipynb to take no other bundle")
     print(f"made {ku._comma_join([target, *kernels])}; to upload and submit:")
     print("", *kaggle_push.commands([target, *used]), sep="\n  ")
     if used and args.runs:
@@ -707,10 +713,9 @@ def main():
     try:
         if not args.check:
             pack_and_push(args)
-        elif check(Path(args.check)):
-            print(f"{args.check}: sound")
         else:
-            print(f"{args.check}: files and metadata are sound")
+            sound = "sound" if check(Path(args.check)) else "files and metadata are sound"
+            print(f"{args.check}: {sound}; bundle_sha256 {bundle_sha256(args.check)}")
     except (ku.KitError, kaggle_push.PushError, OSError) as error:
         sys.exit(str(error))
 
