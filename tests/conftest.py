@@ -434,6 +434,12 @@ def flip(path):
     path.write_bytes(data)
 
 
+def with_this_module(script):
+    """The script of a notebook, which takes the module of this process and makes no second one."""
+    script = script.replace('types.ModuleType("kernel_utils")', 'sys.modules["kernel_utils"]')
+    return re.sub("(?m)^exec.*$", "", script)
+
+
 def papermill(notebook, out, *parameters, cwd=ROOT, env=None):
     """Run a notebook with `-p` parameters; the finished process and the executed notebook."""
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "notebooks" / notebook), str(out)]

@@ -27,6 +27,15 @@ def test_committed_notebooks_are_thin_and_clean(path):
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source)))
 
 
+def test_all_notebooks_run_the_bytes_that_they_have_compared_and_import_nothing_of_ours():
+    sources = ["\n".join(cell.source for cell in nbformat.read(path, 4).cells) for path in NOTEBOOKS]
+    lines = [set(source[source.index("code, manifest =") :].splitlines()[:12]) for source in sources]
+    assert len(set.intersection(*lines)) >= 8  # from reading the module to running it
+    assert not any(
+        word in source for source in sources for word in ("import kernel_utils", "import blending", "sys.path.insert")
+    )
+
+
 @pytest.mark.slow
 def test_pretrain_leaves_a_backbone_that_train_takes(competition, maskable, tmp_path, capsys):
     own = [("data_dir", competition), ("backbone", maskable("bert")), ("max_length", 32), ("epochs", 2)]

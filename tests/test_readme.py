@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import sys
 import types
 
 import kernel_utils as ku
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, with_this_module
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = {"heads": ku.HEADS, "losses": ku.LOSSES, "metrics": ku.METRICS}
@@ -71,9 +70,8 @@ def test_the_examples_train_as_they_are_in_cells_above_from_notebook(
     parameters = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     cells[place:place] = [f"# Parameters\n{parameters}", *BLOCKS]
     script = tmp_path / "train.py"
-    script.write_text("".join(f"# %%\n{cell}\n" for cell in cells), encoding="utf-8")
+    script.write_text(with_this_module("".join(f"# %%\n{cell}\n" for cell in cells)), encoding="utf-8")
     monkeypatch.chdir(ROOT)  # of a clone, where the notebook finds the module
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("IPython.display.Image", lambda path: None)  # tests draw no figures
     runpy.run_path(str(script), run_name="__main__")
     (run,) = (tmp_path / "runs").iterdir()

@@ -23,6 +23,8 @@ import pandas as pd
 import pretraining
 import pytest
 
+from conftest import with_this_module
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPOSED = """data_dir id_column text_columns target_columns task metric recipe backbone head loss max_length n_folds
 run_folds epochs batch_size lr head_lr llrd reinit_layers backbone_dropout seed fold_seed output_dir run_name resume
@@ -566,10 +568,10 @@ def exported_config(tmp_path, monkeypatch, change):
     script, _ = PythonExporter().from_notebook_node(notebook)
     last_line = "cfg = ku.Config.from_notebook(globals())\n"
     path = tmp_path / "train.py"
-    path.write_text(script[: script.index(last_line)] + last_line, encoding="utf-8")
+    script = script[: script.index(last_line)] + last_line
+    path.write_text(with_this_module(script), encoding="utf-8")
     monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path / "no_kaggle"))
     monkeypatch.chdir(NOTEBOOKS)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     return runpy.run_path(str(path), run_name="__main__")["cfg"]
 
 
