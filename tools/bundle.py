@@ -70,7 +70,7 @@ class Refused(ku.KitError):
 
 
 def plain_file_problems(paths, cache=None):
-    """Problems of files that must be plain and not empty; links may lead into the folder `cache`."""
+    """Problems of files that must be plain and not empty; links may lead into a folder `cache`."""
     problems = []
     for path in paths:
         is_cached = cache and Path(os.path.realpath(path)).is_relative_to(cache)
