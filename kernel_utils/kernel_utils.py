@@ -1718,11 +1718,11 @@ class RunFolder:
 
     def problems(self):
         """Why nothing can be predicted with the run, as texts; none for one that is sound."""
+        if not self.record.is_file():
+            return ["expected a run folder, no record.json"]
         link_problems = _link_problems(self.path)
         if link_problems:
             return link_problems
-        if not self.record.is_file():
-            return ["expected a run folder, no record.json"]
         try:
             return self._record_problems(self.read_record())
         except KitError as error:  # a file that is no JSON object
@@ -7670,13 +7670,11 @@ class _RunFinder:
             self.copy_to(base)
         folder, number = base, 1
         while folder.exists():
-            problems = _link_problems(folder)
             names = {path.name for path in folder.glob("*")}
+            # of a run that was killed as it began
             is_begun = folder.is_dir() and names <= {".lock", f".{self.file}.tmp"}
-            if is_begun and not problems:  # a run was killed as it began
-                return folder
-            problems = problems or self.differences(folder)
-            if cfg.resume and not problems:
+            problems = _link_problems(folder) if is_begun else self.differences(folder)
+            if not problems and (is_begun or cfg.resume):
                 return folder
             if not cfg.resume:
                 problems = ["resume is False"]
@@ -7701,9 +7699,9 @@ class _RunFinder:
             expected = f"must be or hold one run folder ({self.file})"
             raise ConfigError(f"{where} {expected}: {_comma_join(runs)}")
         run = runs[0]
-        problems = _link_problems(run) or self.differences(run)
-        if problems:
-            raise ConfigError([f"{where}: {run} cannot go on as this run", *problems])
+        differences = self.differences(run)
+        if differences:
+            raise ConfigError([f"{where}: {run} cannot go on as this run", *differences])
         print(f"copying {run} to {folder}")
         with _SealedFolder(folder).in_temporary() as temporary:
             for path in run.rglob("*"):
@@ -7717,7 +7715,10 @@ class _RunFinder:
     def differences(self, folder):
         """What keeps the run in `folder` from going on as this one, as texts."""
         if not (folder / self.file).is_file():
-            return ["it is no run"]
+            return [f"it is no run, there is no {self.file}"]
+        link_problems = _link_problems(folder)
+        if link_problems:
+            return link_problems
         old, new = _read_json(folder / self.file), self.record
         versions = old.get("versions")
         if isinstance(versions, dict):

@@ -140,7 +140,7 @@ def notebook_part_problems(folder, record):
 def run_problems(folder, half):
     """(record, problems) of a run folder; all is looked at but what it predicts."""
     run = ku.RunFolder(folder)
-    problems = ku._link_problems(folder) or plain_file_problems([run.record])
+    problems = plain_file_problems([run.record]) or ku._link_problems(folder)
     problems = problems or json_problems(run.record)
     if problems:
         return None, problems
@@ -339,13 +339,13 @@ def target_problems(target, kernel_id=None):
     if not target.exists():
         return []
     refusal = f"{target}: exists and is not what this tool made; delete it or choose another name"
-    if not target.is_dir() or ku._link_problems(target):
+    if not target.is_dir():
         return [refusal]
     names = {path.name for path in target.iterdir()}
-    if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
-        metadata = json.loads((target / kaggle_metadata.KERNEL_FILE).read_text(encoding="utf-8"))
-        return [] if metadata.get("id") == kernel_id else [refusal]
-    with contextlib.suppress(ku.BundleError):
+    with contextlib.suppress(ku.KitError):
+        if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
+            metadata = ku._read_json(target / kaggle_metadata.KERNEL_FILE)
+            return [] if metadata.get("id") == kernel_id else [refusal]
         made = {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
         return [] if names <= made else [refusal]
     return [refusal] if names else []
