@@ -180,6 +180,9 @@ def read_records(folder):
     Runs that did not finish are named and left out; ComparisonError where none did.
     """
     runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
+    problems = [problem for run in runs for problem in ku._link_problems(run)]
+    if problems:
+        raise ComparisonError(problems)
     finished = [run for run in runs if ku.RunFolder(run).is_complete()]
     unfinished = [run.name for run in runs if run not in finished]
     if unfinished:

@@ -1366,12 +1366,43 @@ def _wrap_write_errors(path):
         raise KitError(f"{path} could not be written: {reason}") from None
 
 
+def _is_plain_file(path):
+    """Whether a path is a file itself: no link, whatever it leads to, no pipe and no device."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _link_problems(folder):
+    """The links, pipes and devices in a folder, at any depth, as problems: what is read or written
+    there is elsewhere. Those that Weights & Biases makes in its own folder are left to it."""
+    problems = []
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in sorted(folders + files)):
+            if path.is_symlink():
+                problems.append(f"{path}: a symbolic link; expected the file or folder itself")
+            elif not (path.is_file() or path.is_dir()):
+                problems.append(f"{path}: a pipe or a device; expected a plain file")
+        folders[:] = [name for name in folders if name != "wandb"]
+    return problems
+
+
+def _delete(path):
+    """Delete a file, a folder or a link, never what a link leads to; nothing where none is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class _LineFile(io.FileIO):
-    """A file of lines without a buffer, so that nothing is left for closing it."""
+    """A file of lines without a buffer, so that nothing is left for closing it; never a link."""
 
     def __init__(self, path, mode):
         with _wrap_write_errors(path):
-            super().__init__(path, mode)
+            super().__init__(path, mode, opener=self.open_no_link)
+
+    @staticmethod
+    def open_no_link(path, flags):
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
     def write_line(self, text):
         line = f"{text}\n".encode()
@@ -1399,6 +1430,8 @@ def _write_atomic(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _wrap_write_errors(path):
+            _delete(temporary)
+            temporary.touch(exist_ok=False)  # O_EXCL: a file of its own
             write(temporary)
             _fsync(temporary)
             os.replace(temporary, path)
@@ -1535,8 +1568,7 @@ class _SealedFolder:
             manifest.write_bytes(_seal_manifest({"files": files}))
             for path in (*paths, manifest, temporary):
                 _fsync(path)
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            _delete(self.path)
             os.replace(temporary, self.path)
             _fsync(self.path.parent)
 
@@ -1546,8 +1578,7 @@ class _SealedFolder:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with _wrap_write_errors(self.path):
-                if temporary.exists():
-                    shutil.rmtree(temporary)
+                _delete(temporary)
                 temporary.mkdir(parents=True)
                 yield temporary
         finally:
@@ -1555,8 +1586,11 @@ class _SealedFolder:
 
     def read_manifest(self):
         """What `_seal_manifest` made the bytes of; ValueError where one of them differs."""
+        path = self.path / _MANIFEST
+        if not _is_plain_file(path):
+            raise ValueError(f"missing, or not a plain file in {self.path}")
         try:
-            data = (self.path / _MANIFEST).read_bytes()
+            data = path.read_bytes()
             manifest = json.loads(data)
             content = {key: manifest[key] for key in manifest if key != "sha256"}
             is_sound = _seal_manifest(content) == data
@@ -1574,8 +1608,10 @@ class _SealedFolder:
             return [f"{_MANIFEST}: {problem}"]
 
     def file_problems(self, files):
-        """What is wrong with the `files` of a manifest: missing, cut or changed."""
-        problems = []
+        """What is wrong with the `files` of a manifest: missing, cut or changed; links alone."""
+        problems = _link_problems(self.path)
+        if problems:
+            return problems
         for name, expected in files.items():
             path = self.path / name
             if Path(name).name != name or not path.is_file():
@@ -1641,16 +1677,6 @@ def _read_state(folder):
     return json.loads((folder / "state.json").read_text(), object_hook=unpack)
 
 
-def _link_problems(folder):
-    """The symbolic links in a folder, at any depth, as problems: what they lead to is elsewhere."""
-    problems = []
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in sorted(folders + files)):
-            if path.is_symlink():
-                problems.append(f"{path}: a symbolic link; expected the file or folder itself")
-    return problems
-
-
 class RunFolder:
     """The folder of a run, `output_dir/run_name`: where everything in it is, and its readers.
 
@@ -1698,6 +1724,9 @@ class RunFolder:
         """Why nothing can be predicted with the run, as texts; none for one that is sound."""
         if not self.record.is_file():
             return ["expected a run folder, no record.json"]
+        link_problems = _link_problems(self.path)
+        if link_problems:
+            return link_problems
         try:
             return self._record_problems(self.read_record())
         except KitError as error:  # a file that is no JSON object
@@ -3391,7 +3420,8 @@ _WEIGHT_PACKAGES = {
 
 def _weight_files(folder):
     folder = Path(folder)
-    return sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("pytorch_model*.bin"))
+    paths = sorted(folder.glob("*.safetensors*")) + sorted(folder.glob("pytorch_model*.bin"))
+    return [path for path in paths if path.is_file()]
 
 
 def _is_backbone(folder):
@@ -5602,7 +5632,7 @@ class _Checkpoints:
     def load(self, stateful):
         """Load the newest sound checkpoint; False where there is none. Damage is printed."""
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
-            shutil.rmtree(temporary)
+            _delete(temporary)
         for folder in self.paths():
             problems = _SealedFolder(folder).problems()
             if problems:
@@ -5639,7 +5669,7 @@ class _Checkpoints:
         with _wrap_write_errors(self.folder):
             for folder in self.paths():
                 if folder not in self.recent:
-                    shutil.rmtree(folder)
+                    _delete(folder)
 
 
 # ---------------------------------------------------------------------------------------
@@ -7644,11 +7674,11 @@ class _RunFinder:
             self.copy_to(base)
         folder, number = base, 1
         while folder.exists():
-            names = {path.name for path in folder.iterdir()}
-            if names <= {".lock", f".{self.file}.tmp"}:  # a run was killed as it began
-                return folder
-            problems = self.differences(folder)
-            if cfg.resume and not problems:
+            names = {path.name for path in folder.glob("*")}
+            # of a run that was killed as it began
+            is_begun = folder.is_dir() and names <= {".lock", f".{self.file}.tmp"}
+            problems = _link_problems(folder) if is_begun else self.differences(folder)
+            if not problems and (is_begun or cfg.resume):
                 return folder
             if not cfg.resume:
                 problems = ["resume is False"]
@@ -7675,27 +7705,24 @@ class _RunFinder:
         run = runs[0]
         differences = self.differences(run)
         if differences:
-            raise ConfigError([f"{where}: {run} is another run", *differences])
+            raise ConfigError([f"{where}: {run} cannot go on as this run", *differences])
         print(f"copying {run} to {folder}")
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with _wrap_write_errors(folder):
-                temporary.mkdir(parents=True)
-                for path in run.rglob("*"):
-                    place = path.relative_to(run)
-                    is_hidden = any(part.startswith(".") for part in place.parts)
-                    if path.is_file() and not is_hidden:
-                        (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _SealedFolder(folder).in_temporary() as temporary:
+            for path in run.rglob("*"):
+                place = path.relative_to(run)
+                is_hidden = any(part.startswith(".") for part in place.parts)
+                if _is_plain_file(path) and not is_hidden:
+                    (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
+            os.replace(temporary, folder)
 
     def differences(self, folder):
         """What keeps the run in `folder` from going on as this one, as texts."""
         if not (folder / self.file).is_file():
-            return ["it is no run"]
+            return [f"it is no run, there is no {self.file}"]
+        link_problems = _link_problems(folder)
+        if link_problems:
+            return link_problems
         old, new = _read_json(folder / self.file), self.record
         versions = old.get("versions")
         if isinstance(versions, dict):
@@ -7733,6 +7760,9 @@ def _locked(folder):
     import fcntl  # not on Windows
 
     with _LineFile(RunFolder(folder).lock, "ab+") as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            problem = "a hard link, so a file elsewhere would be written too; delete it"
+            raise KitError(f"{file.name}: {problem}")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -7752,7 +7782,10 @@ class _RunLog:
 
     def __init__(self, cfg, folder):
         self.tracker = self.start_tracker(cfg, folder)
-        self.file = _LineFile(RunFolder(folder).log, "wb")
+        log = RunFolder(folder).log
+        with _wrap_write_errors(log):
+            log.unlink(missing_ok=True)
+        self.file = _LineFile(log, "xb")  # made anew: the old one may be a hard link
 
     def start_tracker(self, cfg, folder):
         """Weights & Biases, or None; offline unless WANDB_MODE says else: it asks no login."""
@@ -8073,6 +8106,7 @@ class _TrainingRun:
                 self.set_precision(_TrainingTrial(self.data, self.cfg).pick())
             _write_json(self.folder.record, self.record)
             with _wrap_write_errors(self.folder.tokenizer):
+                _delete(self.folder.tokenizer)
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
             with self.budget:
                 old_results = self.read_old_results()
@@ -9356,7 +9390,7 @@ def predict_test(run_folder, test, sample=None, submission_form=""):
         copy = kaggle.working / path.name
         with _wrap_write_errors(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+        _write_atomic(copy, lambda temporary: shutil.copyfile(path, temporary))
         print(f"wrote {copy}, where Kaggle looks for it")
     return table
 

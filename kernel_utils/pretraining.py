@@ -533,8 +533,10 @@ def _plot_pretraining(run, state):
 
 def _save_pretrained(model, tokenizer, run):
     """The backbone alone, without its head, as transformers lays it out; the weights last."""
-    with ku._wrap_write_errors(run):
-        tokenizer.save_pretrained(run)
+    with ku._SealedFolder(run / "tokenizer").in_temporary() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            path.replace(run / path.name)
     config = model.backbone.config
     config.architectures = [type(model.backbone).__name__]
     ku._write_atomic(run / "config.json", config.to_json_file)

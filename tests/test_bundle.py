@@ -306,6 +306,26 @@ def test_no_bit_of_a_manifest_can_flip_unseen(bit, copy):
         ku.load_bundle(copy)
 
 
+@pytest.mark.parametrize("names", [["manifest.json"], [name for name in EVERY if name != "manifest.json"], ["x"]])
+def test_links_to_the_very_bytes_of_a_bundle_are_refused_by_name(names, copy, packed, refused):
+    for name in names:
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(packed / name)
+    said = refused("--check", copy)
+    with pytest.raises(ku.BundleError) as error:
+        ku.load_bundle(copy)
+    assert [name for name in names if name not in said or name not in str(error.value)] == []
+
+
+def test_a_bundle_whose_manifest_or_weights_are_a_pipe_is_refused_without_waiting_for_it(copy):
+    replace_by_fifo(copy / "one.fold0.safetensors")
+    with pytest.raises(ku.BundleError, match=r"one\.fold0\.safetensors: a pipe or a device"):
+        ku.load_bundle(copy)
+    replace_by_fifo(copy / "manifest.json")
+    with pytest.raises(ku.KitError, match=r"manifest\.json"):
+        ku.load_bundle(copy)
+
+
 def test_a_file_too_many_is_refused_by_name(copy, refused):
     (copy / "helper.py").write_text("print('hello')")
     assert "helper.py: not in manifest.json" in refused("--check", copy)
@@ -475,14 +495,12 @@ HOSTILE = {  # what is done to a run, and what the message must name
         "model.safetensors: a symbolic link",
     ),
     "linked record": (lambda run: replace_by_link(run / "record.json"), "record.json: a symbolic link"),
-    "linked fold": (lambda run: replace_by_link(run / "fold0"), "fold0/model.safetensors: a symbolic link"),
-    "linked tokenizer": (
-        lambda run: replace_by_link(run / "tokenizer"),
-        "tokenizer/tokenizer_config.json: a symbolic link",
-    ),
+    "linked fold": (lambda run: replace_by_link(run / "fold0"), "one/fold0: a symbolic link"),
+    "linked tokenizer": (lambda run: replace_by_link(run / "tokenizer"), "one/tokenizer: a symbolic link"),
+    "a link that nobody reads": (lambda run: (run / "notes").symlink_to("gone"), "one/notes: a symbolic link"),
     "a pipe as weights": (
         lambda run: replace_by_fifo(run / "fold0/model.safetensors"),
-        "model.safetensors: missing, or no",
+        "model.safetensors: a pipe or a device",
     ),
     "no folds": (edit_record(lambda r: r.update(folds=[])), "one: the run did not finish"),
     "golden rows of no fold": (
@@ -728,6 +746,40 @@ def test_a_backbone_that_kaggle_could_not_load_is_refused(spoil, message, backbo
     folder = Path(shutil.copytree(backbone_folder("tiny"), tmp_path / "backbone"))
     spoil(folder)
     assert message in refused("--starter", "--backbone", folder, "-o", tmp_path / "dist", *NAMES)
+
+
+def test_a_backbone_in_a_cache_of_a_hub_is_packed_through_its_links_and_no_link_leads_out(
+    call, refused, backbone_folder, tmp_path
+):
+    snapshot, blobs = tmp_path / "models--me--tiny/snapshots/1", tmp_path / "models--me--tiny/blobs"
+    shutil.copytree(backbone_folder("tiny"), blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    target = tmp_path / "dist"
+    call("--starter", "--backbone", snapshot, "-o", target, *NAMES)
+    assert not (target / "config.json").is_symlink()
+    assert (target / "model.safetensors").read_bytes() == (blobs / "model.safetensors").read_bytes()
+
+    keys = tmp_path / "keys.json"
+    shutil.copyfile(blobs / "config.json", keys)
+    (blobs / "config.json").unlink()
+    (blobs / "config.json").symlink_to(keys)  # two links on the way
+    command = ["-o", tmp_path / "other", *NAMES, "--starter", "--backbone"]
+    assert f"{snapshot}/config.json: a symbolic link" in refused(*command, snapshot)
+    plain = Path(shutil.copytree(backbone_folder("tiny"), tmp_path / "plain"))
+    replace_by_link(plain / "tokenizer.json")
+    (tmp_path / "link").symlink_to(plain)
+    said = refused(*command, tmp_path / "link")
+    assert "tokenizer.json: a symbolic link" in said and "config.json" not in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_linked_blend_is_refused_by_name(runs, refused, tmp_path):
+    (tmp_path / "aside.json").write_text("{}")
+    (tmp_path / "blend.json").symlink_to("aside.json")
+    command = [runs / "one", "-o", tmp_path / "dist", *NAMES, "--blend", tmp_path / "blend.json"]
+    assert "blend.json: a symbolic link" in refused(*command)
 
 
 def settings_of(notebook):

@@ -739,6 +739,8 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
         ["backbone", "tokenizer", "1000000", "27"],
     ),
     "a tokenizer config that is no JSON": (write("tokenizer_config.json", "{"), ["backbone", "tokenizer"]),
+    "weights that are a pipe": (instead(WEIGHTS, os.mkfifo), ["backbone", "lacks config.json or weights"]),
+    "a tokenizer that is a pipe": (instead(TOKENIZER, os.mkfifo), ["backbone", "tokenizer"]),
 }
 
 
@@ -799,6 +801,7 @@ RESUMED = {  # name -> (what is done to a run of that name, what the message mus
     ),
     "no record": (remove(RECORD), ["runs/mine exists", "no run"]),
     "a record that is a folder": (instead(RECORD, Path.mkdir), ["runs/mine exists", "no run"]),
+    "a folder that is a file": (lambda run: [shutil.rmtree(run), run.write_text("")], ["runs/mine exists", "no run"]),
 }
 
 
@@ -845,6 +848,155 @@ def test_a_hostile_run_to_copy_is_refused_by_name_and_nothing_is_copied(case, tr
     spoil, source, words = case
     spoil(tmp_path)
     refused(words, train, MINE | dict(resume_from=source))
+
+
+# ---------------------------------------------------------------------------------------
+# Links, pipes and other files in a run
+
+LINKS = {  # what is a link in a run -> what it leads to, beside runs/
+    "log.jsonl": "file",
+    ".lock": "file",
+    ".record.json.tmp": "file",
+    ".oof.csv.tmp": "gone",
+    "oof.csv": "file",
+    "golden.json": "../runs/mine/golden.json",  # a loop
+    "curves.png": "/dev/full",
+    "submission.csv": "file",
+    "checkpoints": "",
+    "fold0/model.safetensors": "file",
+    "fold1": "",
+    ".fold1.tmp": "",
+    "tokenizer/tokenizer.json": "file",
+    "tokenizer/more": "",
+}
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder beside runs/ with what nobody may touch."""
+    folder = tmp_path / "outside"
+    (folder / "fold0-step9").mkdir(parents=True)
+    (folder / "file").write_text("precious")
+    return folder
+
+
+@pytest.fixture
+def unfinished(mine, tmp_path):
+    """A copy of a run that a kill ended before its record said so."""
+    folder = Path(shutil.copytree(mine, tmp_path / "runs" / "mine"))
+    keys(RECORD, status="running")(folder)
+    return folder
+
+
+def spoil_with_links(run, outside):
+    """Put all links into a run, and a pipe; what a message about them must hold."""
+    for name, target in LINKS.items():
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside / target)
+    os.mkfifo(run / "notes.txt")
+    return [*(f"/{name}: a symbolic link" for name in LINKS), "/notes.txt: a pipe or a device"]
+
+
+def test_links_in_a_run_that_goes_on_are_refused_by_name_and_what_they_lead_to_stays(
+    unfinished, outside, train, refused
+):
+    refused(["runs/mine", *spoil_with_links(unfinished, outside)], train, SAME)
+
+
+@pytest.mark.parametrize("name", [".lock", ".record.json.tmp"])
+def test_a_link_in_a_run_that_was_killed_as_it_began_is_refused(name, outside, train, tmp_path, refused):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine" / name).symlink_to(outside / "file")
+    refused([f"{name}: a symbolic link"], train, SAME)
+
+
+def test_links_in_a_run_to_copy_are_refused_by_name_and_nothing_is_copied(
+    unfinished, outside, train, tmp_path, refused
+):
+    words = spoil_with_links(unfinished, outside)
+    refused(["resume_from", *words], train, SAME | dict(resume_from="runs/mine", output_dir="copies"))
+    (tmp_path / "all").mkdir()
+    unfinished.rename(tmp_path / "all" / "mine")
+    (unfinished.parent / "earlier/link").symlink_to("gone")
+    refused(words, train, SAME | dict(resume_from="all", output_dir="copies"))
+
+
+def test_links_in_a_run_to_predict_with_are_refused_by_name(runs, outside, tmp_path, refused, competition):
+    run = Path(shutil.copytree(runs / "one", tmp_path / "runs" / "mine"))
+    words = spoil_with_links(run, outside)
+    refused(words, ku.load_bundle, str(run))
+    refused(words, ku.predict_test, run, pd.read_csv(competition / "test.csv"))
+
+
+def test_the_folder_of_a_run_and_what_it_lies_in_may_be_links_and_a_tracker_may_keep_its_own(
+    unfinished, outside, train, tmp_path, capsys
+):
+    (unfinished / "wandb").mkdir()
+    (unfinished / "wandb/debug.log").symlink_to(outside / "file")
+    unfinished.rename(tmp_path / "elsewhere")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/mine").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "results").symlink_to(tmp_path / "disk")
+    train(SAME | dict(output_dir="results"))
+    assert "disk/mine is complete" not in capsys.readouterr().out
+    assert ku.RunFolder(tmp_path / "elsewhere").is_complete()
+    train(SAME | dict(output_dir="copies", resume_from="results/mine"))
+    assert not os.path.lexists(tmp_path / "copies/mine/wandb/debug.log")
+    assert (outside / "file").read_text() == "precious"
+
+
+def test_hard_links_in_a_run_keep_what_their_other_names_hold_and_a_lock_is_refused(
+    unfinished, mine, outside, train, refused
+):
+    names = ["log.jsonl", "oof.csv", "golden.json", ".oof.csv.tmp", "tokenizer/tokenizer.json", "fold0/manifest.json"]
+    for number, name in enumerate(names):
+        (unfinished / name).unlink(missing_ok=True)
+        (outside / str(number)).write_text("precious")
+        os.link(outside / str(number), unfinished / name)
+    train(SAME)
+    assert {path.read_text() for path in outside.iterdir() if path.is_file()} == {"precious"}
+    assert {path.name for path in unfinished.rglob("*")} == {path.name for path in mine.rglob("*")}
+    assert all((unfinished / name).read_bytes() == (mine / name).read_bytes() for name in ("oof.csv", FOLD))
+    keys(RECORD, status="running")(unfinished)
+    os.link(outside / "file", unfinished / ".lock")
+    refused(["runs/mine/.lock", "hard link"], train, SAME)
+
+
+def test_files_in_the_place_of_folders_that_training_makes_are_replaced_and_folders_of_files_refused(
+    unfinished, mine, train, capsys
+):
+    for name in ("fold0", "tokenizer"):
+        shutil.rmtree(unfinished / name)
+    (unfinished / "checkpoints").mkdir()
+    for name in ("fold0", "tokenizer", ".fold0.tmp", "checkpoints/fold0-step9", "checkpoints/.fold0-step1.tmp"):
+        (unfinished / name).write_text("")
+    (unfinished / ".oof.csv.tmp").mkdir()
+    train(SAME)
+    assert "runs/mine/fold0 is damaged and trained again" in capsys.readouterr().out
+    assert {path.name for path in unfinished.rglob("*")} == {path.name for path in mine.rglob("*")}
+    for name in ("log.jsonl", "oof.csv", ".lock"):
+        keys(RECORD, status="running")(unfinished)
+        (unfinished / name).unlink(missing_ok=True)
+        (unfinished / name).mkdir()
+        with pytest.raises(ku.KitError, match=f"runs/mine/{name} could not be written: Is a directory"):
+            train(SAME)
+        (unfinished / name).rmdir()
+
+
+def test_what_is_written_replaces_a_link_and_not_what_it_leads_to(outside, tmp_path):
+    for name in ("content.json", ".content.json.tmp", "log.jsonl", ".folder.tmp", "folder"):
+        (tmp_path / name).symlink_to(outside if "folder" in name else outside / "file")
+    before = snapshot(outside)
+    ku._write_json(tmp_path / "content.json", {"a": 1})
+    ku._SealedFolder(tmp_path / "folder").save(lambda folder: (folder / "file").write_text("mine"))
+    with ku._RunLog(ku.Config(), tmp_path) as log:
+        log({"step": 1})
+    (tmp_path / ".lock").symlink_to(outside / "file")
+    with pytest.raises(ku.KitError, match=r"\.lock could not be written"), ku._locked(tmp_path):
+        pass
+    assert snapshot(outside) == before
+    assert (tmp_path / "content.json").read_text() == '{\n "a": 1\n}\n'
+    assert (tmp_path / "folder/file").read_text() == "mine" and (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 # ---------------------------------------------------------------------------------------

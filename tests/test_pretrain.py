@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -508,6 +509,30 @@ def test_a_name_taken_by_a_run_with_other_settings_is_refused_and_the_run_is_not
     with pytest.raises(ku.ConfigError, match=f"{next(iter(change))} was"):
         pretraining.pretrain(settings(epochs=1, **change))
     assert content(Path(settings().output_dir) / "p") == before
+
+
+def test_links_in_an_unfinished_pretraining_are_refused_by_name_and_hard_links_keep_their_other_names(
+    settings, tmp_path
+):
+    cfg = settings(run_name="r", epochs=1)
+    run = pretraining.pretrain(cfg)
+    whole = content(run)
+    record = json.loads((run / "pretrain.json").read_text())
+    (run / "pretrain.json").write_text(json.dumps(record | {"status": "running"}))
+    outside = tmp_path / "outside"
+    (outside / "fold0-step9").mkdir(parents=True)
+    (outside / "file").write_text("precious")
+    (run / "checkpoints").symlink_to(outside)
+    (run / ".config.json.tmp").symlink_to(outside / "file")
+    with pytest.raises(ku.ConfigError) as error:
+        pretraining.pretrain(cfg)
+    for name in ("checkpoints", ".config.json.tmp"):
+        assert f"r/{name}: a symbolic link" in str(error.value)
+        (run / name).unlink()
+    (run / "tokenizer.json").unlink()
+    os.link(outside / "file", run / "tokenizer.json")
+    assert content(pretraining.pretrain(cfg)) == whole
+    assert (outside / "file").read_text() == "precious" and (outside / "fold0-step9").is_dir()
 
 
 def test_other_texts_under_the_same_name_are_refused(settings, competition):

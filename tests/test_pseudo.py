@@ -297,6 +297,15 @@ def test_a_cell_changed_by_hand_breaks_the_seal(student, made, tmp_path):
     assert "no pseudo.json; expected a folder of tools/pseudo_label.py" in refusal(student(pseudo_dir=tmp_path))
 
 
+@pytest.mark.parametrize("name", ["pseudo.json", "pseudo.csv", "rows.csv", "manifest.json", "more"])
+def test_a_link_to_the_very_bytes_of_the_labels_is_refused_by_name(name, student, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(made / name)
+    said = refusal(student(pseudo_dir=folder))
+    assert name in said and ("symbolic link" in said or "not a plain file" in said)
+
+
 def test_other_folds_of_the_run_are_refused(student):
     assert "must have the same rows in the same folds" in refusal(student(fold_seed=1))
     assert "their models validated on 20 rows, this fold has 10" in refusal(student(max_rows=20))

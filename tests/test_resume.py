@@ -456,7 +456,7 @@ def test_a_run_goes_on_from_the_read_only_output_of_another_kernel(tiny, often, 
     for path in [*attached.rglob("*"), attached]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: path.read_bytes() for path in attached.rglob("*") if path.is_file()}
-    with pytest.raises(ku.ConfigError, match=r"resume_from .* is another run\n  lr was"):
+    with pytest.raises(ku.ConfigError, match=r"resume_from .* cannot go on as this run\n  lr was"):
         start(ku.dataclasses.replace(cfg, resume_from=str(attached), lr=0.1))
     assert not ku.Path(cfg.output_dir).exists() or not any(ku.Path(cfg.output_dir).iterdir())
     cfg = ku.dataclasses.replace(cfg, resume_from=str(attached))

@@ -16,6 +16,7 @@ training rows a fold, on which infer.ipynb proves its predictions: keep it priva
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -68,11 +69,12 @@ class Refused(ku.KitError):
 # Problems of files
 
 
-def plain_file_problems(paths, may_be_links=False):
-    """Problems of files that must be plain and not empty, with no link on the way."""
+def plain_file_problems(paths, cache=None):
+    """Problems of files that must be plain and not empty; links may lead into a folder `cache`."""
     problems = []
     for path in paths:
-        if not may_be_links and (path.is_symlink() or path.parent.is_symlink()):
+        is_cached = cache and Path(os.path.realpath(path)).is_relative_to(cache)
+        if path.is_symlink() and not is_cached:
             problems.append(f"{path}: a symbolic link; expected the file itself")
         elif not path.is_file():
             problems.append(f"{path}: missing, or no plain file")
@@ -138,7 +140,8 @@ def notebook_part_problems(folder, record):
 def run_problems(folder, half):
     """(record, problems) of a run folder; all is looked at but what it predicts."""
     run = ku.RunFolder(folder)
-    problems = plain_file_problems([run.record]) or json_problems(run.record)
+    problems = plain_file_problems([run.record]) or ku._link_problems(folder)
+    problems = problems or json_problems(run.record)
     if problems:
         return None, problems
     record = run.read_record()
@@ -255,11 +258,13 @@ def run_files(folder, run):
 
 def backbone_sources(folder):
     """([(name in the bundle, source)], problems) of a backbone with its tokenizer. It may consist
-    of links: hub caches do."""
+    of links into the folder of its model in a hub's cache, as snapshots there do."""
+    folder = folder.resolve()
+    cache = next((path for path in folder.parents if path.name.startswith("models--")), None)
     names = {path.name for pattern in BACKBONE_FILES for path in folder.glob(pattern)}
     files = [folder / name for name in sorted(names | {"config.json"})]
     weights = [path.name for path in files if path.suffix == ".safetensors"]
-    problems = plain_file_problems(files, may_be_links=True) + vocabulary_problems(folder)
+    problems = plain_file_problems(files, cache) + vocabulary_problems(folder)
     if not weights:
         remedy = "pickles are not packed, save the model with save_pretrained"
         problems.append(f"{folder}: no *.safetensors; {remedy}")
@@ -337,10 +342,10 @@ def target_problems(target, kernel_id=None):
     if not target.is_dir():
         return [refusal]
     names = {path.name for path in target.iterdir()}
-    if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
-        metadata = json.loads((target / kaggle_metadata.KERNEL_FILE).read_text(encoding="utf-8"))
-        return [] if metadata.get("id") == kernel_id else [refusal]
-    with contextlib.suppress(ku.BundleError):
+    with contextlib.suppress(ku.KitError):
+        if kernel_id and names == {kaggle_metadata.KERNEL_FILE, f"{target.name}.ipynb"}:
+            metadata = ku._read_json(target / kaggle_metadata.KERNEL_FILE)
+            return [] if metadata.get("id") == kernel_id else [refusal]
         made = {ku._MANIFEST, ku._DATASET_METADATA, *ku._read_bundle_manifest(target)["files"]}
         return [] if names <= made else [refusal]
     return [refusal] if names else []
@@ -516,7 +521,7 @@ class Packing:
             modules = MODULE_FILES
         self.files += [(path.name, path) for path in modules]
         if args.blend:
-            blend = Path(args.blend).resolve()
+            blend = Path(args.blend)
             records = {folder.name: folder / "record.json" for folder in self.records}
             problems = plain_file_problems([blend])
             self.problems += problems or kit_error_problems(ku._Blend.read, blend, records)

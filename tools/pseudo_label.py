@@ -13,6 +13,7 @@ trigrams of the shorter one.
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -287,7 +288,7 @@ def write(folder, table, rows, manifest):
 def main():
     args = parse()
     try:
-        if args.output.exists():
+        if os.path.lexists(args.output):
             remedy = "delete it, or choose another folder with -o"
             raise ku.ConfigError(f"{args.output} is there already: {remedy}")
         table, rows, manifest = label(args.runs, args.texts, args.data_dir, args.threshold)
