@@ -3,6 +3,7 @@ apart by the parser of its tool in every suite, and run in a process, page by pa
 
 import argparse
 import ast
+import contextlib
 import fnmatch
 import importlib
 import itertools
@@ -20,13 +21,14 @@ import bundle
 import comparison
 import kaggle_metadata
 import kernel_utils as ku
+import nbformat
 import pandas as pd
 import pretraining
 import pytest
 import sweep
 from papermill import cli as papermill
 
-from conftest import ROOT, make_texts, train_frame, trained
+from conftest import ROOT, make_texts, printed, save_competition, trained
 from fake_kaggle import FakeKaggle
 
 SETTINGS = {"train": ku.Config, "infer": ku.InferConfig, "pretrain": pretraining.PretrainConfig}
@@ -48,19 +50,21 @@ EXCEPTED = {
     "runs/article": "hours: 57 runs",
     "runs/effects": "hours: 48 runs",
     "runs/recipes3": "hours: 12 runs of many epochs",
-    "kaggle competitions": "an account",
-    "kaggle kernels push`": "it is named, without its folder",
-    "kaggle auth login": "an account",
+    "kaggle competitions submit": "an account",
 }
-TINY = dict(n_folds=2, epochs=1, max_rows=40, max_length=32, batch_size=8)  # added to what trains, by night
-WORDS = {"YOU": "someone", "OWNER/SLUG": "someone/some-runs", "TITLE": "'Some runs'", "DIR": "dist/some"}
+TINY = dict(n_folds=2, epochs=2, max_rows=40, max_length=32)  # added to what trains, by night
+WORDS = {"YOU": "me", "OWNER/SLUG": "me/some-runs", "TITLE": "'Some runs'", "DIR": "dist/some"}
 WORDS |= {"FOLDER [FOLDER ...]": "dist/some", "[FOLDER_OF_A_COMPETITION]": "path/to/clear"}
 WORDS |= {"backbone FOLDER": "backbone path/to/backbone", "--only 1": "--only kills"}
 
 FENCE = r"^ *```(\w*)\n(.*?)^ *```"
 LINE = re.compile(r" *(?:time )?((?:[A-Z_]+=\S+ )*(?:(?:papermill|python|pytest|bash) \S|pip install |kaggle \w).*)")
-SAID = r"papermill (?:\S+\.ipynb|1 )|python (?:tools/|1 )|bash tools/|pytest -|(?<!-m )pip install|kaggle [a-z]+ [a-z]+"
+SAID = r"papermill (?:\S+\.ipynb|1 )|python (?:tools/|1 )|bash tools/|pytest -|(?<!-m )pip install"
+SAID += "|kaggle (?:competitions|datasets|kernels) "
 SAID = re.compile(rf"(?:{SAID})[^`\n;,)]*?(?= +#|[`\n;,)]|$)")
+SHOWN = re.compile(
+    r"(?<!\S)(?:papermill \S+\.ipynb|python \S*tools/|kaggle (?:datasets|kernels|competitions) ).*?(?=  #|$)"
+)
 
 
 def lines_of(text):
@@ -197,7 +201,7 @@ def test_a_command_is_one_that_its_tool_takes(page, command, monkeypatch):
 
 
 def test_a_page_names_folders_that_an_earlier_command_of_it_makes(monkeypatch):
-    guides = {page: PAGES[page] for page in PAGES if page.endswith((".md", ".ipynb"))}
+    guides = {page: PAGES[page] for page in PAGES if page.endswith(".md")}
     made = {command: made_by(words_of(command), monkeypatch) for page in guides.values() for command in page}
     roots = {path.split("/")[0] for paths in made.values() for path in paths} - {"results"}
     problems = []
@@ -211,3 +215,112 @@ def test_a_page_names_folders_that_an_earlier_command_of_it_makes(monkeypatch):
                 is_there += [path.startswith(f"{name}/") for path in there]
                 problems += [] if any(is_there) else [f"{page}: {command}: nothing before makes {name}"]
     assert problems == []
+
+
+def test_every_exception_is_of_a_command():
+    assert [part for part in EXCEPTED if not any(part in command for _, command in ALL)] == []
+
+
+def test_what_sweep_and_blend_print_leads_from_runs_to_a_submission(tiny, tmp_path, monkeypatch, capsys):
+    def call(tool, *words):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
+        with contextlib.suppress(SystemExit):
+            tool.main()
+        return SHOWN.findall(capsys.readouterr().out)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sweep, "run_papermill", lambda cell, *_: trained(ku.Config.from_dict(cell.settings)) and None)
+    base = {name: getattr(tiny(), name) for name in ("data_dir", "backbone", "n_folds", "epochs", "max_length")}
+    settings = [word for item in base.items() for word in ("--set", "{}={}".format(*item))]
+    (compare,) = call(sweep, "--grid", "head=cls,mean", *settings, "-o", tmp_path / "runs")
+    assert settings_of(words_of(compare)) == {"runs_dir": str(tmp_path / "runs")}
+    members = blending.align_members(comparison.read_records(tmp_path / "runs"))
+    assert list(members.records) == ["head-cls_seed-0", "head-mean_seed-0"]
+    blending.write_blend(members, blending.fit_blends(members, "mean")[0], tmp_path)
+    (pack,) = SHOWN.findall(capsys.readouterr().out)
+    words = words_of(pack.replace("-o DIR", f"-o {tmp_path}/some"))
+    assert words[:2] == ["python", "tools/bundle.py"] and call(bundle, *words[2:])
+    packed = ku.load_bundle(str(tmp_path / "some"))
+    test, sample = ku.read_test_set(packed, base["data_dir"])
+    ku.check_golden(packed)
+    ku.write_submission(packed, test, ku.predict_bundle(packed, test), sample, tmp_path / "submission.csv")
+    assert len(pd.read_csv(tmp_path / "submission.csv")) == 10
+    formatted = [re.escape(command).replace("1", ".+") for _, command in ALL if words_of(command)[1] == "1"]
+    assert formatted and all(re.fullmatch(shape, compare) or re.fullmatch(shape, pack) for shape in formatted)
+
+
+@pytest.fixture
+def page(tmp_path, maskable, runs):
+    """A folder with what a clone has, which makes the data and backbones that commands name, and what others made."""
+    folder = tmp_path / "clone"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "results", "__pycache__"))
+    (folder / "results").mkdir()
+    (folder / "run.json").write_text(json.dumps(TINY))
+    pd.DataFrame({"excerpt": make_texts(6, seed=8)}).to_csv(folder / "extra.csv", index=False)
+    shutil.copy(folder / "notebooks" / "compare.ipynb", folder / "compare.out.ipynb")
+
+    def prepare(words):
+        for before, word in itertools.pairwise(words):
+            path = Path(folder, *Path(word.partition("=")[2] or word).parts[:3])
+            if path.is_relative_to(folder / "path") and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                is_backbone = before in ("backbone", "--backbone")
+                shutil.copytree(maskable("bert"), path) if is_backbone else save_everything(path)
+            if path.parent == folder / "runs" and not path.exists():  # docstrings and notebooks
+                shutil.copytree(runs / "one", path)
+        return folder
+
+    return prepare
+
+
+def save_everything(folder):
+    """A competition with every column that a command names."""
+    save_competition(folder)
+    for name in ("train.csv", "test.csv"):
+        frame = pd.read_csv(folder / name, dtype={"id": str})
+        frame = frame.assign(genre="verse", prompt=frame["excerpt"], response=frame["excerpt"].str[::-1])
+        frame.to_csv(folder / name, index=False)
+
+
+def shorten(words):
+    """The words with what makes them quick."""
+    if words[0] == "papermill":
+        names = SETTINGS[Path(words[1]).stem].names()
+        return [*words, *(word for name in TINY if name in names for word in ("-p", name, str(TINY[name])))]
+    if words[0] == "pytest":
+        return [*words, "--collect-only", "-p", "no:cacheprovider"]
+    if "tools/sweep.py" in words:
+        blocks = sweep.read_grid(ROOT / words[2])[2] if words[2].endswith(".toml") else []
+        given = {word.partition("=")[0] for word in [*words, *itertools.chain(*blocks)]}
+        tiny = [word for name in TINY if name not in given for word in ("--set", f"{name}={TINY[name]}")]
+        return [*words, *tiny, *([] if "--jobs" in words else ["--jobs", "2"])]
+    return words
+
+
+def said_by(words, output, folder):
+    """The commands in what a command printed, or the notebook that it ran."""
+    if words[0] == "papermill":
+        output += printed(nbformat.read(folder / words[2], 4))
+    return [match[0] for line in output.splitlines() for match in SHOWN.finditer(line)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in PAGES if not name.endswith("said")])
+def test_the_commands_of_a_page_and_those_that_they_print_run_in_their_order(name, page, tmp_path):
+    todo, done = [command for command in PAGES[name]], []
+    (tmp_path / "home").mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with FakeKaggle() as kaggle:
+        while todo:
+            command = todo.pop(0)
+            if command in done or any(part in command for part in EXCEPTED):
+                continue
+            words = shorten(words_of(command))
+            folder = page(words)
+            is_push = words[0] == "kaggle" or "kaggle_push" in words[1] or "--push" in words
+            own = kaggle.client_env(tmp_path / "home") if is_push else environment
+            ended = subprocess.run(words, cwd=folder, env=own, capture_output=True, text=True)
+            assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout[-1500:]}{ended.stderr[-3000:]}"
+            done.append(command)
+            todo[:0] = said_by(words, ended.stdout, folder)
