@@ -72,7 +72,7 @@ def lines_of(text):
     text = text.replace("\\\n", " ")
     for loop, name, values, body in re.findall(r"(for (\w+) in (.*?); do\n(.*?)\ndone)", text, flags=re.DOTALL):
         text = text.replace(loop, "\n".join(body.replace(f"${name}", value) for value in values.split()))
-    parts = [part for line in text.splitlines() for part in line.lstrip("# ").split("&&")]
+    parts = [part for line in text.splitlines() for part in line.lstrip("#$ ").split("&&")]
     return [match[1].partition("  #")[0] for part in parts if (match := LINE.fullmatch(part))]
 
 
@@ -209,7 +209,7 @@ def test_a_page_names_folders_that_an_earlier_command_of_it_makes(monkeypatch):
         there = []
         for command in commands:
             there += made[command]
-            names = [word.partition("=")[2] or word for word in words_of(command)]
+            names = [re.sub(r"^\w+=", "", word) for word in words_of(command)]
             for name in (name for name in names if name.split("/")[0] in roots):
                 is_there = [fnmatch.fnmatch(path, name) or name.startswith(f"{path}/") for path in there]
                 is_there += [path.startswith(f"{name}/") for path in there]
@@ -259,14 +259,14 @@ def page(tmp_path, maskable, runs):
     pd.DataFrame({"excerpt": make_texts(6, seed=8)}).to_csv(folder / "extra.csv", index=False)
     shutil.copy(folder / "notebooks" / "compare.ipynb", folder / "compare.out.ipynb")
 
-    def prepare(words):
+    def prepare(words, has_runs):
         for before, word in itertools.pairwise(words):
-            path = Path(folder, *Path(word.partition("=")[2] or word).parts[:3])
+            path = Path(folder, *Path(re.sub(r"^\w+=", "", word)).parts[:3])
             if path.is_relative_to(folder / "path") and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 is_backbone = before in ("backbone", "--backbone")
                 shutil.copytree(maskable("bert"), path) if is_backbone else save_everything(path)
-            if path.parent == folder / "runs" and not path.exists():  # docstrings and notebooks
+            if has_runs and before != "-o" and path.parent == folder / "runs" and not path.exists():
                 shutil.copytree(runs / "one", path)
         return folder
 
@@ -293,7 +293,8 @@ def shorten(words):
         blocks = sweep.read_grid(ROOT / words[2])[2] if words[2].endswith(".toml") else []
         given = {word.partition("=")[0] for word in [*words, *itertools.chain(*blocks)]}
         tiny = [word for name in TINY if name not in given for word in ("--set", f"{name}={TINY[name]}")]
-        return [*words, *tiny, *([] if "--jobs" in words else ["--jobs", "2"])]
+        fewer = [word.replace("0,1,2", "0,1") for word in words]
+        return [*fewer, *tiny, *([] if "--jobs" in words else ["--jobs", "2"])]
     return words
 
 
@@ -317,7 +318,7 @@ def test_the_commands_of_a_page_and_those_that_they_print_run_in_their_order(nam
             if command in done or any(part in command for part in EXCEPTED):
                 continue
             words = shorten(words_of(command))
-            folder = page(words)
+            folder = page(words, has_runs=not name.endswith(".md"))
             is_push = words[0] == "kaggle" or "kaggle_push" in words[1] or "--push" in words
             own = kaggle.client_env(tmp_path / "home") if is_push else environment
             ended = subprocess.run(words, cwd=folder, env=own, capture_output=True, text=True)

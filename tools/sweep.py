@@ -215,12 +215,12 @@ def make_cells(args):
 def name_apart(cells, folders):
     """The cells under names of their own: that of the folder where such a run is, else the made
     one. Both are given by identity."""
-    names = {identity: folders[identity] for identity in cells if identity in folders}
-    for identity, cell in cells.items():
-        own = cell.name
-        if own in names.values():
-            own = f"{own[: kaggle_metadata.MAX_RUN_NAME - 9]}-{cell.digest[:8]}"
-        name = names.setdefault(identity, own)
+    names = {key: folders[key] for key in cells if key in folders}
+    for key, cell in cells.items():
+        made = cell.name
+        if made in names.values():
+            made = f"{made[: kaggle_metadata.MAX_RUN_NAME - 9]}-{cell.digest[:8]}"
+        name = names.setdefault(key, made)
         yield cell._replace(name=name, settings=cell.settings | {"run_name": name})
 
 
