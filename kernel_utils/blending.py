@@ -13,8 +13,10 @@ Shapes: M members, N rows, K outputs, R resamples.
 
 import dataclasses
 import math
+import os
 import shlex
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 import comparison
@@ -446,5 +448,7 @@ def write_blend(inputs, result, folder):
     print(f"wrote {path}: {result.method}, {description}")
     folders = [str(inputs.records[name]["folder"]) for name in members]
     arguments = shlex.join([*folders, "--blend", str(path)])
-    print(f"pack it: python tools/bundle.py {arguments} -o DIR --id OWNER/SLUG --title TITLE")
+    tool = Path(__file__).parents[1] / "tools" / "bundle.py"
+    tool = shlex.quote(os.path.relpath(tool)) if tool.is_file() else "tools/bundle.py"
+    print(f"pack it: python {tool} {arguments} -o DIR --id OWNER/SLUG --title TITLE")
     return content

@@ -32,7 +32,7 @@ stands below what it uses.
 
 The same from a file of settings:
 
-    python kernel_utils.py train --config run.json
+    python kernel_utils/kernel_utils.py train --config run.json
 
 To add a head, decorate one class with `@ku.register(ku.HEADS, "name")`; losses and schedules are
 added the same way, metrics with `@ku.metric`. `__all__` lists what notebooks and parts of your own

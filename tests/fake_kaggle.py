@@ -125,7 +125,7 @@ class FakeKaggle(socketserver.ThreadingTCPServer):
         return {"currentVersionNumber": len(self.versions(request))}
 
     def ListDatasetFiles(self, request):
-        files = list(self.versions(request)[request["datasetVersionNumber"] - 1].items())
+        files = list(self.versions(request)[request.get("datasetVersionNumber", 0) - 1].items())  # 0: the newest
         start = int(request.get("pageToken") or 0)
         end = start + min(self.page_size, request["pageSize"])
         page = [{"name": name, "totalBytes": len(data)} for name, data in files[start:end]]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -283,22 +284,30 @@ def bundle_tool(*arguments):
     return end.value.code
 
 
-def test_a_bundle_predicts_the_weighted_sum_of_its_runs_and_the_intercept(runs, tmp_path, capsys, forked_module):
-    content = blend_of(runs, tmp_path / "blend", weights=np.array([0.75, 0.5]), intercept=np.array([0.125]))
-    assert content["members"]["one"]["weight"] == 0.75 and content["rows"] == 40
+def test_a_bundle_predicts_the_weighted_sum_of_its_runs_whatever_they_are_called_and_the_intercept(
+    runs, copies, tmp_path, capsys, forked_module
+):
+    names = ("head=conv1d+seed=0", "Head=conv1d+seed=0 (2)")
+    for old, new in zip(("one", "two"), names, strict=True):
+        (copies / old).rename(copies / new)
+    first, second = (copies / name for name in names)
+    content = blend_of(copies, tmp_path / "blend", weights=np.array([0.5, 0.75]), intercept=np.array([0.125]))
+    assert content["members"][names[0]]["weight"] == 0.75 and content["rows"] == 40
     blend, target = tmp_path / "blend" / "blend.json", tmp_path / "dist"
-    assert bundle_tool(runs / "one", runs / "two", "--blend", blend, "-o", target, *NAMES) is None
+    command = capsys.readouterr().out.partition("pack it: python ")[2].partition("-o DIR")[0]
+    assert bundle_tool(*shlex.split(command)[1:], "-o", target, *NAMES) is None
     assert (target / "blend.json").read_bytes() == blend.read_bytes()
+    assert all(re.fullmatch(r"(head|Head)-[\w.-]+|[a-z_-]+\.(json|py)", path.name) for path in target.iterdir())
     test = pd.read_csv(runs.parent / "competition" / "test.csv", dtype=str)
-    alone = [ku.predict_bundle(ku.Bundle.open(runs / name), test) for name in ("one", "two")]
+    alone = [ku.predict_bundle(ku.Bundle.open(folder), test) for folder in (first, second)]
     bundled = ku.load_bundle(target)
-    assert "blended by nnls: 0.75 one, 0.5 two, intercept 0.125" in capsys.readouterr().out
+    assert f"0.75 {names[0]}" in capsys.readouterr().out
     got = ku.predict_bundle(bundled, test)
     assert got == pytest.approx(0.75 * alone[0] + 0.5 * alone[1] + 0.125, abs=1e-6)
     assert not bundle_tool("--check", target)
     shared = ku.predict_bundle(bundled, test, processes=2)
     assert shared == pytest.approx(got, abs=1e-6)
-    assert bundle_tool(runs / "one", runs / "two", "-o", tmp_path / "mean", *NAMES) is None
+    assert bundle_tool(first, second, "-o", tmp_path / "mean", *NAMES) is None
     mean = ku.predict_bundle(ku.Bundle.open(tmp_path / "mean"), test)
     assert mean == pytest.approx((alone[0] + alone[1]) / 2, abs=1e-6)
 

@@ -1,15 +1,10 @@
-"""README and docs/: links resolve, commands are well-formed, the page of settings is current."""
+"""README and docs/: links resolve, the page of settings is current."""
 
-import ast
-import dataclasses
 import importlib.util
 import re
-import shlex
 import shutil
 from pathlib import Path
 
-import kernel_utils as ku
-import nbformat
 import pandas as pd
 import pytest
 
@@ -30,34 +25,6 @@ def anchors(page):
     return [heading.replace(" ", "-") for heading in words]
 
 
-def commands():
-    """(page, words) of every papermill, python and pytest command."""
-    found = []
-    for page in PAGES:
-        for _, block in BLOCK.findall(page.read_text(encoding="utf-8")):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in line.split("&&"):
-                    command = re.match(r" *(?:time )?((?:papermill|python|pytest) .*)", part)
-                    found += [(page.name, shlex.split(command[1]))] if command else []
-    return found
-
-
-def settings_cell(notebook):
-    """Names that the settings cell of a notebook binds."""
-    cells = nbformat.read(notebook, 4).cells
-    cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    nodes = ast.walk(ast.parse(cell.source))
-    return {node.target.id for node in nodes if isinstance(node, ast.AnnAssign)}
-
-
-def literal(text):
-    """A value as papermill's -p reads it."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_are_there(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
@@ -72,28 +39,6 @@ def test_links_and_pictures_are_there(page):
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", prose(PAGES[0])))
     assert linked == {page.name for page in PAGES[1:]}
-
-
-@pytest.mark.parametrize("page, words", commands(), ids=lambda value: str(value)[:60])
-def test_commands_name_files_and_settings_that_exist(page, words):
-    if words[0] == "papermill":
-        notebook = ROOT / words[1]
-        given = [i for i, word in enumerate(words) if word == "-p"]
-        settings = {words[i + 1]: literal(words[i + 2]) for i in given}
-        known = settings_cell(notebook)
-        if notebook.stem == "train" and "$recipe" not in words:
-            known |= {field.name for field in dataclasses.fields(ku.Config)}
-            ku.Config.from_dict(settings)
-        assert settings.keys() <= known
-    files = [word for word in words if re.match(r"(tools|tests|kernel_utils)/", word)]
-    assert files or words[0] != "python"
-    for name in files:
-        assert (ROOT / name).is_file(), f"there is no {name}"
-    if words[0] == "python":
-        source = (ROOT / words[1]).read_text(encoding="utf-8")
-        flags = [word for word in words if word.startswith("--")]
-        names = {flag: flag.removeprefix("--").replace("-", "_") for flag in flags}  # of fields
-        assert [f for f in flags if f'"{f}"' not in source and f'"{names[f]}"' not in source] == []
 
 
 def places():

@@ -12,6 +12,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import kaggle_metadata
 import kernel_utils as ku
 import pandas as pd
 import psutil
@@ -112,7 +113,7 @@ def call(base, monkeypatch, capsys):
 
 def names(shown):
     """Names of the runs that a dry run lists."""
-    return [line.split(":")[0] for line in shown.splitlines() if line.startswith(("head=", "seed=", "llrd="))]
+    return [line.split(":")[0] for line in shown.splitlines() if line.startswith(("head-", "seed-", "llrd-"))]
 
 
 def write(path, text):
@@ -126,7 +127,7 @@ def write(path, text):
 def test_every_combination_of_settings_seeds_and_folds_is_a_run(call, stub):
     code, _ = call("--grid", "head=cls,max", "--grid", "llrd=1,0.9", "--seeds", "3,4", "--folds", "0,1")
     wanted = [
-        f"head={head}+llrd={llrd}+seed={seed}+fold={fold}"
+        f"head-{head}_llrd-{llrd}_seed-{seed}_fold-{fold}"
         for head in ("cls", "max")
         for llrd in ("1.0", "0.9")
         for seed in (3, 4)
@@ -140,14 +141,14 @@ def test_papermill_is_told_every_setting_as_yaml_so_that_an_edited_notebook_trai
     (cell,) = sweep.make_cells(sweep.parse())
     arguments = sweep.command(cell, Path("out.ipynb"))
     told = sweep.yaml.safe_load(arguments[arguments.index("-y") + 1])
-    assert told["lr"] == 1e-5 and told["conv_kernels"] == [2, 2] and told["run_name"] == "lr=1e-05+seed=0"
+    assert told["lr"] == 1e-5 and told["conv_kernels"] == [2, 2] and told["run_name"] == "lr-1e-05_seed-0"
     assert set(told) == set(ku.Config().to_dict())
 
 
 def test_a_recipe_in_the_grid_gives_what_the_grid_does_not_even_if_that_is_the_default(base, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep.py", *base(epochs=None), "--grid", "recipe=quick,max", "--set", "ema=0"])
     quick, most = sweep.make_cells(sweep.parse())
-    assert (quick.name, most.name) == ("recipe=quick+seed=0", "recipe=max+seed=0")
+    assert (quick.name, most.name) == ("recipe-quick_seed-0", "recipe-max_seed-0")
     assert quick.settings["epochs"] == ku.RECIPES["quick"]["epochs"]
     assert most.settings["pseudo_dir"] == ku.RECIPES["max"]["pseudo_dir"]
     assert most.settings["ema"] == 0 and ku.Config.from_dict(most.settings).ema == 0
@@ -156,27 +157,38 @@ def test_a_recipe_in_the_grid_gives_what_the_grid_does_not_even_if_that_is_the_d
 def test_cells_of_two_blocks_that_are_the_same_run_are_one_under_the_first_name(call, stub, tmp_path):
     file = write(tmp_path / "g.toml", '[[grid]]\nhead = ["cls", "max"]\n[[grid]]\nhead = ["cls"]\nllrd = [1.0, 0.9]\n')
     call(file)
-    assert stub == ["head=cls+seed=0", "head=max+seed=0", "head=cls+llrd=0.9+seed=0"]
+    assert stub == ["head-cls_seed-0", "head-max_seed-0", "head-cls_llrd-0.9_seed-0"]
 
 
 def test_the_command_line_wins_over_the_file_and_its_grid_multiplies_every_block(call, stub, tmp_path, output):
     text = 'seeds = [1, 2]\n[settings]\nepochs = 7\nbatch_size = 4\n[[grid]]\nhead = ["cls"]\n[[grid]]\nllrd = [0.9]\n'
     call(write(tmp_path / "g.toml", text), "--seeds", "5", "--grid", "reinit_layers=0,1")
-    assert stub == [f"{block}+reinit_layers={n}+seed=5" for block in ("head=cls", "llrd=0.9") for n in (0, 1)]
+    assert stub == [f"{block}_reinit_layers-{n}_seed-5" for block in ("head-cls", "llrd-0.9") for n in (0, 1)]
     settings = ku.RunFolder(output / stub[0]).read_record()["settings"]
     assert settings["epochs"] == 1 and settings["batch_size"] == 4
 
 
-def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_name_are_refused(
+def test_a_backbone_has_its_short_name_in_the_name_of_the_run_and_two_of_one_name_are_told_apart(
     call, stub, backbone_folder, tmp_path
 ):
     folder = backbone_folder("tiny")
     other = tmp_path / folder.name
     other.symlink_to(folder)
-    code, shown = call("--grid", f"backbone={folder}", "--dry-run", backbone=None)
-    assert code == 0 and shown.startswith(f"backbone={ku._short_name(str(folder))}+seed=0: to run")
+    name = f"backbone-{ku._short_name(str(folder))}_seed-0"
+    code, _ = call("--grid", f"backbone={other}", backbone=None)
+    assert code == 0 and stub == [name]
     code, shown = call("--grid", f"backbone={folder},{other}", backbone=None)
-    assert code == 1 and "2 different runs would be called backbone=" in shown and stub == []
+    assert code == 0 and "1 finished now, 1 before" in shown and re.fullmatch(rf"{name}-\w{{8}}", stub[1])
+
+
+def test_names_are_files_everywhere_and_differ_where_values_do(base, monkeypatch):
+    values = ["[a] {excerpt}", "[b] {excerpt}", "[B] {excerpt}", "é {excerpt}", "{excerpt}" + "x" * 200, "{excerpt}"]
+    arguments = [f"template={','.join(values)}", "--grid", "freeze_embeddings=false,true"]
+    cells = make_cells(base, monkeypatch, "--grid", *arguments)
+    names = {cell.name.lower() for cell in cells}
+    assert len(names) == len(cells) == 12 and all("_freeze_embeddings-" in name for name in names if "xxx" not in name)
+    files = {f"{name}{end}": 1 for name in names for end in (".fold12.safetensors", ".special_tokens_map.json")}
+    assert kaggle_metadata.file_problems(files) == []
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tools" / "grids").glob("*.toml")), ids=lambda path: path.stem)
@@ -247,14 +259,14 @@ def test_a_setting_that_is_given_in_two_ways_is_refused(call, stub, arguments, p
 def test_runs_that_are_complete_with_other_settings_stop_the_grid_and_every_change_is_listed(call, stub):
     call("--grid", "head=cls,max")
     code, shown = call("--grid", "head=cls,max,mean", epochs=5, warmup_ratio=0.2)
-    assert code == 1 and stub == ["head=cls+seed=0", "head=max+seed=0"]
+    assert code == 1 and stub == ["head-cls_seed-0", "head-max_seed-0"]
     for name in stub:
         assert f"{name} is complete with other settings: " in shown
     assert shown.count("epochs was 1, now 5; warmup_ratio was 0.1, now 0.2") == 2
 
 
 def test_a_folder_that_is_no_run_is_never_touched(call, stub, output):
-    folder = output / "head=cls+seed=0"
+    folder = output / "head-cls_seed-0"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("mine")
     code, shown = call("--grid", "head=cls,max")
@@ -265,17 +277,22 @@ def test_a_folder_that_is_no_run_is_never_touched(call, stub, output):
 # Going on
 
 
-def test_finished_runs_are_skipped_also_under_another_name(call, stub, output):
+@pytest.mark.parametrize("name", ["head=cls+seed=0", "mine"])
+def test_runs_go_on_and_are_skipped_under_whatever_name_they_have(call, stub, output, name):
     call("--grid", "head=cls")
-    (output / "head=cls+seed=0").rename(output / "mine")
+    record = (output / "head-cls_seed-0").rename(output / name) / "record.json"
+    assert f"{name}: finished\n" in call("--grid", "head=cls,max", "--dry-run")[1]
+    record.write_text(record.read_text().replace('"complete"', '"stopped"'))
+    assert f"{name}: interrupted, to go on\n" in call("--grid", "head=cls,max", "--dry-run")[1]
+    assert call("--grid", "head=cls")[0] == 0
     code, shown = call("--grid", "head=cls,max")
-    assert code == 0 and stub == ["head=cls+seed=0", "head=max+seed=0"]
-    assert "2 runs: 1 finished now, 1 before, 0 failed, 0 running elsewhere" in shown
+    assert code == 0 and stub == ["head-cls_seed-0", name, "head-max_seed-0"]
+    assert "2 runs: 1 finished now, 1 before, 0 finished elsewhere, 0 failed, 0 running elsewhere" in shown
 
 
 def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output):
     call("--grid", "head=cls")
-    path = output / "head=cls+seed=0" / "record.json"
+    path = output / "head-cls_seed-0" / "record.json"
     record = json.loads(path.read_text())
     del record["settings"]["length_bucket"]
     path.write_text(json.dumps(record))
@@ -286,14 +303,14 @@ def test_a_setting_that_an_older_record_lacks_was_the_default(call, stub, output
 
 @pytest.mark.parametrize("left", ["running", "stopped", "empty", "temporary"])
 def test_what_a_killed_run_left_is_there_for_the_run_to_go_on(call, stub, left, output):
-    folder = output / "head=cls+seed=0"
+    folder = output / "head-cls_seed-0"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("")
     if left in ("running", "stopped"):
         (folder / "record.json").write_text(json.dumps({"status": left, "settings": {}}))
     if left == "temporary":
         (folder / ".record.json.tmp").write_text("{")
-    assert "head=cls+seed=0: interrupted, to go on" in call("--grid", "head=cls", "--dry-run")[1]
+    assert "head-cls_seed-0: interrupted, to go on" in call("--grid", "head=cls", "--dry-run")[1]
     code, _ = call("--grid", "head=cls")
     assert code == 0 and ku.RunFolder(folder).read_record()["status"] == "complete" and (folder / ".lock").exists()
     assert sorted(path.suffix for path in (output / "notebooks").iterdir()) == [".ipynb", ".lock", ".log"]
@@ -307,11 +324,29 @@ def make_cells(base, monkeypatch, *arguments):
 def test_what_another_sweep_trained_under_another_name_meanwhile_is_not_trained_again(
     call, base, stub, output, monkeypatch
 ):
-    call("--grid", "head=mean")
     (cell,) = make_cells(base, monkeypatch, "--seeds", "0")
+    call("--grid", "head=mean")
     assert sweep.run_cell(cell, output, ROOT, False) == sweep.TRAINED
-    assert (cell.name, stub) == ("seed=0", ["head=mean+seed=0"])
+    assert (cell.name, stub) == ("seed-0", ["head-mean_seed-0"])
     assert sweep.lock_path(cell, output) == next((output / "notebooks").glob("*.lock"))
+
+
+def test_a_run_that_another_sweep_finished_meanwhile_is_not_counted_as_finished_now(call, stub, output, monkeypatch):
+    train = sweep.run_papermill
+
+    def with_another(cell, output, folder, lock, *rest):
+        problem = train(cell, output, folder, lock, *rest)
+        other = output / "head-max_seed-0" / "record.json"
+        if cell.name == "head-cls_seed-0":  # while it was trained, somebody trained the next one
+            other.parent.mkdir()
+            record = (output / cell.name / "record.json").read_text()
+            other.write_text(record.replace('"head": "cls"', '"head": "max"'))
+        return problem
+
+    monkeypatch.setattr(sweep, "run_papermill", with_another)
+    code, shown = call("--grid", "head=cls,max")
+    assert code == 0 and stub == ["head-cls_seed-0"] and "head-max_seed-0: finished elsewhere" in shown
+    assert "2 runs: 1 finished now, 0 before, 1 finished elsewhere, 0 failed, 0 running elsewhere" in shown
 
 
 def test_a_notebook_that_fails_after_its_scores_is_reported_once_and_not_trained_again(call, stub, output, monkeypatch):
@@ -338,6 +373,20 @@ def test_a_record_that_is_none_is_named_and_nothing_starts(call, stub, output, c
     assert code == 1 and "other/record.json is not the record of a run" in shown and stub == []
 
 
+@pytest.mark.parametrize("name", ["head-cls_seed-0.log", "head-cls_seed-0.ipynb", "0123456789abcdef.lock", ""])
+def test_nothing_is_written_through_links_beside_the_runs(call, stub, output, tmp_path, name):
+    elsewhere = write(tmp_path / "elsewhere", "mine")
+    link = output / "notebooks" / name
+    link.parent.mkdir(parents=True)
+    if not name:
+        elsewhere = tmp_path / "folder"
+        elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    code, shown = call("--grid", "head=cls")
+    assert code == 1 and str(link) in shown and "link" in shown and stub == []
+    assert (tmp_path / "elsewhere").read_text() == "mine" and os.listdir(output) == ["notebooks"]
+
+
 def test_an_output_that_is_a_file_is_refused(call, stub, output):
     output.write_text("")
     code, shown = call("--grid", "head=cls")
@@ -360,22 +409,22 @@ def test_a_cell_whose_lock_is_taken_is_left_alone(call, base, stub, output, monk
     with open(sweep.lock_path(cell, output), "w") as lock:
         sweep.fcntl.flock(lock, sweep.fcntl.LOCK_EX)
         code, shown = call("--grid", "head=cls,max")
-    assert code == 1 and stub == ["head=max+seed=0"]
-    assert "2 runs: 1 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    assert code == 1 and stub == ["head-max_seed-0"]
+    assert "2 runs: 1 finished now, 0 before, 0 finished elsewhere, 0 failed, 1 running elsewhere" in shown
     assert call("--grid", "head=cls,max")[0] == 0
 
 
 def test_failures_are_said_with_the_error_of_the_notebook_and_tried_again_by_the_next_call(call, stub, output):
-    stub.errors["head=cls+seed=0"] = "cannot go on:\n  the first thing\n  the second\n  the third"
+    stub.errors["head-cls_seed-0"] = "cannot go on:\n  the first thing\n  the second\n  the third"
     code, shown = call("--grid", "head=cls,max")
-    notebook = output / "notebooks" / "head=cls+seed=0.ipynb"
+    notebook = output / "notebooks" / "head-cls_seed-0.ipynb"
     problem = f"KitError: cannot go on: the first thing the second ({notebook})"
-    assert code == 1 and f"head=cls+seed=0: failed: {problem}" in shown and stub.count("head=cls+seed=0") == 1
-    assert f"2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere\n  head=cls+seed=0: {problem}" in shown
+    assert code == 1 and f"head-cls_seed-0: failed: {problem}" in shown and stub.count("head-cls_seed-0") == 1
+    assert f"0 finished elsewhere, 1 failed, 0 running elsewhere\n  head-cls_seed-0: {problem}" in shown
     assert "compare" not in shown and notebook.is_file()
     stub.errors.clear()
     code, shown = call("--grid", "head=cls,max")
-    assert code == 0 and stub == ["head=cls+seed=0", "head=max+seed=0", "head=cls+seed=0"]
+    assert code == 0 and stub == ["head-cls_seed-0", "head-max_seed-0", "head-cls_seed-0"]
 
 
 def test_an_error_outside_the_notebook_is_the_last_line_of_the_log(tmp_path):
@@ -386,32 +435,27 @@ def test_an_error_outside_the_notebook_is_the_last_line_of_the_log(tmp_path):
 
 def test_each_finished_run_has_a_line_and_the_end_names_the_command_to_compare(call, stub, output):
     code, shown = call("--grid", "head=cls")
-    assert code == 0 and "head=cls+seed=0: rmse 0.5000 last, 0.2500 best, 8 s" in shown
+    assert code == 0 and "head-cls_seed-0: rmse 0.5000 last, 0.2500 best, 8 s" in shown
     assert f"papermill notebooks/compare.ipynb compare.out.ipynb -p runs_dir {output}" in shown
-    assert "the log of head=cls+seed=0" in (output / "notebooks" / "head=cls+seed=0.log").read_text()
+    assert "the log of head-cls_seed-0" in (output / "notebooks" / "head-cls_seed-0.log").read_text()
 
 
 def test_weights_are_deleted_only_where_asked_and_only_of_runs_that_are_complete(call, stub, output):
     call("--grid", "head=cls")
     call("--grid", "head=cls,max", "--drop-weights")
     weights = sorted(path.parents[1].name for path in output.glob("*/fold0/model.safetensors"))
-    assert weights == ["head=cls+seed=0"]
+    assert weights == ["head-cls_seed-0"]
 
 
 def test_the_dry_run_lists_the_runs_and_the_time_and_makes_nothing(call, stub, output):
     code, shown = call("--grid", "head=cls,max", "--dry-run")
-    assert code == 0 and names(shown) == ["head=cls+seed=0", "head=max+seed=0"] and stub == []
-    assert "80 training rows, 1 at a time" in shown and "rough: by a probe of few rows" in shown
+    assert code == 0 and names(shown) == ["head-cls_seed-0", "head-max_seed-0"] and stub == []
+    assert shown.endswith("80 training rows, 1 at a time; no run is finished yet that would tell how long they take\n")
     assert not output.exists()
     call("--grid", "head=cls")
     code, shown = call("--grid", "head=cls,max,mean", "--dry-run", "--jobs", "2")
-    assert "head=cls+seed=0: finished" in shown and "head=max+seed=0: to run" in shown
+    assert "head-cls_seed-0: finished" in shown and "head-max_seed-0: to run" in shown
     assert "about 00:08 for 80 training rows, 2 at a time, at 5.0 rows/s each (as in the 1 runs" in shown
-
-
-def test_a_dry_run_whose_probe_fails_says_that_the_time_cannot_be_estimated(call, stub):
-    code, shown = call("--set", "max_rows=2", "--set", "max_length=9", "--set", "lr=1e30", "--dry-run")
-    assert code == 0 and "the time cannot be estimated" in shown
 
 
 def test_the_work_of_a_cell_is_its_training_rows(base, monkeypatch):
@@ -522,7 +566,7 @@ def fingerprint(run):
 
 
 def test_real_notebooks_that_fail_or_are_stopped_are_reported_go_on_and_are_compared(base, call, output, tmp_path):
-    run, settings = output / "lr=0.0001+seed=0", dict(epochs=30)  # long enough to be stopped
+    run, settings = output / "lr-0.0001_seed-0", dict(epochs=30)  # long enough to be stopped
     process = start(*base(**settings), "--grid", "lr=1e30,1e-4")
     wait_for((run / "log.jsonl").is_file)
     descendants = psutil.Process(process.pid).children(recursive=True)
@@ -530,9 +574,10 @@ def test_real_notebooks_that_fail_or_are_stopped_are_reported_go_on_and_are_comp
     process.send_signal(signal.SIGINT)
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "stopped: 0 of 2 runs are complete and kept" in shown
-    failed = r"lr=1e\+30\+seed=0: failed: NumericError: .* fold 0, step \d+: .*lr=1e\+30\+seed=0.ipynb"
+    failed = r"(lr-1e-30_seed-0-\w{8}): failed: NumericError: .* fold 0, step \d+: .*\1.ipynb"
     assert re.search(failed, shown) and psutil.wait_procs(descendants, timeout=10)[1] == []
-    executed = (output / "notebooks" / "lr=1e+30+seed=0.ipynb").read_text()
+    (failed,) = (output / "notebooks").glob("lr-1e-30*.ipynb")
+    executed = failed.read_text()
     assert '"NumericError"' in executed and "Traceback" not in executed  # the error is its message alone
     code, shown = call("--grid", "lr=1e-4,1e-3", "--jobs", "2", **settings)
     assert code == 0 and "2 finished now, 0 before" in shown
@@ -554,7 +599,7 @@ def assert_compared(runs, folder):
     table = pd.read_csv(folder / "comparison.csv").set_index(["checkpoint", "configuration"])
     assert list(table.index) == [(kind, f"lr={lr}") for kind in ("last", "best") for lr in ("0.0001", "0.001")]
     scores = pd.read_csv(folder / "scores.csv").set_index("configuration")
-    record = ku.RunFolder(runs / "lr=0.001+seed=0").read_record()
+    record = ku.RunFolder(runs / "lr-0.001_seed-0").read_record()
     assert scores["rmse last"]["lr=0.001"] == pytest.approx(record["oof"]["last"], abs=1e-5)
     page = folder / "page.html"
     command = [sys.executable, ROOT / "tools" / "report.py", runs.parent / "compare.ipynb", "-o", page]
@@ -565,7 +610,7 @@ def assert_compared(runs, folder):
 
 
 def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(base, call, stub, output):
-    first, second = (f"epochs={n}+seed=0" for n in (5000, 1))
+    first, second = (f"epochs-{n}_seed-0" for n in (5000, 1))
     process = start_with_stub(*base(epochs=None), "--grid", "epochs=5000,1")
     wait_for((output / first / "oof.csv").is_file)
     worker = papermill_of(first, psutil.Process(process.pid))
@@ -574,7 +619,7 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
     shown = process.communicate()[0]
     assert process.returncode == 1
     assert f"{first}: failed: papermill was ended by SIGKILL" in shown
-    assert "2 runs: 1 finished now, 0 before, 1 failed, 0 running elsewhere" in shown
+    assert "2 runs: 1 finished now, 0 before, 0 finished elsewhere, 1 failed, 0 running elsewhere" in shown
     before = fingerprint(output / second)
     code, shown = call("--grid", "epochs=5000,1", epochs=None)
     assert code == 0 and "1 finished now, 1 before" in shown
@@ -582,7 +627,7 @@ def test_a_killed_worker_is_a_failure_and_the_next_call_trains_that_run_alone(ba
 
 
 def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base, call, stub, output):
-    run = output / "head=cls+seed=0"
+    run = output / "head-cls_seed-0"
     process = start_with_stub(*base(epochs=2), "--grid", "head=cls")
     wait_for((run / "oof.csv").is_file)
     worker = papermill_of(run.name, psutil.Process(process.pid))
@@ -593,7 +638,7 @@ def test_a_run_whose_sweep_was_killed_goes_on_and_no_other_sweep_starts_it(base,
         code, shown = call("--grid", "head=cls", epochs=2)
     finally:
         worker.resume()
-    assert code == 1 and "1 runs: 0 finished now, 0 before, 0 failed, 1 running elsewhere" in shown
+    assert code == 1 and "0 before, 0 finished elsewhere, 0 failed, 1 running elsewhere" in shown
     psutil.wait_procs([worker], timeout=60)
     before = fingerprint(run)
     code, shown = call("--grid", "head=cls", epochs=2)
@@ -607,13 +652,13 @@ def test_ctrl_c_and_a_request_to_end_leave_no_process_and_keep_what_is_finished(
     process = start_with_stub(*base(epochs=None), *grid)
     children = psutil.Process(process.pid).children
     descendants = wait_for(lambda: len(found := children(recursive=True)) == 2 and found)
-    before = fingerprint(output / "epochs=1+seed=0")
+    before = fingerprint(output / "epochs-1_seed-0")
     process.send_signal(number)
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "stopped: 1 of 3 runs are complete and kept" in shown
     assert psutil.wait_procs(descendants, timeout=10)[1] == []
-    assert fingerprint(output / "epochs=1+seed=0") == before
-    assert not (output / "epochs=6000+seed=0").exists()
+    assert fingerprint(output / "epochs-1_seed-0") == before
+    assert not (output / "epochs-6000_seed-0").exists()
 
 
 # In the place of papermill where its module is looked for: trains nothing, and waits for a file `go` beside the runs
@@ -665,7 +710,7 @@ def test_a_ray_cluster_trains_the_cells_on_its_nodes_and_the_same_grid_goes_on_w
     (output / "go").touch()
     shown = process.communicate()[0]
     assert process.returncode == 0 and "2 runs: 2 finished now, 0 before" in shown, shown
-    runs = [output / f"head={head}+seed=0" for head in ("cls", "max")]
+    runs = [output / f"head-{head}_seed-0" for head in ("cls", "max")]
     before = [fingerprint(run) for run in runs]
     code, shown = call("--grid", "head=cls,max")
     assert code == 0 and "0 finished now, 2 before" in shown

@@ -185,9 +185,10 @@ def ensemble_problems(records):
     problems, names, defaults = [], set(), ku.Config().to_dict()
     first = next(iter(records))
     for folder, record in records.items():
-        if folder.name.lower() in names:
+        name = kaggle_metadata.safe_name(folder.name)
+        if name in names:
             problems.append(f"{folder}: two runs are called {folder.name}; rename one folder")
-        names.add(folder.name.lower())
+        names.add(name)
         for what in ("task", "id_column", "target_columns", "preprocess", "outputs", "classes"):
             expected = (defaults | records[first] | records[first]["settings"])[what]
             value = (defaults | record | record["settings"])[what]
@@ -244,11 +245,12 @@ def round_to_half(run, tokenizer, model, folder):
 
 def run_files(folder, run):
     """(names of the parts of a run, as the manifest lists them, [(name, source)])."""
+    prefix = kaggle_metadata.safe_name(run.name)
     names = {
-        "record": f"{run.name}.record.json",
-        "config": f"{run.name}.config.json",
-        "tokenizer": {name: f"{run.name}.{name}" for name in run.tokenizer},
-        "weights": {str(fold): f"{run.name}.fold{fold}.safetensors" for fold in run.weights},
+        "record": f"{prefix}.record.json",
+        "config": f"{prefix}.config.json",
+        "tokenizer": {name: f"{prefix}.{name}" for name in run.tokenizer},
+        "weights": {str(fold): f"{prefix}.fold{fold}.safetensors" for fold in run.weights},
     }
     files = [(names["record"], folder / "record.json"), (names["config"], run.config)]
     files += zip(names["tokenizer"].values(), run.tokenizer.values(), strict=True)
@@ -537,7 +539,8 @@ class Packing:
             self.wheels, self.problems = download_wheels(args.wheels, self.folder)
             self.files += self.wheels
         files = [*self.files]
-        for folder, run in self.runs.items():
+        named = {run.name: (folder, run) for folder, run in self.runs.items()}
+        for folder, run in named.values():
             files += run_files(folder, run)[1]
         names = [name for name, _ in files] + [ku._MANIFEST]
         for name in sorted(set(names)):
@@ -563,7 +566,8 @@ class Packing:
             self.files += files
             if self.args.engine:
                 try:
-                    int8 = openvino_engine.write_int8(run, self.folder)
+                    named = run._replace(name=kaggle_metadata.safe_name(run.name))
+                    int8 = openvino_engine.write_int8(named, self.folder)
                 except ku.KitError as error:
                     self.problems += error.problems
                     continue

@@ -11,6 +11,7 @@ which refuses before it uploads.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -40,7 +41,9 @@ SOURCES = {  # field of a kernel -> (what an entry is, its pattern)
     "competition_sources": ("the name in the competition's address, not the address", SLUG),
     "model_sources": ("owner/model/framework/variation/version", f"{MODEL}/{VERSION}"),
 }
-FILE_NAME = "(?=.{1,100}$)[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
+NAME = "[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
+FILE_NAME = f"(?=.{{1,100}}$){NAME}"
+MAX_RUN_NAME = 75  # leaves room for what follows, such as .sentencepiece.bpe.model
 ARCHIVES = tuple(".zip .7z .rar .tar .gz .tgz .bz2 .tbz2 .xz .txz .zst".split())
 NOT_UPLOADED = (DATASET_FILE, KERNEL_FILE, "datapackage.json", "model-metadata.json")
 NOT_UPLOADED += ("model-instance-metadata.json", "dataset-cover-image.")  # beginnings of names
@@ -158,6 +161,16 @@ def kernel_problems(metadata, folder):
 
 
 # ---- The files of a dataset, and folders
+
+
+def safe_name(text):
+    """`text` as the beginning of file names that Kaggle takes; itself where it is one in lower
+    case. Any other ends in a digest of the text, so that other texts have other names."""
+    if re.fullmatch(NAME, text) and len(text) <= MAX_RUN_NAME and text == text.lower():
+        return text
+    words = re.sub("[^A-Za-z0-9._]+", "-", text).strip("-._")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{words[: MAX_RUN_NAME - 9]}-{digest}".lstrip("-")
 
 
 def file_problems(sizes):

@@ -22,16 +22,13 @@ import io
 import itertools
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tomllib
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +37,9 @@ import yaml
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "kernel_utils"))
+sys.path[:0] = [str(ROOT / "kernel_utils"), str(ROOT / "tools")]
+import kaggle_metadata
+
 import kernel_utils as ku
 
 # Settings: made by this tool; without effect on what is trained; of which rows are in which fold
@@ -53,7 +52,7 @@ DEFAULTS = ku.Config().to_dict()
 
 # States of a cell before it runs, and outcomes other than an error
 TO_RUN, INTERRUPTED, FINISHED = "to run", "interrupted, to go on", "finished"
-ELSEWHERE, TRAINED, STOPPED = "running elsewhere", "trained by another sweep by now", "stopped"
+ELSEWHERE, TRAINED, STOPPED = "running elsewhere", "finished elsewhere", "stopped"
 OTHER, FOREIGN = "is complete with other settings", "is not a run: it has no record.json"
 
 GRACE = 10  # seconds for papermill to end its kernel after Ctrl-C
@@ -65,8 +64,12 @@ class Cell(NamedTuple):
 
     name: str
     settings: dict  # all of them, so that what the notebook's own cell says does not matter
-    identity: dict  # settings but those of keeping: equal in runs that are the same
+    identity: str  # settings but those of keeping, as JSON: equal in runs that are the same
     rows: int  # to train on, over all folds and epochs
+
+    @property
+    def digest(self):
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------
@@ -150,23 +153,25 @@ def collect(function, items):
 
 
 def name_run(cfg, names, settings, single_folds):
-    """`head=cls+llrd=0.95+seed=0`: what varies, in the characters that run_name allows."""
+    """`head-cls_llrd-0.95_seed-0`: what varies, in a name that files can have everywhere."""
     parts = []
     for name in names:
         value = settings[name] if name == "recipe" else getattr(cfg, name)
         if name == "backbone":
             value = ku._short_name(value)
+        if isinstance(value, bool):
+            value = str(value).lower()
         if isinstance(value, tuple):
-            value = ",".join(map(str, value))
+            value = "-".join(map(str, value))
         label = "fold" if name == "run_folds" and single_folds else name
-        parts.append(f"{label}={value}")
-    return re.sub(r"[^\w.=+-]", "-", "+".join(parts))
+        parts.append(f"{label}-{value}")
+    return kaggle_metadata.safe_name("_".join(parts))
 
 
 def identity(settings):
     """Settings without those of keeping, as JSON. What an older record lacks was the default."""
-    settings = json.loads(json.dumps(DEFAULTS | settings))
-    return {name: value for name, value in settings.items() if name not in KEEPING}
+    settings = {name: v for name, v in (DEFAULTS | settings).items() if name not in KEEPING}
+    return json.dumps(settings, sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -177,16 +182,12 @@ def silence():
         yield
 
 
-def read_rows(cfg):
-    """The training rows with their folds."""
-    with silence():
-        return ku.make_folds(ku._read_train(cfg), cfg)
-
-
 @functools.cache
 def read_folds(settings):
-    """The folds that these settings, in JSON, make."""
-    return read_rows(ku.Config(**json.loads(settings)))[["fold"]]
+    """The folds of the training rows that these settings, in JSON, make."""
+    cfg = ku.Config(**json.loads(settings))
+    with silence():
+        return ku.make_folds(ku._read_train(cfg), cfg)[["fold"]]
 
 
 def count_rows(cfg):
@@ -203,20 +204,24 @@ def make_cells(args):
     rows = collect(count_rows, configs)
     collect(ku._find_backbone, dict.fromkeys(cfg.backbone for cfg in configs))
     cells = {}
-    for cfg, names, settings, n_rows in zip(configs, varied, given, rows, strict=True):
-        name = name_run(cfg, names, settings, bool(args.folds))
-        settings = dataclasses.replace(cfg, output_dir=args.output, run_name=name).to_dict()
+    for cfg, axes, settings, n_rows in zip(configs, varied, given, rows, strict=True):
+        name = name_run(cfg, axes, settings, bool(args.folds))
+        settings = dataclasses.replace(cfg, output_dir=args.output).to_dict()
         cell = Cell(name, settings, identity(settings), n_rows)
-        cells.setdefault(json.dumps(cell.identity), cell)
-    problems = []
-    for name, times in Counter(cell.name for cell in cells.values()).items():
-        if times > 1:
-            problems.append(f"{times} different runs would be called {name}")
-        if len(name.encode()) > 200:
-            problems.append(f"{name}: a name has at most 200 characters")
-    if problems:
-        raise ku.ConfigError([*problems, "split the grid into several folders"])
-    return list(cells.values())
+        cells.setdefault(cell.identity, cell)
+    return [*name_apart(cells, find_names(Path(args.output).expanduser()))]
+
+
+def name_apart(cells, folders):
+    """The cells under names of their own: that of the folder where such a run is, else the made
+    one. Both are given by identity."""
+    names = {key: folders[key] for key in cells if key in folders}
+    for key, cell in cells.items():
+        made = cell.name
+        if made in names.values():
+            made = f"{made[: kaggle_metadata.MAX_RUN_NAME - 9]}-{cell.digest[:8]}"
+        name = names.setdefault(key, made)
+        yield cell._replace(name=name, settings=cell.settings | {"run_name": name})
 
 
 # ---------------------------------------------------------------------------------------
@@ -244,8 +249,7 @@ def state(folder, wanted):
         return TO_RUN
     record = read_record(folder)
     if not record:  # a run makes the folder, then the record
-        leftovers = {".lock", ".record.json.tmp"}
-        is_begun = folder.is_dir() and leftovers.issuperset(os.listdir(folder))
+        is_begun = folder.is_dir() and all(name[0] == "." for name in os.listdir(folder))
         return INTERRUPTED if is_begun else FOREIGN
     if record["status"] != "complete":
         return INTERRUPTED
@@ -257,6 +261,17 @@ def complete_records(output):
     return [record for record in records if record["status"] == "complete"]
 
 
+def find_names(output):
+    """The name of each run in a folder by its identity; a complete one goes before another."""
+    names = {}
+    for path in sorted(output.glob("[!.]*/record.json")):
+        record, name = read_record(path.parent), path.parent.name
+        if record["status"] == "complete":
+            names[identity(record["settings"])] = name
+        names.setdefault(identity(record["settings"]), name)
+    return names
+
+
 def finished(cells, output):
     """Those of the cells that a complete run in the folder is, whatever it is called."""
     done = [identity(record["settings"]) for record in complete_records(output)]
@@ -265,18 +280,17 @@ def finished(cells, output):
 
 def read_states(cells, output):
     """The state of each cell, by name. KitError lists every folder that stands in the way."""
-    done, states, problems = finished(cells, output), {}, []
+    states, problems = {}, []
     for cell in cells:
         folder = output / cell.name
-        states[cell.name] = FINISHED if cell in done else state(folder, cell.identity)
+        states[cell.name] = state(folder, cell.identity)
         if states[cell.name] == FOREIGN:
             problems.append(f"{folder} {FOREIGN}")
         if states[cell.name] == OTHER:
-            changes, was = [], identity(read_record(folder)["settings"])
-            for name in cell.identity | was:
-                old, new = was.get(name), cell.identity.get(name)
-                if old != new:
-                    changes.append(f"{name} was {old!r}, now {new!r}")
+            was, now = identity(read_record(folder)["settings"]), cell.identity
+            was, now = json.loads(was), json.loads(now)
+            names = [name for name in was | now if was.get(name) != now.get(name)]
+            changes = [f"{name} was {was.get(name)!r}, now {now.get(name)!r}" for name in names]
             problems.append(f"{cell.name} {OTHER}: {'; '.join(changes)}")
     if problems:
         raise ku.KitError([*problems, "choose another -o, or delete what is named here"])
@@ -322,8 +336,7 @@ def end(process):
 
 def lock_path(cell, output):
     """One for all cells that are the same run, whatever they are called."""
-    digest = hashlib.sha256(json.dumps(cell.identity, sort_keys=True).encode()).hexdigest()
-    return output / "notebooks" / f"{digest[:16]}.lock"
+    return output / "notebooks" / f"{cell.digest}.lock"
 
 
 def run_cell(cell, output, folder, drop_weights, environment=None, should_stop=lambda: False):
@@ -491,8 +504,8 @@ def catch_signals():
 
 def train_cells(todo, n_before, output, submit):
     """Run the cells and say of each how it ended; `n_before` others were finished before. Returns
-    what failed, by name, and whether a signal stopped it."""
-    failed, total = {}, n_before + len(todo)
+    the outcomes by name, and whether a signal stopped it."""
+    outcomes, total = {}, n_before + len(todo)
     bar = tqdm(total=total, initial=n_before, unit=" runs", mininterval=0)
     with catch_signals() as signals, bar:
         futures, stop = submit(todo)
@@ -501,7 +514,7 @@ def train_cells(todo, n_before, output, submit):
                 first = concurrent.futures.FIRST_COMPLETED
                 for future in concurrent.futures.wait(futures, POLL, first).done:
                     cell = futures.pop(future)
-                    result = outcome(future, cell, output)
+                    result = outcomes[cell.name] = outcome(future, cell, output)
                     if result == FINISHED:
                         record = read_record(output / cell.name)
                         oof, seconds = record["oof"], record["seconds"]["total"]
@@ -511,53 +524,29 @@ def train_cells(todo, n_before, output, submit):
                     elif result in (ELSEWHERE, TRAINED):
                         bar.write(f"{cell.name}: {result}")
                     else:
-                        failed[cell.name] = f"{result} ({output / 'notebooks' / cell.name}.ipynb)"
-                        bar.write(f"{cell.name}: failed: {failed[cell.name]}")
+                        problem = f"{result} ({output / 'notebooks' / cell.name}.ipynb)"
+                        outcomes[cell.name] = problem
+                        bar.write(f"{cell.name}: failed: {problem}")
                     bar.update()
             if signals:
                 bar.write("stopping the runs")
         finally:
             if futures:  # a signal, or an error of this process such as a closed pipe
                 stop()
-    return failed, bool(signals)
+    return outcomes, bool(signals)
 
 
-# ---------------------------------------------------------------------------------------
-# The dry run
-
-
-def probe(cell, threads):
-    """Training rows a second in a short run of few rows, evaluations included."""
-    rows = 1024 if torch.cuda.is_available() else 64
-    rows = min(rows, cell.settings["max_rows"] or rows)
-    short = dict(max_rows=rows, n_folds=2, epochs=1, run_folds="all", report_to="")
-    with tempfile.TemporaryDirectory() as folder, silence():
-        cfg = ku.Config.from_dict(cell.settings | short | {"output_dir": folder})
-        frame = read_rows(cfg)
-        torch.set_num_threads(threads)
-        cfg = dataclasses.replace(cfg, run_folds=str(frame["fold"].min()))
-        record = read_record(ku.train(frame, cfg))
-    seconds = record["seconds"]
-    return record["rows_per_second"] * seconds["train"] / (seconds["train"] + seconds["evaluate"])
-
-
-def estimate(todo, output, jobs, gpus):
-    """How long the cells will take: by the finished runs of the folder, else by a probe."""
-    records = complete_records(output)
-    if records:
-        trained = sum(record["rows_per_second"] * record["seconds"]["train"] for record in records)
-        rate = trained / sum(record["seconds"]["total"] for record in records)
-        source = f"as in the {len(records)} runs that are finished"
-    else:
-        try:
-            rate = probe(todo[0], cores() if gpus else max(1, cores() // jobs))
-        except (ku.KitError, ArithmeticError, RuntimeError) as error:
-            return f"the time cannot be estimated, a probe of few rows fails: {error}"
-        source = f"rough: by a probe of few rows of {todo[0].name}"
-    rows = sum(cell.rows for cell in todo)
+def estimate(todo, output, jobs):
+    """How much there is to train and, by the finished runs of the folder, how long it will take."""
+    records, rows = complete_records(output), sum(cell.rows for cell in todo)
+    work = f"{rows:,} training rows, {jobs} at a time"
+    if not records:
+        return f"{work}; no run is finished yet that would tell how long they take"
+    trained = sum(record["rows_per_second"] * record["seconds"]["train"] for record in records)
+    rate = trained / sum(record["seconds"]["total"] for record in records)
     time_left = tqdm.format_interval(rows / rate / jobs)
-    pace = f"{jobs} at a time, at {rate:.1f} rows/s each ({source})"
-    return f"about {time_left} for {rows:,} training rows, {pace}"
+    source = f"as in the {len(records)} runs that are finished"
+    return f"about {time_left} for {work}, at {rate:.1f} rows/s each ({source})"
 
 
 # ---------------------------------------------------------------------------------------
@@ -619,6 +608,10 @@ def sweep(args):
         raise ku.KitError(f"{where}: train.ipynb looks for the module from there, not {folder}")
     if output.exists() and not output.is_dir():
         raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")
+    notebooks = output / "notebooks"
+    links = ku._link_problems(notebooks)
+    if links or notebooks.is_symlink():  # logs and locks would be written elsewhere
+        raise ku.KitError([f"{notebooks} must be a folder without links", *links])
     jobs = 1 if args.ray else count_jobs(args, gpus)
     cells = make_cells(args)
     states = read_states(cells, output)
@@ -629,31 +622,35 @@ def sweep(args):
             print(f"{cell.name}: {states[cell.name]}")
         print(f"{len(cells)} runs: {before} finished, {len(todo)} to run")
         if todo:
-            print(estimate(todo, output, jobs, gpus))
+            print(estimate(todo, output, jobs))
         return 0
-    failed, is_stopped = {}, False
+    outcomes, is_stopped = {}, False
     if todo:
         job = (output, folder, args.drop_weights)
         submit = functools.partial(submit_here, job=job, jobs=jobs, gpus=gpus)
         if args.ray:
             ray = connect_ray(args.ray)
             submit = functools.partial(submit_ray, job=job, ray=ray, per_gpu=args.per_gpu)
-        (output / "notebooks").mkdir(parents=True, exist_ok=True)
-        failed, is_stopped = train_cells(todo, before, output, submit)
+        notebooks.mkdir(parents=True, exist_ok=True)
+        outcomes, is_stopped = train_cells(todo, before, output, submit)
+    ways = (FINISHED, TRAINED, ELSEWHERE)
+    failed = {name: result for name, result in outcomes.items() if result not in ways}
     done = [cell for cell in finished(cells, output) if cell.name not in failed]
     if is_stopped:
         share = f"{len(done)} of {len(cells)} runs"
         print(f"stopped: {share} are complete and kept; the next call trains the others")
         return 130
-    elsewhere = len(cells) - len(done) - len(failed)
-    counts = f"{len(done) - before} finished now, {before} before"
-    print(f"{len(cells)} runs: {counts}, {len(failed)} failed, {elsewhere} running elsewhere")
+    now = list(outcomes.values()).count(FINISHED)
+    there, running = len(done) - before - now, len(cells) - len(done) - len(failed)
+    counts = f"{now} finished now, {before} before, {there} finished elsewhere"
+    print(f"{len(cells)} runs: {counts}, {len(failed)} failed, {running} running elsewhere")
     for name, problem in failed.items():
         print(f"  {name}: {problem}")
     if len(done) < len(cells):
         return 1
-    notebooks = "notebooks/compare.ipynb compare.out.ipynb"
-    print(f"compare them: papermill {notebooks} -p runs_dir {shlex.quote(args.output)}")
+    notebook = shlex.quote(os.path.relpath(ROOT / "notebooks" / "compare.ipynb"))
+    runs = shlex.quote(args.output)
+    print(f"compare them: papermill {notebook} compare.out.ipynb -p runs_dir {runs}")
     return 0
 
 

@@ -862,9 +862,10 @@ def run_group(lab, name, group, args, failed):
                 bar.write(problem)
             if problem and group.required:
                 failed.append(case)
-                words = f"--only {name} --seed {args.seed} --case {number}"
-                words = f"--quick {words}" if args.quick else words
-                again = f"python tools/dev/stress.py {words}"
+                again = (
+                    f"python tools/dev/stress.py --only {name} --seed {args.seed} --case {number}"
+                )
+                again += " --quick" if args.quick else ""
                 bar.write(f"  kept in {case.folder.parent}; again: {again}")
             else:
                 shutil.rmtree(case.folder.parent)
