@@ -1702,8 +1702,7 @@ class RunFolder:
 
     def _record_problems(self, record):
         status = record.get("status")
-        reason = record.get("stopped", status)
-        unfinished = [f"the run did not finish, record.json says {reason!r}"]
+        unfinished = [f"the run did not finish, record.json: {record.get('stopped', status)!r}"]
         is_scored = status == "complete" or (status == "stopped" and "oof" in record)
         if not is_scored:
             return unfinished
@@ -1728,15 +1727,19 @@ class RunFolder:
         except (OSError, ValueError, AttributeError):
             return False
 
+    def last_logged_steps(self):
+        """fold -> the last step in log.jsonl, as far as that can be read."""
+        steps = {}
+        with contextlib.suppress(KitError), _wrap_read_errors(self.log):
+            for entry in map(json.loads, self.log.read_text().splitlines()):
+                steps[int(entry["fold"])] = int(entry["step"])
+        return steps
+
     def remove_stop(self):
-        """Remove the file or link STOP and say so; a folder of that name is obeyed, but stays."""
-        try:
+        """Remove the file or link STOP, and say so; a folder of that name stays."""
+        with contextlib.suppress(OSError):
             self.stop.unlink()
             print(f"{self.stop} is removed")
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            print(f"{self.stop} cannot be removed ({error.strerror}): it ends every session")
 
 
 # ---------------------------------------------------------------------------------------
@@ -5890,14 +5893,15 @@ def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
 # 18. Time budget
 
 _FINISH_SECONDS = 5.0  # for the record and the plots of a run that is stopped
+_CUT_OFF = "cut off, or still running"  # why a run stopped that has written no other reason
 
 
 class TimeBudget:
     """Decides when a run has to stop and when a checkpoint is due.
 
-    The loop books here what a step, an evaluation and a save take. A `stop_file`, and inside the
-    `with` block SIGTERM or Ctrl-C, lets the loop end well at the next step. After that only Ctrl-C
-    acts at once: papermill and Kaggle send SIGTERM some seconds before they kill.
+    The loop books here what a step, an evaluation and a save take. The file `stop_file` and, inside
+    the `with` block, SIGTERM or Ctrl-C let the loop end well at the next step. After that only
+    Ctrl-C acts at once: papermill sends SIGTERM while there are seconds left to save.
     """
 
     def __init__(self, cfg, test_rows=0):
@@ -5916,6 +5920,7 @@ class TimeBudget:
         self.earlier_seconds = 0.0  # seconds that earlier sessions spent
         self.reason = None  # why the run stops
         self.stop_file = ""
+        self.parent = None  # process without which the run stops, too
         self.handlers = {}  # signal -> what handled it before
 
     def __enter__(self):
@@ -5939,6 +5944,8 @@ class TimeBudget:
         """Why the run stops, by what came from outside so far; None where it may go on."""
         if not self.reason and os.path.lexists(self.stop_file):
             self.reason = f"the file {self.stop_file}"
+        if not self.reason and self.parent not in (None, os.getppid()):
+            self.reason = f"the end of process {self.parent}"
         return self.reason
 
     def seconds_left(self):
@@ -7573,20 +7580,13 @@ def _choose_processes(n_folds, cfg, space):
     return count
 
 
-def _stop_without_parent(parent):
-    """Have this process stop, as by SIGTERM, once the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _train_job(path):
     """What a process of `_TrainingRun.train_side_by_side` does."""
     path, job = Path(path), _read_job(path)
     cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
     budget = TimeBudget(cfg, job["test_rows"])
     budget.began -= time.time() - job["began"]
-    threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
+    budget.parent = job["parent"]
     _prepare_process()
     torch.set_num_threads(job["threads"])
     data = _TrainingData.load(path.parent, _load_tokenizer(folder.tokenizer))
@@ -7886,9 +7886,6 @@ class _TrainingTrial(_PrecisionTrial):
         return None
 
 
-_CUT_OFF = "killed, or still running"  # how a session ended that has not said it otherwise
-
-
 class _TrainingRun:
     """What `train` does: the data of a run, its folder, its folds, its record."""
 
@@ -7905,6 +7902,7 @@ class _TrainingRun:
         self.cfg.check_class_weight(self.classes)
         self.outputs = self.cfg.output_names(self.classes)
         self.folds = self.cfg.folds_to_run(frame)
+        self.results = {}  # fold -> result, of those that are finished or were stopped by now
         self.record = self.new_record()
 
     def new_record(self):
@@ -8060,9 +8058,11 @@ class _TrainingRun:
             if not folds < set(self.folds):
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
                 raise ConfigError(f"{problem}: run_folds must ask for them too")
-        end = str(old.get("stopped", old["status"])).partition(": ")[0]
-        end = "killed" if end in (_CUT_OFF, "running") else end  # 0.10 wrote running
-        print(f"{self.folder.path} goes on (its last session: {end})")
+        status = old["status"].replace("running", "cut off")  # as 0.10 wrote it
+        end = re.split("[:,] ", str(old.get("stopped", status)))[0]
+        self.read_old_results()
+        folds = self.describe_folds(self.folder.last_logged_steps())
+        print(f"{self.folder.path} goes on (its last session: {end}): {folds}")
         if old.get("precision") == "bfloat16" and _can_choose_bf16(self.cfg.precision):
             self.set_precision("bf16")
         sessions = old["sessions"] + self.record["sessions"]
@@ -8093,9 +8093,6 @@ class _TrainingRun:
             space.check(len(self.folds))
             if self.is_new and _can_choose_bf16(self.cfg.precision):
                 self.set_precision(_TrainingTrial(self.data, self.cfg).pick())
-            self.read_old_results()
-            if not self.is_new:
-                print(f"  {self.describe_folds()}{self.describe_lost()}")
             self.write_unfinished()
             with _wrap_write_errors(self.folder.tokenizer):
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
@@ -8114,8 +8111,7 @@ class _TrainingRun:
             raise
 
     def read_old_results(self):
-        """Set `results`, fold -> result, to those that earlier sessions finished."""
-        self.results = {}
+        """Take the results that earlier sessions finished."""
         for fold in self.folds:
             result = _read_fold(self.folder.fold(fold))
             if result and not result["stop_reason"]:
@@ -8195,8 +8191,8 @@ class _TrainingRun:
             raise failures[0].error(len(workers))
 
     def take_results(self, temporary):
-        """Read and record the folds that processes have finished, or been stopped in, by now."""
-        # the folder of a fold that none has begun may be of an earlier session
+        """Read and record the folds that processes have finished by now, or been stopped in. (The
+        folder of a fold that none has begun may be of an earlier session.)"""
         for mark in temporary.glob("*/fold*"):
             mark.unlink()
             fold = int(mark.name.removeprefix("fold"))
@@ -8249,37 +8245,24 @@ class _TrainingRun:
 
     def write_unfinished(self):
         """Write a record that is true if the process dies before it writes another."""
-        self.record["stopped"] = f"{self.budget.reason or _CUT_OFF}: {self.describe_folds()}"
+        self.record["stopped"] = f"{self.budget.reason or _CUT_OFF}: {self.describe_folds({})}"
         _write_json(self.folder.record, self.record)
 
-    def saved_step(self, fold):
-        """The step of the newest checkpoint of a fold; 0 without one."""
-        return max(_Checkpoints(self.folder.path, fold).paths().values(), default=0)
-
-    def describe_folds(self):
-        """What the next session goes on with: finished folds, the newest checkpoints of others."""
+    def describe_folds(self, logged_steps):
+        """What the next session goes on with: finished folds, the newest checkpoints of others;
+        and which `logged_steps`, {fold: last step}, it makes again."""
         texts = []
         for fold in self.folds:
-            step = self.saved_step(fold)
+            step = max(_Checkpoints(self.folder.path, fold).paths().values(), default=0)
             if fold in self.results and not self.results[fold]["stop_reason"]:
                 texts.append(f"fold {fold} is finished")
-            elif step:
+                continue
+            if step:
                 n_steps = sum(stage.steps for stage in self.data.stages(fold, self.cfg))
                 texts.append(f"fold {fold} is saved up to step {step} of {n_steps}")
+            if logged_steps.get(fold, 0) > step:
+                texts.append(f"steps {step + 1} to {logged_steps[fold]} of fold {fold} are lost")
         return ", ".join(texts) or "no fold is finished, no checkpoint is saved"
-
-    def describe_lost(self):
-        """The steps in log.jsonl that this session makes again, for the end of a line."""
-        last_steps = {}
-        with contextlib.suppress(KitError), _wrap_read_errors(self.folder.log):
-            for line in self.folder.log.read_text().splitlines():
-                entry = json.loads(line)
-                last_steps[int(entry["fold"])] = int(entry["step"])
-        lost = []
-        for fold in set(self.folds) & set(last_steps) - set(self.results):
-            if last_steps[fold] > self.saved_step(fold):
-                lost.append(f"fold {fold}, steps {self.saved_step(fold) + 1} to {last_steps[fold]}")
-        return f"; lost (by log.jsonl): {', '.join(lost)}" if lost else ""
 
     def make_oof(self, rows, predictions):
         """A table with id, fold, group (where folds keep groups together), target, prediction,
@@ -8361,21 +8344,12 @@ class _TrainingRun:
         }
 
     def describe_fold(self, result):
-        return {
-            "fold": result["fold"],
-            "rows": len(result["rows"]),
-            "steps": result["steps"],
-            "micro_batch_size": result["micro_batch_size"],
-            "fallbacks": result["fallbacks"],
-            "skipped_steps": result["skipped_steps"],
-            "pseudo_rows": result["pseudo_rows"],
-            "pseudo_steps": result["pseudo_steps"],
-            "target_scale": result["target_scale"],
-            "regularisers": result["regularisers"],
-            "best": {name: result["best"][name] for name in ("score", "step")},
-            "last": {name: result["last"][name] for name in ("score", "step")},
-            "chance": result["chance"],
-        }
+        names = ("fold", "steps", "micro_batch_size", "fallbacks", "skipped_steps", "pseudo_rows")
+        names += ("pseudo_steps", "target_scale", "regularisers", "chance")
+        fold = {name: result[name] for name in names} | {"rows": len(result["rows"])}
+        for kind in ("best", "last"):
+            fold[kind] = {name: result[kind][name] for name in ("score", "step")}
+        return fold
 
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
