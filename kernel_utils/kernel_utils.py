@@ -5565,7 +5565,7 @@ def _halve_batches(batches, lengths, memory_error):
 # ---------------------------------------------------------------------------------------
 # 16. Checkpoints
 
-_MAX_SAVE_FRACTION = 0.015  # of the time since the last that one after an evaluation may take
+_MAX_SAVE_FRACTION = 0.015  # of the time since the last, for one before an evaluation
 
 
 class _RandomStates:
@@ -5974,13 +5974,12 @@ class TimeBudget:
         seconds = self.build_seconds + self.step_seconds + row_seconds * n_rows
         return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
 
-    def should_save(self, evaluated):
-        """Whether a checkpoint is due: by the clock, or after an evaluation if it costs little."""
-        if not self.checkpoint_seconds:
-            return False
+    def should_save(self, is_evaluated):
+        """Whether a checkpoint is due: by the clock, as the run stops, if cheap at evaluations."""
         elapsed = time.perf_counter() - self.last_save
         is_cheap = elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
-        return elapsed >= self.checkpoint_seconds or (evaluated and is_cheap)
+        is_due = self.hear() or elapsed >= self.checkpoint_seconds or (is_evaluated and is_cheap)
+        return bool(self.checkpoint_seconds and is_due)
 
     def note_save(self, seconds):
         self.save_seconds = seconds
@@ -6856,8 +6855,6 @@ class FoldTrainer:
         self.first_step = state.step  # of this session
         state.mark = time.perf_counter()
         budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
-        if not budget.save_seconds:  # a guess, until the first save is measured
-            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def train(self):
         """Train to the end, or until the budget stops it; returns `result`.
@@ -6870,6 +6867,8 @@ class FoldTrainer:
         stop_reason = None
         self.model.train()
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
+        if state.step in self.eval_steps and (not state.last or state.last["step"] < state.step):
+            self.log_evaluation(bar)  # the checkpoint is made before it
         for rows in bar:
             stop_reason = budget.stop_reason(len(self.valid_rows))
             if stop_reason:
@@ -6883,14 +6882,10 @@ class FoldTrainer:
             should_log = len(self.pending) == _LOG_STEPS or not budget.step_seconds
             if should_evaluate or should_save or should_log:
                 self.flush()
-            if should_evaluate:
-                is_best = self.evaluate()
-                score = state.last["score"]
-                self.log(state.step, {self.cfg.metric: score, "best": is_best})
-                text = f"{self.cfg.metric} {_score_text(score)}{budget.remaining_text()}"
-                bar.set_postfix_str(text, refresh=False)
             if should_save:
                 self.save_checkpoint()
+            if should_evaluate:
+                self.log_evaluation(bar)
         if stop_reason and state.step:
             self.stop_early(stop_reason)
         result = self.result(stop_reason)
@@ -6903,6 +6898,13 @@ class FoldTrainer:
         return itertools.islice(batches, self.state.step, None)
 
     # Evaluations and checkpoints
+
+    def log_evaluation(self, bar):
+        is_best = self.evaluate()
+        score = self.state.last["score"]
+        self.log(self.state.step, {self.cfg.metric: score, "best": is_best})
+        text = f"{self.cfg.metric} {_score_text(score)}{self.budget.remaining_text()}"
+        bar.set_postfix_str(text, refresh=False)
 
     def evaluate(self):
         """Score the model, or the average of its weights; whether it is the best so far.
@@ -8170,8 +8172,7 @@ class _TrainingRun:
 
     def wait_for(self, workers, temporary):
         """Print what workers print and take their results until all have ended; one that fails, or
-        what the budget hears, stops all.
-        """
+        what the budget hears, stops all."""
         harmless = (None, 0, -signal.SIGTERM)  # the signal ends who does not listen yet
         failures, is_running, is_stopping = [], True, False
         while is_running:
@@ -8333,13 +8334,12 @@ class _TrainingRun:
             seconds[part] = sum(result["seconds"][part] for result in results)
         elapsed = time.perf_counter() - self.budget.began
         seconds["total"] = elapsed + self.budget.earlier_seconds
-        peaks = [result["peak_memory"] for result in results]
         return {
             "folds": [self.describe_fold(result) for result in results],
             "oof": scores,
             "rows_per_second": n_rows / seconds["train"],
             "tokens_per_second": n_tokens / seconds["train"],
-            "peak_memory_bytes": max(_peak_memory(), *peaks),
+            "peak_memory_bytes": max(_peak_memory(), *(r["peak_memory"] for r in results)),
             "seconds": seconds,
         }
 

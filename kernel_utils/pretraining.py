@@ -444,6 +444,11 @@ class _Pretraining:
             advice += ", or set precision fp32"
         raise ku.NumericError(f"pre-training, step {step}: the loss is {loss}: {advice}")
 
+    def is_evaluation_due(self):
+        """Whether the held-out loss is yet to be measured: at the beginning, after each epoch."""
+        epoch, rest = divmod(self.state.step, self.per_epoch)
+        return rest == 0 and len(self.state.held_out) == epoch
+
     @torch.no_grad()
     def evaluate(self):
         """Note the mean loss of the masked tokens of the held-out windows; as text.
@@ -470,8 +475,6 @@ def _run_pretraining(training, checkpoints, budget):
     if checkpoints.load(training.parts):
         print(f"goes on after step {state.step} of {training.total}")
     began = time.perf_counter() - state.seconds
-    # a guess, until the first is measured
-    budget.save_seconds = 12 * ku._num_parameters(training.model) / 3e8
 
     def save():
         mark = time.perf_counter()
@@ -479,8 +482,8 @@ def _run_pretraining(training, checkpoints, budget):
         checkpoints.save(state.step, training.parts)
         budget.note_save(time.perf_counter() - mark)
 
-    if not state.held_out:
-        print(f"before the first step: {training.evaluate()}")
+    if training.is_evaluation_due():  # before the first step, or a checkpoint is made before it
+        print(f"after step {state.step}: {training.evaluate()}")
     stop_reason, mark = None, time.perf_counter()
     bar = ku._progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
@@ -491,20 +494,20 @@ def _run_pretraining(training, checkpoints, budget):
                 save()
             break
         training.step(rows)
-        should_evaluate = state.step % training.per_epoch == 0
+        should_evaluate = training.is_evaluation_due()
         should_save = budget.should_save(should_evaluate)
         n_pending = len(training.pending)
         if should_evaluate or should_save or n_pending == ku._LOG_STEPS or not budget.step_seconds:
             training.flush()
             budget.step_seconds = (time.perf_counter() - mark) / n_pending
             mark = time.perf_counter()
+        if should_save:
+            save()
+            mark = time.perf_counter()
         if should_evaluate:
             epoch = state.step // training.per_epoch
             bar.write(f"epoch {epoch}: {training.evaluate()}{budget.remaining_text()}")
             budget.row_seconds = (time.perf_counter() - mark) / len(training.rows)
-        if should_save:
-            save()
-        if should_evaluate or should_save:
             mark = time.perf_counter()
     state.seconds = time.perf_counter() - began
     return stop_reason
