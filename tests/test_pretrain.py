@@ -477,16 +477,21 @@ def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settin
     assert content(pretraining.pretrain(cfg)) == expected
 
 
-def test_a_run_that_runs_out_of_time_is_saved_says_so_and_goes_on_to_the_same_bytes(settings, monkeypatch):
+def test_a_run_that_a_file_stops_is_saved_says_so_and_goes_on_to_the_same_bytes(settings, monkeypatch):
     expected = content(pretraining.pretrain(settings(run_name="whole")))
     cfg = settings(run_name="slow")
+    step, file = pretraining._Pretraining.step, Path(cfg.output_dir) / "slow" / "STOP"
     with monkeypatch.context() as patch:
-        asked = iter(range(100))
-        patch.setattr(ku.TimeBudget, "stop_reason", lambda *_: "max_minutes 1" if next(asked) == 3 else None)
-        with pytest.raises(ku.Stopped, match=r"max_minutes 1: step 3 of 10\n.*goes on from there"):
+        patch.setattr(
+            pretraining._Pretraining,
+            "step",
+            lambda training, rows: (step(training, rows), training.state.step == 3 and file.touch()),
+        )
+        with pytest.raises(ku.Stopped, match=r"the file .*/slow/STOP: saved up to step 3 of 10\n.*goes on from there"):
             pretraining.pretrain(cfg)
-    record = told(Path(cfg.output_dir) / "slow")
-    assert record["status"] == "stopped" and record["steps"] == 3
+    record = told(file.parent)
+    assert record["status"] == "stopped" and record["steps"] == 3 and not file.exists()
+    file.touch()  # forgotten
     assert content(pretraining.pretrain(cfg)) == expected
 
 

@@ -107,10 +107,10 @@ def test_folds_side_by_side_give_the_bytes_of_folds_in_turn(tiny, whole, capsys)
     assert ku.RunFolder(run).read_record()["peak_memory_bytes"] > 10**7
 
 
-def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(tiny, whole, slow):
+def test_a_run_of_two_processes_that_a_file_stops_goes_on_to_the_same_bytes(tiny, whole, slow):
     cfg = tiny(run_name="r", **SETTINGS, **SLOW)
-    once_saved(run_of(cfg), (0, 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    told = r"SIGTERM: fold 0 is saved up to step [2-9] of 12, fold 1 is saved up to step [2-9] of 12$"
+    once_saved(run_of(cfg), (0, 1), (run_of(cfg) / "STOP").touch)
+    told = r"the file .*/r/STOP: fold 0 is saved up to step [2-9] of 12, fold 1 is saved up to step [2-9] of 12\n"
     with slow(), pytest.raises(ku.Stopped, match=told):
         start(cfg)
     run, before = run_of(cfg), [max(saved_steps(run_of(cfg), fold)) for fold in (0, 1)]
@@ -129,7 +129,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     other = max(saved_steps(run_of(cfg), 1))
     with ku._locked(run_of(cfg)):  # nobody holds it any more
         pass
-    told = rf"max_minutes 1e-06, .*: fold 0 is saved up to step \d+ of 12, fold 1 is saved up to step {other} of 12$"
+    told = rf"max_minutes 1e-06, .*: fold 0 is saved up to step \d+ of 12, fold 1 is saved up to step {other} of 12\n"
     with pytest.raises(ku.Stopped, match=told):
         start(ku.dataclasses.replace(cfg, max_minutes=1e-6))
     assert content(start(ku.dataclasses.replace(cfg, fold_processes=1))) == whole(tiny, **SETTINGS)

@@ -109,6 +109,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(variant, step, tiny, often, whol
         at_step(patch, step, kill)
         with pytest.raises(Killed):
             start(cfg)
+    record = ku.RunFolder(ku.Path(cfg.output_dir) / "killed").read_record()
+    saved = {1: "no fold is finished, no checkpoint is saved", 7: "fold 0 is saved up to step 6 of 9"}
+    saved[14] = "fold 0 is finished, fold 1 is saved up to step 4 of 9"
+    assert (record["status"], record["stopped"]) == ("stopped", f"cut off, or still running: {saved[step]}")
     random.seed(step), np.random.seed(step), torch.manual_seed(step)  # what a new process would not share
     steps = []
     with monkeypatch.context() as patch:
@@ -518,15 +522,75 @@ def test_a_signal_that_was_ignored_stays_ignored(tiny, monkeypatch):
     assert ku.RunFolder(start(tiny(run_name="r"))).read_record()["status"] == "complete"
 
 
-def test_a_second_signal_acts_at_once(tiny, monkeypatch):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("second", "end"), [(signal.SIGTERM, ku.Stopped), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "SIGINT"]
+)
+def test_after_the_first_signal_only_ctrl_c_acts_at_once(first, second, end, tiny, monkeypatch):
+    """Papermill sends SIGTERM after Ctrl-C, while there are seconds left to save."""
 
-    at_step(monkeypatch, 2, twice)
-    with pytest.raises(KeyboardInterrupt):
+    def send():
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), second)
+
+    at_step(monkeypatch, 2, send)
+    with pytest.raises(end):
         start(tiny(run_name="r"))
+
+
+def make_link(path):
+    path.symlink_to("nowhere")
+
+
+def make_read_only(path):
+    path.touch(0o400)
+
+
+@pytest.mark.parametrize("make", [ku.Path.touch, ku.Path.mkdir, make_link, make_read_only])
+def test_whatever_is_called_stop_in_the_run_folder_ends_it_well_and_a_forgotten_one_does_not(
+    make, tiny, whole, monkeypatch, capsys
+):
+    cfg = tiny(run_name="r", **NOISY)
+    file = ku.RunFolder(ku.Path(cfg.output_dir) / "r").stop
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ku.Stopped, match=r"file .*/r/STOP: fold 0 is saved up to step 4 "),
+    ):
+        at_step(patch, 4, lambda: make(file))
+        start(cfg)
+    assert file.is_dir() == (make == ku.Path.mkdir)  # it stays, and would stop the next session
+    if file.is_dir():
+        file.rmdir()
+    else:
+        make(file)
+        assert capsys.readouterr().out.count("STOP is removed") == 1
+    assert content(start(cfg)) == whole(tiny, **NOISY) and not os.path.lexists(file)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]\n", '{"fold": 0, "step": 1e999}\n', "\0\n"])
+def test_a_run_that_goes_on_says_what_is_lost_by_its_log_unless_that_is_damaged(text, tiny, whole, monkeypatch, capsys):
+    cfg = tiny(run_name="r", **NOISY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 8, kill)
+        start(cfg)
+    log, lost = ku.Path(cfg.output_dir) / "r" / "log.jsonl", ", steps 2 to 6 of fold 0 are lost"
+    if text is not None:
+        log.write_text(text)
+    capsys.readouterr()
+    start(cfg)
+    told = "(its last session: cut off): fold 0 is saved up to step 1 of 9" + (lost if text is None else "")
+    assert f"{told}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("act", [kill, stop_by(signal.SIGINT)])
+def test_an_evaluation_that_is_interrupted_is_made_again(act, tiny, often, whole, monkeypatch):
+    cfg = tiny(run_name="r", **often, **NOISY)
+    evaluate, count = ku.FoldTrainer.evaluate, iter(range(1, 100))
+    with monkeypatch.context() as patch, pytest.raises((Killed, ku.Stopped)):
+        patch.setattr(ku.FoldTrainer, "evaluate", lambda fold: (next(count) == 2 and act(), evaluate(fold))[1])
+        start(cfg)
+    assert next(iter(ku._Checkpoints(ku.Path(cfg.output_dir) / "r", 0).paths().values())) == 6
+    assert content(start(cfg)) == whole(tiny, **NOISY)
 
 
 class Clock:
