@@ -36,7 +36,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import math
 import mmap
 import os
 import random
