@@ -1696,6 +1696,7 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"  # until the run is complete
         self.lock = self.path / ".lock"  # while it is trained
+        self.stop = self.path / "STOP"  # made by anybody to end the training well
 
     def fold(self, number):
         """The sealed folder of a fold: weights, config of the backbone, result of the training."""
@@ -1734,7 +1735,7 @@ class RunFolder:
 
     def _record_problems(self, record):
         status = record.get("status")
-        unfinished = [f"the run did not finish, the status in record.json is {status!r}"]
+        unfinished = [f"the run did not finish, record.json: {record.get('stopped', status)!r}"]
         is_scored = status == "complete" or (status == "stopped" and "oof" in record)
         if not is_scored:
             return unfinished
@@ -1758,6 +1759,20 @@ class RunFolder:
             return self.read_record().get("status") == "complete"
         except (OSError, ValueError, AttributeError):
             return False
+
+    def last_logged_steps(self):
+        """fold -> the last step in log.jsonl, as far as that can be read."""
+        steps = {}
+        with contextlib.suppress(KitError), _wrap_read_errors(self.log):
+            for entry in map(json.loads, self.log.read_text().splitlines()):
+                steps[int(entry["fold"])] = int(entry["step"])
+        return steps
+
+    def remove_stop(self):
+        """Remove the file or link STOP, and say so; a folder of that name stays."""
+        with contextlib.suppress(OSError):
+            self.stop.unlink()
+            print(f"{self.stop} is removed")
 
 
 # ---------------------------------------------------------------------------------------
@@ -5584,7 +5599,7 @@ def _halve_batches(batches, lengths, memory_error):
 # ---------------------------------------------------------------------------------------
 # 16. Checkpoints
 
-_MAX_SAVE_FRACTION = 0.015  # of the time that checkpoints may take
+_MAX_SAVE_FRACTION = 0.015  # of the time since the last, for one before an evaluation
 
 
 class _RandomStates:
@@ -5621,13 +5636,13 @@ class _Checkpoints:
         self.recent = []  # folders that this process has saved or loaded, the newest last
 
     def paths(self):
-        """Folders of the checkpoints, the newest first."""
+        """{folder of a checkpoint: its step}, the newest first."""
         steps = {}
         for path in self.folder.glob(f"fold{self.fold}-step*"):
             step = path.name.partition("-step")[2]
             if step.isdecimal():
                 steps[path] = int(step)
-        return sorted(steps, key=steps.get, reverse=True)
+        return dict(sorted(steps.items(), key=lambda item: item[1], reverse=True))
 
     def load(self, stateful):
         """Load the newest sound checkpoint; False where there is none. Damage is printed."""
@@ -5912,17 +5927,21 @@ def _epoch_batches(lengths, fold, cfg, length_bucket, epochs=None):
 # 18. Time budget
 
 _FINISH_SECONDS = 5.0  # for the record and the plots of a run that is stopped
+_CUT_OFF = "cut off, or still running"  # why a run stopped that has written no other reason
 
 
 class TimeBudget:
     """Decides when a run has to stop and when a checkpoint is due.
 
-    The loop books here what a step, an evaluation and a save take. Inside the `with` block the
-    first SIGTERM or Ctrl-C lets the loop end well at the next step; a second one acts at once.
+    The loop books here what a step, an evaluation and a save take. The file `stop_file` and, inside
+    the `with` block, SIGTERM or Ctrl-C let the loop end well at the next step. After that only
+    Ctrl-C acts at once: papermill sends SIGTERM while there are seconds left to save.
     """
 
     def __init__(self, cfg, test_rows=0):
-        self.began = self.last_save = time.perf_counter()
+        self.began = time.perf_counter()
+        self.last_save = -math.inf  # due after the first step, to prove and measure it
+        self.on_save = lambda: None
         self.max_seconds = 60 * cfg.max_minutes or math.inf
         self.checkpoint_seconds = 60 * cfg.checkpoint_minutes
         self.batch_size = cfg.batch_size
@@ -5933,7 +5952,9 @@ class TimeBudget:
         self.save_seconds = 0.0
         self.row_seconds = None  # of evaluation; until it is known, half of what training takes
         self.earlier_seconds = 0.0  # seconds that earlier sessions spent
-        self.signal_name = ""
+        self.reason = None  # why the run stops
+        self.stop_file = ""
+        self.parent = None  # process without which the run stops, too
         self.handlers = {}  # signal -> what handled it before
 
     def __enter__(self):
@@ -5950,8 +5971,16 @@ class TimeBudget:
         self.handlers = {}
 
     def on_signal(self, number, _):
-        self.signal_name = self.signal_name or signal.Signals(number).name
-        self.__exit__()
+        self.reason = self.reason or signal.Signals(number).name
+        signal.signal(signal.SIGINT, self.handlers.get(signal.SIGINT, signal.SIG_IGN))
+
+    def hear(self):
+        """Why the run stops, by what came from outside so far; None where it may go on."""
+        if not self.reason and os.path.lexists(self.stop_file):
+            self.reason = f"the file {self.stop_file}"
+        if not self.reason and self.parent not in (None, os.getppid()):
+            self.reason = f"the end of process {self.parent}"
+        return self.reason
 
     def seconds_left(self):
         return self.max_seconds - (time.perf_counter() - self.began)
@@ -5964,14 +5993,12 @@ class TimeBudget:
 
     def stop_reason(self, n_eval_rows):
         """Why no further step may begin, or None; an evaluation has to fit in after the step."""
-        if self.signal_name:
-            return self.signal_name
         needed = self.seconds_needed(n_eval_rows + self.test_rows * self.models)
         left = self.seconds_left()
-        if left >= needed:
-            return None
-        limit = f"max_minutes {self.max_seconds / 60:g}, {max(0, left):.0f} s are left"
-        return f"{limit}, evaluating, saving and predicting take about {needed:.0f}"
+        if not self.hear() and left < needed:
+            limit = f"max_minutes {self.max_seconds / 60:g}, {max(0, left):.0f} s are left"
+            self.reason = f"{limit}, evaluating, saving and predicting take about {needed:.0f}"
+        return self.reason
 
     def seconds_needed(self, n_rows):
         """What another step and all that follows it take, with a margin of a fifth."""
@@ -5981,17 +6008,17 @@ class TimeBudget:
         seconds = self.build_seconds + self.step_seconds + row_seconds * n_rows
         return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
 
-    def should_save(self, evaluated):
-        """Whether a checkpoint is due, by the clock or an evaluation, and not too costly."""
-        if not self.checkpoint_seconds:
-            return False
+    def should_save(self, is_evaluated):
+        """Whether a checkpoint is due: by the clock, as the run stops, if cheap at evaluations."""
         elapsed = time.perf_counter() - self.last_save
-        is_due = evaluated or elapsed >= self.checkpoint_seconds
-        return is_due and elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
+        is_cheap = elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
+        is_due = self.hear() or elapsed >= self.checkpoint_seconds or (is_evaluated and is_cheap)
+        return bool(self.checkpoint_seconds and is_due)
 
     def note_save(self, seconds):
         self.save_seconds = seconds
         self.last_save = time.perf_counter()
+        self.on_save()
 
 
 # ---------------------------------------------------------------------------------------
@@ -6862,8 +6889,6 @@ class FoldTrainer:
         self.first_step = state.step  # of this session
         state.mark = time.perf_counter()
         budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
-        if not budget.save_seconds:  # a guess, until the first save is measured
-            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def train(self):
         """Train to the end, or until the budget stops it; returns `result`.
@@ -6876,6 +6901,8 @@ class FoldTrainer:
         stop_reason = None
         self.model.train()
         bar = _progress(self.batches(), f"fold {self.fold}", self.total_steps, state.step)
+        if state.step in self.eval_steps and (not state.last or state.last["step"] < state.step):
+            self.log_evaluation(bar)  # the checkpoint is made before it
         for rows in bar:
             stop_reason = budget.stop_reason(len(self.valid_rows))
             if stop_reason:
@@ -6889,14 +6916,10 @@ class FoldTrainer:
             should_log = len(self.pending) == _LOG_STEPS or not budget.step_seconds
             if should_evaluate or should_save or should_log:
                 self.flush()
-            if should_evaluate:
-                is_best = self.evaluate()
-                score = state.last["score"]
-                self.log(state.step, {self.cfg.metric: score, "best": is_best})
-                text = f"{self.cfg.metric} {_score_text(score)}{budget.remaining_text()}"
-                bar.set_postfix_str(text, refresh=False)
             if should_save:
                 self.save_checkpoint()
+            if should_evaluate:
+                self.log_evaluation(bar)
         if stop_reason and state.step:
             self.stop_early(stop_reason)
         result = self.result(stop_reason)
@@ -6909,6 +6932,13 @@ class FoldTrainer:
         return itertools.islice(batches, self.state.step, None)
 
     # Evaluations and checkpoints
+
+    def log_evaluation(self, bar):
+        is_best = self.evaluate()
+        score = self.state.last["score"]
+        self.log(self.state.step, {self.cfg.metric: score, "best": is_best})
+        text = f"{self.cfg.metric} {_score_text(score)}{self.budget.remaining_text()}"
+        bar.set_postfix_str(text, refresh=False)
 
     def evaluate(self):
         """Score the model, or the average of its weights; whether it is the best so far.
@@ -7586,29 +7616,20 @@ def _choose_processes(n_folds, cfg, space):
     return count
 
 
-def _stop_without_parent(parent):
-    """Have this process stop, as by SIGTERM, once the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _train_job(path):
     """What a process of `_TrainingRun.train_side_by_side` does."""
     path, job = Path(path), _read_job(path)
     cfg, folder = Config.from_dict(job["settings"]), RunFolder(job["run"])
     budget = TimeBudget(cfg, job["test_rows"])
     budget.began -= time.time() - job["began"]
-    # unlike `with budget` it ignores a second signal: the parent and Kaggle may both send one
-    signal.signal(signal.SIGTERM, budget.on_signal)
-    threading.Thread(target=_stop_without_parent, args=[job["parent"]], daemon=True).start()
+    budget.parent = job["parent"]
     _prepare_process()
     torch.set_num_threads(job["threads"])
     data = _TrainingData.load(path.parent, _load_tokenizer(folder.tokenizer))
     output = path.with_suffix("")
     output.mkdir()
     print_setup = print if job["number"] == 0 else lambda text: None
-    with _RunLog(cfg, output) as log:
+    with budget, _RunLog(cfg, output) as log:
         trainer = _FoldsInTurn(data, cfg, folder, budget, log, print_setup)
         for n_rounds, fold in enumerate(job["folds"], 1):
             budget.models = min(job["n_finished"] + n_rounds * job["n_processes"], job["n_folds"])
@@ -7676,7 +7697,7 @@ class _RunFinder:
         while folder.exists():
             names = {path.name for path in folder.glob("*")}
             # of a run that was killed as it began
-            is_begun = folder.is_dir() and names <= {".lock", f".{self.file}.tmp"}
+            is_begun = folder.is_dir() and names <= {".lock", "STOP", f".{self.file}.tmp"}
             problems = _link_problems(folder) if is_begun else self.differences(folder)
             if not problems and (is_begun or cfg.resume):
                 return folder
@@ -7920,6 +7941,7 @@ class _TrainingRun:
         self.cfg.check_class_weight(self.classes)
         self.outputs = self.cfg.output_names(self.classes)
         self.folds = self.cfg.folds_to_run(frame)
+        self.results = {}  # fold -> result, of those that are finished or were stopped by now
         self.record = self.new_record()
 
     def new_record(self):
@@ -7927,7 +7949,7 @@ class _TrainingRun:
         machine = _describe_environment(self.cfg)
         resolved = ("loss", "metric", "lr", "backbone_dropout")
         return {
-            "status": "running",
+            "status": "stopped",  # as it is if the process dies before it is complete
             "settings": self.user_cfg.to_dict(),
             "resolved": {name: getattr(self.cfg, name) for name in resolved},
             "backbone": str(self.backbone),
@@ -8057,6 +8079,8 @@ class _TrainingRun:
 
     def begin(self):
         """Take over the record of a run that goes on; that of a complete one as it is."""
+        self.folder.remove_stop()  # it was meant for an earlier session
+        self.budget.stop_file = self.folder.stop
         self.is_new = not self.folder.record.is_file()
         if self.is_new:
             return
@@ -8073,7 +8097,11 @@ class _TrainingRun:
             if not folds < set(self.folds):
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
                 raise ConfigError(f"{problem}: run_folds must ask for them too")
-        print(f"{self.folder.path} goes on, its status was {old['status']!r}")
+        status = old["status"].replace("running", "cut off")  # as 0.10 wrote it
+        end = re.split("[:,] ", str(old.get("stopped", status)))[0]
+        self.read_old_results()
+        folds = self.describe_folds(self.folder.last_logged_steps())
+        print(f"{self.folder.path} goes on (its last session: {end}): {folds}")
         if old.get("precision") == "bfloat16" and _can_choose_bf16(self.cfg.precision):
             self.set_precision("bf16")
         sessions = old["sessions"] + self.record["sessions"]
@@ -8104,17 +8132,17 @@ class _TrainingRun:
             space.check(len(self.folds))
             if self.is_new and _can_choose_bf16(self.cfg.precision):
                 self.set_precision(_TrainingTrial(self.data, self.cfg).pick())
-            _write_json(self.folder.record, self.record)
+            self.write_unfinished()
             with _wrap_write_errors(self.folder.tokenizer):
                 _delete(self.folder.tokenizer)
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
-            with self.budget:
-                old_results = self.read_old_results()
-                n_unfinished = len(self.folds) - len(old_results)
-                n_processes = _choose_processes(n_unfinished, self.cfg, space)
-                if n_processes > 1:
-                    return self.train_side_by_side(old_results, n_processes, lock)
-                return self.train_in_turn(old_results)
+            n_unfinished = len(self.folds) - len(self.results)
+            n_processes = _choose_processes(n_unfinished, self.cfg, space)
+            if n_processes > 1:
+                self.train_side_by_side(n_processes, lock)
+            else:
+                self.train_in_turn()
+            return [self.results[fold] for fold in self.folds if fold in self.results]
         except Exception:  # a mistake in the settings or in a part of the notebook
             run, log = self.folder.path, self.folder.log
             has_log = log.is_file() and log.stat().st_size > 0
@@ -8123,35 +8151,32 @@ class _TrainingRun:
             raise
 
     def read_old_results(self):
-        """fold -> result, of those that earlier sessions finished."""
-        results = {}
+        """Take the results that earlier sessions finished."""
         for fold in self.folds:
             result = _read_fold(self.folder.fold(fold))
             if result and not result["stop_reason"]:
-                results[fold] = result
+                self.results[fold] = result
                 self.budget.earlier_seconds += sum(result["seconds"].values())
                 _Checkpoints(self.folder.path, fold).prune(0)  # a kill may have left some
-                print(f"fold {fold} was finished before")
-        return results
 
-    def train_in_turn(self, old_results):
-        results = []
+    def train_in_turn(self):
+        self.budget.on_save = self.write_unfinished
         with _RunLog(self.cfg, self.folder.path) as log:
             trainer = _FoldsInTurn(self.data, self.cfg, self.folder, self.budget, log)
             for fold in self.folds:
-                if fold in old_results:
-                    results.append(old_results[fold])
-                    for line in old_results[fold]["lines"]:
+                if fold in self.results:
+                    for line in self.results[fold]["lines"]:
                         log(json.loads(line))
                     continue
-                self.budget.models = len(results) + 1
-                results.append(trainer.train(fold))
-                if results[-1]["stop_reason"]:
+                self.budget.models = len(self.results) + 1
+                self.results[fold] = trainer.train(fold)
+                self.write_unfinished()
+                if self.results[fold]["stop_reason"]:
                     break
-        return results
 
-    def train_side_by_side(self, old_results, n_processes, lock):
+    def train_side_by_side(self, n_processes, lock):
         """Train with every n-th fold that is left in each process; this one writes log.jsonl."""
+        old_results = dict(self.results)
         folds = [fold for fold in self.folds if fold not in old_results]
         elapsed = time.perf_counter() - self.budget.began
         job = {
@@ -8179,37 +8204,42 @@ class _TrainingRun:
                         own = {"number": i, "folds": folds[i::n_processes]}
                         worker = _Worker(i, "train-folds", job | own, temporary, **options)
                         workers.append(stack.enter_context(worker))
-                    self.wait_for(workers)
+                    self.wait_for(workers, temporary)
             finally:
                 self.write_log(old_results, temporary.glob("*/log.jsonl"))
-            # the folder of a fold that none has begun may be of an earlier session
-            new_folds = [fold for fold in folds if any(temporary.glob(f"*/fold{fold}"))]
-        results = dict(old_results)
-        for fold in new_folds:
-            result = _read_fold(self.folder.fold(fold))
-            if result:
-                results[fold] = result
-                self.budget.earlier_seconds += result["earlier_seconds"]
-        return [results[fold] for fold in self.folds if fold in results]
 
-    def wait_for(self, workers):
-        """Print what workers print until all have ended; one that fails, or a signal, stops all."""
+    def wait_for(self, workers, temporary):
+        """Print what workers print and take their results until all have ended; one that fails, or
+        what the budget hears, stops all."""
         harmless = (None, 0, -signal.SIGTERM)  # the signal ends who does not listen yet
         failures, is_running, is_stopping = [], True, False
         while is_running:
             is_running = None in [worker.process.poll() for worker in workers]
             if not failures:
                 failures = [w for w in workers if w.process.returncode not in harmless]
-            if (self.budget.signal_name or failures) and not is_stopping:
+            if (self.budget.hear() or failures) and not is_stopping:
                 is_stopping = True
                 for worker in workers:
                     worker.process.terminate()
             for worker in workers:
                 worker.relay()
+            self.take_results(temporary)
             if is_running:
                 time.sleep(0.1)
         if failures:
             raise failures[0].error(len(workers))
+
+    def take_results(self, temporary):
+        """Read and record the folds that processes have finished by now, or been stopped in. (The
+        folder of a fold that none has begun may be of an earlier session.)"""
+        for mark in temporary.glob("*/fold*"):
+            mark.unlink()
+            fold = int(mark.name.removeprefix("fold"))
+            result = _read_fold(self.folder.fold(fold))
+            if result:
+                self.results[fold] = result
+                self.budget.earlier_seconds += result["earlier_seconds"]
+                self.write_unfinished()
 
     def write_log(self, old_results, paths):
         """Write log.jsonl, fold by fold, from old results and the logs of the processes."""
@@ -8244,11 +8274,34 @@ class _TrainingRun:
             self.record |= self.describe_results(usable, self.score(usable, rows, predictions))
         if len(complete) == len(self.folds):
             self.record["status"] = "complete"
-        else:
-            self.record["status"] = "stopped"
-            self.record["stopped"] = self.describe_stop(partial, len(complete))
-        _write_json(self.folder.record, self.record)
+            del self.record["stopped"]
+            _write_json(self.folder.record, self.record)
+        else:  # a process of its own knows why, unless SIGTERM ended it before its first fold
+            reasons = [self.budget.reason, *(result["stop_reason"] for result in partial)]
+            self.budget.reason = next(filter(None, reasons), "SIGTERM")
+            self.write_unfinished()
         return oof
+
+    def write_unfinished(self):
+        """Write a record that is true if the process dies before it writes another."""
+        self.record["stopped"] = f"{self.budget.reason or _CUT_OFF}: {self.describe_folds({})}"
+        _write_json(self.folder.record, self.record)
+
+    def describe_folds(self, logged_steps):
+        """What the next session goes on with: finished folds, the newest checkpoints of others;
+        and which `logged_steps`, {fold: last step}, it makes again."""
+        texts = []
+        for fold in self.folds:
+            step = max(_Checkpoints(self.folder.path, fold).paths().values(), default=0)
+            if fold in self.results and not self.results[fold]["stop_reason"]:
+                texts.append(f"fold {fold} is finished")
+                continue
+            if step:
+                n_steps = sum(stage.steps for stage in self.data.stages(fold, self.cfg))
+                texts.append(f"fold {fold} is saved up to step {step} of {n_steps}")
+            if logged_steps.get(fold, 0) > step:
+                texts.append(f"steps {step + 1} to {logged_steps[fold]} of fold {fold} are lost")
+        return ", ".join(texts) or "no fold is finished, no checkpoint is saved"
 
     def make_oof(self, rows, predictions):
         """A table with id, fold, group (where folds keep groups together), target, prediction,
@@ -8294,15 +8347,6 @@ class _TrainingRun:
             scores |= self.cuts.describe(targets, kept, data.folds[rows])
         return _finite_json(scores)
 
-    def describe_stop(self, partial, n_complete):
-        """Why the run was stopped, and where its folds stand."""
-        reason = self.budget.signal_name or "SIGTERM"  # a worker may not have begun a fold
-        if partial and not self.budget.signal_name:
-            reason = partial[0]["stop_reason"]
-        states = [f"fold {r['fold']} is at step {r['step']} of {r['steps']}" for r in partial]
-        states.append(f"{n_complete} folds are finished")
-        return f"{reason}: {', '.join(states)}"
-
     def make_golden(self, results):
         """What inference must reproduce: the token ids of the probes and the golden rows."""
         rows = []
@@ -8328,32 +8372,22 @@ class _TrainingRun:
             seconds[part] = sum(result["seconds"][part] for result in results)
         elapsed = time.perf_counter() - self.budget.began
         seconds["total"] = elapsed + self.budget.earlier_seconds
-        peaks = [result["peak_memory"] for result in results]
         return {
             "folds": [self.describe_fold(result) for result in results],
             "oof": scores,
             "rows_per_second": n_rows / seconds["train"],
             "tokens_per_second": n_tokens / seconds["train"],
-            "peak_memory_bytes": max(_peak_memory(), *peaks),
+            "peak_memory_bytes": max(_peak_memory(), *(r["peak_memory"] for r in results)),
             "seconds": seconds,
         }
 
     def describe_fold(self, result):
-        return {
-            "fold": result["fold"],
-            "rows": len(result["rows"]),
-            "steps": result["steps"],
-            "micro_batch_size": result["micro_batch_size"],
-            "fallbacks": result["fallbacks"],
-            "skipped_steps": result["skipped_steps"],
-            "pseudo_rows": result["pseudo_rows"],
-            "pseudo_steps": result["pseudo_steps"],
-            "target_scale": result["target_scale"],
-            "regularisers": result["regularisers"],
-            "best": {name: result["best"][name] for name in ("score", "step")},
-            "last": {name: result["last"][name] for name in ("score", "step")},
-            "chance": result["chance"],
-        }
+        names = ("fold", "steps", "micro_batch_size", "fallbacks", "skipped_steps", "pseudo_rows")
+        names += ("pseudo_steps", "target_scale", "regularisers", "chance")
+        fold = {name: result[name] for name in names} | {"rows": len(result["rows"])}
+        for kind in ("best", "last"):
+            fold[kind] = {name: result[kind][name] for name in ("score", "step")}
+        return fold
 
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
@@ -8374,11 +8408,8 @@ class _TrainingRun:
         """Raise the Stopped of a run that was stopped, unless `predict_partial` takes it so."""
         if self.cfg.predict_partial and "oof" in self.record:
             return
-        place = "from there"
-        if not self.cfg.checkpoint_minutes:
-            place = "after the finished folds (checkpoint_minutes is 0)"
         other = "predict_partial True would have predicted with what is trained"
-        raise Stopped([self.record["stopped"], f"the same command goes on {place}; {other}"])
+        raise Stopped([self.record["stopped"], f"the same command goes on from there; {other}"])
 
 
 def train(frame, cfg, test=None):
@@ -8392,8 +8423,8 @@ def train(frame, cfg, test=None):
     An unfinished run of the same name and content goes on where it was (`resume`): on a CPU with
     as many threads it ends with the same bytes as if it had never been interrupted, on a GPU as
     far as PyTorch's kernels repeat. Several GPUs train folds side by side, with the same result.
-    Raises Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, unless `predict_partial`
-    takes what there is.
+    Raises Stopped where `max_minutes`, SIGTERM, Ctrl-C or a file STOP in the folder ended it early,
+    unless `predict_partial` takes what there is.
     """
     _prepare_process()
     cfg.refuse_stray_settings(vars(sys.modules["__main__"]))
@@ -8414,8 +8445,10 @@ def train(frame, cfg, test=None):
             print(f"{run.folder.path} is complete, nothing is trained")
             entries, oof = run.read_back()
         else:
-            results = run.train_folds(lock)
-            oof = run.save(results)
+            with budget:
+                results = run.train_folds(lock)
+                oof = run.save(results)
+            run.folder.remove_stop()
             entries = [json.loads(line) for result in results for line in result["lines"]]
         if oof is not None:
             print(_summary(run.folder.path, run.record))

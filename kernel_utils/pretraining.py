@@ -444,6 +444,11 @@ class _Pretraining:
             advice += ", or set precision fp32"
         raise ku.NumericError(f"pre-training, step {step}: the loss is {loss}: {advice}")
 
+    def is_evaluation_due(self):
+        """Whether the held-out loss is yet to be measured: at the beginning, after each epoch."""
+        epoch, rest = divmod(self.state.step, self.per_epoch)
+        return rest == 0 and len(self.state.held_out) == epoch
+
     @torch.no_grad()
     def evaluate(self):
         """Note the mean loss of the masked tokens of the held-out windows; as text.
@@ -470,8 +475,6 @@ def _run_pretraining(training, checkpoints, budget):
     if checkpoints.load(training.parts):
         print(f"goes on after step {state.step} of {training.total}")
     began = time.perf_counter() - state.seconds
-    # a guess, until the first is measured
-    budget.save_seconds = 12 * ku._num_parameters(training.model) / 3e8
 
     def save():
         mark = time.perf_counter()
@@ -479,8 +482,8 @@ def _run_pretraining(training, checkpoints, budget):
         checkpoints.save(state.step, training.parts)
         budget.note_save(time.perf_counter() - mark)
 
-    if not state.held_out:
-        print(f"before the first step: {training.evaluate()}")
+    if training.is_evaluation_due():  # before the first step, or a checkpoint is made before it
+        print(f"after step {state.step}: {training.evaluate()}")
     stop_reason, mark = None, time.perf_counter()
     bar = ku._progress(training.batches(), "pre-training", training.total, state.step)
     for rows in bar:
@@ -491,20 +494,20 @@ def _run_pretraining(training, checkpoints, budget):
                 save()
             break
         training.step(rows)
-        should_evaluate = state.step % training.per_epoch == 0
+        should_evaluate = training.is_evaluation_due()
         should_save = budget.should_save(should_evaluate)
         n_pending = len(training.pending)
         if should_evaluate or should_save or n_pending == ku._LOG_STEPS or not budget.step_seconds:
             training.flush()
             budget.step_seconds = (time.perf_counter() - mark) / n_pending
             mark = time.perf_counter()
+        if should_save:
+            save()
+            mark = time.perf_counter()
         if should_evaluate:
             epoch = state.step // training.per_epoch
             bar.write(f"epoch {epoch}: {training.evaluate()}{budget.remaining_text()}")
             budget.row_seconds = (time.perf_counter() - mark) / len(training.rows)
-        if should_save:
-            save()
-        if should_evaluate or should_save:
             mark = time.perf_counter()
     state.seconds = time.perf_counter() - began
     return stop_reason
@@ -566,26 +569,33 @@ def _describe_pretraining(training):
 
 def _train_in(run, training, tokenizer, record, budget):
     """Pre-train in a run folder that is not complete; Stopped where the budget ended it early."""
-    path = run / PRETRAIN_RECORD
-    ku._write_json(path, record)
+    path, folder, checkpoints = run / PRETRAIN_RECORD, ku.RunFolder(run), ku._Checkpoints(run, 0)
+
+    def write_unfinished():
+        """Write a record that is true if the process dies before it writes another; its reason."""
+        step = max(checkpoints.paths().values(), default=0)
+        why = f"{budget.reason or ku._CUT_OFF}: saved up to step {step} of {training.total}"
+        ku._write_json(path, {"status": "stopped", "stopped": why} | record)
+        return why
+
+    folder.remove_stop()  # it was meant for an earlier session
+    budget.stop_file, budget.on_save = folder.stop, write_unfinished
+    write_unfinished()
     try:
         with budget:
-            stop_reason = _run_pretraining(training, ku._Checkpoints(run, 0), budget)
+            stop_reason = _run_pretraining(training, checkpoints, budget)
     except torch.OutOfMemoryError as error:
         reason = str(error).strip().splitlines()[0]
         remedy = "lower micro_batch_size or max_length"
         raise ku.KitError(f"out of memory on {ku._device_name()}: {remedy} ({reason})") from None
     record = record | _describe_pretraining(training)
     if stop_reason:
-        why = f"{stop_reason}: step {record['steps']} of {record['of_steps']}"
-        ku._write_json(path, record | {"status": "stopped", "stopped": why})
-        place = "from there"
-        if not budget.checkpoint_seconds:
-            place = "from the beginning (checkpoint_minutes is 0)"
-        raise ku.Stopped([why, f"the same command goes on {place}"])
+        why = write_unfinished()
+        folder.remove_stop()
+        raise ku.Stopped([why, "the same command goes on from there"])
     _plot_pretraining(run, training.state)
     _save_pretrained(training.model, tokenizer, run)
-    ku._write_json(path, record | {"status": "complete"})
+    ku._write_json(path, {"status": "complete"} | record)
     cost = f"{record['steps']} steps in {record['seconds']:.0f} s"
     print(f"{run}: {cost}; set backbone to this folder")
 
@@ -601,6 +611,7 @@ def _pretrain_in(run, training, tokenizer, record, budget):
         print(f"{run} is complete, nothing is trained")
     else:
         _train_in(run, training, tokenizer, record, budget)
+    ku.RunFolder(run).remove_stop()
     checkpoints = ku._Checkpoints(run, 0)
     checkpoints.prune(0)
     with ku._wrap_write_errors(run):
@@ -628,8 +639,8 @@ def pretrain(cfg):
     That is `output_dir/run_name` with config.json, model.safetensors, the tokenizer,
     pretrain.json and curves.png. An unfinished run of the same name and content goes on where it
     was (`resume`), on a CPU with as many threads to the same bytes. No target is read. Raises
-    Stopped where `max_minutes`, SIGTERM or Ctrl-C ended it early, and KitError for a backbone
-    that cannot be pre-trained so.
+    Stopped where `max_minutes`, SIGTERM, Ctrl-C or a file STOP in the folder ended it early, and
+    KitError for a backbone that cannot be pre-trained so.
     """
     ku._prepare_process()
     budget, folder = ku.TimeBudget(cfg), ku._find_backbone(cfg.backbone)
@@ -660,7 +671,6 @@ def pretrain(cfg):
     machine = ku._describe_environment(cfg)
     weights = {path.name: ku._file_sha256(path) for path in ku._weight_files(folder)}
     record = {
-        "status": "running",
         "settings": cfg.to_dict(),
         "resolved": {},
         "backbone": str(folder),

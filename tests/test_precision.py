@@ -31,9 +31,8 @@ def whole():
 
 
 @pytest.fixture
-def often(monkeypatch):
-    """A checkpoint after each step, whatever it costs."""
-    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", ku.math.inf)
+def often():
+    """A checkpoint after each step."""
     return dict(checkpoint_minutes=1e-9)
 
 

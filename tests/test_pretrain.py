@@ -392,9 +392,8 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_what_helps(settings
 
 
 @pytest.fixture
-def often(monkeypatch):
-    """A checkpoint after each step, whatever it costs."""
-    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
+def often():
+    """A checkpoint after each step."""
     return dict(checkpoint_minutes=1e-9)
 
 
@@ -475,19 +474,25 @@ def test_a_process_that_is_killed_by_the_system_goes_on_to_the_same_bytes(settin
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert told(run)["status"] == "running" and content(pretraining.pretrain(cfg)) == expected
+    assert told(run)["status"] == "stopped" and told(run)["stopped"].startswith(ku._CUT_OFF)
+    assert content(pretraining.pretrain(cfg)) == expected
 
 
-def test_a_run_that_runs_out_of_time_is_saved_says_so_and_goes_on_to_the_same_bytes(settings, monkeypatch):
+def test_a_run_that_a_file_stops_is_saved_says_so_and_goes_on_to_the_same_bytes(settings, monkeypatch):
     expected = content(pretraining.pretrain(settings(run_name="whole")))
     cfg = settings(run_name="slow")
+    step, file = pretraining._Pretraining.step, Path(cfg.output_dir) / "slow" / "STOP"
     with monkeypatch.context() as patch:
-        asked = iter(range(100))
-        patch.setattr(ku.TimeBudget, "stop_reason", lambda *_: "max_minutes 1" if next(asked) == 3 else None)
-        with pytest.raises(ku.Stopped, match=r"max_minutes 1: step 3 of 10\n.*goes on from there"):
+        patch.setattr(
+            pretraining._Pretraining,
+            "step",
+            lambda training, rows: (step(training, rows), training.state.step == 3 and file.touch()),
+        )
+        with pytest.raises(ku.Stopped, match=r"the file .*/slow/STOP: saved up to step 3 of 10\n.*goes on from there"):
             pretraining.pretrain(cfg)
-    record = told(Path(cfg.output_dir) / "slow")
-    assert record["status"] == "stopped" and record["steps"] == 3
+    record = told(file.parent)
+    assert record["status"] == "stopped" and record["steps"] == 3 and not file.exists()
+    file.touch()  # forgotten
     assert content(pretraining.pretrain(cfg)) == expected
 
 

@@ -496,7 +496,6 @@ def test_a_classifier_is_labelled_and_trained_with_probabilities(task, backbone_
 
 @pytest.mark.parametrize("settings", [dict(), dict(pseudo_epochs=2)], ids=["mixed", "two stages"])
 def test_a_killed_run_goes_on_to_the_same_bytes(settings, student, monkeypatch):
-    monkeypatch.setattr(ku, "_MAX_SAVE_FRACTION", math.inf)
     settings = settings | dict(epochs=2, backbone_dropout=0.1, checkpoint_minutes=1e-9)
     whole = trained(student(run_name="whole", **settings))
     step, count = ku.OptimizerStep.__call__, iter(range(100))

@@ -19,6 +19,7 @@ attempt is a fork of this process. The groups:
     flips       one bit in every region of every such file; is it noticed?
     signals     SIGTERM and Ctrl-C at random moments
     notebook    papermill killed, and its kernel (not with --quick)
+    papermill   Ctrl-C for papermill at random moments, in steps of seconds (not with --quick)
 
 `--trainer` does kills and damage to the Trainer of transformers as well: one fold of 12 steps, a
 checkpoint after each. In the table `resumed` are the cases that went on from the newest good
@@ -35,7 +36,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import math
 import mmap
 import os
 import random
@@ -78,9 +78,9 @@ import kernel_utils as ku
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # or a bar starts a thread
 tqdm.set_lock(threading.RLock())  # its own stays locked where a fork is killed
-ku._MAX_SAVE_FRACTION = math.inf
 
-GROUPS = "kills boundaries bytes errors limits restarts damage flips signals notebook".split()
+GROUPS = "kills boundaries bytes errors limits restarts damage flips signals".split()
+GROUPS += ["notebook", "papermill"]
 COLUMNS = ["cases", "resumed", "began anew", "equal", "detected", "silently different", "crashed"]
 DONE, CRASHED, KIT_ERROR = "done", "crashed", "KitError"
 STOPPED, INTERRUPTED = "Stopped", "KeyboardInterrupt"
@@ -719,35 +719,47 @@ def stop(case):
 
 
 NOTEBOOK_EPOCHS = 40  # seconds for a fold, so that there is time to kill
+SLOW = dict(data_dir=ROOT / "notebooks" / "sample", n_folds=FOLDS, epochs=2, batch_size=80)
 
 
-def start_papermill(lab, folder):
-    """A process that runs train.ipynb into a run folder."""
+def notebook_settings(lab):
     settings = SETTINGS | dict(data_dir=lab.task / "data", backbone=lab.task / "bert")
-    settings |= dict(output_dir=folder.parent, run_name=folder.name, epochs=NOTEBOOK_EPOCHS)
+    return settings | dict(epochs=NOTEBOOK_EPOCHS)
+
+
+def start_papermill(settings, folder):
+    """A process that runs train.ipynb into a run folder, in a session of its own, as a terminal's
+    foreground has one."""
+    settings = settings | dict(output_dir=folder.parent, run_name=folder.name)
     notebook, executed = ROOT / "notebooks" / "train.ipynb", folder.with_name("train.ipynb")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, executed]
     for name, value in settings.items():
         command += ["-p", name, str(value)]
     with open(folder.with_name("output.txt"), "a") as output:
         streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        streams |= dict(start_new_session=True, preexec_fn=hear_interrupts)
         return psutil.Popen(command, cwd=ROOT, **streams)
 
 
-def notebook_reference(lab):
-    """Result of a notebook that nobody killed."""
-    folder = lab.folder / "notebook" / "run"
+def hear_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+
+
+def notebook_reference(lab, name, settings):
+    """The run folder of a notebook that nobody killed."""
+    folder = lab.folder / name / "run"
     if not folder.parent.is_dir():
         folder.parent.mkdir()
-        start_papermill(lab, folder).wait()
-    return kit_result(folder)
+        start_papermill(settings, folder).wait()
+    return folder
 
 
 def kill_papermill(case):
     """In the second fold kill papermill, whose kernel must then end by itself, or the kernel,
     without which papermill must end; then the same command again. The first fold must stay."""
-    reference, first = notebook_reference(case.lab), case.folder / "fold0"
-    process = start_papermill(case.lab, case.folder)
+    settings, first = notebook_settings(case.lab), case.folder / "fold0"
+    reference = kit_result(notebook_reference(case.lab, "notebook", settings))
+    process = start_papermill(settings, case.folder)
     while process.poll() is None and not first.is_dir():
         time.sleep(0.01)
     if process.poll() is not None:
@@ -761,10 +773,47 @@ def kill_papermill(case):
     left = f"{len(alive)} of {len(processes)} processes still there"
     case.notes.append(f"{left} {PATIENCE} s after one was killed")
     made, was_complete = first.stat().st_mtime_ns, ku.RunFolder(case.folder).is_complete()
-    case.counts["crashed"] += start_papermill(case.lab, case.folder).wait() != 0
+    case.counts["crashed"] += start_papermill(settings, case.folder).wait() != 0
     is_kept = first.stat().st_mtime_ns == made
     case.counts["resumed"] += is_kept and not alive and not was_complete
     case.counts["equal"] += kit_result(case.folder) == reference
+
+
+def is_true(record, folder):
+    """Whether a run that did not end is called stopped, and has all that its record says."""
+    saved = []
+    for fold, step in re.findall(
+        r"fold (\d+) is (?:finished|saved up to step (\d+))", record["stopped"]
+    ):
+        saved.append(folder / (f"checkpoints/fold{fold}-step{step}" if step else f"fold{fold}"))
+    return record["status"] == "stopped" and all(map(is_good, saved))
+
+
+def interrupt_papermill(case):
+    """Ctrl-C as a terminal sends it, to papermill but not to its kernel, at a random moment of the
+    run; then the same command again. What the record says in between must be true."""
+    reference = ku.RunFolder(notebook_reference(case.lab, "papermill", SLOW))
+    seconds = reference.record.stat().st_mtime - reference.tokenizer.stat().st_mtime
+    process, run = start_papermill(SLOW, case.folder), ku.RunFolder(case.folder)
+    while process.poll() is None and not run.record.is_file():
+        time.sleep(0.01)
+    moment = case.rng.uniform(0, seconds)
+    time.sleep(moment)
+    processes = [process, *process.children()]
+    if run.is_complete():
+        process.wait()
+        case.counts.clear()
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    psutil.wait_procs(processes, PATIENCE)
+    record = run.read_record()
+    case.notes.append(
+        f"{moment:.1f} s after its start: {record['status']}, {record.get('stopped')}"
+    )
+    case.counts["detected"] += is_true(record, run.path)
+    case.counts["crashed"] += start_papermill(SLOW, case.folder).wait() != 0
+    case.counts["resumed"] += run.is_complete()
+    case.counts["equal"] += kit_result(run.path) == kit_result(reference.path)
 
 
 # ---------------------------------------------------------------------------------------
@@ -819,6 +868,7 @@ def kit_groups(lab, kills):
         "flips": Group(look, range(len(flips)), 100, ("detected",)),
         "signals": Group(stop, range(1000), 4, WORDED, 100),
         "notebook": Group(kill_papermill, range(2), 0),
+        "papermill": Group(interrupt_papermill, range(100), 0, WORDED, 20),
     }
 
 
