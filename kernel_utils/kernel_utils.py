@@ -65,6 +65,7 @@ import os
 import platform
 import random
 import re
+import reprlib
 import shutil
 import signal
 import statistics
@@ -99,7 +100,7 @@ import sklearn.model_selection
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
@@ -1404,15 +1405,128 @@ def _write_atomic(path, write):
             temporary.unlink()
 
 
-def _read_json(path):
-    """The object that a JSON file holds; KitError, with the file, where there is none."""
+# What a JSON file or state must hold is stated as data. A schema is a type, None, a range of whole
+# numbers, a pattern of text, an array or tensor with the dtype and shape that are wanted; [schema],
+# a list of such, [schema, ...] one that is not empty; (schema, schema), either of them;
+# {"key": schema, "key?": schema}, an object that has the first key and may have the second;
+# {str: schema}, or a pattern for str, says what other keys are.
+_COUNT = range(10**18)
+_SCORE = (float, None)
+_SHA256 = re.compile("[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,200}")
+_FOLD_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+_FILES = {_FILE_NAME: {"bytes": _COUNT, "sha256": _SHA256}}  # of a manifest
+_ARRAYS = (np.ndarray, torch.Tensor)
+_KINDS = {str: "text", float: "a finite number", bool: "true or false", None: "null"}
+_KINDS |= {dict: "an object", list: "a list", object: "a value", range: "a whole number from 0"}
+
+_MAX_JSON_BYTES = 2**28  # those of real runs have some megabytes
+_MAX_JSON_DEPTH = 100
+
+
+def _fits(value, schema):
+    """Whether a value is of the kind that a schema states, whatever it holds."""
+    if isinstance(schema, range):
+        return type(value) is int and value in schema
+    if isinstance(schema, re.Pattern):
+        return isinstance(value, str) and bool(schema.fullmatch(value))
+    if isinstance(schema, _ARRAYS):
+        is_array = isinstance(value, _ARRAYS)
+        return is_array and (value.dtype, value.shape) == (schema.dtype, schema.shape)
+    if schema is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if schema is None or value is ...:
+        return value is schema
+    if isinstance(schema, list):
+        return isinstance(value, (list, tuple)) and (len(value) > 0 or ... not in schema)
+    return isinstance(value, dict if isinstance(schema, dict) else schema)
+
+
+def _describe_schema(schema):
+    if isinstance(schema, _ARRAYS):
+        return f"{tuple(schema.shape)} numbers of {schema.dtype}"
+    if isinstance(schema, re.Pattern):
+        return f"text like {schema.pattern}"
+    if isinstance(schema, (dict, list, range)):
+        schema = type(schema)
+    return _KINDS.get(schema) or schema.__name__
+
+
+def _schema_parts(value, schema, place):
+    """(value, schema, place) of all that an object or list must hold; ... is what it lacks."""
+    if isinstance(schema, list):
+        for number, item in enumerate(value):
+            yield item, schema[0], f"{place}[{number}]"
+    elif isinstance(schema, dict):
+        stem, others = f"{place}." if place else "", dict(value)
+        for key, kind in schema.items():  # those that are named come first
+            if not isinstance(key, str):
+                for name, item in others.items():
+                    yield name, key, f"{stem}{name}"
+                    yield item, kind, f"{stem}{name}"
+                continue
+            name = key.removesuffix("?")
+            if name in value or name == key:
+                yield others.pop(name, ...), kind, f"{stem}{name}"
+
+
+def _schema_error(value, schema, place=""):
+    """The first place where a value is not what a schema states, and how; or None."""
+    if isinstance(schema, tuple):
+        errors = [_schema_error(value, either, place) for either in schema]
+        return None if None in errors else errors[0]
+    if not _fits(value, schema):
+        got = "nothing" if value is ... else reprlib.repr(value)
+        where = f"{textwrap.shorten(place, 200)}: " if place else ""
+        return f"{where}expected {_describe_schema(schema)}, got {got}"
+    errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
+    return next(filter(None, errors), None)
+
+
+def _parse_number(text):
+    """A number of a JSON file, or NaN. It stays text, which no schema takes, where it is none that
+    a float has."""
+    is_whole = len(text) < 19 and text.lstrip("-").isdecimal()
+    number = int(text) if is_whole else float(text)
+    return number if math.isfinite(number) else text
+
+
+def _json_depth(content):
+    items = content.values() if isinstance(content, dict) else content
+    return 1 + max(map(_json_depth, items), default=0) if isinstance(content, (dict, list)) else 0
+
+
+def _read_text(path, max_bytes=_MAX_JSON_BYTES):
+    """The text of a plain file of the kit; OSError or ValueError where it cannot be one."""
+    size = path.stat().st_size
+    if not path.is_file() or size > max_bytes:
+        raise ValueError(f"expected a file of at most {max_bytes} bytes, got {size}")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse_json(text, schema, where):
+    """What a JSON text holds; KitError, with the place, where it is not as the schema states."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise KitError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise KitError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        hooks = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _parse_number)
+        content = json.loads(text, **hooks)
+        if _json_depth(content) > _MAX_JSON_DEPTH:
+            raise ValueError("nested too deep")
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise KitError(f"{where}: not a JSON file ({error})") from None
+    error = _schema_error(content, schema)
+    if error:
+        raise KitError(f"{where}: {error}")
     return content
+
+
+def _read_json(path, schema=dict):
+    """What a JSON file holds; KitError, with file and place, where it is not as `schema` states."""
+    try:
+        text = _read_text(Path(path))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path}: not a JSON file ({error})") from None
+    return _parse_json(text, schema, path)
 
 
 def _finite_json(content):
@@ -1550,31 +1664,36 @@ class _SealedFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def read_manifest(self):
-        """What `_seal_manifest` made the bytes of; ValueError where one of them differs."""
-        try:
-            data = (self.path / _MANIFEST).read_bytes()
-            manifest = json.loads(data)
-            content = {key: manifest[key] for key in manifest if key != "sha256"}
-            is_sound = _seal_manifest(content) == data
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
-        if not is_sound:
-            raise ValueError("its own checksum does not fit its content")
+        """What `_seal_manifest` made the bytes of; KitError where one of them differs."""
+        path = self.path / _MANIFEST
+        manifest = _read_json(path)
+        content = {key: manifest[key] for key in manifest if key != "sha256"}
+        if _seal_manifest(content) != path.read_bytes():
+            raise KitError(f"{path}: its own checksum does not fit its content")
         return manifest
 
     def problems(self):
         """What is wrong in a folder that was saved; nothing where every byte is the same."""
         try:
-            return self.file_problems(self.read_manifest()["files"])
-        except (OSError, ValueError) as problem:
-            return [f"{_MANIFEST}: {problem}"]
+            manifest = self.read_manifest()
+            error = _schema_error(manifest, {"files": _FILES})
+            return [f"{_MANIFEST}: {error}"] if error else self.file_problems(manifest["files"])
+        except KitError as error:
+            return error.problems
+
+    def read_state(self, schema=object):
+        """What `_write_state` wrote into it; KitError where it is damaged or not as stated."""
+        problems = self.problems()
+        if problems:
+            raise KitError(problems)
+        return _read_state(self.path, schema)
 
     def file_problems(self, files):
         """What is wrong with the `files` of a manifest: missing, cut or changed."""
         problems = []
         for name, expected in files.items():
             path = self.path / name
-            if Path(name).name != name or not path.is_file():
+            if not path.is_file():
                 problems.append(f"{name}: missing, or not a plain file in {self.path}")
                 continue
             size = path.stat().st_size
@@ -1623,10 +1742,8 @@ def _write_state(folder, state):
     save_file(tensors, folder / "state.safetensors")
 
 
-def _read_state(folder):
-    """What `_write_state` wrote."""
-    # copies: a map would keep the file's room on the disk
-    tensors = {name: t.clone() for name, t in load_file(folder / "state.safetensors").items()}
+def _read_state(folder, schema=object, max_bytes=_MAX_JSON_BYTES):
+    """What `_write_state` wrote; KitError where it is not as the schema states."""
 
     def unpack(packed):  # what it holds is unpacked already
         ((kind, content),) = packed.items()
@@ -1634,7 +1751,15 @@ def _read_state(folder):
             return {"dict": dict, "tuple": tuple, "list": list}[kind](content)
         return tensors[content].numpy() if kind == "array" else tensors[content]
 
-    return json.loads((folder / "state.json").read_text(), object_hook=unpack)
+    with _wrap_read_errors(f"the state in {folder}"):
+        # copies: a map would keep the file's room on the disk
+        tensors = {name: t.clone() for name, t in load_file(folder / "state.safetensors").items()}
+        text = _read_text(folder / "state.json", max_bytes)
+        state = json.loads(text, object_hook=unpack)
+        error = _schema_error(state, schema)
+    if error:
+        raise KitError(f"{folder}/state.json: {error}")
+    return state
 
 
 def _link_problems(folder):
@@ -1645,6 +1770,59 @@ def _link_problems(folder):
             if path.is_symlink():
                 problems.append(f"{path}: a symbolic link; expected the file or folder itself")
     return problems
+
+
+def _version_error(version):
+    """Why files that another version of this module wrote cannot be read, or None."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    if numbers and tuple(map(int, numbers.groups())) >= (0, 10):
+        return None
+    number = numbers[0] if numbers else version
+    return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
+
+
+_SESSION = {"device": str, "precision": str, "threads": _COUNT, "versions": {str: str}}
+_BEGUN_RUN = {  # the record of a run that may go on, of pre-training too
+    **{"status": str, "settings": dict, "resolved": dict, "versions": {str: str}},
+    **{"fingerprint": {str: str}, "sessions": [_SESSION, ...]},
+}
+_OUTPUT_SCORES = {"metric": str, "better": str, "scores": {str: _SCORE}}
+_OOF_SCORES = {
+    **{"metric": str, "better": str, "rows": _COUNT, "chance": _SCORE, "undefined_folds": [_COUNT]},
+    **{"last": _SCORE, "best": _SCORE, "last_fold_sd": _SCORE, "best_fold_sd": _SCORE},
+    **{"metrics": {str: {"score": _SCORE, "chance": _SCORE}}, "by_output": _OUTPUT_SCORES},
+    "target_sd?": [float],
+}
+_CUTS = {"levels": [[float, ...]], "thresholds": [[float]]}
+_OOF_CUTS = _CUTS | {"is_fitted": bool, "rounded": _SCORE, "nested": _SCORE}
+_RECORD = _BEGUN_RUN | _SESSION
+_RECORD |= {  # of a run with scores
+    "settings": {"seed": float, "target_columns": [str, ...], "metrics": [str]},
+    **{"classes": [str], "outputs": [str, ...], "rows": _COUNT, "oof": _OOF_SCORES},
+    "folds": [{"fold": _COUNT, "steps": _COUNT, "target_scale": (dict, None)}, ...],
+    "seconds": {"total": float, "train": float, "evaluate": float},
+    **{"rows_per_second": float, "peak_memory_bytes": _COUNT},
+}
+
+
+def _record_error(record, schema=_RECORD):
+    """What makes the record of a run useless, or None: it may come from anybody."""
+    error = _schema_error(record, {"versions": {"kernel_utils": str}})
+    error = error or _version_error(record["versions"]["kernel_utils"])
+    return error or _schema_error(record, schema)
+
+
+def _cuts_error(cuts, n_outputs, schema=_CUTS):
+    """What is wrong with the levels and thresholds of a record or blend that has some; or None."""
+    if cuts.keys().isdisjoint(_CUTS):
+        return None
+    error = _schema_error(cuts, schema)
+    if error:
+        return error
+    levels, thresholds = cuts["levels"], cuts["thresholds"]
+    sizes = [len(own) - len(points) for own, points in zip(levels, thresholds, strict=False)]
+    is_sound = len(levels) == len(thresholds) == n_outputs and set(sizes) == {1}
+    return None if is_sound else f"expected {n_outputs} lists of levels with thresholds between"
 
 
 class RunFolder:
@@ -1682,7 +1860,30 @@ class RunFolder:
         return _read_json(self.record)
 
     def read_golden(self):
-        return _read_json(self.golden)
+        return _read_json(self.golden, _GOLDEN)
+
+    def read_log(self):
+        """The entries of log.jsonl."""
+        with _wrap_read_errors(self.log):
+            lines = _read_text(self.log).splitlines()
+        return [_parse_json(line, _LOG_ENTRY, self.log) for line in lines]
+
+    def read_oof(self, record):
+        """The table of oof.csv; KitError where a column is missing or of another kind."""
+        targets = _column_names("target", record["settings"]["target_columns"])
+        names = list(targets)
+        for kind in ("prediction", "prediction_best", "prediction_last"):
+            names += _column_names(kind, record["outputs"])
+        kinds = dict.fromkeys(names, float) | {"id": str, "fold": int}
+        if record["classes"] and len(targets) == 1:
+            kinds["target"] = str  # labels such as 01 stay as they are
+        with _wrap_read_errors(self.oof):
+            dtype = kinds | {"group": str}
+            oof = pd.read_csv(self.oof, dtype=dtype, keep_default_na=False)
+        missing = [name for name in kinds if name not in oof]
+        if missing:
+            raise KitError(f"{self.oof} has no column {_comma_join(missing)}")
+        return oof
 
     def read_parts(self, record):
         """(golden part, config of the backbone, files of the tokenizer, weights), as in `_Run`."""
@@ -3513,11 +3714,37 @@ def _set_dropout(config, rate):
     return old_rates
 
 
+_MAX_CONFIG_COUNT = 100_000  # layers or labels: transformers makes lists of them as it reads
+
+
+def _check_config_counts(path):
+    """Raise KitError where a config has more layers or labels than any model."""
+    parts = [_read_json(path)]
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            is_count = re.search("layer|label|class", name) and str(value).isdecimal()
+            if is_count and float(value) > _MAX_CONFIG_COUNT:
+                problem = f"expected at most {_MAX_CONFIG_COUNT} of {name}"
+                raise KitError(f"{path}: {problem}, got {reprlib.repr(value)}")
+
+
+def _count_tensors(path):
+    """How many tensors a file of weights holds; of a pickle nobody knows."""
+    if path.suffix != ".safetensors":
+        return math.inf
+    with safe_open(path, "pt") as file:
+        return len(file.keys())
+
+
 class _BackboneLoader:
     """Makes the encoder of a folder: `config` is that of the folder as the settings want it."""
 
-    def __init__(self, folder, cfg, say=print):
+    def __init__(self, folder, cfg, say=print, weights=None):
         self.folder, self.cfg, self.say = folder, cfg, say
+        path = Path(folder)
+        _check_config_counts(path / "config.json" if path.is_dir() else path)
         with _wrap_read_errors(f"the config of {folder}"):
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -3545,6 +3772,31 @@ class _BackboneLoader:
         if getattr(config, "use_cache", False):
             config.use_cache = False  # decoders would keep keys and values that nobody reads
         self.config = config
+        self.check_size(weights or _weight_files(folder))
+
+    def check_size(self, files):
+        """Raise KitError where the model that the config describes has far more weights than the
+        files can hold, before it takes memory.
+
+        A file may hold one copy of what is shared, half of an encoder-decoder, and a byte a number.
+        """
+        n_bytes = sum(path.stat().st_size for path in files)
+        n_tensors = sum(map(_count_tensors, files))
+        counts = {"numbers": 4 * n_bytes, "tensors": 10 * n_tensors + 100}
+
+        def count(module, name, tensor):
+            counts["numbers"] -= 0 if tensor is None else tensor.numel()
+            counts["tensors"] -= 1
+            if min(counts.values()) < 0:
+                size = f"the {n_bytes} bytes of {_comma_join(path.name for path in files)}"
+                raise ValueError(f"it describes a model far larger than {size}")
+
+        hook = nn.modules.module.register_module_parameter_registration_hook(count)
+        try:
+            with torch.device("meta"):
+                self.build_empty()
+        finally:
+            hook.remove()
 
     def load(self, n_tokens=0):
         """The pre-trained encoder in float32, with `n_tokens` embeddings if it has fewer."""
@@ -4882,10 +5134,12 @@ class TextModel(nn.Module):
         return type(self.backbone).__name__
 
     @classmethod
-    def build_empty(cls, cfg, config, n_outputs, tokenizer):
-        """The model for saved weights to be loaded into; `config` is the path of the backbone's."""
+    def build_empty(cls, cfg, config, n_outputs, tokenizer, weights):
+        """The model for saved weights to be loaded into; `config` is the path of the backbone's,
+        `weights` are the files, whose size is an upper limit."""
         loss = LOSSES[cfg.loss](cfg, n_outputs)
-        return cls(cfg, _BackboneLoader(config, cfg).build_empty(), loss, _is_cls_last(tokenizer))
+        backbone = _BackboneLoader(config, cfg, weights=weights).build_empty()
+        return cls(cfg, backbone, loss, _is_cls_last(tokenizer))
 
     def all_tensors(self):
         """name -> every tensor: weights, buffers, and those in attributes."""
@@ -5227,9 +5481,9 @@ class _ModelTrial:
         name = f"{self.model.backbone_name} with {self.head_name}"
         try:
             self.model.save(folder)
-            config = folder / "config.json"
-            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer)
-            load_model(loaded, folder / "model.safetensors")
+            config, weights = folder / "config.json", folder / "model.safetensors"
+            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer, [weights])
+            load_model(loaded, weights)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # it names weights that are missing or share their memory
@@ -5414,6 +5668,7 @@ class _WeightAverage:
         named = model.named_parameters()
         self.weights = {name: weight for name, weight in named if weight.requires_grad}
         self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.state_schema = self.means
 
     @staticmethod
     def rates(steps, per_epoch, cfg, first=0):
@@ -5578,7 +5833,7 @@ class _Checkpoints:
     """The last two checkpoints of a fold, in `run/checkpoints` until the fold is finished.
 
     `stateful` names the objects whose states a checkpoint holds: each has `state_dict` and
-    `load_state_dict`, as PyTorch's have.
+    `load_state_dict`, as PyTorch's have, and may state the schema of its state, `state_schema`.
     """
 
     def __init__(self, run, fold):
@@ -5599,15 +5854,20 @@ class _Checkpoints:
         """Load the newest sound checkpoint; False where there is none. Damage is printed."""
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
             shutil.rmtree(temporary)
+        schema = {}
+        for name, part in stateful.items():
+            is_model = isinstance(part, nn.Module)
+            schema[name] = part.state_dict() if is_model else getattr(part, "state_schema", dict)
         for folder in self.paths():
-            problems = _SealedFolder(folder).problems()
-            if problems:
-                print(f"{folder} is damaged and not used: {problems[0]}")
+            try:
+                states = _SealedFolder(folder).read_state(schema)
+            except KitError as error:
+                print(f"{folder} is damaged and not used: {error.problems[0]}")
                 continue
-            states = _read_state(folder)
-            for name, part in stateful.items():
-                if states[name]:  # that of a scaler is empty where it was off
-                    part.load_state_dict(states[name])
+            with _wrap_read_errors(f"{folder} has a state of another model: delete it; it"):
+                for name, part in stateful.items():
+                    if states[name]:  # that of a scaler is empty where it was off
+                        part.load_state_dict(states[name])
             self.recent = [folder]
             return True
         return False
@@ -5733,7 +5993,7 @@ class _TrainingData(NamedTuple):
     @classmethod
     def load(cls, folder, tokenizer):
         """What `save` wrote; KitError where the tokenizer, read anew, is not what it was."""
-        state = _read_state(folder)
+        state = _read_state(folder, max_bytes=math.inf)
         if (len(tokenizer), _is_cls_last(tokenizer)) != state["tokenizer"]:
             problem = "the tokenizer of the run is another where it is read again"
             raise KitError(f"{problem}: set fold_processes 1")
@@ -6774,6 +7034,17 @@ class _FoldState:
         return spent
 
 
+def _fold_schema(data, fold):
+    """What a checkpoint and the result of a fold say of its training."""
+    shape = (np.count_nonzero(data.folds == fold), data.n_outputs)
+    evaluation = {"predictions": np.empty(shape), "score": _SCORE, "step": _COUNT}
+    return {
+        **{"step": _COUNT, "skipped_steps": _COUNT, "lines": [str]},
+        **{"best": (evaluation, None), "last": (evaluation, None)},
+        "seconds": {"train": float, "evaluate": float, "save": float},
+    }
+
+
 class FoldTrainer:
     """Trains a fresh model on the other folds and validates it on `fold`.
 
@@ -6805,6 +7076,11 @@ class FoldTrainer:
         steps = self.cfg.evaluation_steps(last.per_epoch)
         self.eval_steps = {self.pseudo_steps + step for step in steps}
         self.state = _FoldState()
+        weights = self.model.state_dict() | {str: None}
+        self.state.state_schema = _fold_schema(self.data, fold) | {
+            **{"step": range(self.total_steps + 1), "skipped_in_a_row": _COUNT},
+            "best_weights": (weights, None),
+        }
         self.pending = []  # results of the steps since the last `flush`
         self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
             "model": self.model,
@@ -6824,7 +7100,7 @@ class FoldTrainer:
             print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
             budget.earlier_seconds += sum(state.seconds.values())
             for line in state.lines:
-                self.write_log(json.loads(line))
+                self.write_log(_parse_json(line, _LOG_ENTRY, self.checkpoints.recent[-1]))
         self.first_step = state.step  # of this session
         state.mark = time.perf_counter()
         budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
@@ -7067,6 +7343,11 @@ class FoldTrainer:
 # (which model labelled what), and the manifest of `_SealedFolder`.
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
+_PSEUDO_SET = {"models": [{"run": str, "fold": _COUNT}], "labels": str}
+_PSEUDO_LABELS = {  # what training reads of pseudo.json
+    **{"task": str, "outputs": [str], "classes": [str], "columns": [str], "folds": str},
+    **{"runs": [{"name": str}], "threshold": float, "sets": {_FOLD_NUMBER: _PSEUDO_SET}},
+}
 
 
 def _row_digests(frame, cfg):
@@ -7127,11 +7408,11 @@ class _PseudoLabels:
         problems = _SealedFolder(self.folder).problems()
         if problems:
             raise DataError([f"{where}: {problem}" for problem in problems])
-        content = _read_json(path)
-        version = content.get("format")
-        if version != _PSEUDO_FORMAT:
-            raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
-        return content
+        content = _read_json(path, {"format": str})
+        if content["format"] != _PSEUDO_FORMAT:
+            expected = f"expected the format {_PSEUDO_FORMAT!r}"
+            raise DataError(f"{path}: {expected}, got {content['format']!r}")
+        return _read_json(path, _PSEUDO_LABELS)
 
     def check_leaks(self, cells, frame, cfg):
         """Raise DataError unless the labels, {fold: cells}, may be used with the rows of a run."""
@@ -7304,15 +7585,29 @@ def _save_fold(model, folder, result):
     _SealedFolder(folder).save(write)
 
 
-def _read_fold(folder):
+def _read_fold(folder, data, fold):
     """The result that `_save_fold` wrote; None where there is none. Damage is printed."""
     if not folder.exists():
         return None
-    problems = _SealedFolder(folder).problems()
-    if problems:
-        print(f"{folder} is damaged and trained again: {problems[0]}")
+    state = _fold_schema(data, fold)
+    schema = state | {
+        **dict.fromkeys(("steps", "micro_batch_size", "pseudo_rows", "pseudo_steps"), _COUNT),
+        **{"stop_reason": str, "fallbacks": {str: str}, "regularisers": {str: dict}},
+        **{"target_scale": (dict, None), "chance": _SCORE, "golden?": [_ARRAYS]},
+        **{"fold": range(fold, fold + 1), "rows": np.flatnonzero(data.folds == fold)},
+        **{"peak_memory": _COUNT, "earlier_seconds": float},
+    }
+    finished = {"stop_reason": None, "golden": [_ARRAYS], "last": state["last"][0]}
+    try:
+        result = _SealedFolder(folder).read_state((schema | finished, schema))
+        rows, golden = result.get("golden", ([], np.empty((0, data.n_outputs))))
+        is_sound = np.array_equal(result["rows"], schema["rows"]) and np.isin(rows, result["rows"])
+        if not np.all(is_sound) or golden.shape != (len(rows), data.n_outputs):
+            raise KitError("it has other rows than the fold")
+    except KitError as error:
+        print(f"{folder} is damaged and trained again: {error.problems[0]}")
         return None
-    return _read_state(folder)
+    return result
 
 
 class _FoldsInTurn:
@@ -7693,17 +7988,12 @@ class _RunFinder:
         if not (folder / self.file).is_file():
             return ["it is no run"]
         old, new = _read_json(folder / self.file), self.record
-        versions = old.get("versions")
-        if isinstance(versions, dict):
-            version_error = _version_error(versions.get("kernel_utils", __version__))
-            if version_error:
-                return [f"it was {version_error}"]
-        needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
+        schema = _BEGUN_RUN
         if "outputs" in new and old.get("status") == "complete":  # pre-training has none
-            needed.append("folds")
-        missing = [name for name in needed if name not in old]
-        if missing:
-            return [f"{self.file} has no {_comma_join(missing)}"]
+            schema = _RECORD
+        error = _record_error(old, schema)
+        if error:
+            return [f"{self.file}: {error}"]
         before, now = (
             Config().to_dict() | record["settings"] | record["resolved"] for record in (old, new)
         )
@@ -7741,6 +8031,10 @@ def _locked(folder):
         file.truncate(0)
         file.write_line(f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
+
+
+# A line of log.jsonl: beside these it has losses and scores by name
+_LOG_ENTRY = {"fold": _COUNT, "step": _COUNT, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
 
 
 class _RunLog:
@@ -7793,8 +8087,8 @@ def _pretraining_of(backbone):
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    content = _read_json(path)
-    status = content.get("status")
+    content = _read_json(path, {"status": str})
+    status = content["status"]
     if status != "complete":
         problem = f"the pre-training is not complete (status {status!r})"
         raise KitError(f"{path}: {problem}: let it go on first")
@@ -8023,7 +8317,7 @@ class _TrainingRun:
         self.is_new = not self.folder.record.is_file()
         if self.is_new:
             return
-        old = self.folder.read_record()
+        old = _read_json(self.folder.record, _BEGUN_RUN)
         if old["status"] == "complete":
             folds = {fold["fold"] for fold in old["folds"]}
             if folds == set(self.folds):
@@ -8046,7 +8340,8 @@ class _TrainingRun:
         if changes:
             warning = "the last digits may differ from those of an uninterrupted run"
             print(f"  begun with {changes}: {warning}")
-        self.record = self.record | sessions[0] | {"sessions": sessions}
+        first = {name: sessions[0][name] for name in sessions[-1]}
+        self.record = self.record | first | {"sessions": sessions}
 
     def set_precision(self, precision):
         """Set what `precision auto` means, in the settings of the folds and in the record."""
@@ -8088,7 +8383,7 @@ class _TrainingRun:
         """fold -> result, of those that earlier sessions finished."""
         results = {}
         for fold in self.folds:
-            result = _read_fold(self.folder.fold(fold))
+            result = _read_fold(self.folder.fold(fold), self.data, fold)
             if result and not result["stop_reason"]:
                 results[fold] = result
                 self.budget.earlier_seconds += sum(result["seconds"].values())
@@ -8148,7 +8443,7 @@ class _TrainingRun:
             new_folds = [fold for fold in folds if any(temporary.glob(f"*/fold{fold}"))]
         results = dict(old_results)
         for fold in new_folds:
-            result = _read_fold(self.folder.fold(fold))
+            result = _read_fold(self.folder.fold(fold), self.data, fold)
             if result:
                 results[fold] = result
                 self.budget.earlier_seconds += result["earlier_seconds"]
@@ -8319,11 +8614,7 @@ class _TrainingRun:
 
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
-        with _wrap_read_errors(self.folder.path):
-            lines = self.folder.log.read_text().splitlines()
-            dtype = {"target": str} if self.classes else None
-            oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
-            return [json.loads(line) for line in lines], oof
+        return self.folder.read_log(), self.folder.read_oof(self.record)
 
     def clean_up(self):
         """Delete what only a run that goes on needs."""
@@ -8479,35 +8770,13 @@ _GOLDEN_MIN_FRACTION = 0.01
 _GOLDEN_MIN_FRACTION_STANDARDIZED = 1e-10
 
 
-def _version_error(version):
-    """Why files that another version of this module wrote cannot be read, or None."""
-    numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    if numbers and tuple(map(int, numbers.groups())) >= (0, 10):
-        return None
-    number = numbers[0] if numbers else version
-    return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
-
-
-def _record_error(record):
-    """What makes the record of a finished run useless, or None: it may come from anybody."""
-    try:
-        version_error = _version_error(record["versions"]["kernel_utils"])
-        if version_error:
-            return version_error
-        record["settings"] | record["resolved"]
-        len(record["classes"]), len(record["outputs"])
-        _summary("", record)
-        for fold in record["folds"]:
-            if type(fold["fold"]) is not int:
-                raise TypeError(f"fold {fold['fold']!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"malformed ({type(error).__name__}: {error})"
-    return None if record["folds"] else "the run has no folds"
-
-
 def _recorded_config(record):
     """The settings of a run, but for `metrics`, which may be those of a notebook."""
     return Config.from_dict(record["settings"] | record["resolved"] | {"metrics": []})
+
+
+_GOLDEN_ROW = {"fold": _COUNT, "id": object, "cells": {str: str}, "prediction": [float, ...]}
+_GOLDEN = {"texts": [str, ...], "token_ids": [[_COUNT]], "rows": [_GOLDEN_ROW, ...]}
 
 
 def _run_problems(record, golden, config, tokenizer, weights):
@@ -8520,16 +8789,38 @@ def _run_problems(record, golden, config, tokenizer, weights):
             problems += error.problems
     try:
         cfg = _recorded_config(record)
-        for row in golden["rows"]:
-            row["id"], row["prediction"], weights[row["fold"]]
-            [row["cells"][name] for name in cfg.input_columns]
-        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            problems.append("what is golden is malformed: no rows, or other texts than token_ids")
     except ConfigError as error:
-        problems += [f"record.json: {problem}" for problem in error.problems]
-    except (AttributeError, KeyError, TypeError) as error:
-        problems.append(f"what is golden is malformed: {type(error).__name__}: {error}")
-    return problems
+        return problems + [f"record.json: {problem}" for problem in error.problems]
+    outputs, oof = record["outputs"], record["oof"]
+    expected = cfg.output_names(record["classes"])
+    if outputs != expected:
+        problems.append(f"record.json: outputs: expected {expected}, got {outputs}")
+    if len(oof.get("target_sd", outputs)) != len(outputs):
+        problems.append(f"record.json: oof.target_sd: expected {len(outputs)} numbers")
+    cuts_error = _cuts_error(oof, len(outputs), _OOF_CUTS)
+    if cuts_error:
+        problems.append(f"record.json: oof: {cuts_error}")
+    folds = {fold["fold"] for fold in record["folds"]}
+    if set(weights) != folds:
+        problems.append(f"weights of the folds {_comma_join(weights)}, not {_comma_join(folds)}")
+    return problems + _golden_problems(golden, folds, cfg.input_columns, len(outputs))
+
+
+def _golden_problems(golden, folds, columns, n_outputs):
+    """What keeps golden rows, which are as in `_GOLDEN`, from proving each of the folds."""
+    problems = []
+    if len(golden["texts"]) != len(golden["token_ids"]):
+        problems.append("golden: token_ids: expected a list for each of texts")
+    others = folds.symmetric_difference(row["fold"] for row in golden["rows"])
+    if others:
+        problems.append(f"golden: expected rows of the folds of the run: {_comma_join(others)}")
+    for number, row in enumerate(golden["rows"]):
+        missing = [name for name in columns if name not in row["cells"]]
+        if missing:
+            problems.append(f"golden: rows[{number}].cells has no {_comma_join(missing)}")
+        if len(row["prediction"]) != n_outputs:
+            problems.append(f"golden: rows[{number}].prediction: expected {n_outputs} numbers")
+    return problems[:10]
 
 
 class _Run(NamedTuple):
@@ -8610,11 +8901,12 @@ class _Run(NamedTuple):
         """(tokenizer, model); the model has the weights of no fold yet."""
         _prepare_process()
         with tempfile.TemporaryDirectory() as folder:  # transformers wants its own file names
-            for name, path in self.tokenizer.items():
-                shutil.copyfile(path, Path(folder) / name)
+            with _wrap_read_errors(f"the tokenizer of {self.name}"):
+                for name, path in self.tokenizer.items():
+                    shutil.copyfile(path, Path(folder) / name)
             tokenizer = _load_tokenizer(folder)
-        n_outputs = len(self.record["outputs"])
-        model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer)
+        n_outputs, weights = len(self.record["outputs"]), list(self.weights.values())
+        model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer, weights)
         return tokenizer, model.to(_pick_device())
 
     def load_fold(self, model, fold):
@@ -8705,6 +8997,12 @@ class _GoldenTrial(_PrecisionTrial):
         return f"golden rows are {gap:.2g} off, {allowed:g} is allowed"
 
 
+_BLEND = {
+    **{"method": str, "members": {str: {"weight": float, "record_sha256": _SHA256}}},
+    **{"intercept": [float, ...], "cuts": dict},
+}
+
+
 class _Blend(NamedTuple):
     """How the predictions of runs become one: their weighted sum and an intercept."""
 
@@ -8726,15 +9024,17 @@ class _Blend(NamedTuple):
         BundleError unless it is of the runs whose record.json are `record_paths`, {name: path},
         each to the last byte, and of no other.
         """
-        content = _read_json(path)
         try:
-            members = content["members"]
-            expected = {name: str(member["record_sha256"]) for name, member in members.items()}
-            weights = {name: _cast(member["weight"], float) for name, member in members.items()}
-            intercept = [_cast(value, float) for value in content["intercept"]]
-            blend = cls(content["method"], weights, intercept, dict(content["cuts"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+            content = _read_json(path, _BLEND)
+        except KitError as error:
+            raise BundleError(error.problems) from None
+        members, intercept, cuts = (content[name] for name in ("members", "intercept", "cuts"))
+        expected = {name: member["record_sha256"] for name, member in members.items()}
+        weights = {name: member["weight"] for name, member in members.items()}
+        blend = cls(content["method"], weights, intercept, cuts)
+        error = _cuts_error(cuts, len(intercept))
+        if error:
+            raise BundleError(f"{path}: cuts: {error}")
         problems = [f"run {name} is missing" for name in expected if name not in record_paths]
         for name, record_path in record_paths.items():
             sha256 = _file_sha256(record_path)
@@ -8884,28 +9184,28 @@ class Bundle:
         return np.stack(columns, axis=1)
 
 
+_BUNDLED_RUN = {
+    **{"record": _FILE_NAME, "config": _FILE_NAME, "tokenizer": {_FILE_NAME: _FILE_NAME}},
+    **{"weights": {_FOLD_NUMBER: _FILE_NAME}, "golden": _GOLDEN},
+}
+_BUNDLE = {
+    **{"format": str, "version": str, "dataset": {"id": str}, "files": _FILES},
+    "runs": {str: _BUNDLED_RUN},
+}
+
+
 def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless, though it is as it was written."""
     if manifest.get("format") != _BUNDLE_FORMAT:
         return [f"expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"]
-    problems = []
-    try:
-        entry_keys = {"bytes", "sha256"}
-        files = {name for name, file in manifest["files"].items() if file.keys() == entry_keys}
-        manifest["dataset"]["id"], manifest["version"]
-        needed = {"kernel_utils.py"}
-        for run in manifest["runs"].values():
-            tokenizer, weights = run["tokenizer"], run["weights"]
-            needed |= {run["record"], run["config"], *tokenizer.values(), *weights.values()}
-            problems += [f"{fold!r} is no fold" for fold in weights if not fold.isdecimal()]
-            for name in tokenizer:
-                if Path(name).name != name:  # the files are copied under these names
-                    problems.append(f"{name!r} is no name of a tokenizer's file")
-            if not (run["golden"]["rows"] and run["golden"]["texts"]):
-                problems.append("a run has nothing to prove")
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"malformed ({type(error).__name__}: {error})"]
-    return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
+    error = _schema_error(manifest, _BUNDLE)
+    if error:
+        return [error]
+    needed = {"kernel_utils.py"}
+    for run in manifest["runs"].values():
+        tokenizer, weights = run["tokenizer"].values(), run["weights"].values()
+        needed |= {run["record"], run["config"], *tokenizer, *weights}
+    return [f"{name} is not among its files" for name in sorted(needed - set(manifest["files"]))]
 
 
 def _read_bundle_manifest(folder):
@@ -8913,8 +9213,8 @@ def _read_bundle_manifest(folder):
     path = folder / _MANIFEST
     try:
         manifest = _SealedFolder(folder).read_manifest()
-    except ValueError as problem:
-        raise BundleError(f"{path}: {problem}; attach or pack it again") from None
+    except KitError as error:
+        raise BundleError(f"{error.problems[0]}; attach or pack it again") from None
     problems = _manifest_problems(manifest)
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])
