@@ -100,7 +100,7 @@ import sklearn.model_selection
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
@@ -1405,51 +1405,37 @@ def _write_atomic(path, write):
             temporary.unlink()
 
 
-# What a JSON file or state must hold is stated as data. A schema is a type, None, a range of whole
-# numbers, a pattern of text, an array or tensor with the dtype and shape that are wanted; [schema],
-# a list of such, [schema, ...] one that is not empty; (schema, schema), either of them;
-# {"key": schema, "key?": schema}, an object that has the first key and may have the second;
-# {str: schema}, or a pattern for str, says what other keys are.
-_COUNT = range(10**18)
+# What a JSON file or state must hold is stated as data, a schema: a type, None, a pattern of text, an
+# array of the dtype and shape that are wanted; [schema], a list of such, [schema, 3] of three,
+# [schema, ...] of one or more; (schema, schema), either; {"key": schema, "key?": schema}, an object
+# with the first key and perhaps the second; {str: schema}, or a pattern for str, its other keys.
 _SCORE = (float, None)
 _SHA256 = re.compile("[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,200}")
-_FOLD_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
-_FILES = {_FILE_NAME: {"bytes": _COUNT, "sha256": _SHA256}}  # of a manifest
+_FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
+_FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
-_KINDS = {str: "text", float: "a finite number", bool: "true or false", None: "null"}
-_KINDS |= {dict: "an object", list: "a list", object: "a value", range: "a whole number from 0"}
-
-_MAX_JSON_BYTES = 2**28  # those of real runs have some megabytes
-_MAX_JSON_DEPTH = 100
+_KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
+_KINDS |= {dict: "an object", list: "a list", None: "null"}
+_MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
 def _fits(value, schema):
     """Whether a value is of the kind that a schema states, whatever it holds."""
-    if isinstance(schema, range):
-        return type(value) is int and value in schema
+    if schema is int:
+        return type(value) is int and 0 <= value < 2**63
+    if schema is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if isinstance(schema, re.Pattern):
         return isinstance(value, str) and bool(schema.fullmatch(value))
     if isinstance(schema, _ARRAYS):
         is_array = isinstance(value, _ARRAYS)
         return is_array and (value.dtype, value.shape) == (schema.dtype, schema.shape)
-    if schema is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if schema is None or value is ...:
-        return value is schema
     if isinstance(schema, list):
-        return isinstance(value, (list, tuple)) and (len(value) > 0 or ... not in schema)
-    return isinstance(value, dict if isinstance(schema, dict) else schema)
-
-
-def _describe_schema(schema):
-    if isinstance(schema, _ARRAYS):
-        return f"{tuple(schema.shape)} numbers of {schema.dtype}"
-    if isinstance(schema, re.Pattern):
-        return f"text like {schema.pattern}"
-    if isinstance(schema, (dict, list, range)):
-        schema = type(schema)
-    return _KINDS.get(schema) or schema.__name__
+        size = len(value) if isinstance(value, (list, tuple)) else -1
+        wanted = schema[1] if len(schema) > 1 else size
+        return size > 0 if wanted is ... else size == wanted >= 0
+    return value is None if schema is None else isinstance(value, schema)
 
 
 def _schema_parts(value, schema, place):
@@ -1458,16 +1444,14 @@ def _schema_parts(value, schema, place):
         for number, item in enumerate(value):
             yield item, schema[0], f"{place}[{number}]"
     elif isinstance(schema, dict):
-        stem, others = f"{place}." if place else "", dict(value)
+        others = dict(value)
         for key, kind in schema.items():  # those that are named come first
-            if not isinstance(key, str):
-                for name, item in others.items():
-                    yield name, key, f"{stem}{name}"
-                    yield item, kind, f"{stem}{name}"
-                continue
-            name = key.removesuffix("?")
-            if name in value or name == key:
-                yield others.pop(name, ...), kind, f"{stem}{name}"
+            name = key.removesuffix("?") if isinstance(key, str) else None
+            if name in others or name == key:
+                yield others.pop(name, ...), kind, f"{place}.{name}"
+            for name in others if name is None else ():
+                yield name, key, f"{place}.{name}"
+                yield others[name], kind, f"{place}.{name}"
 
 
 def _schema_error(value, schema, place=""):
@@ -1475,25 +1459,21 @@ def _schema_error(value, schema, place=""):
     if isinstance(schema, tuple):
         errors = [_schema_error(value, either, place) for either in schema]
         return None if None in errors else errors[0]
-    if not _fits(value, schema):
-        got = "nothing" if value is ... else reprlib.repr(value)
-        where = f"{textwrap.shorten(place, 200)}: " if place else ""
-        return f"{where}expected {_describe_schema(schema)}, got {got}"
-    errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
-    return next(filter(None, errors), None)
+    kind = dict if isinstance(schema, dict) else schema
+    if _fits(value, kind):
+        errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
+        return next(filter(None, errors), None)
+    kind = list if isinstance(schema, list) else kind
+    expected = _KINDS[kind] if kind in _KINDS else f"what fits {kind}"
+    got = "nothing" if value is ... else reprlib.repr(value)
+    return f"{place[-200:].removeprefix('.')}: expected {expected}, got {got}".removeprefix(": ")
 
 
 def _parse_number(text):
-    """A number of a JSON file, or NaN. It stays text, which no schema takes, where it is none that
-    a float has."""
+    """A number of a JSON file. It stays text, which no schema takes for one, if it is not finite."""
     is_whole = len(text) < 19 and text.lstrip("-").isdecimal()
     number = int(text) if is_whole else float(text)
     return number if math.isfinite(number) else text
-
-
-def _json_depth(content):
-    items = content.values() if isinstance(content, dict) else content
-    return 1 + max(map(_json_depth, items), default=0) if isinstance(content, (dict, list)) else 0
 
 
 def _read_text(path, max_bytes=_MAX_JSON_BYTES):
@@ -1506,12 +1486,11 @@ def _read_text(path, max_bytes=_MAX_JSON_BYTES):
 
 def _parse_json(text, schema, where):
     """What a JSON text holds; KitError, with the place, where it is not as the schema states."""
+    hooks = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _parse_number)
     try:
-        hooks = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _parse_number)
         content = json.loads(text, **hooks)
-        if _json_depth(content) > _MAX_JSON_DEPTH:
-            raise ValueError("nested too deep")
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        # raises for what nests too deep to be walked, and for half a surrogate pair
+        json.dumps(_finite_json(content), ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise KitError(f"{where}: not a JSON file ({error})") from None
     error = _schema_error(content, schema)
@@ -1521,7 +1500,7 @@ def _parse_json(text, schema, where):
 
 
 def _read_json(path, schema=dict):
-    """What a JSON file holds; KitError, with file and place, where it is not as `schema` states."""
+    """What a JSON file holds; KitError, with file and place, where it is not as the schema states."""
     try:
         text = _read_text(Path(path))
     except (OSError, ValueError) as error:
@@ -1781,27 +1760,26 @@ def _version_error(version):
     return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
 
 
-_SESSION = {"device": str, "precision": str, "threads": _COUNT, "versions": {str: str}}
+_SESSION = {"device": str, "precision": str, "threads": int, "versions": {str: str}}
 _BEGUN_RUN = {  # the record of a run that may go on, of pre-training too
     **{"status": str, "settings": dict, "resolved": dict, "versions": {str: str}},
     **{"fingerprint": {str: str}, "sessions": [_SESSION, ...]},
 }
-_OUTPUT_SCORES = {"metric": str, "better": str, "scores": {str: _SCORE}}
 _OOF_SCORES = {
-    **{"metric": str, "better": str, "rows": _COUNT, "chance": _SCORE, "undefined_folds": [_COUNT]},
+    **{"metric": str, "better": str, "rows": int, "chance": _SCORE, "undefined_folds": [int]},
     **{"last": _SCORE, "best": _SCORE, "last_fold_sd": _SCORE, "best_fold_sd": _SCORE},
-    **{"metrics": {str: {"score": _SCORE, "chance": _SCORE}}, "by_output": _OUTPUT_SCORES},
-    "target_sd?": [float],
+    "metrics": {str: {"score": _SCORE, "chance": _SCORE}},
+    "by_output": {"metric": str, "better": str, "scores": {str: _SCORE}},
 }
-_CUTS = {"levels": [[float, ...]], "thresholds": [[float]]}
-_OOF_CUTS = _CUTS | {"is_fitted": bool, "rounded": _SCORE, "nested": _SCORE}
-_RECORD = _BEGUN_RUN | _SESSION
-_RECORD |= {  # of a run with scores
+_CUT_SCORES = {"is_fitted": bool, "rounded": _SCORE, "nested": _SCORE}
+_RECORD = {  # of a run with scores
+    **_BEGUN_RUN,
+    **_SESSION,
     "settings": {"seed": float, "target_columns": [str, ...], "metrics": [str]},
-    **{"classes": [str], "outputs": [str, ...], "rows": _COUNT, "oof": _OOF_SCORES},
-    "folds": [{"fold": _COUNT, "steps": _COUNT, "target_scale": (dict, None)}, ...],
+    **{"classes": [str], "outputs": [str, ...], "rows": int, "oof": _OOF_SCORES},
+    "folds": [{"fold": int, "steps": int, "target_scale": (dict, None)}, ...],
     "seconds": {"total": float, "train": float, "evaluate": float},
-    **{"rows_per_second": float, "peak_memory_bytes": _COUNT},
+    **{"rows_per_second": float, "peak_memory_bytes": int},
 }
 
 
@@ -1812,17 +1790,17 @@ def _record_error(record, schema=_RECORD):
     return error or _schema_error(record, schema)
 
 
-def _cuts_error(cuts, n_outputs, schema=_CUTS):
-    """What is wrong with the levels and thresholds of a record or blend that has some; or None."""
-    if cuts.keys().isdisjoint(_CUTS):
+def _cuts_error(cuts, n_outputs, scores):
+    """What is wrong with the levels and thresholds of a record or blend, which may have none."""
+    if not {"levels", "thresholds"} & cuts.keys():
         return None
-    error = _schema_error(cuts, schema)
-    if error:
-        return error
-    levels, thresholds = cuts["levels"], cuts["thresholds"]
-    sizes = [len(own) - len(points) for own, points in zip(levels, thresholds, strict=False)]
-    is_sound = len(levels) == len(thresholds) == n_outputs and set(sizes) == {1}
-    return None if is_sound else f"expected {n_outputs} lists of levels with thresholds between"
+    schema = {"levels": [[float, ...], n_outputs], "thresholds": [[float], n_outputs]}
+    error = _schema_error(cuts, schema | scores)
+    if error is None and [len(own) - 1 for own in cuts["levels"]] != [
+        *map(len, cuts["thresholds"])
+    ]:
+        return "thresholds: expected one between two levels"
+    return error
 
 
 class RunFolder:
@@ -1860,7 +1838,7 @@ class RunFolder:
         return _read_json(self.record)
 
     def read_golden(self):
-        return _read_json(self.golden, _GOLDEN)
+        return _read_json(self.golden)
 
     def read_log(self):
         """The entries of log.jsonl."""
@@ -3714,28 +3692,19 @@ def _set_dropout(config, rate):
     return old_rates
 
 
-_MAX_CONFIG_COUNT = 100_000  # layers or labels: transformers makes lists of them as it reads
+_MAX_LAYERS = 100_000  # and labels: transformers makes lists of them while it reads a config
 
 
-def _check_config_counts(path):
+def _check_layers(path):
     """Raise KitError where a config has more layers or labels than any model."""
     parts = [_read_json(path)]
     for part in parts:
-        for name, value in part.items():
-            if isinstance(value, dict):
-                parts.append(value)
-            is_count = re.search("layer|label|class", name) and str(value).isdecimal()
-            if is_count and float(value) > _MAX_CONFIG_COUNT:
-                problem = f"expected at most {_MAX_CONFIG_COUNT} of {name}"
-                raise KitError(f"{path}: {problem}, got {reprlib.repr(value)}")
-
-
-def _count_tensors(path):
-    """How many tensors a file of weights holds; of a pickle nobody knows."""
-    if path.suffix != ".safetensors":
-        return math.inf
-    with safe_open(path, "pt") as file:
-        return len(file.keys())
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        counts = {name: str(part[name]) for name in part if re.search("layer|label", name)}
+        for name, number in counts.items():
+            if number.isdecimal() and float(number) > _MAX_LAYERS:
+                problem = f"expected at most {_MAX_LAYERS} of {name}"
+                raise KitError(f"{path}: {problem}, got {reprlib.repr(number)}")
 
 
 class _BackboneLoader:
@@ -3744,7 +3713,7 @@ class _BackboneLoader:
     def __init__(self, folder, cfg, say=print, weights=None):
         self.folder, self.cfg, self.say = folder, cfg, say
         path = Path(folder)
-        _check_config_counts(path / "config.json" if path.is_dir() else path)
+        _check_layers(path / "config.json" if path.is_dir() else path)
         with _wrap_read_errors(f"the config of {folder}"):
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -3775,21 +3744,15 @@ class _BackboneLoader:
         self.check_size(weights or _weight_files(folder))
 
     def check_size(self, files):
-        """Raise KitError where the model that the config describes has far more weights than the
-        files can hold, before it takes memory.
-
-        A file may hold one copy of what is shared, half of an encoder-decoder, and a byte a number.
-        """
+        """Raise KitError, before it takes memory, where the model that the config describes is far
+        larger than files of weights, which may hold half of it and one copy of what is shared."""
         n_bytes = sum(path.stat().st_size for path in files)
-        n_tensors = sum(map(_count_tensors, files))
-        counts = {"numbers": 4 * n_bytes, "tensors": 10 * n_tensors + 100}
+        room = [4 * n_bytes]
 
         def count(module, name, tensor):
-            counts["numbers"] -= 0 if tensor is None else tensor.numel()
-            counts["tensors"] -= 1
-            if min(counts.values()) < 0:
-                size = f"the {n_bytes} bytes of {_comma_join(path.name for path in files)}"
-                raise ValueError(f"it describes a model far larger than {size}")
+            room[0] -= 0 if tensor is None else tensor.numel()
+            if room[0] < 0:
+                raise ValueError(f"its model is far larger than the {n_bytes} bytes of its weights")
 
         hook = nn.modules.module.register_module_parameter_registration_hook(count)
         try:
@@ -5135,10 +5098,10 @@ class TextModel(nn.Module):
 
     @classmethod
     def build_empty(cls, cfg, config, n_outputs, tokenizer, weights):
-        """The model for saved weights to be loaded into; `config` is the path of the backbone's,
-        `weights` are the files, whose size is an upper limit."""
+        """The model for saved weights to be loaded into: `config` is the path of the backbone's,
+        `weights` that of a file whose size bounds it."""
         loss = LOSSES[cfg.loss](cfg, n_outputs)
-        backbone = _BackboneLoader(config, cfg, weights=weights).build_empty()
+        backbone = _BackboneLoader(config, cfg, weights=[weights]).build_empty()
         return cls(cfg, backbone, loss, _is_cls_last(tokenizer))
 
     def all_tensors(self):
@@ -5482,7 +5445,7 @@ class _ModelTrial:
         try:
             self.model.save(folder)
             config, weights = folder / "config.json", folder / "model.safetensors"
-            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer, [weights])
+            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer, weights)
             load_model(loaded, weights)
         except torch.OutOfMemoryError:
             raise
@@ -7037,9 +7000,9 @@ class _FoldState:
 def _fold_schema(data, fold):
     """What a checkpoint and the result of a fold say of its training."""
     shape = (np.count_nonzero(data.folds == fold), data.n_outputs)
-    evaluation = {"predictions": np.empty(shape), "score": _SCORE, "step": _COUNT}
+    evaluation = {"predictions": np.empty(shape), "score": _SCORE, "step": int}
     return {
-        **{"step": _COUNT, "skipped_steps": _COUNT, "lines": [str]},
+        **{"step": int, "skipped_steps": int, "lines": [str]},
         **{"best": (evaluation, None), "last": (evaluation, None)},
         "seconds": {"train": float, "evaluate": float, "save": float},
     }
@@ -7078,8 +7041,7 @@ class FoldTrainer:
         self.state = _FoldState()
         weights = self.model.state_dict() | {str: None}
         self.state.state_schema = _fold_schema(self.data, fold) | {
-            **{"step": range(self.total_steps + 1), "skipped_in_a_row": _COUNT},
-            "best_weights": (weights, None),
+            **{"skipped_in_a_row": int, "best_weights": (weights, None)},
         }
         self.pending = []  # results of the steps since the last `flush`
         self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
@@ -7343,10 +7305,10 @@ class FoldTrainer:
 # (which model labelled what), and the manifest of `_SealedFolder`.
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
-_PSEUDO_SET = {"models": [{"run": str, "fold": _COUNT}], "labels": str}
+_PSEUDO_SET = {"models": [{"run": str, "fold": int}], "labels": str}
 _PSEUDO_LABELS = {  # what training reads of pseudo.json
     **{"task": str, "outputs": [str], "classes": [str], "columns": [str], "folds": str},
-    **{"runs": [{"name": str}], "threshold": float, "sets": {_FOLD_NUMBER: _PSEUDO_SET}},
+    **{"runs": [{"name": str}], "threshold": float, "sets": {_FOLD_NAME: _PSEUDO_SET}},
 }
 
 
@@ -7591,11 +7553,11 @@ def _read_fold(folder, data, fold):
         return None
     state = _fold_schema(data, fold)
     schema = state | {
-        **dict.fromkeys(("steps", "micro_batch_size", "pseudo_rows", "pseudo_steps"), _COUNT),
+        **dict.fromkeys(("steps", "micro_batch_size", "pseudo_rows", "pseudo_steps"), int),
         **{"stop_reason": str, "fallbacks": {str: str}, "regularisers": {str: dict}},
         **{"target_scale": (dict, None), "chance": _SCORE, "golden?": [_ARRAYS]},
-        **{"fold": range(fold, fold + 1), "rows": np.flatnonzero(data.folds == fold)},
-        **{"peak_memory": _COUNT, "earlier_seconds": float},
+        **{"fold": int, "rows": np.flatnonzero(data.folds == fold)},
+        **{"peak_memory": int, "earlier_seconds": float},
     }
     finished = {"stop_reason": None, "golden": [_ARRAYS], "last": state["last"][0]}
     try:
@@ -8034,7 +7996,7 @@ def _locked(folder):
 
 
 # A line of log.jsonl: beside these it has losses and scores by name
-_LOG_ENTRY = {"fold": _COUNT, "step": _COUNT, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
+_LOG_ENTRY = {"fold": int, "step": int, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
 
 
 class _RunLog:
@@ -8775,10 +8737,6 @@ def _recorded_config(record):
     return Config.from_dict(record["settings"] | record["resolved"] | {"metrics": []})
 
 
-_GOLDEN_ROW = {"fold": _COUNT, "id": object, "cells": {str: str}, "prediction": [float, ...]}
-_GOLDEN = {"texts": [str, ...], "token_ids": [[_COUNT]], "rows": [_GOLDEN_ROW, ...]}
-
-
 def _run_problems(record, golden, config, tokenizer, weights):
     """What is wrong with the parts of a run whose record has no `_record_error`, as in `_Run`."""
     problems = []
@@ -8791,36 +8749,28 @@ def _run_problems(record, golden, config, tokenizer, weights):
         cfg = _recorded_config(record)
     except ConfigError as error:
         return problems + [f"record.json: {problem}" for problem in error.problems]
-    outputs, oof = record["outputs"], record["oof"]
-    expected = cfg.output_names(record["classes"])
-    if outputs != expected:
-        problems.append(f"record.json: outputs: expected {expected}, got {outputs}")
-    if len(oof.get("target_sd", outputs)) != len(outputs):
-        problems.append(f"record.json: oof.target_sd: expected {len(outputs)} numbers")
-    cuts_error = _cuts_error(oof, len(outputs), _OOF_CUTS)
-    if cuts_error:
-        problems.append(f"record.json: oof: {cuts_error}")
+    n_outputs, oof = len(record["outputs"]), record["oof"]
+    error = _schema_error(oof, {"target_sd?": [float, n_outputs]})
+    error = error or _cuts_error(oof, n_outputs, _CUT_SCORES)
+    if record["outputs"] != cfg.output_names(record["classes"]):
+        error = "outputs: not those of its task and targets"
+    problems += [f"record.json: {error}"] if error else []
     folds = {fold["fold"] for fold in record["folds"]}
     if set(weights) != folds:
-        problems.append(f"weights of the folds {_comma_join(weights)}, not {_comma_join(folds)}")
-    return problems + _golden_problems(golden, folds, cfg.input_columns, len(outputs))
+        problems.append(f"weights of folds {_comma_join(weights)}, not of {_comma_join(folds)}")
+    error = _golden_error(golden, cfg, n_outputs, folds)
+    return problems + ([f"golden rows: {error}"] if error else [])
 
 
-def _golden_problems(golden, folds, columns, n_outputs):
-    """What keeps golden rows, which are as in `_GOLDEN`, from proving each of the folds."""
-    problems = []
-    if len(golden["texts"]) != len(golden["token_ids"]):
-        problems.append("golden: token_ids: expected a list for each of texts")
-    others = folds.symmetric_difference(row["fold"] for row in golden["rows"])
-    if others:
-        problems.append(f"golden: expected rows of the folds of the run: {_comma_join(others)}")
-    for number, row in enumerate(golden["rows"]):
-        missing = [name for name in columns if name not in row["cells"]]
-        if missing:
-            problems.append(f"golden: rows[{number}].cells has no {_comma_join(missing)}")
-        if len(row["prediction"]) != n_outputs:
-            problems.append(f"golden: rows[{number}].prediction: expected {n_outputs} numbers")
-    return problems[:10]
+def _golden_error(golden, cfg, n_outputs, folds):
+    """Why what is golden cannot prove the folds of a run, or None."""
+    row = {"fold": int, "id": str, "cells": dict.fromkeys(cfg.input_columns, str)}
+    row["prediction"] = [float, n_outputs]
+    error = _schema_error(golden, {"texts": [str, ...], "rows": [row, ...]})
+    error = error or _schema_error(golden, {"token_ids": [[int], len(golden["texts"])]})
+    if error is None and {row["fold"] for row in golden["rows"]} != folds:
+        return f"expected some of every fold: {_comma_join(folds)}"
+    return error
 
 
 class _Run(NamedTuple):
@@ -8905,7 +8855,7 @@ class _Run(NamedTuple):
                 for name, path in self.tokenizer.items():
                     shutil.copyfile(path, Path(folder) / name)
             tokenizer = _load_tokenizer(folder)
-        n_outputs, weights = len(self.record["outputs"]), list(self.weights.values())
+        n_outputs, weights = len(self.record["outputs"]), next(iter(self.weights.values()))
         model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer, weights)
         return tokenizer, model.to(_pick_device())
 
@@ -9032,7 +8982,7 @@ class _Blend(NamedTuple):
         expected = {name: member["record_sha256"] for name, member in members.items()}
         weights = {name: member["weight"] for name, member in members.items()}
         blend = cls(content["method"], weights, intercept, cuts)
-        error = _cuts_error(cuts, len(intercept))
+        error = _cuts_error(cuts, len(intercept), {})
         if error:
             raise BundleError(f"{path}: cuts: {error}")
         problems = [f"run {name} is missing" for name in expected if name not in record_paths]
@@ -9186,7 +9136,7 @@ class Bundle:
 
 _BUNDLED_RUN = {
     **{"record": _FILE_NAME, "config": _FILE_NAME, "tokenizer": {_FILE_NAME: _FILE_NAME}},
-    **{"weights": {_FOLD_NUMBER: _FILE_NAME}, "golden": _GOLDEN},
+    **{"weights": {_FOLD_NAME: _FILE_NAME}, "golden": dict},
 }
 _BUNDLE = {
     **{"format": str, "version": str, "dataset": {"id": str}, "files": _FILES},
