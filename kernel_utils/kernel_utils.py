@@ -1405,8 +1405,8 @@ def _write_atomic(path, write):
             temporary.unlink()
 
 
-# What a JSON file or state must hold is stated as data, a schema: a type, None, a pattern of text, an
-# array of the dtype and shape that are wanted; [schema], a list of such, [schema, 3] of three,
+# What a JSON file or state must hold is stated as data, a schema: a type, None, a pattern of text,
+# an array of the dtype and shape that are wanted; [schema], a list of such, [schema, 3] of three,
 # [schema, ...] of one or more; (schema, schema), either; {"key": schema, "key?": schema}, an object
 # with the first key and perhaps the second; {str: schema}, or a pattern for str, its other keys.
 _SCORE = (float, None)
@@ -1416,12 +1416,15 @@ _FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
 _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
 _KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
-_KINDS |= {dict: "an object", list: "a list", None: "null"}
+_KINDS |= {dict: "an object", list: "a list that fits", None: "null", re.Pattern: "other text"}
+_KINDS |= dict.fromkeys(_ARRAYS, "an array of another kind or shape")
 _MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
 def _fits(value, schema):
     """Whether a value is of the kind that a schema states, whatever it holds."""
+    if value is ...:
+        return False
     if schema is int:
         return type(value) is int and 0 <= value < 2**63
     if schema is float:
@@ -1435,7 +1438,9 @@ def _fits(value, schema):
         size = len(value) if isinstance(value, (list, tuple)) else -1
         wanted = schema[1] if len(schema) > 1 else size
         return size > 0 if wanted is ... else size == wanted >= 0
-    return value is None if schema is None else isinstance(value, schema)
+    if schema is None:
+        return value is None
+    return isinstance(value, dict if isinstance(schema, dict) else schema)
 
 
 def _schema_parts(value, schema, place):
@@ -1449,9 +1454,9 @@ def _schema_parts(value, schema, place):
             name = key.removesuffix("?") if isinstance(key, str) else None
             if name in others or name == key:
                 yield others.pop(name, ...), kind, f"{place}.{name}"
-            for name in others if name is None else ():
-                yield name, key, f"{place}.{name}"
-                yield others[name], kind, f"{place}.{name}"
+            for other, item in others.items() if name is None else ():
+                yield other, key, f"{place}.{other}"
+                yield item, kind, f"{place}.{other}"
 
 
 def _schema_error(value, schema, place=""):
@@ -1459,18 +1464,17 @@ def _schema_error(value, schema, place=""):
     if isinstance(schema, tuple):
         errors = [_schema_error(value, either, place) for either in schema]
         return None if None in errors else errors[0]
-    kind = dict if isinstance(schema, dict) else schema
-    if _fits(value, kind):
+    if _fits(value, schema):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
-    kind = list if isinstance(schema, list) else kind
-    expected = _KINDS[kind] if kind in _KINDS else f"what fits {kind}"
+    kind = type(schema) if isinstance(schema, (dict, list, re.Pattern, *_ARRAYS)) else schema
     got = "nothing" if value is ... else reprlib.repr(value)
-    return f"{place[-200:].removeprefix('.')}: expected {expected}, got {got}".removeprefix(": ")
+    where = f"{place[-200:].removeprefix('.')}: " if place else ""
+    return f"{where}expected {_KINDS[kind]}, got {got}"
 
 
 def _parse_number(text):
-    """A number of a JSON file. It stays text, which no schema takes for one, if it is not finite."""
+    """A number of JSON. One that is not finite stays text, which no schema takes for a number."""
     is_whole = len(text) < 19 and text.lstrip("-").isdecimal()
     number = int(text) if is_whole else float(text)
     return number if math.isfinite(number) else text
@@ -1500,7 +1504,7 @@ def _parse_json(text, schema, where):
 
 
 def _read_json(path, schema=dict):
-    """What a JSON file holds; KitError, with file and place, where it is not as the schema states."""
+    """What a JSON file holds; KitError, with file and place, where it is not as stated."""
     try:
         text = _read_text(Path(path))
     except (OSError, ValueError) as error:
@@ -1796,11 +1800,11 @@ def _cuts_error(cuts, n_outputs, scores):
         return None
     schema = {"levels": [[float, ...], n_outputs], "thresholds": [[float], n_outputs]}
     error = _schema_error(cuts, schema | scores)
-    if error is None and [len(own) - 1 for own in cuts["levels"]] != [
-        *map(len, cuts["thresholds"])
-    ]:
-        return "thresholds: expected one between two levels"
-    return error
+    if error:
+        return error
+    sizes = [len(levels) - 1 for levels in cuts["levels"]]
+    is_sound = sizes == [len(points) for points in cuts["thresholds"]]
+    return None if is_sound else "thresholds: expected one between two levels"
 
 
 class RunFolder:
