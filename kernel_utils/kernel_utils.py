@@ -1416,8 +1416,7 @@ _FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
 _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
 _KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
-_KINDS |= {dict: "an object", list: "a list that fits", None: "null", re.Pattern: "other text"}
-_KINDS |= dict.fromkeys(_ARRAYS, "an array of another kind or shape")
+_KINDS |= {dict: "an object", list: "a list", None: "null", np.ndarray: "an array"}
 _MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
@@ -1467,10 +1466,15 @@ def _schema_error(value, schema, place=""):
     if _fits(value, schema):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
-    kind = type(schema) if isinstance(schema, (dict, list, re.Pattern, *_ARRAYS)) else schema
-    got = "nothing" if value is ... else reprlib.repr(value)
+    expected = _KINDS.get(type(schema)) or _KINDS.get(schema)
+    if isinstance(schema, list) and len(schema) > 1:
+        expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
+    elif isinstance(schema, re.Pattern):
+        expected = f"text like {schema.pattern}"
+    elif isinstance(schema, _ARRAYS):
+        expected = f"{schema.dtype} in the shape {tuple(schema.shape)}"
     where = f"{place[-200:].removeprefix('.')}: " if place else ""
-    return f"{where}expected {_KINDS[kind]}, got {got}"
+    return f"{where}expected {expected}, got {'nothing' if value is ... else reprlib.repr(value)}"
 
 
 def _parse_number(text):
@@ -3756,7 +3760,8 @@ class _BackboneLoader:
         def count(module, name, tensor):
             room[0] -= 0 if tensor is None else tensor.numel()
             if room[0] < 0:
-                raise ValueError(f"its model is far larger than the {n_bytes} bytes of its weights")
+                names = _comma_join(path.name for path in files)
+                raise ValueError(f"its model is far larger than {names}, {n_bytes} bytes")
 
         hook = nn.modules.module.register_module_parameter_registration_hook(count)
         try:

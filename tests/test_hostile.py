@@ -637,7 +637,7 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
     "a config that is no JSON": (write(CONFIG, "hidden_size: 32"), ["backbone/config.json"]),
     "half a config": (truncate(CONFIG), ["backbone/config.json"]),
     "a config in UTF-16": (recode(CONFIG, lambda data: data.decode().encode("utf-16")), ["backbone/config.json"]),
-    "a config that is a list": (write(CONFIG, "[1]"), ["backbone/config.json", "list"]),
+    "a config that is a list": (write(CONFIG, "[1]"), ["backbone/config.json", "an object"]),
     "a config that nests too deep": (write(CONFIG, DEEP), ["backbone/config.json"]),
     "a config without a type": (edit(CONFIG, lambda c: c.pop("model_type")), ["backbone", "model_type"]),
     "an unknown type": (keys(CONFIG, model_type="evil"), ["backbone", "evil"]),
@@ -690,7 +690,7 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
     "weights that are missing": (tensors(WEIGHTS, lambda t: t.pop(DENSE)), ["backbone", "lacks 1 weights", DENSE]),
     "none of the weights": (
         lambda folder: save_file({"x": torch.zeros(1)}, folder / WEIGHTS, metadata={"format": "pt"}),
-        ["backbone", "lacks"],
+        ["backbone", "far larger", WEIGHTS],
     ),
     "a weight that is NaN": (
         tensors(WEIGHTS, lambda t: t[DENSE].view(-1)[7:8].fill_(float("nan"))),
@@ -871,7 +871,10 @@ RUNS = {  # name -> (what is done to a run folder, or to one that becomes a bund
         edit(RECORD, lambda r: r["settings"].update(head="median")),
         [RECORD, "head must be one of", "'median'"],
     ),
-    "more outputs than the weights have": (keys(RECORD, outputs=["a", "b", "c"]), ["fold0", "output.weight"]),
+    "more outputs than the weights have": (
+        keys(RECORD, outputs=["a", "b", "c"]),
+        [RECORD, "outputs", "golden rows", "rows[0].prediction", "of 3"],
+    ),
     "half the weights": (truncate(FOLD), ["fold0"]),
     "random weights": (write(FOLD, bytes(range(256))), ["fold0"]),
     "weights of other shapes": (
