@@ -1417,6 +1417,7 @@ _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
 _KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
 _KINDS |= {dict: "an object", list: "a list", None: "null", np.ndarray: "an array"}
+_KINDS |= {_SHA256: "a SHA-256", _FILE_NAME: "the name of a file", _FOLD_NAME: "a fold"}
 _MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
@@ -1466,11 +1467,9 @@ def _schema_error(value, schema, place=""):
     if _fits(value, schema):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
-    expected = _KINDS.get(type(schema)) or _KINDS.get(schema)
+    expected = _KINDS.get(type(schema)) or _KINDS.get(schema, schema)
     if isinstance(schema, list) and len(schema) > 1:
         expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
-    elif isinstance(schema, re.Pattern):
-        expected = f"text like {schema.pattern}"
     elif isinstance(schema, _ARRAYS):
         expected = f"{schema.dtype} in the shape {tuple(schema.shape)}"
     where = f"{place[-200:].removeprefix('.')}: " if place else ""
