@@ -871,9 +871,9 @@ RUNS = {  # name -> (what is done to a run folder, or to one that becomes a bund
         edit(RECORD, lambda r: r["settings"].update(head="median")),
         [RECORD, "head must be one of", "'median'"],
     ),
-    "more outputs than the weights have": (
+    "more outputs than targets": (
         keys(RECORD, outputs=["a", "b", "c"]),
-        [RECORD, "outputs", "golden rows", "rows[0].prediction", "of 3"],
+        [RECORD, "outputs", "rows[0].prediction: expected a list of 3"],
     ),
     "half the weights": (truncate(FOLD), ["fold0"]),
     "random weights": (write(FOLD, bytes(range(256))), ["fold0"]),
