@@ -1416,15 +1416,16 @@ _FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
 _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
 _KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
-_KINDS |= {dict: "an object", list: "a list", None: "null", np.ndarray: "an array"}
+_KINDS |= {dict: "an object", list: "a list", None: "null"}
+_KINDS |= dict.fromkeys(_ARRAYS, "an array of another shape or type")
 _KINDS |= {_SHA256: "a SHA-256", _FILE_NAME: "the name of a file", _FOLD_NAME: "a fold"}
 _MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
 def _fits(value, schema):
     """Whether a value is of the kind that a schema states, whatever it holds."""
-    if value is ...:
-        return False
+    if schema is None or value is ...:
+        return value is schema
     if schema is int:
         return type(value) is int and 0 <= value < 2**63
     if schema is float:
@@ -1438,8 +1439,6 @@ def _fits(value, schema):
         size = len(value) if isinstance(value, (list, tuple)) else -1
         wanted = schema[1] if len(schema) > 1 else size
         return size > 0 if wanted is ... else size == wanted >= 0
-    if schema is None:
-        return value is None
     return isinstance(value, dict if isinstance(schema, dict) else schema)
 
 
@@ -1467,13 +1466,12 @@ def _schema_error(value, schema, place=""):
     if _fits(value, schema):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
-    expected = _KINDS.get(type(schema)) or _KINDS.get(schema, schema)
+    expected = _KINDS.get(type(schema)) or _KINDS[schema]
     if isinstance(schema, list) and len(schema) > 1:
         expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
-    elif isinstance(schema, _ARRAYS):
-        expected = f"{schema.dtype} in the shape {tuple(schema.shape)}"
+    got = "nothing" if value is ... else reprlib.repr(value)
     where = f"{place[-200:].removeprefix('.')}: " if place else ""
-    return f"{where}expected {expected}, got {'nothing' if value is ... else reprlib.repr(value)}"
+    return f"{where}expected {expected}, got {got}"
 
 
 def _parse_number(text):
@@ -1767,27 +1765,21 @@ def _version_error(version):
     return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
 
 
-_SESSION = {"device": str, "precision": str, "threads": int, "versions": {str: str}}
-_BEGUN_RUN = {  # the record of a run that may go on, of pre-training too
-    **{"status": str, "settings": dict, "resolved": dict, "versions": {str: str}},
-    **{"fingerprint": {str: str}, "sessions": [_SESSION, ...]},
-}
-_OOF_SCORES = {
-    **{"metric": str, "better": str, "rows": int, "chance": _SCORE, "undefined_folds": [int]},
-    **{"last": _SCORE, "best": _SCORE, "last_fold_sd": _SCORE, "best_fold_sd": _SCORE},
-    "metrics": {str: {"score": _SCORE, "chance": _SCORE}},
-    "by_output": {"metric": str, "better": str, "scores": {str: _SCORE}},
-}
-_CUT_SCORES = {"is_fitted": bool, "rounded": _SCORE, "nested": _SCORE}
-_RECORD = {  # of a run with scores
-    **_BEGUN_RUN,
-    **_SESSION,
-    "settings": {"seed": float, "target_columns": [str, ...], "metrics": [str]},
-    **{"classes": [str], "outputs": [str, ...], "rows": int, "oof": _OOF_SCORES},
-    "folds": [{"fold": int, "steps": int, "target_scale": (dict, None)}, ...],
-    "seconds": {"total": float, "train": float, "evaluate": float},
-    **{"rows_per_second": float, "peak_memory_bytes": int},
-}
+_SESSION = dict(device=str, precision=str, threads=int, versions={str: str})
+# the record of a run that may go on, of pre-training too
+_BEGUN_RUN = dict(status=str, settings=dict, resolved=dict, versions={str: str})
+_BEGUN_RUN |= dict(fingerprint={str: str}, sessions=[_SESSION, ...])
+_OOF_SCORES = dict.fromkeys(("last", "best", "last_fold_sd", "best_fold_sd", "chance"), _SCORE)
+_OOF_SCORES |= dict(metric=str, better=str, rows=int, undefined_folds=[int])
+_OOF_SCORES |= dict(metrics={str: dict(score=_SCORE, chance=_SCORE)})
+_OOF_SCORES |= dict(by_output=dict(metric=str, better=str, scores={str: _SCORE}))
+_CUT_SCORES = dict(is_fitted=bool, rounded=_SCORE, nested=_SCORE)
+# that of a run with scores
+_RECORD = _BEGUN_RUN | _SESSION | dict(classes=[str], outputs=[str, ...], rows=int, oof=_OOF_SCORES)
+_RECORD |= dict(settings=dict(seed=float, target_columns=[str, ...], metrics=[str]))
+_RECORD |= dict(folds=[dict(fold=int, steps=int, target_scale=(dict, None)), ...])
+_RECORD |= dict(seconds=dict(total=float, train=float, evaluate=float))
+_RECORD |= dict(rows_per_second=float, peak_memory_bytes=int)
 
 
 def _record_error(record, schema=_RECORD):
@@ -7008,12 +7000,9 @@ class _FoldState:
 def _fold_schema(data, fold):
     """What a checkpoint and the result of a fold say of its training."""
     shape = (np.count_nonzero(data.folds == fold), data.n_outputs)
-    evaluation = {"predictions": np.empty(shape), "score": _SCORE, "step": int}
-    return {
-        **{"step": int, "skipped_steps": int, "lines": [str]},
-        **{"best": (evaluation, None), "last": (evaluation, None)},
-        "seconds": {"train": float, "evaluate": float, "save": float},
-    }
+    evaluation = (dict(predictions=np.empty(shape), score=_SCORE, step=int), None)
+    schema = dict(step=int, skipped_steps=int, lines=[str], best=evaluation, last=evaluation)
+    return schema | dict(seconds=dict(train=float, evaluate=float, save=float))
 
 
 class FoldTrainer:
@@ -7047,10 +7036,9 @@ class FoldTrainer:
         steps = self.cfg.evaluation_steps(last.per_epoch)
         self.eval_steps = {self.pseudo_steps + step for step in steps}
         self.state = _FoldState()
-        weights = self.model.state_dict() | {str: None}
-        self.state.state_schema = _fold_schema(self.data, fold) | {
-            **{"skipped_in_a_row": int, "best_weights": (weights, None)},
-        }
+        weights = (self.model.state_dict() | {str: None}, None)
+        self.state.state_schema = _fold_schema(self.data, fold)
+        self.state.state_schema |= dict(skipped_in_a_row=int, best_weights=weights)
         self.pending = []  # results of the steps since the last `flush`
         self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
             "model": self.model,
@@ -7313,11 +7301,9 @@ class FoldTrainer:
 # (which model labelled what), and the manifest of `_SealedFolder`.
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
-_PSEUDO_SET = {"models": [{"run": str, "fold": int}], "labels": str}
-_PSEUDO_LABELS = {  # what training reads of pseudo.json
-    **{"task": str, "outputs": [str], "classes": [str], "columns": [str], "folds": str},
-    **{"runs": [{"name": str}], "threshold": float, "sets": {_FOLD_NAME: _PSEUDO_SET}},
-}
+_PSEUDO_SET = dict(models=[dict(run=str, fold=int)], labels=str)
+_PSEUDO_LABELS = dict(task=str, outputs=[str], classes=[str], columns=[str], folds=str)
+_PSEUDO_LABELS |= dict(runs=[dict(name=str)], threshold=float, sets={_FOLD_NAME: _PSEUDO_SET})
 
 
 def _row_digests(frame, cfg):
@@ -7559,20 +7545,18 @@ def _read_fold(folder, data, fold):
     """The result that `_save_fold` wrote; None where there is none. Damage is printed."""
     if not folder.exists():
         return None
-    state = _fold_schema(data, fold)
-    schema = state | {
-        **dict.fromkeys(("steps", "micro_batch_size", "pseudo_rows", "pseudo_steps"), int),
-        **{"stop_reason": str, "fallbacks": {str: str}, "regularisers": {str: dict}},
-        **{"target_scale": (dict, None), "chance": _SCORE, "golden?": [_ARRAYS]},
-        **{"fold": int, "rows": np.flatnonzero(data.folds == fold)},
-        **{"peak_memory": int, "earlier_seconds": float},
-    }
-    finished = {"stop_reason": None, "golden": [_ARRAYS], "last": state["last"][0]}
+    rows, n_outputs = np.flatnonzero(data.folds == fold), data.n_outputs
+    counts = ("fold", "steps", "micro_batch_size", "pseudo_rows", "pseudo_steps", "peak_memory")
+    schema = _fold_schema(data, fold) | dict.fromkeys(counts, int)
+    schema |= dict(rows=rows, stop_reason=str, fallbacks={str: str}, regularisers={str: dict})
+    schema |= {"target_scale": (dict, None), "chance": _SCORE, "earlier_seconds": float}
+    schema |= {"golden?": [np.ndarray, 2]}
+    finished = dict(stop_reason=None, golden=[np.ndarray, 2], last=schema["last"][0])
     try:
         result = _SealedFolder(folder).read_state((schema | finished, schema))
-        rows, golden = result.get("golden", ([], np.empty((0, data.n_outputs))))
-        is_sound = np.array_equal(result["rows"], schema["rows"]) and np.isin(rows, result["rows"])
-        if not np.all(is_sound) or golden.shape != (len(rows), data.n_outputs):
+        golden, predictions = result.get("golden", (rows[:0], np.empty((0, n_outputs))))
+        is_sound = np.array_equal(result["rows"], rows) and np.isin(golden, rows).all()
+        if not is_sound or predictions.shape != (len(golden), n_outputs):
             raise KitError("it has other rows than the fold")
     except KitError as error:
         print(f"{folder} is damaged and trained again: {error.problems[0]}")
@@ -8955,10 +8939,8 @@ class _GoldenTrial(_PrecisionTrial):
         return f"golden rows are {gap:.2g} off, {allowed:g} is allowed"
 
 
-_BLEND = {
-    **{"method": str, "members": {str: {"weight": float, "record_sha256": _SHA256}}},
-    **{"intercept": [float, ...], "cuts": dict},
-}
+_BLEND = dict(method=str, intercept=[float, ...], cuts=dict)
+_BLEND |= dict(members={str: dict(weight=float, record_sha256=_SHA256)})
 
 
 class _Blend(NamedTuple):
@@ -9142,14 +9124,9 @@ class Bundle:
         return np.stack(columns, axis=1)
 
 
-_BUNDLED_RUN = {
-    **{"record": _FILE_NAME, "config": _FILE_NAME, "tokenizer": {_FILE_NAME: _FILE_NAME}},
-    **{"weights": {_FOLD_NAME: _FILE_NAME}, "golden": dict},
-}
-_BUNDLE = {
-    **{"format": str, "version": str, "dataset": {"id": str}, "files": _FILES},
-    "runs": {str: _BUNDLED_RUN},
-}
+_BUNDLED_RUN = dict(record=_FILE_NAME, config=_FILE_NAME, tokenizer={_FILE_NAME: _FILE_NAME})
+_BUNDLED_RUN |= dict(weights={_FOLD_NAME: _FILE_NAME}, golden=dict)
+_BUNDLE = dict(version=str, dataset=dict(id=str), files=_FILES, runs={str: _BUNDLED_RUN})
 
 
 def _manifest_problems(manifest):
