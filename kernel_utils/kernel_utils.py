@@ -8880,7 +8880,8 @@ class _Run(NamedTuple):
             own = np.flatnonzero(rows["fold"] == fold)
             for precision in predictions:
                 cfg = dataclasses.replace(self.cfg, precision=precision)
-                predictions[precision][own] = predict(model, tokens, cfg, own)
+                with _wrap_read_errors(f"{self.name}: the model of {self.config}"):
+                    predictions[precision][own] = predict(model, tokens, cfg, own)
         return predictions
 
     def golden_gaps(self, predictions, golden):
