@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,14 @@ _INCIDENTAL = {*ku.Config.names("place"), "data_dir", "recipe", "seed", "keep", 
 # what comparing asks of the settings
 _NEEDED = ("task", "target_columns", "group_column", "epochs", "evals_per_epoch", "eval_steps")
 CHECKPOINTS = ("last", "best")
+# and of a record
+_SETTINGS = dict(seed=float, keep=re.compile("last|best"), fold_kind=str, target_columns=[str, ...])
+_FOLD = {"fold": int, "steps": int, "pseudo_steps?": int}
+_RECORD = dict(settings=dict.fromkeys(_NEEDED, object) | _SETTINGS, resolved={"lr": float})
+_RECORD |= dict(classes=[str], outputs=[str, ...], rows=int, folds=[_FOLD, ...])
+_RECORD |= dict(device=str, threads=int, precision=str, versions={str: str})
+_RECORD |= dict(seconds={"total": float}, rows_per_second=float, peak_memory_bytes=int)
+_RECORD |= dict(oof={"metric": str, "last": ku._SCORE, "best": ku._SCORE})
 _LEVEL = 0.05  # chance that any comparison with a baseline calls two equal configurations different
 
 
@@ -98,10 +107,8 @@ class Configuration(NamedTuple):
         """Shares of the training done (E,) and scores (F, E) at evaluations that all folds have."""
         logs = []
         for record in self.runs[seed]:
-            path = record["folder"] / "log.jsonl"
-            with ku._wrap_read_errors(path):
-                logs.append(pd.read_json(path, lines=True).dropna(subset=metric_name))
-        log = pd.concat(logs)
+            logs += ku.RunFolder(record["folder"]).read_log()
+        log = pd.DataFrame(logs, columns=["fold", "step", metric_name]).dropna()
         by_fold = log.groupby("fold")
         log["number"] = by_fold.cumcount()
         log["share"] = log["step"] / by_fold["step"].transform("max")
@@ -177,7 +184,8 @@ class Comparison(NamedTuple):
 def read_records(folder):
     """Records of the finished runs in `folder` and below, each with its run folder as `folder`.
 
-    Runs that did not finish are named and left out; ComparisonError where none did.
+    Runs that did not finish are named and left out; ComparisonError where none did, or the
+    record of one is damaged.
     """
     runs = sorted(path.parent for path in Path(folder).expanduser().rglob("record.json"))
     problems = [problem for run in runs for problem in ku._link_problems(run)]
@@ -190,7 +198,15 @@ def read_records(folder):
     if not finished:
         where = f"runs_dir {str(folder)!r}"
         raise ComparisonError(f"{where} has no finished run, which is a folder with record.json")
-    return [ku.RunFolder(run).read_record() | {"folder": run} for run in finished]
+    records, problems = [], []
+    for run in finished:
+        record = ku.RunFolder(run).read_record()
+        error = ku._schema_error(record, _RECORD)
+        problems += [f"{run / 'record.json'}: {error}"] if error else []
+        records.append(record | {"folder": run})
+    if problems:
+        raise ComparisonError([*problems, "move them out of runs_dir"])
+    return records
 
 
 # ---------------------------------------------------------------------------------------
@@ -305,16 +321,8 @@ def _count_evaluations(records):
 
 def read_oof(records):
     """(N, ...) table by id of what the runs of one seed, with different folds, predicted."""
-    text_columns = {"id": str, "group": str}
-    if records[0]["classes"]:
-        text_columns["target"] = str  # labels such as 01 stay as they are
-    frames = []
-    for record in records:
-        path = record["folder"] / "oof.csv"
-        with ku._wrap_read_errors(path):
-            frame = pd.read_csv(path, dtype=text_columns, keep_default_na=False)
-            frames.append(frame.set_index("id"))
-    return pd.concat(frames)
+    tables = [ku.RunFolder(record["folder"]).read_oof(record) for record in records]
+    return pd.concat(tables).set_index("id")
 
 
 def setting_problems(record, first, other="the baseline"):

@@ -65,6 +65,7 @@ import os
 import platform
 import random
 import re
+import reprlib
 import shutil
 import signal
 import statistics
@@ -1441,15 +1442,112 @@ def _write_atomic(path, write):
             temporary.unlink()
 
 
-def _read_json(path):
-    """The object that a JSON file holds; KitError, with the file, where there is none."""
+# What a JSON file or state must hold is stated as data, a schema: a type, None, a pattern of text,
+# an array of the dtype and shape that are wanted; [schema], a list of such, [schema, 3] of three,
+# [schema, ...] of one or more; (schema, schema), either; {"key": schema, "key?": schema}, an object
+# with the first key and perhaps the second; {str: schema}, or a pattern for str, its other keys.
+_SCORE = (float, None)
+_SHA256 = re.compile("[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,200}")
+_FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
+_FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
+_ARRAYS = (np.ndarray, torch.Tensor)
+_KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
+_KINDS |= {dict: "an object", list: "a list", None: "null"}
+_KINDS |= dict.fromkeys(_ARRAYS, "an array of another shape or type")
+_KINDS |= {_SHA256: "a SHA-256", _FILE_NAME: "the name of a file", _FOLD_NAME: "a fold"}
+_MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
+
+
+def _fits(value, schema):
+    """Whether a value is of the kind that a schema states, whatever it holds."""
+    if schema is None or value is ...:
+        return value is schema
+    if schema is int:
+        return type(value) is int and 0 <= value < 2**63
+    if schema is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if isinstance(schema, re.Pattern):
+        return isinstance(value, str) and bool(schema.fullmatch(value))
+    if isinstance(schema, _ARRAYS):
+        is_array = isinstance(value, _ARRAYS)
+        return is_array and (value.dtype, value.shape) == (schema.dtype, schema.shape)
+    if isinstance(schema, list):
+        size = len(value) if isinstance(value, (list, tuple)) else -1
+        wanted = schema[1] if len(schema) > 1 else size
+        return size > 0 if wanted is ... else size == wanted >= 0
+    return isinstance(value, dict if isinstance(schema, dict) else schema)
+
+
+def _schema_parts(value, schema, place):
+    """(value, schema, place) of all that an object or list must hold; ... is what it lacks."""
+    if isinstance(schema, list):
+        for number, item in enumerate(value):
+            yield item, schema[0], f"{place}[{number}]"
+    elif isinstance(schema, dict):
+        others = dict(value)
+        for key, kind in schema.items():  # those that are named come first
+            name = key.removesuffix("?") if isinstance(key, str) else None
+            if name in others or name == key:
+                yield others.pop(name, ...), kind, f"{place}.{name}"
+            for other, item in others.items() if name is None else ():
+                yield other, key, f"{place}.{other}"
+                yield item, kind, f"{place}.{other}"
+
+
+def _schema_error(value, schema, place=""):
+    """The first place where a value is not what a schema states, and how; or None."""
+    if isinstance(schema, tuple):
+        errors = [_schema_error(value, either, place) for either in schema]
+        return None if None in errors else errors[0]
+    if _fits(value, schema):
+        errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
+        return next(filter(None, errors), None)
+    expected = _KINDS.get(type(schema)) or _KINDS[schema]
+    if isinstance(schema, list) and len(schema) > 1:
+        expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
+    got = "nothing" if value is ... else reprlib.repr(value)
+    where = f"{place[-200:].removeprefix('.')}: " if place else ""
+    return f"{where}expected {expected}, got {got}"
+
+
+def _parse_number(text):
+    """A number of JSON. One that is not finite stays text, which no schema takes for a number."""
+    is_whole = len(text) < 19 and text.lstrip("-").isdecimal()
+    number = int(text) if is_whole else float(text)
+    return number if math.isfinite(number) else text
+
+
+def _read_text(path, max_bytes=_MAX_JSON_BYTES):
+    """The text of a plain file of the kit; OSError or ValueError where it cannot be one."""
+    size = path.stat().st_size
+    if not path.is_file() or size > max_bytes:
+        raise ValueError(f"expected a file of at most {max_bytes} bytes, got {size}")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse_json(text, schema, where):
+    """What a JSON text holds; KitError, with the place, where it is not as the schema states."""
+    hooks = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _parse_number)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise KitError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise KitError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        content = json.loads(text, **hooks)
+        # raises for what nests too deep to be walked, and for half a surrogate pair
+        json.dumps(_finite_json(content), ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise KitError(f"{where}: not a JSON file ({error})") from None
+    error = _schema_error(content, schema)
+    if error:
+        raise KitError(f"{where}: {error}")
     return content
+
+
+def _read_json(path, schema=dict):
+    """What a JSON file holds; KitError, with file and place, where it is not as stated."""
+    try:
+        text = _read_text(Path(path))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path}: not a JSON file ({error})") from None
+    return _parse_json(text, schema, path)
 
 
 def _finite_json(content):
@@ -1585,27 +1683,31 @@ class _SealedFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def read_manifest(self):
-        """What `_seal_manifest` made the bytes of; ValueError where one of them differs."""
+        """What `_seal_manifest` made the bytes of; KitError where one of them differs."""
         path = self.path / _MANIFEST
         if not _is_plain_file(path):
-            raise ValueError(f"missing, or not a plain file in {self.path}")
-        try:
-            data = path.read_bytes()
-            manifest = json.loads(data)
-            content = {key: manifest[key] for key in manifest if key != "sha256"}
-            is_sound = _seal_manifest(content) == data
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from None
-        if not is_sound:
-            raise ValueError("its own checksum does not fit its content")
+            raise KitError(f"{path}: missing, or not a plain file")
+        manifest = _read_json(path)
+        content = {key: manifest[key] for key in manifest if key != "sha256"}
+        if _seal_manifest(content) != path.read_bytes():
+            raise KitError(f"{path}: its own checksum does not fit its content")
         return manifest
 
     def problems(self):
         """What is wrong in a folder that was saved; nothing where every byte is the same."""
         try:
-            return self.file_problems(self.read_manifest()["files"])
-        except (OSError, ValueError) as problem:
-            return [f"{_MANIFEST}: {problem}"]
+            manifest = self.read_manifest()
+            error = _schema_error(manifest, {"files": _FILES})
+            return [f"{_MANIFEST}: {error}"] if error else self.file_problems(manifest["files"])
+        except KitError as error:
+            return error.problems
+
+    def read_state(self, schema=object):
+        """What `_write_state` wrote into it; KitError where it is damaged or not as stated."""
+        problems = self.problems()
+        if problems:
+            raise KitError(problems)
+        return _read_state(self.path, schema)
 
     def file_problems(self, files):
         """What is wrong with the `files` of a manifest: missing, cut or changed; links alone."""
@@ -1614,7 +1716,7 @@ class _SealedFolder:
             return problems
         for name, expected in files.items():
             path = self.path / name
-            if Path(name).name != name or not path.is_file():
+            if not path.is_file():
                 problems.append(f"{name}: missing, or not a plain file in {self.path}")
                 continue
             size = path.stat().st_size
@@ -1663,10 +1765,8 @@ def _write_state(folder, state):
     save_file(tensors, folder / "state.safetensors")
 
 
-def _read_state(folder):
-    """What `_write_state` wrote."""
-    # copies: a map would keep the file's room on the disk
-    tensors = {name: t.clone() for name, t in load_file(folder / "state.safetensors").items()}
+def _read_state(folder, schema=object, max_bytes=_MAX_JSON_BYTES):
+    """What `_write_state` wrote; KitError where it is not as the schema states."""
 
     def unpack(packed):  # what it holds is unpacked already
         ((kind, content),) = packed.items()
@@ -1674,7 +1774,61 @@ def _read_state(folder):
             return {"dict": dict, "tuple": tuple, "list": list}[kind](content)
         return tensors[content].numpy() if kind == "array" else tensors[content]
 
-    return json.loads((folder / "state.json").read_text(), object_hook=unpack)
+    with _wrap_read_errors(f"the state in {folder}"):
+        # copies: a map would keep the file's room on the disk
+        tensors = {name: t.clone() for name, t in load_file(folder / "state.safetensors").items()}
+        text = _read_text(folder / "state.json", max_bytes)
+        state = json.loads(text, object_hook=unpack)
+        error = _schema_error(state, schema)
+    if error:
+        raise KitError(f"{folder}/state.json: {error}")
+    return state
+
+
+def _version_error(version):
+    """Why files that another version of this module wrote cannot be read, or None."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    if numbers and tuple(map(int, numbers.groups())) >= (0, 10):
+        return None
+    number = numbers[0] if numbers else version
+    return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
+
+
+_SESSION = dict(device=str, precision=str, threads=int, versions={str: str})
+# the record of a run that may go on, of pre-training too
+_BEGUN_RUN = dict(status=str, settings=dict, resolved=dict, versions={str: str})
+_BEGUN_RUN |= dict(fingerprint={str: str}, sessions=[_SESSION, ...])
+_OOF_SCORES = dict.fromkeys(("last", "best", "last_fold_sd", "best_fold_sd", "chance"), _SCORE)
+_OOF_SCORES |= dict(metric=str, better=str, rows=int, undefined_folds=[int])
+_OOF_SCORES |= dict(metrics={str: dict(score=_SCORE, chance=_SCORE)})
+_OOF_SCORES |= dict(by_output=dict(metric=str, better=str, scores={str: _SCORE}))
+_CUT_SCORES = dict(is_fitted=bool, rounded=_SCORE, nested=_SCORE)
+# that of a run with scores
+_RECORD = _BEGUN_RUN | _SESSION | dict(classes=[str], outputs=[str, ...], rows=int, oof=_OOF_SCORES)
+_RECORD |= dict(settings=dict(seed=float, target_columns=[str, ...], metrics=[str]))
+_RECORD |= dict(folds=[dict(fold=int, steps=int, target_scale=(dict, None)), ...])
+_RECORD |= dict(seconds=dict(total=float, train=float, evaluate=float))
+_RECORD |= dict(rows_per_second=float, peak_memory_bytes=int)
+
+
+def _record_error(record, schema=_RECORD):
+    """What makes the record of a run useless, or None: it may come from anybody."""
+    error = _schema_error(record, {"versions": {"kernel_utils": str}})
+    error = error or _version_error(record["versions"]["kernel_utils"])
+    return error or _schema_error(record, schema)
+
+
+def _cuts_error(cuts, n_outputs, scores):
+    """What is wrong with the levels and thresholds of a record or blend, which may have none."""
+    if not {"levels", "thresholds"} & cuts.keys():
+        return None
+    schema = {"levels": [[float, ...], n_outputs], "thresholds": [[float], n_outputs]}
+    error = _schema_error(cuts, schema | scores)
+    if error:
+        return error
+    sizes = [len(levels) - 1 for levels in cuts["levels"]]
+    is_sound = sizes == [len(points) for points in cuts["thresholds"]]
+    return None if is_sound else "thresholds: expected one between two levels"
 
 
 class RunFolder:
@@ -1714,6 +1868,29 @@ class RunFolder:
 
     def read_golden(self):
         return _read_json(self.golden)
+
+    def read_log(self):
+        """The entries of log.jsonl."""
+        with _wrap_read_errors(self.log):
+            lines = _read_text(self.log).splitlines()
+        return [_parse_json(line, _LOG_ENTRY, self.log) for line in lines]
+
+    def read_oof(self, record):
+        """The table of oof.csv; KitError where a column is missing or of another kind."""
+        targets = _column_names("target", record["settings"]["target_columns"])
+        names = list(targets)
+        for kind in ("prediction", "prediction_best", "prediction_last"):
+            names += _column_names(kind, record["outputs"])
+        kinds = dict.fromkeys(names, float) | {"id": str, "fold": int}
+        if record["classes"] and len(targets) == 1:
+            kinds["target"] = str  # labels such as 01 stay as they are
+        with _wrap_read_errors(self.oof):
+            dtype = kinds | {"group": str}
+            oof = pd.read_csv(self.oof, dtype=dtype, keep_default_na=False)
+        missing = [name for name in kinds if name not in oof]
+        if missing:
+            raise KitError(f"{self.oof} has no column {_comma_join(missing)}")
+        return oof
 
     def read_parts(self, record):
         """(golden part, config of the backbone, files of the tokenizer, weights), as in `_Run`."""
@@ -3562,11 +3739,28 @@ def _set_dropout(config, rate):
     return old_rates
 
 
+_MAX_LAYERS = 100_000  # and labels: transformers makes lists of them while it reads a config
+
+
+def _check_layers(path):
+    """Raise KitError where a config has more layers or labels than any model."""
+    parts = [_read_json(path)]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        counts = {name: str(part[name]) for name in part if re.search("layer|label", name)}
+        for name, number in counts.items():
+            if number.isdecimal() and float(number) > _MAX_LAYERS:
+                problem = f"expected at most {_MAX_LAYERS} of {name}"
+                raise KitError(f"{path}: {problem}, got {reprlib.repr(number)}")
+
+
 class _BackboneLoader:
     """Makes the encoder of a folder: `config` is that of the folder as the settings want it."""
 
-    def __init__(self, folder, cfg, say=print):
+    def __init__(self, folder, cfg, say=print, weights=None):
         self.folder, self.cfg, self.say = folder, cfg, say
+        path = Path(folder)
+        _check_layers(path / "config.json" if path.is_dir() else path)
         with _wrap_read_errors(f"the config of {folder}"):
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -3594,6 +3788,26 @@ class _BackboneLoader:
         if getattr(config, "use_cache", False):
             config.use_cache = False  # decoders would keep keys and values that nobody reads
         self.config = config
+        self.check_size(weights or _weight_files(folder))
+
+    def check_size(self, files):
+        """Raise KitError, before it takes memory, where the model that the config describes is far
+        larger than files of weights, which may hold half of it and one copy of what is shared."""
+        n_bytes = sum(path.stat().st_size for path in files)
+        room = [4 * n_bytes]
+
+        def count(module, name, tensor):
+            room[0] -= 0 if tensor is None else tensor.numel()
+            if room[0] < 0:
+                names = _comma_join(path.name for path in files)
+                raise ValueError(f"its model is far larger than {names}, {n_bytes} bytes")
+
+        hook = nn.modules.module.register_module_parameter_registration_hook(count)
+        try:
+            with torch.device("meta"):
+                self.build_empty()
+        finally:
+            hook.remove()
 
     def load(self, n_tokens=0):
         """The pre-trained encoder in float32, with `n_tokens` embeddings if it has fewer."""
@@ -4931,10 +5145,12 @@ class TextModel(nn.Module):
         return type(self.backbone).__name__
 
     @classmethod
-    def build_empty(cls, cfg, config, n_outputs, tokenizer):
-        """The model for saved weights to be loaded into; `config` is the path of the backbone's."""
+    def build_empty(cls, cfg, config, n_outputs, tokenizer, weights):
+        """The model for saved weights to be loaded into: `config` is the path of the backbone's,
+        `weights` that of a file whose size bounds it."""
         loss = LOSSES[cfg.loss](cfg, n_outputs)
-        return cls(cfg, _BackboneLoader(config, cfg).build_empty(), loss, _is_cls_last(tokenizer))
+        backbone = _BackboneLoader(config, cfg, weights=[weights]).build_empty()
+        return cls(cfg, backbone, loss, _is_cls_last(tokenizer))
 
     def all_tensors(self):
         """name -> every tensor: weights, buffers, and those in attributes."""
@@ -5276,9 +5492,9 @@ class _ModelTrial:
         name = f"{self.model.backbone_name} with {self.head_name}"
         try:
             self.model.save(folder)
-            config = folder / "config.json"
-            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer)
-            load_model(loaded, folder / "model.safetensors")
+            config, weights = folder / "config.json", folder / "model.safetensors"
+            loaded = TextModel.build_empty(self.cfg, config, n_outputs, tokenizer, weights)
+            load_model(loaded, weights)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # it names weights that are missing or share their memory
@@ -5463,6 +5679,7 @@ class _WeightAverage:
         named = model.named_parameters()
         self.weights = {name: weight for name, weight in named if weight.requires_grad}
         self.means = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.state_schema = self.means
 
     @staticmethod
     def rates(steps, per_epoch, cfg, first=0):
@@ -5627,7 +5844,7 @@ class _Checkpoints:
     """The last two checkpoints of a fold, in `run/checkpoints` until the fold is finished.
 
     `stateful` names the objects whose states a checkpoint holds: each has `state_dict` and
-    `load_state_dict`, as PyTorch's have.
+    `load_state_dict`, as PyTorch's have, and may state the schema of its state, `state_schema`.
     """
 
     def __init__(self, run, fold):
@@ -5648,15 +5865,20 @@ class _Checkpoints:
         """Load the newest sound checkpoint; False where there is none. Damage is printed."""
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
             _delete(temporary)
+        schema = {}
+        for name, part in stateful.items():
+            is_model = isinstance(part, nn.Module)
+            schema[name] = part.state_dict() if is_model else getattr(part, "state_schema", dict)
         for folder in self.paths():
-            problems = _SealedFolder(folder).problems()
-            if problems:
-                print(f"{folder} is damaged and not used: {problems[0]}")
+            try:
+                states = _SealedFolder(folder).read_state(schema)
+            except KitError as error:
+                print(f"{folder} is damaged and not used: {error.problems[0]}")
                 continue
-            states = _read_state(folder)
-            for name, part in stateful.items():
-                if states[name]:  # that of a scaler is empty where it was off
-                    part.load_state_dict(states[name])
+            with _wrap_read_errors(f"{folder} has a state of another model: delete it; it"):
+                for name, part in stateful.items():
+                    if states[name]:  # that of a scaler is empty where it was off
+                        part.load_state_dict(states[name])
             self.recent = [folder]
             return True
         return False
@@ -5782,7 +6004,7 @@ class _TrainingData(NamedTuple):
     @classmethod
     def load(cls, folder, tokenizer):
         """What `save` wrote; KitError where the tokenizer, read anew, is not what it was."""
-        state = _read_state(folder)
+        state = _read_state(folder, max_bytes=math.inf)
         if (len(tokenizer), _is_cls_last(tokenizer)) != state["tokenizer"]:
             problem = "the tokenizer of the run is another where it is read again"
             raise KitError(f"{problem}: set fold_processes 1")
@@ -6835,6 +7057,14 @@ class _FoldState:
         return spent
 
 
+def _fold_schema(data, fold):
+    """What a checkpoint and the result of a fold say of its training."""
+    shape = (np.count_nonzero(data.folds == fold), data.n_outputs)
+    evaluation = (dict(predictions=np.empty(shape), score=_SCORE, step=int), None)
+    schema = dict(step=int, skipped_steps=int, lines=[str], best=evaluation, last=evaluation)
+    return schema | dict(seconds=dict(train=float, evaluate=float, save=float))
+
+
 class FoldTrainer:
     """Trains a fresh model on the other folds and validates it on `fold`.
 
@@ -6866,6 +7096,9 @@ class FoldTrainer:
         steps = self.cfg.evaluation_steps(last.per_epoch)
         self.eval_steps = {self.pseudo_steps + step for step in steps}
         self.state = _FoldState()
+        weights = (self.model.state_dict() | {str: None}, None)
+        self.state.state_schema = _fold_schema(self.data, fold)
+        self.state.state_schema |= dict(skipped_in_a_row=int, best_weights=weights)
         self.pending = []  # results of the steps since the last `flush`
         self.stateful = {  # what a checkpoint saves; the step is loaded after what it binds
             "model": self.model,
@@ -6885,7 +7118,7 @@ class FoldTrainer:
             print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
             budget.earlier_seconds += sum(state.seconds.values())
             for line in state.lines:
-                self.write_log(json.loads(line))
+                self.write_log(_parse_json(line, _LOG_ENTRY, self.checkpoints.recent[-1]))
         self.first_step = state.step  # of this session
         state.mark = time.perf_counter()
         budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
@@ -7131,6 +7364,9 @@ class FoldTrainer:
 # (which model labelled what), and the manifest of `_SealedFolder`.
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
+_PSEUDO_SET = dict(models=[dict(run=str, fold=int)], labels=str)
+_PSEUDO_LABELS = dict(task=str, outputs=[str], classes=[str], columns=[str], folds=str)
+_PSEUDO_LABELS |= dict(runs=[dict(name=str)], threshold=float, sets={_FOLD_NAME: _PSEUDO_SET})
 
 
 def _row_digests(frame, cfg):
@@ -7191,11 +7427,11 @@ class _PseudoLabels:
         problems = _SealedFolder(self.folder).problems()
         if problems:
             raise DataError([f"{where}: {problem}" for problem in problems])
-        content = _read_json(path)
-        version = content.get("format")
-        if version != _PSEUDO_FORMAT:
-            raise DataError(f"{path}: expected the format {_PSEUDO_FORMAT!r}, got {version!r}")
-        return content
+        content = _read_json(path, {"format": str})
+        if content["format"] != _PSEUDO_FORMAT:
+            expected = f"expected the format {_PSEUDO_FORMAT!r}"
+            raise DataError(f"{path}: {expected}, got {content['format']!r}")
+        return _read_json(path, _PSEUDO_LABELS)
 
     def check_leaks(self, cells, frame, cfg):
         """Raise DataError unless the labels, {fold: cells}, may be used with the rows of a run."""
@@ -7368,15 +7604,27 @@ def _save_fold(model, folder, result):
     _SealedFolder(folder).save(write)
 
 
-def _read_fold(folder):
+def _read_fold(folder, data, fold):
     """The result that `_save_fold` wrote; None where there is none. Damage is printed."""
     if not folder.exists():
         return None
-    problems = _SealedFolder(folder).problems()
-    if problems:
-        print(f"{folder} is damaged and trained again: {problems[0]}")
+    rows, n_outputs = np.flatnonzero(data.folds == fold), data.n_outputs
+    counts = ("fold", "steps", "micro_batch_size", "pseudo_rows", "pseudo_steps", "peak_memory")
+    schema = _fold_schema(data, fold) | dict.fromkeys(counts, int)
+    schema |= dict(rows=rows, stop_reason=str, fallbacks={str: str}, regularisers={str: dict})
+    schema |= {"target_scale": (dict, None), "chance": _SCORE, "earlier_seconds": float}
+    schema |= {"golden?": [np.ndarray, 2]}
+    finished = dict(stop_reason=None, golden=[np.ndarray, 2], last=schema["last"][0])
+    try:
+        result = _SealedFolder(folder).read_state((schema | finished, schema))
+        golden, predictions = result.get("golden", (rows[:0], np.empty((0, n_outputs))))
+        is_sound = np.array_equal(result["rows"], rows) and np.isin(golden, rows).all()
+        if not is_sound or predictions.shape != (len(golden), n_outputs):
+            raise KitError("it has other rows than the fold")
+    except KitError as error:
+        print(f"{folder} is damaged and trained again: {error.problems[0]}")
         return None
-    return _read_state(folder)
+    return result
 
 
 class _FoldsInTurn:
@@ -7745,17 +7993,12 @@ class _RunFinder:
         if link_problems:
             return link_problems
         old, new = _read_json(folder / self.file), self.record
-        versions = old.get("versions")
-        if isinstance(versions, dict):
-            version_error = _version_error(versions.get("kernel_utils", __version__))
-            if version_error:
-                return [f"it was {version_error}"]
-        needed = ["versions", "fingerprint", "settings", "resolved", "status", "sessions"]
+        schema = _BEGUN_RUN
         if "outputs" in new and old.get("status") == "complete":  # pre-training has none
-            needed.append("folds")
-        missing = [name for name in needed if name not in old]
-        if missing:
-            return [f"{self.file} has no {_comma_join(missing)}"]
+            schema = _RECORD
+        error = _record_error(old, schema)
+        if error:
+            return [f"{self.file}: {error}"]
         before, now = (
             Config().to_dict() | record["settings"] | record["resolved"] for record in (old, new)
         )
@@ -7796,6 +8039,10 @@ def _locked(folder):
         file.truncate(0)
         file.write_line(f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
+
+
+# A line of log.jsonl: beside these it has losses and scores by name
+_LOG_ENTRY = {"fold": int, "step": int, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
 
 
 class _RunLog:
@@ -7851,8 +8098,8 @@ def _pretraining_of(backbone):
     path = backbone / "pretrain.json"
     if not path.is_file():
         return {}
-    content = _read_json(path)
-    status = content.get("status")
+    content = _read_json(path, {"status": str})
+    status = content["status"]
     if status != "complete":
         problem = f"the pre-training is not complete (status {status!r})"
         raise KitError(f"{path}: {problem}: let it go on first")
@@ -8084,7 +8331,7 @@ class _TrainingRun:
         self.is_new = not self.folder.record.is_file()
         if self.is_new:
             return
-        old = self.folder.read_record()
+        old = _read_json(self.folder.record, _BEGUN_RUN)
         if old["status"] == "complete":
             folds = {fold["fold"] for fold in old["folds"]}
             if folds == set(self.folds):
@@ -8111,7 +8358,8 @@ class _TrainingRun:
         if changes:
             warning = "the last digits may differ from those of an uninterrupted run"
             print(f"  begun with {changes}: {warning}")
-        self.record = self.record | sessions[0] | {"sessions": sessions}
+        first = {name: sessions[0][name] for name in sessions[-1]}
+        self.record = self.record | first | {"sessions": sessions}
 
     def set_precision(self, precision):
         """Set what `precision auto` means, in the settings of the folds and in the record."""
@@ -8153,7 +8401,7 @@ class _TrainingRun:
     def read_old_results(self):
         """Take the results that earlier sessions finished."""
         for fold in self.folds:
-            result = _read_fold(self.folder.fold(fold))
+            result = _read_fold(self.folder.fold(fold), self.data, fold)
             if result and not result["stop_reason"]:
                 self.results[fold] = result
                 self.budget.earlier_seconds += sum(result["seconds"].values())
@@ -8235,7 +8483,7 @@ class _TrainingRun:
         for mark in temporary.glob("*/fold*"):
             mark.unlink()
             fold = int(mark.name.removeprefix("fold"))
-            result = _read_fold(self.folder.fold(fold))
+            result = _read_fold(self.folder.fold(fold), self.data, fold)
             if result:
                 self.results[fold] = result
                 self.budget.earlier_seconds += result["earlier_seconds"]
@@ -8391,11 +8639,7 @@ class _TrainingRun:
 
     def read_back(self):
         """(entries of log.jsonl, table of oof.csv) of a complete run."""
-        with _wrap_read_errors(self.folder.path):
-            lines = self.folder.log.read_text().splitlines()
-            dtype = {"target": str} if self.classes else None
-            oof = pd.read_csv(self.folder.oof, dtype=dtype, keep_default_na=False)
-            return [json.loads(line) for line in lines], oof
+        return self.folder.read_log(), self.folder.read_oof(self.record)
 
     def clean_up(self):
         """Delete what only a run that goes on needs."""
@@ -8550,32 +8794,6 @@ _GOLDEN_MIN_FRACTION = 0.01
 _GOLDEN_MIN_FRACTION_STANDARDIZED = 1e-10
 
 
-def _version_error(version):
-    """Why files that another version of this module wrote cannot be read, or None."""
-    numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    if numbers and tuple(map(int, numbers.groups())) >= (0, 10):
-        return None
-    number = numbers[0] if numbers else version
-    return f"made by kernel_utils {version}: version {number} reads it, {__version__} cannot"
-
-
-def _record_error(record):
-    """What makes the record of a finished run useless, or None: it may come from anybody."""
-    try:
-        version_error = _version_error(record["versions"]["kernel_utils"])
-        if version_error:
-            return version_error
-        record["settings"] | record["resolved"]
-        len(record["classes"]), len(record["outputs"])
-        _summary("", record)
-        for fold in record["folds"]:
-            if type(fold["fold"]) is not int:
-                raise TypeError(f"fold {fold['fold']!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"malformed ({type(error).__name__}: {error})"
-    return None if record["folds"] else "the run has no folds"
-
-
 def _recorded_config(record):
     """The settings of a run, but for `metrics`, which may be those of a notebook."""
     return Config.from_dict(record["settings"] | record["resolved"] | {"metrics": []})
@@ -8591,16 +8809,30 @@ def _run_problems(record, golden, config, tokenizer, weights):
             problems += error.problems
     try:
         cfg = _recorded_config(record)
-        for row in golden["rows"]:
-            row["id"], row["prediction"], weights[row["fold"]]
-            [row["cells"][name] for name in cfg.input_columns]
-        if not golden["rows"] or len(golden["texts"]) != len(golden["token_ids"]):
-            problems.append("what is golden is malformed: no rows, or other texts than token_ids")
     except ConfigError as error:
-        problems += [f"record.json: {problem}" for problem in error.problems]
-    except (AttributeError, KeyError, TypeError) as error:
-        problems.append(f"what is golden is malformed: {type(error).__name__}: {error}")
-    return problems
+        return problems + [f"record.json: {problem}" for problem in error.problems]
+    n_outputs, oof = len(record["outputs"]), record["oof"]
+    error = _schema_error(oof, {"target_sd?": [float, n_outputs]})
+    error = error or _cuts_error(oof, n_outputs, _CUT_SCORES)
+    if record["outputs"] != cfg.output_names(record["classes"]):
+        error = "outputs: not those of its task and targets"
+    problems += [f"record.json: {error}"] if error else []
+    folds = {fold["fold"] for fold in record["folds"]}
+    if set(weights) != folds:
+        problems.append(f"weights of folds {_comma_join(weights)}, not of {_comma_join(folds)}")
+    error = _golden_error(golden, cfg, n_outputs, folds)
+    return problems + ([f"golden rows: {error}"] if error else [])
+
+
+def _golden_error(golden, cfg, n_outputs, folds):
+    """Why what is golden cannot prove the folds of a run, or None."""
+    row = {"fold": int, "id": str, "cells": dict.fromkeys(cfg.input_columns, str)}
+    row["prediction"] = [float, n_outputs]
+    error = _schema_error(golden, {"texts": [str, ...], "rows": [row, ...]})
+    error = error or _schema_error(golden, {"token_ids": [[int], len(golden["texts"])]})
+    if error is None and {row["fold"] for row in golden["rows"]} != folds:
+        return f"expected some of every fold: {_comma_join(folds)}"
+    return error
 
 
 class _Run(NamedTuple):
@@ -8681,11 +8913,12 @@ class _Run(NamedTuple):
         """(tokenizer, model); the model has the weights of no fold yet."""
         _prepare_process()
         with tempfile.TemporaryDirectory() as folder:  # transformers wants its own file names
-            for name, path in self.tokenizer.items():
-                shutil.copyfile(path, Path(folder) / name)
+            with _wrap_read_errors(f"the tokenizer of {self.name}"):
+                for name, path in self.tokenizer.items():
+                    shutil.copyfile(path, Path(folder) / name)
             tokenizer = _load_tokenizer(folder)
-        n_outputs = len(self.record["outputs"])
-        model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer)
+        n_outputs, weights = len(self.record["outputs"]), next(iter(self.weights.values()))
+        model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer, weights)
         return tokenizer, model.to(_pick_device())
 
     def load_fold(self, model, fold):
@@ -8717,7 +8950,8 @@ class _Run(NamedTuple):
             own = np.flatnonzero(rows["fold"] == fold)
             for precision in predictions:
                 cfg = dataclasses.replace(self.cfg, precision=precision)
-                predictions[precision][own] = predict(model, tokens, cfg, own)
+                with _wrap_read_errors(f"{self.name}: the model of {self.config}"):
+                    predictions[precision][own] = predict(model, tokens, cfg, own)
         return predictions
 
     def golden_gaps(self, predictions, golden):
@@ -8776,6 +9010,10 @@ class _GoldenTrial(_PrecisionTrial):
         return f"golden rows are {gap:.2g} off, {allowed:g} is allowed"
 
 
+_BLEND = dict(method=str, intercept=[float, ...], cuts=dict)
+_BLEND |= dict(members={str: dict(weight=float, record_sha256=_SHA256)})
+
+
 class _Blend(NamedTuple):
     """How the predictions of runs become one: their weighted sum and an intercept."""
 
@@ -8797,15 +9035,17 @@ class _Blend(NamedTuple):
         BundleError unless it is of the runs whose record.json are `record_paths`, {name: path},
         each to the last byte, and of no other.
         """
-        content = _read_json(path)
         try:
-            members = content["members"]
-            expected = {name: str(member["record_sha256"]) for name, member in members.items()}
-            weights = {name: _cast(member["weight"], float) for name, member in members.items()}
-            intercept = [_cast(value, float) for value in content["intercept"]]
-            blend = cls(content["method"], weights, intercept, dict(content["cuts"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+            content = _read_json(path, _BLEND)
+        except KitError as error:
+            raise BundleError(error.problems) from None
+        members, intercept, cuts = (content[name] for name in ("members", "intercept", "cuts"))
+        expected = {name: member["record_sha256"] for name, member in members.items()}
+        weights = {name: member["weight"] for name, member in members.items()}
+        blend = cls(content["method"], weights, intercept, cuts)
+        error = _cuts_error(cuts, len(intercept), {})
+        if error:
+            raise BundleError(f"{path}: cuts: {error}")
         problems = [f"run {name} is missing" for name in expected if name not in record_paths]
         for name, record_path in record_paths.items():
             sha256 = _file_sha256(record_path)
@@ -8964,28 +9204,23 @@ class Bundle:
         return np.stack(columns, axis=1)
 
 
+_BUNDLED_RUN = dict(record=_FILE_NAME, config=_FILE_NAME, tokenizer={_FILE_NAME: _FILE_NAME})
+_BUNDLED_RUN |= dict(weights={_FOLD_NAME: _FILE_NAME}, golden=dict)
+_BUNDLE = dict(version=str, dataset=dict(id=str), files=_FILES, runs={str: _BUNDLED_RUN})
+
+
 def _manifest_problems(manifest):
     """What makes a manifest dangerous or useless, though it is as it was written."""
     if manifest.get("format") != _BUNDLE_FORMAT:
         return [f"expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"]
-    problems = []
-    try:
-        entry_keys = {"bytes", "sha256"}
-        files = {name for name, file in manifest["files"].items() if file.keys() == entry_keys}
-        manifest["dataset"]["id"], manifest["version"]
-        needed = {"kernel_utils.py"}
-        for run in manifest["runs"].values():
-            tokenizer, weights = run["tokenizer"], run["weights"]
-            needed |= {run["record"], run["config"], *tokenizer.values(), *weights.values()}
-            problems += [f"{fold!r} is no fold" for fold in weights if not fold.isdecimal()]
-            for name in tokenizer:
-                if Path(name).name != name:  # the files are copied under these names
-                    problems.append(f"{name!r} is no name of a tokenizer's file")
-            if not (run["golden"]["rows"] and run["golden"]["texts"]):
-                problems.append("a run has nothing to prove")
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"malformed ({type(error).__name__}: {error})"]
-    return problems + [f"{name} is not among its files" for name in sorted(needed - files)]
+    error = _schema_error(manifest, _BUNDLE)
+    if error:
+        return [error]
+    needed = {"kernel_utils.py"}
+    for run in manifest["runs"].values():
+        tokenizer, weights = run["tokenizer"].values(), run["weights"].values()
+        needed |= {run["record"], run["config"], *tokenizer, *weights}
+    return [f"{name} is not among its files" for name in sorted(needed - set(manifest["files"]))]
 
 
 def _read_bundle_manifest(folder):
@@ -8993,8 +9228,8 @@ def _read_bundle_manifest(folder):
     path = folder / _MANIFEST
     try:
         manifest = _SealedFolder(folder).read_manifest()
-    except ValueError as problem:
-        raise BundleError(f"{path}: {problem}; attach or pack it again") from None
+    except KitError as error:
+        raise BundleError(f"{error.problems[0]}; attach or pack it again") from None
     problems = _manifest_problems(manifest)
     if problems:
         raise BundleError([f"{path}: {problem}" for problem in problems])

@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -348,6 +348,9 @@ class _PretrainState:
     losses: list = dataclasses.field(default_factory=list)  # of each step
     held_out: list = dataclasses.field(default_factory=list)  # [step, loss] of each evaluation
     seconds: float = 0.0
+    state_schema: ClassVar[dict] = {
+        **{"step": int, "losses": [float], "held_out": [[float, 2]], "seconds": float}
+    }
 
     def state_dict(self):
         return dataclasses.asdict(self)
@@ -604,7 +607,7 @@ def _pretrain_in(run, training, tokenizer, record, budget):
     """What `pretrain` does in a run folder that is its own."""
     path, is_complete = run / PRETRAIN_RECORD, False
     if path.is_file():
-        old = ku._read_json(path)
+        old = ku._read_json(path, ku._BEGUN_RUN)
         is_complete = old["status"] == "complete"
         record = record | {"sessions": old["sessions"] + record["sessions"]}
     if is_complete:

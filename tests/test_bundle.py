@@ -429,14 +429,20 @@ HOSTILE = {  # what is done to a run, and what the message must name
     "no status": (edit_record(lambda r: r.pop("status")), "one: the run did not finish"),
     "no record": (lambda run: (run / "record.json").unlink(), "record.json: missing"),
     "record is no JSON": (lambda run: (run / "record.json").write_text("{"), "record.json: not a JSON file"),
-    "record is a list": (lambda run: (run / "record.json").write_text("[1]"), "record.json: expected a JSON object"),
+    "record is a list": (lambda run: (run / "record.json").write_text("[1]"), "record.json: expected an object"),
     "record nests too deep": (
         lambda run: (run / "record.json").write_text("[" * 10**5),
         "record.json: not a JSON file",
     ),
-    "record without settings": (edit_record(lambda r: r.pop("settings")), "record.json: malformed"),
-    "record without scores": (edit_record(lambda r: r.pop("oof")), "record.json: malformed"),
-    "fold is a path": (edit_record(lambda r: r["folds"][0].update(fold="../../etc")), "record.json: malformed"),
+    "record without settings": (
+        edit_record(lambda r: r.pop("settings")),
+        "record.json: settings: expected an object, got nothing",
+    ),
+    "record without scores": (edit_record(lambda r: r.pop("oof")), "record.json: oof: expected an object"),
+    "fold is a path": (
+        edit_record(lambda r: r["folds"][0].update(fold="../../etc")),
+        "record.json: folds[0].fold: expected a whole",
+    ),
     "fold that is not there": (edit_record(lambda r: r["folds"][0].update(fold=7)), "fold7/model.safetensors: missing"),
     "unknown setting": (edit_record(lambda r: r["settings"].update(evil=1)), "there is no setting 'evil'"),
     "setting out of bounds": (
@@ -505,11 +511,11 @@ HOSTILE = {  # what is done to a run, and what the message must name
     "no folds": (edit_record(lambda r: r.update(folds=[])), "one: the run did not finish"),
     "golden rows of no fold": (
         lambda run: edit(run / "golden.json", lambda g: g.update(rows=[r for r in g["rows"] if r["fold"]])),
-        "one: does not predict what training predicted",
+        "one: golden rows: expected some of every fold: 0, 1",
     ),
     "golden rows without texts": (
         lambda run: edit(run / "golden.json", lambda g: [r.pop("cells") for r in g["rows"]]),
-        "one: what is golden is malformed: KeyError: 'cells'",
+        "one: golden rows: rows[0].cells: expected an object, got nothing",
     ),
     "a hidden file": (lambda run: (run / "tokenizer/.env").write_text("KEY=1"), "tokenizer/.env: expected .json"),
     "an archive": (lambda run: (run / "tokenizer/vocab.zip").write_text("x"), "tokenizer/vocab.zip: expected"),
@@ -657,27 +663,42 @@ MANIFESTS = {
     "another format": (lambda m: m.update(format="kernel_utils bundle 9"), "expected the format"),
     "a file outside": (
         lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": "0"}}),
-        "../secret: missing, or not",
+        "files.../secret: expected the name of a file",
     ),
     "an absolute file": (
         lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0"}}),
-        "/etc/passwd: missing",
+        "files./etc/passwd: expected the name of a file",
     ),
-    "a file in a folder": (lambda m: m["files"].update({"a/b": {"bytes": 1, "sha256": "0"}}), "a/b: missing, or not"),
-    "the folder itself": (lambda m: m["files"].update({".": {"bytes": 1, "sha256": "0"}}), ".: missing, or not"),
-    "a record outside": (lambda m: m["runs"]["one"].update(record="../one.json"), "../one.json is not among its files"),
-    "weights outside": (lambda m: m["runs"]["one"]["weights"].update({"0": "/tmp/w"}), "/tmp/w is not among its files"),
+    "a file in a folder": (
+        lambda m: m["files"].update({"a/b": {"bytes": 1, "sha256": "0"}}),
+        "a/b: expected the name of a file",
+    ),
+    "the folder itself": (
+        lambda m: m["files"].update({".": {"bytes": 1, "sha256": "0"}}),
+        "files..: expected the name of a file",
+    ),
+    "a record outside": (
+        lambda m: m["runs"]["one"].update(record="../one.json"),
+        "runs.one.record: expected the name of a file",
+    ),
+    "weights outside": (
+        lambda m: m["runs"]["one"]["weights"].update({"0": "/tmp/w"}),
+        "runs.one.weights.0: expected the name of a file",
+    ),
     "a tokenizer file outside": (
         lambda m: m["runs"]["one"]["tokenizer"].update({"../../x": "one.tokenizer.json"}),
-        "'../../x' is no name of a tokenizer's file",
+        "expected the name of a file, got '../../x'",
     ),
     "no module": (lambda m: m["files"].pop("kernel_utils.py"), "kernel_utils.py"),
     "files are a list": (lambda m: m.update(files=[]), "manifest.json"),
     "no runs": (lambda m: m.pop("runs"), "manifest.json"),
     "a run is a text": (lambda m: m["runs"].update(one="x"), "manifest.json"),
-    "no dataset": (lambda m: m.pop("dataset"), "malformed (KeyError: 'dataset')"),
-    "no golden rows": (lambda m: m["runs"]["one"]["golden"].update(rows=[]), "a run has nothing to prove"),
-    "nothing golden": (lambda m: m["runs"]["one"].pop("golden"), "malformed (KeyError: 'golden')"),
+    "no dataset": (lambda m: m.pop("dataset"), "dataset: expected an object, got nothing"),
+    "no golden rows": (
+        lambda m: m["runs"]["one"]["golden"].update(rows=[]),
+        "golden rows: rows: expected a list of one or more",
+    ),
+    "nothing golden": (lambda m: m["runs"]["one"].pop("golden"), "runs.one.golden: expected an object, got nothing"),
     "a size is missing": (lambda m: m["files"]["kernel_utils.py"].pop("bytes"), "manifest.json"),
 }
 

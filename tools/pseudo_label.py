@@ -111,8 +111,9 @@ def validated_rows(folder, run, ids):
         if damage:
             problems += [f"{sealed}: {problem}" for problem in damage]
             continue
-        state = ku._read_state(sealed)
-        folds[fold] = frozenset(ids[state["rows"]])
+        state = ku._read_state(sealed, {"rows": np.ndarray, "fold": int})
+        with ku._wrap_read_errors(sealed):
+            folds[fold] = frozenset(ids[state["rows"]])
         if state["fold"] != fold:
             problems.append(f"{sealed}: the model of fold {state['fold']}, not of fold {fold}")
         elif folds[fold] != set(oof["id"][oof["fold"] == str(fold)]):
@@ -190,8 +191,7 @@ def label_fold(runs, fold, predictions, is_seen, is_twin):
     spread = float(predictions[:, is_used].std(0).mean()) if len(runs) > 1 else None
     models = []  # which weights labelled
     for run in runs:
-        sealed = ku._SealedFolder(run.weights[fold].parent).read_manifest()
-        weights = sealed["files"]["model.safetensors"]["sha256"]
+        weights = ku._file_sha256(run.weights[fold])
         models.append({"run": run.name, "fold": fold, "weights": weights})
     return cells, {
         "models": models,

@@ -9,18 +9,30 @@ seeds.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "kernel_utils"))
+import kernel_utils as ku
+
+SECONDS = {"total": float}
+OOF = {"metric": str, "better": str, "rows": int}
+RECORD = dict(settings=dict(head=str, seed=float, epochs=float), folds=list, rows=int)
+RECORD |= dict(oof=OOF | dict.fromkeys(("last", "best", "last_fold_sd"), ku._SCORE))
+RECORD |= dict(seconds=SECONDS, rows_per_second=float, peak_memory_bytes=int)
+RECORD |= dict(device=str, threads=int, precision=str)
+
 
 def finished(folders):
     """Records of the complete runs under the folders, by run name."""
     paths = sorted({path for folder in folders for path in Path(folder).rglob("record.json")})
-    records = [(path.parent.name, json.loads(path.read_text())) for path in paths]
-    return [(name, record) for name, record in records if record["status"] == "complete"]
+    is_complete = {
+        path: ku._read_json(path, {"status": str})["status"] == "complete" for path in paths
+    }
+    return [(p.parent.name, ku._read_json(p, RECORD)) for p in paths if is_complete[p]]
 
 
 def rounded(score):
@@ -59,7 +71,10 @@ def main():
     parser.add_argument("folders", nargs="+", help="run folders, or folders that hold some")
     parser.add_argument("-o", "--output", type=Path, help="also write the table to this CSV file")
     args = parser.parse_args()
-    runs = finished(args.folders)
+    try:
+        runs = finished(args.folders)
+    except ku.KitError as error:
+        sys.exit(str(error))
     if not runs:
         sys.exit(f"no complete run under {', '.join(args.folders)}")
     metrics = sorted({record["oof"]["metric"] for _, record in runs})
