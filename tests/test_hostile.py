@@ -1044,7 +1044,7 @@ def test_a_fold_whose_state_is_not_as_it_was_written_is_trained_again_though_its
             files = {path.name: ku._describe_file(path) for path in sealed.iterdir()}
             (sealed / ku._MANIFEST).write_bytes(ku._seal_manifest({"files": files}))
             results.append(ku._read_fold(sealed, data, 0))
-    assert capsys.readouterr().out.count("is damaged and trained again") == results.count(None) > 10
+    assert capsys.readouterr().out.count("is damaged and trained again") == results.count(None) > 5
 
 
 SCHEMA = {"rows": [{"fold": int, "prediction": [float, 2], "id?": (str, None)}, ...], "files": {ku._FILE_NAME: int}}
