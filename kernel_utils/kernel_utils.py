@@ -7611,12 +7611,14 @@ def _read_fold(folder, data, fold):
     rows, n_outputs = np.flatnonzero(data.folds == fold), data.n_outputs
     counts = ("fold", "steps", "micro_batch_size", "pseudo_rows", "pseudo_steps", "peak_memory")
     schema = _fold_schema(data, fold) | dict.fromkeys(counts, int)
-    schema |= dict(rows=rows, stop_reason=str, fallbacks={str: str}, regularisers={str: dict})
+    schema |= dict(rows=rows, fallbacks={str: str}, regularisers={str: dict})
     schema |= {"target_scale": (dict, None), "chance": _SCORE, "earlier_seconds": float}
-    schema |= {"golden?": [np.ndarray, 2]}
-    finished = dict(stop_reason=None, golden=[np.ndarray, 2], last=schema["last"][0])
+    stopped = schema | {"stop_reason": str, "golden?": [np.ndarray, 2]}
+    evaluation = schema["last"][0]
+    finished = schema | dict(stop_reason=None, last=evaluation, best=evaluation)
+    finished |= dict(golden=[np.ndarray, 2])
     try:
-        result = _SealedFolder(folder).read_state((schema | finished, schema))
+        result = _SealedFolder(folder).read_state((finished, stopped))
         golden, predictions = result.get("golden", (rows[:0], np.empty((0, n_outputs))))
         is_sound = np.array_equal(result["rows"], rows) and np.isin(golden, rows).all()
         if not is_sound or predictions.shape != (len(golden), n_outputs):

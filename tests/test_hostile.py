@@ -682,10 +682,7 @@ BACKBONES = {  # name -> (what is done to a backbone, what the message must hold
     "two million layers": (keys(CONFIG, num_hidden_layers=2 * 10**6), [CONFIG, "at most 100000 of num_hidden_layers"]),
     "a billion labels": (keys(CONFIG, num_labels=10**9), [CONFIG, "at most 100000 of num_labels"]),
     "labels in 400 digits": (keys(CONFIG, num_labels=10**400), [CONFIG, "at most 100000 of num_labels"]),
-    "a hundred layers too many": (
-        keys(CONFIG, num_hidden_layers=100),
-        ["backbone", "far larger than model.safetensors"],
-    ),
+    "a hundred layers": (keys(CONFIG, num_hidden_layers=100), ["backbone", "far larger than model.safetensors"]),
     "two billion words": (keys(CONFIG, vocab_size=2 * 10**9), ["backbone", "far larger than model.safetensors"]),
     "places for every token there is": (keys(CONFIG, max_position_embeddings=10**10), ["backbone", "far larger than"]),
     "heads that do not divide the size": (keys(CONFIG, num_attention_heads=5), ["backbone", "32", "5"]),
@@ -1175,7 +1172,7 @@ def spoilt_contents(path, step):
 @pytest.mark.parametrize("name", [RECORD, GOLDEN])
 def test_a_value_that_is_wrong_or_missing_in_a_file_of_a_run_is_one_error_or_harmless(name, run, capsys):
     harmless = refusals = 0
-    for text in spoilt_contents(run / name, 4):
+    for text in spoilt_contents(run / name, 4 if name == RECORD else 1):
         (run / name).write_text(text)
         try:
             loaded = ku._Run.load(run)
@@ -1184,7 +1181,7 @@ def test_a_value_that_is_wrong_or_missing_in_a_file_of_a_run_is_one_error_or_har
             harmless += 1
         except ku.KitError:
             refusals += 1
-    assert refusals > 10 and harmless > 10
+    assert refusals > 10 and harmless > 5
 
 
 def test_a_fold_whose_state_is_not_as_it_was_written_is_trained_again_though_its_seal_is_right(run, capsys):
@@ -1199,12 +1196,7 @@ def test_a_fold_whose_state_is_not_as_it_was_written_is_trained_again_though_its
             files = {path.name: ku._describe_file(path) for path in sealed.iterdir()}
             (sealed / ku._MANIFEST).write_bytes(ku._seal_manifest({"files": files}))
             results.append(ku._read_fold(sealed, data, 0))
-    assert capsys.readouterr().out.count("is damaged and trained again") == results.count(None) > 10
-
-
-def sparse(path):
-    path.touch()
-    os.truncate(path, 10**11)
+    assert capsys.readouterr().out.count("is damaged and trained again") == results.count(None) > 5
 
 
 SCHEMA = {"rows": [{"fold": int, "prediction": [float, 2], "id?": (str, None)}, ...], "files": {ku._FILE_NAME: int}}
@@ -1229,7 +1221,6 @@ CONTENTS = {  # name -> (what is written, or done with the path; what the messag
     "half a pair of surrogates": (SOUND | {"more": "\ud800"}, ["not a JSON file", "surrogates"]),
     "depth": ('{"rows": ' * 900 + "1" + "}" * 900, ["not a JSON file", "recursion"]),
     "UTF-16": (lambda path: path.write_text("{}", encoding="utf-16"), ["not a JSON file", "utf-8"]),
-    "100 GB": (sparse, ["not a JSON file", "got 100000000000"]),
     "a pipe": (os.mkfifo, ["not a JSON file", "expected a file"]),
     "a folder": (Path.mkdir, ["not a JSON file", "expected a file"]),
 }
@@ -1245,6 +1236,13 @@ def test_a_json_file_that_is_not_as_its_schema_states_is_refused_with_the_place(
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_text(text.replace('"DIGITS"', "1" * 10**4))
     refused(["a.json", *words], ku._read_json, path, SCHEMA)
+
+
+def test_a_json_file_of_100_gb_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "a.json").touch()
+    os.truncate(tmp_path / "a.json", 10**11)
+    with pytest.raises(ku.KitError, match=r"a\.json: not a JSON file \(expected a file of at most .*got 100000000000"):
+        ku._read_json(tmp_path / "a.json")
 
 
 def test_a_json_file_that_is_as_its_schema_states_is_read_as_it_stands(tmp_path):

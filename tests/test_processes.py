@@ -125,7 +125,7 @@ def test_a_killed_process_is_one_error_and_the_next_calls_stop_in_time_and_finis
     once_saved(run_of(cfg), (0, 1), lambda: workers_of(os.getpid())[0].kill())
     with slow(), pytest.raises(ku.KitError, match=r"process 0 of 2 ended with exit code -9; last lines:"):
         start(cfg)
-    assert not workers_of(os.getpid()) and ku._read_fold(run_of(cfg) / "fold1")["stop_reason"]
+    assert not workers_of(os.getpid()) and ku._read_state(run_of(cfg) / "fold1")["stop_reason"]
     other = max(saved_steps(run_of(cfg), 1))
     with ku._locked(run_of(cfg)):  # nobody holds it any more
         pass
@@ -150,7 +150,7 @@ def test_what_an_earlier_session_left_of_a_fold_that_this_one_has_not_begun_is_n
         at_step(patch, 5, stop_by(signal.SIGTERM))
         start(cfg)
     read, reads, seconds, save = ku._read_fold, [], [], ku._TrainingRun.save
-    monkeypatch.setattr(ku, "_read_fold", lambda folder: reads.append(folder.name) or read(folder))
+    monkeypatch.setattr(ku, "_read_fold", lambda folder, *rest: reads.append(folder.name) or read(folder, *rest))
     monkeypatch.setattr(
         ku._TrainingRun, "save", lambda run, results: seconds.append(run.budget.earlier_seconds) or save(run, results)
     )
