@@ -645,7 +645,8 @@ def test_the_parts_of_a_notebook_cell_are_named_with_kernels_too(one, refused, t
 
 
 def test_two_runs_of_one_name_are_not_packed_together(runs, one, refused, tmp_path):
-    assert "two runs are called one; rename one folder" in refused(runs / "one", one, "-o", tmp_path / "dist", *NAMES)
+    said = refused(runs / "one", one, "-o", tmp_path / "dist", *NAMES)
+    assert said == f"nothing was written:\n  {one}: two runs are called one; rename one folder"
 
 
 # ---------------------------------------------------------------------------------------

@@ -276,10 +276,12 @@ def page(tmp_path, maskable, runs):
 def save_everything(folder):
     """A competition with every column that a command names."""
     save_competition(folder)
-    for name in ("train.csv", "test.csv"):
+    for name in ("train.csv", "test.csv", "sample_submission.csv"):
         frame = pd.read_csv(folder / name, dtype={"id": str})
-        frame = frame.assign(genre="verse", prompt=frame["excerpt"], response=frame["excerpt"].str[::-1])
-        frame.to_csv(folder / name, index=False)
+        if "excerpt" in frame:
+            frame = frame.assign(genre="verse", prompt=frame["excerpt"], response=frame["excerpt"].str[::-1])
+        prefix = "a" if name == "train.csv" else "b"  # what has the id of a training row gets no pseudo-label
+        frame.assign(id=prefix + frame["id"]).to_csv(folder / name, index=False)
 
 
 def shorten(words):
