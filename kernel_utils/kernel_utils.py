@@ -6155,9 +6155,8 @@ _CUT_OFF = "cut off, or still running"  # why a run stopped that has written no 
 class TimeBudget:
     """Decides when a run has to stop and when a checkpoint is due.
 
-    The loop books here what a step, an evaluation and a save take. The file `stop_file` and, inside
-    the `with` block, SIGTERM or Ctrl-C let the loop end well at the next step. After that only
-    Ctrl-C acts at once: papermill sends SIGTERM while there are seconds left to save.
+    The loop books here what its parts take. The file `stop_file` and, inside the `with` block,
+    SIGTERM or Ctrl-C end it well at the next step; after that only Ctrl-C acts at once.
     """
 
     def __init__(self, cfg, test_rows=0):
@@ -8386,8 +8385,7 @@ class _TrainingRun:
             with _wrap_write_errors(self.folder.tokenizer):
                 _delete(self.folder.tokenizer)
                 self.tokenizer.save_pretrained(self.folder.tokenizer)
-            n_unfinished = len(self.folds) - len(self.results)
-            n_processes = _choose_processes(n_unfinished, self.cfg, space)
+            n_processes = _choose_processes(len(self.folds) - len(self.results), self.cfg, space)
             if n_processes > 1:
                 self.train_side_by_side(n_processes, lock)
             else:
@@ -8480,8 +8478,7 @@ class _TrainingRun:
             raise failures[0].error(len(workers))
 
     def take_results(self, temporary):
-        """Read and record the folds that processes have finished by now, or been stopped in. (The
-        folder of a fold that none has begun may be of an earlier session.)"""
+        """Take the folds that processes of this session have finished, or been stopped in."""
         for mark in temporary.glob("*/fold*"):
             mark.unlink()
             fold = int(mark.name.removeprefix("fold"))
