@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import py_compile
 import re
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ from test_hostile import infer, snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 PAGE = ROOT / "docs" / "development.md"
-SECONDS, BYTES = 12, 2 * 2**30  # what one command may take
+SECONDS, BYTES = 60, 2 * 2**30  # what one command may take
 NAMES = ["--id", "me/my-bundle", "--title", "My bundle"]
 
 # ---------------------------------------------------------------------------------------
@@ -138,7 +139,6 @@ def made(tmp_path_factory):
     return make
 
 
-
 # ---------------------------------------------------------------------------------------
 # The commands that read a folder: function(place) -> what must come out as from sound folders
 
@@ -196,8 +196,7 @@ def study(place):
 
 
 def tune(place, folder):
-    run = tuned(place, place / folder, "tuned", run_folds="0")
-    return content_of(run / "oof.csv")
+    tuned(place, place / folder, "tuned", run_folds="0")  # other weights are another backbone
 
 
 def pack_starter(place, folder):
@@ -406,9 +405,8 @@ class Trial:
     def __init__(self, made, folder, place):
         self.folder, self.place = folder, place
         shutil.rmtree(place, ignore_errors=True)
-        for name in {folder, "competition", *COMMANDS[folder][1]}:
-            if not (place / name).exists():
-                shutil.copytree(made / name, place / name)
+        for name in {folder.split("/")[0], "competition", *COMMANDS[folder][1]}:
+            shutil.copytree(made / name, place / name)
         shutil.copyfile(made / "extra.csv", place / "extra.csv")
         for name in ("out", "cwd", "outside/fold1-step9"):
             (place / name).mkdir(parents=True)
@@ -416,7 +414,7 @@ class Trial:
 
     def surroundings(self):
         """All but the folder, which may go on, and the output."""
-        own = (f"{self.place / self.folder}/", f"{self.place}/out/", f"{self.place / self.folder.split('/')[0]}/two/.")
+        own = (f"{self.place / self.folder}/", f"{self.place}/out/")
         return {name: content for name, content in snapshot(self.place).items() if not name.startswith(own)}
 
     def report(self, function):
@@ -452,7 +450,9 @@ class Trial:
         problems = []
         if outcome == "harmless" and value != sound:
             problems.append("another result than that of the sound folder")
-        elif outcome == "refused" and not {path.name, path.parent.name, self.place.name} & {*re.split(r"[/:;,' ]", value)}:
+        elif outcome == "refused" and not {path.name, path.parent.name, self.place.name} & {
+            *re.split(r"[/:;,' ]", value)
+        }:
             problems.append(f"names no file: {value}")
         elif outcome not in ("harmless", "refused"):
             problems.append(f"{outcome}: {value}")
@@ -484,8 +484,9 @@ def sound(made, tmp_path_factory):
     def result(folder, number):
         if (folder, number) not in values:
             trial = Trial(made(0), folder, tmp_path_factory.mktemp("sound") / "place")
-            outcome, values[folder, number] = trial.run(COMMANDS[folder][0][number])
-            assert outcome == "harmless", values[folder, number]
+            outcome, value = trial.run(COMMANDS[folder][0][number])
+            assert outcome == "harmless", value
+            values[folder, number] = value
         return values[folder, number]
 
     return result
@@ -514,14 +515,78 @@ def test_an_attack_is_refused_in_one_message_or_harmless(cell, made, sound, tmp_
             outcomes.add(outcome)
             command_name = getattr(functions[number], "func", functions[number]).__name__
             failures += [f"{name}{', sealed again' * seals}, {command_name}: {problem}" for problem in problems]
-    log(file, attack, failures, outcomes, len(trials))
     assert not failures, "\n".join(["", *failures])
     word = "refused" if "refused" in outcomes else "harmless"
     assert word == read_table()[cell]
 
 
-def log(file, attack, failures, outcomes, n):
-    with open("/tmp/att2.log", "a") as f:
-        print("CELL", file, attack, sorted(outcomes), n, file=f)
-        for line in failures:
-            print("FAIL", file, attack, "|", line, file=f)
+# ---------------------------------------------------------------------------------------
+# Code beside the files of a folder
+
+MODULES = "kernel_utils safetensors torch numpy pandas transformers json hashlib types sitecustomize conftest".split()
+BESIDE = {  # case -> (folder, notebook or tool, its settings or words, whether a manifest names the code, outcome)
+    "a run to predict with": ("runs/one", "infer", dict(bundle_dir="runs/one"), False, "harmless"),
+    "a run to pack": ("runs/one", "bundle.py", ["runs/one", "-o", "out/bundle", *NAMES], False, "harmless"),
+    "a run to go on with": ("unfinished", "train", dict(run_name="unfinished", output_dir="."), False, "harmless"),
+    "a bundle": ("bundle", "infer", dict(bundle_dir="bundle"), False, "refused"),
+    "a bundle whose manifest names it": ("bundle", "infer", dict(bundle_dir="bundle"), True, "harmless"),
+    "a bundle to check": ("bundle", "bundle.py", ["--check", "bundle"], False, "refused"),
+    "labels": ("pseudo", "train", dict(pseudo_dir="pseudo", run_name="student", output_dir="out"), False, "harmless"),
+    "a backbone": ("backbone", "train", dict(run_name="tuned", output_dir="out"), False, "harmless"),
+    "a pre-training": ("pretraining", "pretrain", dict(run_name="pretraining", output_dir="."), False, "harmless"),
+}
+QUICK = dict(n_folds=2, epochs=1, batch_size=8, max_length=32, backbone="backbone", data_dir="competition")
+WORDS = dict(max_length=16, epochs=2, batch_size=16, held_out=0.2, backbone="raw", data_dir="competition")
+SETTINGS = {"train": QUICK, "pretrain": WORDS, "infer": dict(data_dir="competition", output_dir="out")}
+
+
+def plant(folder, mark, is_listed):
+    """Modules that write a file where they are imported, also compiled for a kernel_utils.py as it is."""
+    code = f"open({str(mark)!r}, 'w').write('ran')\n"
+    names = [f"{name}.py" for name in MODULES if not (folder / f"{name}.py").exists()]
+    for name in names:
+        (folder / name).write_text(code)
+    if is_listed:
+        content = json.loads((folder / "manifest.json").read_text())
+        content["files"] |= {name: ku._describe_file(folder / name) for name in names}
+        del content["sha256"]
+        (folder / "manifest.json").write_bytes(ku._seal_manifest(content))
+        return
+    (folder / "__pycache__").mkdir()
+    cache = folder / f"__pycache__/kernel_utils.{sys.implementation.cache_tag}.pyc"
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(folder / names[0], cfile=cache, dfile=str(folder / "kernel_utils.py"), invalidation_mode=mode)
+
+
+SCRIPT = """import json, pathlib, sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()):
+    if not shell.run_cell(cell, store_history=True).success:
+        sys.exit(1)
+"""
+
+
+def script_of(name, settings, folder):
+    """A script that runs the cells of a notebook with settings, as its kernel does."""
+    cells = bundle.notebook_with(name, SETTINGS[name] | settings).cells
+    script = folder / "cells.py"
+    script.write_text(SCRIPT)
+    script.with_suffix(".json").write_text(json.dumps([cell.source for cell in cells if cell.cell_type == "code"]))
+    return script
+
+
+@pytest.mark.parametrize("case", BESIDE.values(), ids=BESIDE)
+def test_code_beside_the_files_of_a_folder_never_runs(case, made, tmp_path):
+    folder, name, words, is_listed, expected = case
+    trial = Trial(made(0), folder, tmp_path / "place")
+    place, mark = trial.place, tmp_path / "RAN"
+    plant(place / folder, mark, is_listed)
+    (place / "kernel_utils").symlink_to(ROOT / "kernel_utils")  # the clone that the notebooks find
+    command = [ROOT / "tools" / name, *words] if name.endswith(".py") else [script_of(name, words, tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
+    environment |= {"IPYTHONDIR": str(tmp_path / "ipython"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert not mark.exists(), (done.stdout + done.stderr)[-2000:]
+    assert ("refused" if done.returncode else "harmless") == expected, (done.stdout + done.stderr)[-2000:]
