@@ -1374,10 +1374,13 @@ def _is_plain_file(path):
 
 def _link_problems(folder):
     """The links, pipes and devices in a folder, at any depth, as problems: what is read or written
-    there is elsewhere. Those that Weights & Biases makes in its own folder are left to it."""
+    there is elsewhere. Those that Weights & Biases makes in its own folder are left to it, and STOP
+    is neither read nor written."""
     problems = []
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in sorted(folders + files)):
+            if path == Path(folder, "STOP"):
+                continue
             if path.is_symlink():
                 problems.append(f"{path}: a symbolic link; expected the file or folder itself")
             elif not (path.is_file() or path.is_dir()):
@@ -1503,7 +1506,8 @@ def _schema_error(value, schema, place=""):
     if _fits(value, schema):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
-    expected = _KINDS.get(type(schema)) or _KINDS[schema]
+    kind = dict if isinstance(schema, dict) else type(schema)
+    expected = _KINDS.get(kind) or _KINDS[schema]
     if isinstance(schema, list) and len(schema) > 1:
         expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
     got = "nothing" if value is ... else reprlib.repr(value)
