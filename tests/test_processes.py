@@ -261,7 +261,7 @@ def test_the_command_does_what_the_notebook_does(tiny, tmp_path, capsys):
 WRONG = {
     "no file": (None, r"^KitError: cannot go on:\n  .*run.json: not a JSON file \(.*No such file"),
     "no JSON": ("{'head': 1}", r"^KitError: cannot go on:\n  .*run.json: not a JSON file"),
-    "a list": ("[]", "run.json: expected a JSON object, got list"),
+    "a list": ("[]", r"run.json: expected an object, got \[\]"),
     "an unknown setting": (
         '{"heda": "mean", "epochs": 0}',
         r"'heda' \(did you mean head\?\)\n  epochs must be at least 1",
