@@ -1,7 +1,6 @@
 """Every file of a stranger's folder, damaged or made to harm, is refused in one message or does no harm."""
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -37,11 +36,12 @@ from conftest import (
     tiny_config,
     trained,
 )
-from test_hostile import infer, snapshot
+from test_hostile import content_of, infer
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 PAGE = ROOT / "docs" / "development.md"
 SECONDS, BYTES = 60, 2 * 2**30  # what one command may take
+MOST = 2  # variants of an attack that are tried on a file; a larger number tries more of them
 NAMES = ["--id", "me/my-bundle", "--title", "My bundle"]
 
 # ---------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ def made(tmp_path_factory):
 # The commands that read a folder: function(place) -> what must come out as from sound folders
 
 
-def content_of(*paths):
+def bytes_of(*paths):
     return {path.name: path.read_bytes().hex() for path in paths}
 
 
 def go_on(place, **settings):
     run = tuned(place, place / "backbone", "unfinished", **(dict(output_dir=place) | settings))
-    return content_of(*(run / name for name in ("oof.csv", "golden.json", "submission.csv")))
+    return bytes_of(*(run / name for name in ("oof.csv", "golden.json", "submission.csv")))
 
 
 def resume_from(place):
@@ -158,13 +158,13 @@ def resume_from(place):
 
 def train_again(place):
     run = tuned(place, place / "backbone", "one", output_dir=place / "runs")
-    return content_of(run / "submission.csv")
+    return bytes_of(run / "submission.csv")
 
 
 def predict(place, folder):
     output = place / "out"
     infer(dict(bundle_dir=str(place / folder), data_dir=str(place / "competition"), output_dir=str(output)))
-    return content_of(output / "submission.csv")
+    return bytes_of(output / "submission.csv")
 
 
 def pack(place, *options):
@@ -192,7 +192,7 @@ def compare(place):
 
 def study(place):
     run = tuned(place, place / "backbone", "student", pseudo_dir=str(place / "pseudo"), run_folds="0")
-    return content_of(run / "oof.csv")
+    return bytes_of(run / "oof.csv")
 
 
 def tune(place, folder):
@@ -204,7 +204,7 @@ def pack_starter(place, folder):
 
 
 def pretrain_go_on(place):
-    return content_of(pretrained(place, place / "raw", "pretraining", output_dir=place) / "model.safetensors")
+    return bytes_of(pretrained(place, place / "raw", "pretraining", output_dir=place) / "model.safetensors")
 
 
 of = functools.partial
@@ -348,7 +348,7 @@ def growths(path):
     spoils = {"50 GB": grow} | edits(path, of(with_leaves, long_number))
     if path.suffix == ".safetensors":
         spoils["length"] = claim_length
-    if path.name.endswith("config.json") and path.name != "tokenizer_config.json":
+    if path.name.endswith("config.json") and not path.name.endswith("tokenizer_config.json"):
         spoils["two million layers"] = edit(lambda n: 2 * 10**6, "num_hidden_layers")
     return spoils
 
@@ -414,8 +414,9 @@ class Trial:
 
     def surroundings(self):
         """All but the folder, which may go on, and the output."""
-        own = (f"{self.place / self.folder}/", f"{self.place}/out/")
-        return {name: content for name, content in snapshot(self.place).items() if not name.startswith(own)}
+        own = (self.place / self.folder, self.place / "out")
+        paths = [path for path in sorted(self.place.rglob("*")) if not any(map(path.is_relative_to, own))]
+        return {str(path): content_of(path) for path in paths}
 
     def report(self, function):
         try:
@@ -450,7 +451,7 @@ class Trial:
         problems = []
         if outcome == "harmless" and value != sound:
             problems.append("another result than that of the sound folder")
-        elif outcome == "refused" and not {path.name, path.parent.name, self.place.name} & {
+        elif outcome == "refused" and not {path.name, path.parent.name, Path(self.folder).name} & {
             *re.split(r"[/:;,' ]", value)
         }:
             problems.append(f"names no file: {value}")
@@ -492,32 +493,34 @@ def sound(made, tmp_path_factory):
     return result
 
 
+def trials_of(file, attack, folder, row):
+    """(variant, function that spoils a file, whether a manifest is made to fit), MOST of them, other ones by row."""
+    path = folder / file
+    can_seal = path.with_name("manifest.json").is_file() and attack in ("cut", "wrong type", "..")
+    variants = ATTACKS[attack](path).items()
+    trials = [(*variant, seals) for seals in (False, True)[: 1 + can_seal] for variant in variants]
+    return [trials[(row + number * len(trials) // MOST) % len(trials)] for number in range(min(MOST, len(trials)))]
+
+
 @pytest.mark.parametrize("cell", read_table(), ids="-".join)
 def test_an_attack_is_refused_in_one_message_or_harmless(cell, made, sound, tmp_path):
     file, attack = cell
-    folder = folder_of(file)
-    functions = COMMANDS[folder][0]
-    variants = ATTACKS[attack](made(0) / file).items()
-    if file.endswith(".tmp"):
-        variants = [(name, spoil) for name, spoil in variants if attack == "link"]
-    trials = [(*variant, seals) for variant in variants for seals in (False, True)]
-    trials = [trial for trial in trials if not trial[2] or (attack not in ("link", "replaced", "huge"))]
-    outcomes, failures, turn = set(), [], itertools.cycle(range(len(functions)))
-    for name, spoil, seals in trials:
-        for number in range(len(functions)) if len(trials) < len(functions) + 2 else [next(turn)]:
-            trial = Trial(made(0), folder, tmp_path / "place")
-            path = trial.place / file
-            spoil(path, made(1) / file, trial.place / "outside")
-            if seals and not seal_again(path):
-                continue
-            before, expected = trial.surroundings(), sound(folder, number)
-            outcome, problems = trial.problems(functions[number], before, expected, path)
-            outcomes.add(outcome)
-            command_name = getattr(functions[number], "func", functions[number]).__name__
-            failures += [f"{name}{', sealed again' * seals}, {command_name}: {problem}" for problem in problems]
+    folder, row = folder_of(file), list(read_table()).index(cell)
+    functions, outcomes, failures = COMMANDS[folder][0], set(), []
+    for number, (name, spoil, seals) in enumerate(trials_of(file, attack, made(0), row), row):
+        number %= len(functions)
+        trial = Trial(made(0), folder, tmp_path / "place")
+        path = trial.place / file
+        spoil(path, made(1) / file, trial.place / "outside")
+        if seals:
+            seal_again(path)
+        before, expected = trial.surroundings(), sound(folder, number)
+        outcome, problems = trial.problems(functions[number], before, expected, path)
+        outcomes.add(outcome)
+        function = getattr(functions[number], "func", functions[number]).__name__
+        failures += [f"{name}{', sealed again' * seals}, {function}: {problem}" for problem in problems]
     assert not failures, "\n".join(["", *failures])
-    word = "refused" if "refused" in outcomes else "harmless"
-    assert word == read_table()[cell]
+    assert ("refused" if "refused" in outcomes else "harmless") == read_table()[cell]
 
 
 # ---------------------------------------------------------------------------------------
