@@ -1367,11 +1367,6 @@ def _wrap_write_errors(path):
         raise KitError(f"{path} could not be written: {reason}") from None
 
 
-def _is_plain_file(path):
-    """Whether a path is a file itself: no link, whatever it leads to, no pipe and no device."""
-    return path.is_file() and not path.is_symlink()
-
-
 def _link_problems(folder):
     """The links, pipes and devices in a folder, at any depth, as problems: what is read or written
     there is elsewhere. Those that Weights & Biases makes in its own folder are left to it, and STOP
@@ -1385,7 +1380,8 @@ def _link_problems(folder):
                 problems.append(f"{path}: a symbolic link; expected the file or folder itself")
             elif not (path.is_file() or path.is_dir()):
                 problems.append(f"{path}: a pipe or a device; expected a plain file")
-        folders[:] = [name for name in folders if name != "wandb"]
+        if parent == str(folder) and "wandb" in folders:
+            folders.remove("wandb")
     return problems
 
 
@@ -1456,14 +1452,14 @@ _FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
 _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
 _KINDS = {str: "text", int: "a whole number from 0 on", float: "a finite number", bool: "a boolean"}
-_KINDS |= {dict: "an object", list: "a list", None: "null"}
+_KINDS |= {dict: "an object", list: "a list", None: "null", object: "a value"}
 _KINDS |= dict.fromkeys(_ARRAYS, "an array of another shape or type")
 _KINDS |= {_SHA256: "a SHA-256", _FILE_NAME: "the name of a file", _FOLD_NAME: "a fold"}
 _MAX_JSON_BYTES = 2**28  # of a file or log; those of real runs have some megabytes
 
 
 def _fits(value, schema):
-    """Whether a value is of the kind that a schema states, whatever it holds."""
+    """Whether a value is of the kind that a schema states; what it holds is not looked at."""
     if schema is None or value is ...:
         return value is schema
     if schema is int:
@@ -1507,7 +1503,7 @@ def _schema_error(value, schema, place=""):
         errors = itertools.starmap(_schema_error, _schema_parts(value, schema, place))
         return next(filter(None, errors), None)
     kind = dict if isinstance(schema, dict) else type(schema)
-    expected = _KINDS.get(kind) or _KINDS[schema]
+    expected = _KINDS.get(kind) or _KINDS.get(schema) or f"text like {schema.pattern!r}"
     if isinstance(schema, list) and len(schema) > 1:
         expected += " of one or more" if schema[1] is ... else f" of {schema[1]}"
     got = "nothing" if value is ... else reprlib.repr(value)
@@ -1686,12 +1682,12 @@ class _SealedFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def read_manifest(self):
+    def read_manifest(self, schema):
         """What `_seal_manifest` made the bytes of; KitError where one of them differs."""
         path = self.path / _MANIFEST
-        if not _is_plain_file(path):
+        if path.is_symlink() or not path.is_file():
             raise KitError(f"{path}: missing, or not a plain file")
-        manifest = _read_json(path)
+        manifest = _read_json(path, schema)
         content = {key: manifest[key] for key in manifest if key != "sha256"}
         if _seal_manifest(content) != path.read_bytes():
             raise KitError(f"{path}: its own checksum does not fit its content")
@@ -1700,9 +1696,7 @@ class _SealedFolder:
     def problems(self):
         """What is wrong in a folder that was saved; nothing where every byte is the same."""
         try:
-            manifest = self.read_manifest()
-            error = _schema_error(manifest, {"files": _FILES})
-            return [f"{_MANIFEST}: {error}"] if error else self.file_problems(manifest["files"])
+            return self.file_problems(self.read_manifest({"files": _FILES})["files"])
         except KitError as error:
             return error.problems
 
@@ -1789,6 +1783,20 @@ def _read_state(folder, schema=object, max_bytes=_MAX_JSON_BYTES):
     return state
 
 
+# A line of log.jsonl: beside these it has losses and scores by name
+_LOG_ENTRY = {"fold": int, "step": int, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
+
+
+def _parse_log(lines, where):
+    """The entries that lines of a log hold; KitError where one is not as it was written."""
+    with _wrap_read_errors(where):
+        entries = [json.loads(line) for line in lines]
+    error = _schema_error(entries, [_LOG_ENTRY])
+    if error:
+        raise KitError(f"{where}: {error}")
+    return entries
+
+
 def _version_error(version):
     """Why files that another version of this module wrote cannot be read, or None."""
     numbers = re.match(r"(\d+)\.(\d+)", str(version))
@@ -1801,7 +1809,7 @@ def _version_error(version):
 _SESSION = dict(device=str, precision=str, threads=int, versions={str: str})
 # the record of a run that may go on, of pre-training too
 _BEGUN_RUN = dict(status=str, settings=dict, resolved=dict, versions={str: str})
-_BEGUN_RUN |= dict(fingerprint={str: str}, sessions=[_SESSION, ...])
+_BEGUN_RUN |= {"fingerprint": {str: str}, "sessions": [_SESSION, ...], "stopped?": str}
 _OOF_SCORES = dict.fromkeys(("last", "best", "last_fold_sd", "best_fold_sd", "chance"), _SCORE)
 _OOF_SCORES |= dict(metric=str, better=str, rows=int, undefined_folds=[int])
 _OOF_SCORES |= dict(metrics={str: dict(score=_SCORE, chance=_SCORE)})
@@ -1877,7 +1885,7 @@ class RunFolder:
         """The entries of log.jsonl."""
         with _wrap_read_errors(self.log):
             lines = _read_text(self.log).splitlines()
-        return [_parse_json(line, _LOG_ENTRY, self.log) for line in lines]
+        return _parse_log(lines, self.log)
 
     def read_oof(self, record):
         """The table of oof.csv; KitError where a column is missing or of another kind."""
@@ -1938,22 +1946,15 @@ class RunFolder:
         """Whether a finished run is there; a record.json may be anybody's."""
         try:
             return self.read_record().get("status") == "complete"
-        except (OSError, ValueError, AttributeError):
+        except KitError:
             return False
 
-    def last_logged_steps(self):
-        """fold -> the last step in log.jsonl, as far as that can be read."""
-        steps = {}
-        with contextlib.suppress(KitError), _wrap_read_errors(self.log):
-            for entry in map(json.loads, self.log.read_text().splitlines()):
-                steps[int(entry["fold"])] = int(entry["step"])
-        return steps
-
-    def remove_stop(self):
-        """Remove the file or link STOP, and say so; a folder of that name stays."""
+    def remove_stop(self, before=math.inf):
+        """Remove the file STOP, and say so, if it was made `before` a time."""
         with contextlib.suppress(OSError):
-            self.stop.unlink()
-            print(f"{self.stop} is removed")
+            if self.stop.lstat().st_mtime < before:
+                self.stop.unlink()
+                print(f"{self.stop} is removed")
 
 
 # ---------------------------------------------------------------------------------------
@@ -5820,7 +5821,8 @@ def _halve_batches(batches, lengths, memory_error):
 # ---------------------------------------------------------------------------------------
 # 16. Checkpoints
 
-_MAX_SAVE_FRACTION = 0.015  # of the time since the last, for one before an evaluation
+# A checkpoint before an evaluation may cost this share of the time since the last one
+_MAX_SAVE_FRACTION = 0.015
 
 
 class _RandomStates:
@@ -5865,6 +5867,10 @@ class _Checkpoints:
                 steps[path] = int(step)
         return dict(sorted(steps.items(), key=lambda item: item[1], reverse=True))
 
+    def newest_step(self):
+        """The step of the newest checkpoint, 0 without one."""
+        return max(self.paths().values(), default=0)
+
     def load(self, stateful):
         """Load the newest sound checkpoint; False where there is none. Damage is printed."""
         for temporary in self.folder.glob(f".fold{self.fold}-*.tmp"):
@@ -5879,7 +5885,7 @@ class _Checkpoints:
             except KitError as error:
                 print(f"{folder} is damaged and not used: {error.problems[0]}")
                 continue
-            with _wrap_read_errors(f"{folder} has a state of another model: delete it; it"):
+            with _wrap_read_errors(f"{folder} is whole, but its state (delete the folder)"):
                 for name, part in stateful.items():
                     if states[name]:  # that of a scaler is empty where it was off
                         part.load_state_dict(states[name])
@@ -5894,7 +5900,7 @@ class _Checkpoints:
             size = sum(path.stat().st_size for path in self.recent[-1].iterdir())
             if _free_bytes(self.folder) < size:
                 self.prune(1)  # better one at a time than none
-        if folder in self.recent:  # nothing has happened since
+        if folder in self.recent:  # the run stops where it has just saved
             return
 
         def write(temporary):
@@ -6164,7 +6170,7 @@ class TimeBudget:
     """
 
     def __init__(self, cfg, test_rows=0):
-        self.began = time.perf_counter()
+        self.began, self.began_at = time.perf_counter(), time.time()
         self.last_save = -math.inf  # due after the first step, to prove and measure it
         self.on_save = lambda: None
         self.max_seconds = 60 * cfg.max_minutes or math.inf
@@ -6196,13 +6202,16 @@ class TimeBudget:
         self.handlers = {}
 
     def on_signal(self, number, _):
+        """Have the run stop. A second Ctrl-C does what it did before, a second SIGTERM nothing:
+        papermill sends one while there are seconds left to save."""
         self.reason = self.reason or signal.Signals(number).name
         signal.signal(signal.SIGINT, self.handlers.get(signal.SIGINT, signal.SIG_IGN))
 
     def hear(self):
         """Why the run stops, by what came from outside so far; None where it may go on."""
-        if not self.reason and os.path.lexists(self.stop_file):
-            self.reason = f"the file {self.stop_file}"
+        stop = self.stop_file
+        if not self.reason and os.path.lexists(stop) and not os.path.isdir(stop):
+            self.reason = f"the file {stop}"
         if not self.reason and self.parent not in (None, os.getppid()):
             self.reason = f"the end of process {self.parent}"
         return self.reason
@@ -6234,7 +6243,8 @@ class TimeBudget:
         return 1.2 * (seconds + 2 * self.save_seconds) + _FINISH_SECONDS
 
     def should_save(self, is_evaluated):
-        """Whether a checkpoint is due: by the clock, as the run stops, if cheap at evaluations."""
+        """Whether a checkpoint is due: the clock says so, the run stops, or an evaluation comes and
+        a checkpoint costs little."""
         elapsed = time.perf_counter() - self.last_save
         is_cheap = elapsed * _MAX_SAVE_FRACTION >= self.save_seconds
         is_due = self.hear() or elapsed >= self.checkpoint_seconds or (is_evaluated and is_cheap)
@@ -6243,7 +6253,6 @@ class TimeBudget:
     def note_save(self, seconds):
         self.save_seconds = seconds
         self.last_save = time.perf_counter()
-        self.on_save()
 
 
 # ---------------------------------------------------------------------------------------
@@ -7121,10 +7130,12 @@ class FoldTrainer:
             print(f"fold {self.fold} goes on after step {state.step} of {self.total_steps}")
             budget.earlier_seconds += sum(state.seconds.values())
             for line in state.lines:
-                self.write_log(_parse_json(line, _LOG_ENTRY, self.checkpoints.recent[-1]))
+                self.write_log(*_parse_log([line], self.checkpoints.recent[-1]))
         self.first_step = state.step  # of this session
         state.mark = time.perf_counter()
         budget.build_seconds = state.mark - self.began  # the next fold takes as long to begin
+        if not budget.save_seconds:  # a guess, until the first save is measured
+            budget.save_seconds = 12 * _num_parameters(self.model) / 3e8
 
     def train(self):
         """Train to the end, or until the budget stops it; returns `result`.
@@ -7210,16 +7221,17 @@ class FoldTrainer:
 
     def save_checkpoint(self):
         self.checkpoints.save(self.state.step, self.stateful)
+        self.budget.on_save()
         self.budget.note_save(self.state.spend("save"))
 
     def stop_early(self, reason):
         """Save and evaluate a fold that ends before its last step."""
         step, last = self.state.step, self.state.last
-        print(f"{reason}: saving and evaluating at step {step}; Ctrl-C ends it at once")
+        print(f"{reason}: fold {self.fold} ends at step {step} and is evaluated")
         self.flush()
         if self.checkpoints and self.cfg.checkpoint_minutes:
             self.save_checkpoint()
-        if last is None or last["step"] < step:  # of the end alone, not in the log
+        if last is None or last["step"] < step:  # the log does not get this score
             self.evaluate()
 
     # The log
@@ -7368,7 +7380,8 @@ class FoldTrainer:
 
 _PSEUDO_FORMAT = "kernel_utils pseudo-labels 1"
 _PSEUDO_SET = dict(models=[dict(run=str, fold=int)], labels=str)
-_PSEUDO_LABELS = dict(task=str, outputs=[str], classes=[str], columns=[str], folds=str)
+_PSEUDO_LABELS = dict(format=re.compile(_PSEUDO_FORMAT), task=str, folds=str)
+_PSEUDO_LABELS |= dict(outputs=[str], classes=[str], columns=[str])
 _PSEUDO_LABELS |= dict(runs=[dict(name=str)], threshold=float, sets={_FOLD_NAME: _PSEUDO_SET})
 
 
@@ -7430,10 +7443,6 @@ class _PseudoLabels:
         problems = _SealedFolder(self.folder).problems()
         if problems:
             raise DataError([f"{where}: {problem}" for problem in problems])
-        content = _read_json(path, {"format": str})
-        if content["format"] != _PSEUDO_FORMAT:
-            expected = f"expected the format {_PSEUDO_FORMAT!r}"
-            raise DataError(f"{path}: {expected}, got {content['format']!r}")
         return _read_json(path, _PSEUDO_LABELS)
 
     def check_leaks(self, cells, frame, cfg):
@@ -7616,16 +7625,16 @@ def _read_fold(folder, data, fold):
     schema = _fold_schema(data, fold) | dict.fromkeys(counts, int)
     schema |= dict(rows=rows, fallbacks={str: str}, regularisers={str: dict})
     schema |= {"target_scale": (dict, None), "chance": _SCORE, "earlier_seconds": float}
-    stopped = schema | {"stop_reason": str, "golden?": [np.ndarray, 2]}
-    evaluation = schema["last"][0]
-    finished = schema | dict(stop_reason=None, last=evaluation, best=evaluation)
-    finished |= dict(golden=[np.ndarray, 2])
+    schema |= {"stop_reason": (str, None), "golden?": [np.ndarray, 2]}
     try:
-        result = _SealedFolder(folder).read_state((finished, stopped))
+        result = _SealedFolder(folder).read_state(schema)
+        _parse_log(result["lines"], folder)
+        is_scored = "golden" in result and result["last"] and result["best"]
         golden, predictions = result.get("golden", (rows[:0], np.empty((0, n_outputs))))
         is_sound = np.array_equal(result["rows"], rows) and np.isin(golden, rows).all()
-        if not is_sound or predictions.shape != (len(golden), n_outputs):
-            raise KitError("it has other rows than the fold")
+        is_sound &= predictions.shape == (len(golden), n_outputs)
+        if not (is_sound and (is_scored or result["stop_reason"])):
+            raise KitError("it has other rows than the fold, or no scores")
     except KitError as error:
         print(f"{folder} is damaged and trained again: {error.problems[0]}")
         return None
@@ -7985,7 +7994,7 @@ class _RunFinder:
             for path in run.rglob("*"):
                 place = path.relative_to(run)
                 is_hidden = any(part.startswith(".") for part in place.parts)
-                if _is_plain_file(path) and not is_hidden:
+                if path.is_file() and not is_hidden:
                     (temporary / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
             os.replace(temporary, folder)
@@ -8044,10 +8053,6 @@ def _locked(folder):
         file.truncate(0)
         file.write_line(f"process {os.getpid()} on {platform.node()}")
         yield file.fileno()
-
-
-# A line of log.jsonl: beside these it has losses and scores by name
-_LOG_ENTRY = {"fold": int, "step": int, "lr?": {str: _SCORE}, "best?": bool, str: _SCORE}
 
 
 class _RunLog:
@@ -8331,12 +8336,12 @@ class _TrainingRun:
 
     def begin(self):
         """Take over the record of a run that goes on; that of a complete one as it is."""
-        self.folder.remove_stop()  # it was meant for an earlier session
+        self.folder.remove_stop(self.budget.began_at)  # it was meant for an earlier session
         self.budget.stop_file = self.folder.stop
         self.is_new = not self.folder.record.is_file()
         if self.is_new:
             return
-        old = _read_json(self.folder.record, _BEGUN_RUN)
+        old = self.folder.read_record()
         if old["status"] == "complete":
             folds = {fold["fold"] for fold in old["folds"]}
             if folds == set(self.folds):
@@ -8349,11 +8354,10 @@ class _TrainingRun:
             if not folds < set(self.folds):
                 problem = f"{self.folder.path} is complete with folds {_comma_join(sorted(folds))}"
                 raise ConfigError(f"{problem}: run_folds must ask for them too")
-        status = old["status"].replace("running", "cut off")  # as 0.10 wrote it
-        end = re.split("[:,] ", str(old.get("stopped", status)))[0]
+        end = re.split("[:,] ", old.get("stopped", "cut off"))[0]
         self.read_old_results()
-        folds = self.describe_folds(self.folder.last_logged_steps())
-        print(f"{self.folder.path} goes on (its last session: {end}): {folds}")
+        parts = [self.describe_folds(), *self.lost_steps()]
+        print(f"{self.folder.path} goes on (its last session: {end}): {', '.join(parts)}")
         if old.get("precision") == "bfloat16" and _can_choose_bf16(self.cfg.precision):
             self.set_precision("bf16")
         sessions = old["sessions"] + self.record["sessions"]
@@ -8395,11 +8399,16 @@ class _TrainingRun:
             else:
                 self.train_in_turn()
             return [self.results[fold] for fold in self.folds if fold in self.results]
-        except Exception:  # a mistake in the settings or in a part of the notebook
+        except Exception as error:
             run, log = self.folder.path, self.folder.log
-            has_log = log.is_file() and log.stat().st_size > 0
-            if self.is_new and not has_log and not any(run.glob("fold*")):
+            is_begun = log.is_file() and log.stat().st_size > 0
+            is_begun = is_begun or any(run.glob("fold*")) or any(run.glob("checkpoints/*"))
+            if self.is_new and not is_begun:  # a mistake in the settings or in a notebook's part
                 shutil.rmtree(run, ignore_errors=True)
+            else:
+                self.budget.reason = type(error).__name__
+                with contextlib.suppress(KitError):
+                    self.write_unfinished()
             raise
 
     def read_old_results(self):
@@ -8482,7 +8491,8 @@ class _TrainingRun:
             raise failures[0].error(len(workers))
 
     def take_results(self, temporary):
-        """Take the folds that processes of this session have finished, or been stopped in."""
+        """Take the folds that processes of this session have finished, or been stopped in, and
+        write down what they have saved."""
         for mark in temporary.glob("*/fold*"):
             mark.unlink()
             fold = int(mark.name.removeprefix("fold"))
@@ -8490,7 +8500,8 @@ class _TrainingRun:
             if result:
                 self.results[fold] = result
                 self.budget.earlier_seconds += result["earlier_seconds"]
-                self.write_unfinished()
+        if self.describe_folds() not in self.record["stopped"]:  # new checkpoints too
+            self.write_unfinished()
 
     def write_log(self, old_results, paths):
         """Write log.jsonl, fold by fold, from old results and the logs of the processes."""
@@ -8535,24 +8546,32 @@ class _TrainingRun:
 
     def write_unfinished(self):
         """Write a record that is true if the process dies before it writes another."""
-        self.record["stopped"] = f"{self.budget.reason or _CUT_OFF}: {self.describe_folds({})}"
+        self.record["stopped"] = f"{self.budget.reason or _CUT_OFF}: {self.describe_folds()}"
         _write_json(self.folder.record, self.record)
 
-    def describe_folds(self, logged_steps):
-        """What the next session goes on with: finished folds, the newest checkpoints of others;
-        and which `logged_steps`, {fold: last step}, it makes again."""
+    def describe_folds(self):
+        """What the next session goes on with: finished folds, the newest checkpoints of others."""
         texts = []
         for fold in self.folds:
-            step = max(_Checkpoints(self.folder.path, fold).paths().values(), default=0)
+            step = _Checkpoints(self.folder.path, fold).newest_step()
             if fold in self.results and not self.results[fold]["stop_reason"]:
                 texts.append(f"fold {fold} is finished")
-                continue
-            if step:
+            elif step:
                 n_steps = sum(stage.steps for stage in self.data.stages(fold, self.cfg))
                 texts.append(f"fold {fold} is saved up to step {step} of {n_steps}")
-            if logged_steps.get(fold, 0) > step:
-                texts.append(f"steps {step + 1} to {logged_steps[fold]} of fold {fold} are lost")
         return ", ".join(texts) or "no fold is finished, no checkpoint is saved"
+
+    def lost_steps(self):
+        """The steps that log.jsonl has and that are made again, as texts."""
+        logged = {}
+        with contextlib.suppress(KitError):  # a damaged log does not matter
+            logged = {entry["fold"]: entry["step"] for entry in self.folder.read_log()}
+        texts = []
+        for fold, last in logged.items():
+            step = _Checkpoints(self.folder.path, fold).newest_step()
+            if fold in self.folds and fold not in self.results and last > step:
+                texts.append(f"steps {step + 1} to {last} of fold {fold} are lost")
+        return texts
 
     def make_oof(self, rows, predictions):
         """A table with id, fold, group (where folds keep groups together), target, prediction,
@@ -8605,7 +8624,8 @@ class _TrainingRun:
             for row, prediction in zip(*result["golden"], strict=True):
                 cells = self.frame.iloc[row]
                 inputs = {name: cells[name] for name in self.cfg.input_columns}
-                golden = {"fold": result["fold"], "id": cells[self.cfg.id_column], "cells": inputs}
+                id_text = str(cells[self.cfg.id_column])
+                golden = {"fold": result["fold"], "id": id_text, "cells": inputs}
                 rows.append(golden | {"prediction": prediction.tolist()})
         token_ids = _probe_ids(_PROBE_TEXTS, self.tokenizer, self.cfg)
         return {"texts": _PROBE_TEXTS, "token_ids": token_ids, "rows": rows}
@@ -8656,7 +8676,8 @@ class _TrainingRun:
         if self.cfg.predict_partial and "oof" in self.record:
             return
         other = "predict_partial True would have predicted with what is trained"
-        raise Stopped([self.record["stopped"], f"the same command goes on from there; {other}"])
+        how = f"the same command goes on with what is saved; {other}"
+        raise Stopped([self.record["stopped"], how])
 
 
 def train(frame, cfg, test=None):
@@ -8818,7 +8839,7 @@ def _run_problems(record, golden, config, tokenizer, weights):
     error = _schema_error(oof, {"target_sd?": [float, n_outputs]})
     error = error or _cuts_error(oof, n_outputs, _CUT_SCORES)
     if record["outputs"] != cfg.output_names(record["classes"]):
-        error = "outputs: not those of its task and targets"
+        error = error or "outputs: not those of its task and targets"
     problems += [f"record.json: {error}"] if error else []
     folds = {fold["fold"] for fold in record["folds"]}
     if set(weights) != folds:
@@ -9104,15 +9125,15 @@ class Bundle:
             raise BundleError(f"{folder / _MANIFEST}: bundle_sha256 is {sha256}, got {actual}")
         files = _read_bundle_manifest(folder)["files"]
         problems = _SealedFolder(folder).integrity_problems(files)
-        is_own = _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]
+        is_foreign = _file_sha256(__file__) != files["kernel_utils.py"]["sha256"]
         running = f"{__file__}, version {__version__}, runs instead of the one of the bundle"
-        if is_own and not own_module:
+        if is_foreign and not own_module:
             problems = problems or [f"kernel_utils.py: {running}"]
         if problems:
             raise BundleError([f"{folder}", *problems])
         size = sum(file["bytes"] for file in files.values())
         print(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, all as they were packed")
-        if is_own:
+        if is_foreign:
             print(f"  {running}")
 
     @property
@@ -9209,33 +9230,24 @@ class Bundle:
 
 _BUNDLED_RUN = dict(record=_FILE_NAME, config=_FILE_NAME, tokenizer={_FILE_NAME: _FILE_NAME})
 _BUNDLED_RUN |= dict(weights={_FOLD_NAME: _FILE_NAME}, golden=dict)
-_BUNDLE = dict(version=str, dataset=dict(id=str), files=_FILES, runs={str: _BUNDLED_RUN})
-
-
-def _manifest_problems(manifest):
-    """What makes a manifest dangerous or useless, though it is as it was written."""
-    if manifest.get("format") != _BUNDLE_FORMAT:
-        return [f"expected the format {_BUNDLE_FORMAT!r}, got {manifest.get('format')!r}"]
-    error = _schema_error(manifest, _BUNDLE)
-    if error:
-        return [error]
-    needed = {"kernel_utils.py"}
-    for run in manifest["runs"].values():
-        tokenizer, weights = run["tokenizer"].values(), run["weights"].values()
-        needed |= {run["record"], run["config"], *tokenizer, *weights}
-    return [f"{name} is not among its files" for name in sorted(needed - set(manifest["files"]))]
+_BUNDLE = dict(format=re.compile(_BUNDLE_FORMAT), version=str, dataset=dict(id=str))
+_BUNDLE |= dict(files=_FILES, runs={str: _BUNDLED_RUN})
 
 
 def _read_bundle_manifest(folder):
     """manifest.json of a bundle; BundleError where a byte of it is not as it was written."""
-    path = folder / _MANIFEST
     try:
-        manifest = _SealedFolder(folder).read_manifest()
+        manifest = _SealedFolder(folder).read_manifest(_BUNDLE)
     except KitError as error:
         raise BundleError(f"{error.problems[0]}; attach or pack it again") from None
-    problems = _manifest_problems(manifest)
-    if problems:
-        raise BundleError([f"{path}: {problem}" for problem in problems])
+    needed = {"kernel_utils.py"}
+    for run in manifest["runs"].values():
+        tokenizer, weights = run["tokenizer"].values(), run["weights"].values()
+        needed |= {run["record"], run["config"], *tokenizer, *weights}
+    missing = sorted(needed - set(manifest["files"]))
+    if missing:
+        where = folder / _MANIFEST
+        raise BundleError([f"{where}: {name} is not among its files" for name in missing])
     return manifest
 
 

@@ -348,9 +348,9 @@ class _PretrainState:
     losses: list = dataclasses.field(default_factory=list)  # of each step
     held_out: list = dataclasses.field(default_factory=list)  # [step, loss] of each evaluation
     seconds: float = 0.0
-    state_schema: ClassVar[dict] = {
-        **{"step": int, "losses": [float], "held_out": [[float, 2]], "seconds": float}
-    }
+    state_schema: ClassVar[dict] = dict(
+        step=int, losses=[float], held_out=[[float, 2]], seconds=float
+    )
 
     def state_dict(self):
         return dataclasses.asdict(self)
@@ -483,6 +483,7 @@ def _run_pretraining(training, checkpoints, budget):
         mark = time.perf_counter()
         state.seconds = mark - began
         checkpoints.save(state.step, training.parts)
+        budget.on_save()
         budget.note_save(time.perf_counter() - mark)
 
     if training.is_evaluation_due():  # before the first step, or a checkpoint is made before it
@@ -576,12 +577,12 @@ def _train_in(run, training, tokenizer, record, budget):
 
     def write_unfinished():
         """Write a record that is true if the process dies before it writes another; its reason."""
-        step = max(checkpoints.paths().values(), default=0)
-        why = f"{budget.reason or ku._CUT_OFF}: saved up to step {step} of {training.total}"
+        saved = f"saved up to step {checkpoints.newest_step()} of {training.total}"
+        why = f"{budget.reason or ku._CUT_OFF}: {saved}"
         ku._write_json(path, {"status": "stopped", "stopped": why} | record)
         return why
 
-    folder.remove_stop()  # it was meant for an earlier session
+    folder.remove_stop(budget.began_at)  # it was meant for an earlier session
     budget.stop_file, budget.on_save = folder.stop, write_unfinished
     write_unfinished()
     try:
@@ -595,7 +596,7 @@ def _train_in(run, training, tokenizer, record, budget):
     if stop_reason:
         why = write_unfinished()
         folder.remove_stop()
-        raise ku.Stopped([why, "the same command goes on from there"])
+        raise ku.Stopped([why, "the same command goes on with what is saved"])
     _plot_pretraining(run, training.state)
     _save_pretrained(training.model, tokenizer, run)
     ku._write_json(path, {"status": "complete"} | record)

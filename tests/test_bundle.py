@@ -661,7 +661,7 @@ def rename_in_manifest(old, new):
 
 
 MANIFESTS = {
-    "another format": (lambda m: m.update(format="kernel_utils bundle 9"), "expected the format"),
+    "another format": (lambda m: m.update(format="kernel_utils bundle 9"), "format: expected text like"),
     "a file outside": (
         lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": "0"}}),
         "files.../secret: expected the name of a file",

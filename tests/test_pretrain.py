@@ -488,7 +488,7 @@ def test_a_run_that_a_file_stops_is_saved_says_so_and_goes_on_to_the_same_bytes(
             "step",
             lambda training, rows: (step(training, rows), training.state.step == 3 and file.touch()),
         )
-        with pytest.raises(ku.Stopped, match=r"the file .*/slow/STOP: saved up to step 3 of 10\n.*goes on from there"):
+        with pytest.raises(ku.Stopped, match=r"the file .*/slow/STOP: saved up to step 3 of 10\n.*with what is saved"):
             pretraining.pretrain(cfg)
     record = told(file.parent)
     assert record["status"] == "stopped" and record["steps"] == 3 and not file.exists()

@@ -278,7 +278,7 @@ def other_folds(frame, told, rows):
         (label_a_twin, "1 labelled texts are training rows"),
         (other_folds, "their models validated on 20 rows, this fold has 20, and 40 are not the same"),
         (lambda frame, told, rows: told.update(task="binary"), "pseudo_dir has task binary, this run has regression"),
-        (lambda frame, told, rows: told.update(format="other"), "expected the format"),
+        (lambda frame, told, rows: told.update(format="other"), "format: expected text like"),
     ],
     ids=["columns", "models", "a twin", "folds", "task", "format"],
 )
