@@ -100,7 +100,7 @@ import sklearn.model_selection
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
@@ -1352,7 +1352,9 @@ def _wrap_read_errors(what):
         yield
     except (KitError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a KeyError, ZeroDivisionError, ...; tokenizers raises Exception
+    except BaseException as error:  # a KeyError, ZeroDivisionError, ...; a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
         raise KitError(f"{what} cannot be read: {reason}") from error
 
@@ -1447,7 +1449,7 @@ def _write_atomic(path, write):
 # with the first key and perhaps the second; {str: schema}, or a pattern for str, its other keys.
 _SCORE = (float, None)
 _SHA256 = re.compile("[0-9a-f]{64}")
-_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,200}")
+_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0-\x1f\x7f]{1,200}")
 _FOLD_NAME = re.compile("0|[1-9][0-9]{0,8}")
 _FILES = {_FILE_NAME: {"bytes": int, "sha256": _SHA256}}  # of a manifest
 _ARRAYS = (np.ndarray, torch.Tensor)
@@ -2804,12 +2806,18 @@ _SENTENCEPIECE_FILES = ("spm.model", "spiece.model", "*.bpe.model", "tokenizer.m
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", *_SENTENCEPIECE_FILES)
 
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")  # no code, no pickle
+
+
 def _load_tokenizer(folder):
     """The tokenizer of a folder; KitError where its vocabulary is missing or cannot be read."""
     # transformers 5 would make a tokenizer of [UNK] alone where the vocabulary is missing
     if not any(any(Path(folder).glob(name)) for name in _VOCABULARY_FILES):
         names = _comma_join(_VOCABULARY_FILES)
         raise KitError(f"{folder} has no vocabulary; expected one of {names}")
+    for path in Path(folder).glob("*"):
+        if path.suffix in _TOKENIZER_SUFFIXES and path.stat().st_size > _MAX_JSON_BYTES:
+            raise KitError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes")
     if not (Path(folder) / "tokenizer.json").is_file():
         _check_sentencepiece(folder)
     with _wrap_read_errors(f"the tokenizer of {folder}"):
@@ -3744,7 +3752,8 @@ def _set_dropout(config, rate):
     return old_rates
 
 
-_MAX_LAYERS = 100_000  # and labels: transformers makes lists of them while it reads a config
+# transformers makes lists of them while it reads a config
+_MAX_COUNTS = {"layer": 1000, "label": 100_000}
 
 
 def _check_layers(path):
@@ -3752,11 +3761,12 @@ def _check_layers(path):
     parts = [_read_json(path)]
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]
-        counts = {name: str(part[name]) for name in part if re.search("layer|label", name)}
-        for name, number in counts.items():
-            if number.isdecimal() and float(number) > _MAX_LAYERS:
-                problem = f"expected at most {_MAX_LAYERS} of {name}"
-                raise KitError(f"{path}: {problem}, got {reprlib.repr(number)}")
+        for word, limit in _MAX_COUNTS.items():
+            counts = {name: str(part[name]) for name in part if word in name}
+            for name, number in counts.items():
+                if number.isdecimal() and float(number) > limit:
+                    problem = f"expected at most {limit} of {name}"
+                    raise KitError(f"{path}: {problem}, got {reprlib.repr(number)}")
 
 
 class _BackboneLoader:
@@ -3798,6 +3808,10 @@ class _BackboneLoader:
     def check_size(self, files):
         """Raise KitError, before it takes memory, where the model that the config describes is far
         larger than files of weights, which may hold half of it and one copy of what is shared."""
+        for path in files:
+            if path.suffix == ".safetensors":
+                with _wrap_read_errors(path), safe_open(path, "pt"):
+                    pass  # its header says how long it is
         n_bytes = sum(path.stat().st_size for path in files)
         room = [4 * n_bytes]
 
@@ -9100,8 +9114,9 @@ class Bundle:
         """The bundle or run of a folder, which need not be as it was packed: see `verify`."""
         if not (folder / _MANIFEST).is_file():
             return cls(folder, [_Run.load(folder)])
-        manifest = _read_bundle_manifest(folder)
-        entries, path = manifest["runs"], folder / _BLEND_FILE
+        entries, path = _read_bundle_manifest(folder)["runs"], folder / _BLEND_FILE
+        if not entries:
+            raise BundleError(f"{folder}: a starter, it holds no run to predict with")
         bundle = cls(folder, [_Run.from_bundle(folder, *entry) for entry in entries.items()])
         if path.is_file():
             records = {name: folder / entry["record"] for name, entry in entries.items()}
@@ -9231,7 +9246,7 @@ class Bundle:
 _BUNDLED_RUN = dict(record=_FILE_NAME, config=_FILE_NAME, tokenizer={_FILE_NAME: _FILE_NAME})
 _BUNDLED_RUN |= dict(weights={_FOLD_NAME: _FILE_NAME}, golden=dict)
 _BUNDLE = dict(format=re.compile(_BUNDLE_FORMAT), version=str, dataset=dict(id=str))
-_BUNDLE |= dict(files=_FILES, runs={str: _BUNDLED_RUN})
+_BUNDLE |= dict(files=_FILES, runs={_FILE_NAME: _BUNDLED_RUN})
 
 
 def _read_bundle_manifest(folder):
@@ -9244,6 +9259,9 @@ def _read_bundle_manifest(folder):
     for run in manifest["runs"].values():
         tokenizer, weights = run["tokenizer"].values(), run["weights"].values()
         needed |= {run["record"], run["config"], *tokenizer, *weights}
+        code = [name for name in run["tokenizer"] if Path(name).suffix not in _TOKENIZER_SUFFIXES]
+        if code:
+            raise BundleError(f"{folder / _MANIFEST}: {code[0]} is no file of a tokenizer")
     missing = sorted(needed - set(manifest["files"]))
     if missing:
         where = folder / _MANIFEST

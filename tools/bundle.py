@@ -43,7 +43,6 @@ import kernel_utils as ku
 MODULE = ROOT / "kernel_utils" / "kernel_utils.py"
 MODULE_FILES = sorted(MODULE.parent.glob("*.py"))  # of a starter; a bundle of runs has MODULE alone
 ENGINE = MODULE.with_name("openvino_engine.py")  # or, packed for it, this one too
-TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")  # no code, no pickle
 BACKBONE_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "bpe.codes"]
 BACKBONE_FILES += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 BACKBONE_FILES += ["vocab.json", *ku._VOCABULARY_FILES, pretraining.PRETRAIN_RECORD]
@@ -92,6 +91,7 @@ def weight_problems(path, half=False):
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and tensor.numel():
+                    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8
                     largest = tensor.abs().max().float()
                     bad += [] if largest <= limit else [name]  # NaN too
     except (SafetensorError, OSError) as error:
@@ -161,8 +161,8 @@ def run_problems(folder, half):
     bad = plain_file_problems(dict.fromkeys([*needed, *tokenizer]))
     bad += vocabulary_problems(run.tokenizer)
     for path in tokenizer:
-        if path.suffix not in TOKENIZER_SUFFIXES:
-            bad.append(f"{path}: expected {ku._comma_join(TOKENIZER_SUFFIXES)}")
+        if path.suffix not in ku._TOKENIZER_SUFFIXES:
+            bad.append(f"{path}: expected {ku._comma_join(ku._TOKENIZER_SUFFIXES)}")
     if bad:
         return record, problems + bad
     problems += unsound
@@ -275,14 +275,14 @@ def backbone_sources(folder):
     for path in files:
         problems += json_problems(path) if path.suffix == ".json" else []
         problems += weight_problems(path) if path.suffix == ".safetensors" else []
-    for index in folder.glob("*.safetensors.index.json") if not problems else []:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        for shard in sorted({*shards} - {*weights}):
-            problems.append(f"{folder / shard}: missing, though {index.name} names it")
     try:
+        for index in folder.glob("*.safetensors.index.json"):
+            shards = ku._read_json(index, {"weight_map": {str: ku._FILE_NAME}})["weight_map"]
+            for shard in sorted({*shards.values()} - {*weights}):
+                problems.append(f"{folder / shard}: missing, though {index.name} names it")
         ku._load_tokenizer(folder)
-    except (ku.KitError, OSError) as error:
-        problems.append(str(error))
+    except ku.KitError as error:
+        problems += error.problems
     return [(path.name, path) for path in files], problems
 
 
@@ -450,6 +450,7 @@ class Packing:
         self.runs = {}  # folder of a sound run -> `ku._Run`
         self.files = []  # (name in the bundle, source), of all but the runs
         self.wheels = []
+        self.page = ""  # of --report
 
     def build(self):
         """Check, prove, write, and verify what is written; Refused with every problem."""
@@ -471,7 +472,7 @@ class Packing:
         write_folder(bundle, self.files, manifest)
         check(bundle)
         if self.args.report:
-            (self.folder / "report.html").write_text(report(self.args.report), encoding="utf-8")
+            (self.folder / "report.html").write_text(self.page, encoding="utf-8")
 
     def refuse_problems(self):
         if self.problems:
@@ -491,10 +492,9 @@ class Packing:
                 self.problems.append("--kernels needs --competition, the slug of what they read")
         if args.report:
             try:
-                nbformat.read(args.report, 4)
-            except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
-                reason = str(error)[:200]
-                self.problems.append(f"--report: {args.report} is not a notebook ({reason})")
+                self.page = report(args.report)
+            except ValueError as error:
+                self.problems.append(f"--report: {error}")
         if args.push:
             try:
                 kaggle_push.find_client()

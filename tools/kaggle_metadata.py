@@ -21,6 +21,7 @@ from pathlib import Path
 DATASET_FILE, KERNEL_FILE = "dataset-metadata.json", "kernel-metadata.json"
 MAX_FILES = 1000  # the server: "The file count exceeds the maximum of 1000"
 MAX_BYTES = 200 * 10**9  # Kaggle's limit for a person's private datasets; unverified
+MAX_JSON_BYTES = 10**8  # ours: metadata and notebooks are far smaller
 MAX_CODE_BYTES = 10**6  # of a notebook; reported by users in 2021, unverified
 
 LICENSES = """CC0-1.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CC-BY-NC-SA-4.0 GPL-2.0 ODbL-1.0 DbCL-1.0
@@ -201,6 +202,8 @@ def read_json(path):
     """The content of a JSON file; what is wrong with it is a ValueError."""
     if os.path.islink(path) or not os.path.isfile(path):
         raise ValueError("must be a regular file")
+    if os.path.getsize(path) > MAX_JSON_BYTES:
+        raise ValueError(f"must have at most {MAX_JSON_BYTES} bytes")
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -14,13 +14,17 @@ SCRIPTS += ["mermaid_layout_elk_js_url", "widget_renderer_url"]
 
 
 def report(path):
-    """The page as text."""
+    """The page as text; ValueError where a file is no notebook."""
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.read(path, 4)
-    notebook.metadata.pop("widgets", None)  # their scripts would be loaded
-    exporter = HTMLExporter(embed_images=True, **dict.fromkeys(SCRIPTS, ""))
-    return exporter.from_notebook_node(notebook)[0]
+    try:
+        notebook = nbformat.read(path, 4)
+        notebook.metadata.pop("widgets", None)  # their scripts would be loaded
+        exporter = HTMLExporter(embed_images=True, **dict.fromkeys(SCRIPTS, ""))
+        return exporter.from_notebook_node(notebook)[0]
+    except Exception as error:  # nbformat raises what its parts meet
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path}: expected an executed notebook ({problem})") from error
 
 
 def main():
@@ -31,9 +35,8 @@ def main():
     args = parser.parse_args()
     try:
         page = report(args.notebook)
-    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-        problem = f"{type(error).__name__}: {str(error)[:200]}"
-        sys.exit(f"{args.notebook}: expected an executed notebook ({problem})")
+    except ValueError as error:
+        sys.exit(str(error))
     args.output.write_text(page, encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -55,6 +56,7 @@ TO_RUN, INTERRUPTED, FINISHED = "to run", "interrupted, to go on", "finished"
 ELSEWHERE, TRAINED, STOPPED = "running elsewhere", "finished elsewhere", "stopped"
 OTHER, FOREIGN = "is complete with other settings", "is not a run: it has no record.json"
 
+MAX_RECORD_BYTES = 2**28  # those of real runs have some kilobytes
 GRACE = 10  # seconds for papermill to end its kernel after Ctrl-C
 POLL = 0.5  # seconds between two looks at the runs
 
@@ -80,7 +82,7 @@ def read_grid(path):
     """Seeds, settings and blocks of a grid file."""
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ku.KitError(f"{path}: {error}") from None
     seeds, settings = content.get("seeds"), content.get("settings", {})
     blocks, problems = content.get("grid", [{}]), []
@@ -88,7 +90,8 @@ def read_grid(path):
         problems.append(f"there is no {name!r}, only seeds, [settings] and [[grid]]")
     if not isinstance(settings, dict):
         problems.append(f"settings must be a table [settings], got {settings!r}")
-    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+    is_tables = isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)
+    if not (blocks and is_tables):
         problems.append(f"grid must be tables [[grid]], got {blocks!r}")
         blocks = []
     for block in ({"seeds": seeds} if "seeds" in content else {}, *blocks):
@@ -235,9 +238,17 @@ def read_record(folder):
         return {}
     try:
         # the nodes of a Ray cluster have not imported the module, whose reader this would be
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise ValueError("too large")
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["status"], record["settings"]
-    except (ValueError, TypeError, KeyError) as error:
+        DEFAULTS | record["settings"]
+        if record["status"] == "complete":
+            record["oof"]["metric"], record["oof"]["last"], record["oof"]["best"]
+            seconds = record["seconds"]
+            for number in (record["rows_per_second"], seconds["train"], seconds["total"]):
+                if not 0 < number < math.inf:
+                    raise ValueError(f"{number}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         problem = f"{path} is not the record of a run ({type(error).__name__})"
         raise ku.KitError(f"{problem}: delete or mend it") from None
     return record
@@ -258,7 +269,7 @@ def state(folder, wanted):
 
 def complete_records(output):
     records = [read_record(path.parent) for path in sorted(output.glob("*/record.json"))]
-    return [record for record in records if record["status"] == "complete"]
+    return [record for record in records if record.get("status") == "complete"]
 
 
 def find_names(output):
@@ -266,6 +277,8 @@ def find_names(output):
     names = {}
     for path in sorted(output.glob("[!.]*/record.json")):
         record, name = read_record(path.parent), path.parent.name
+        if not record:  # no plain file
+            continue
         if record["status"] == "complete":
             names[identity(record["settings"])] = name
         names.setdefault(identity(record["settings"]), name)
@@ -342,7 +355,8 @@ def lock_path(cell, output):
 def run_cell(cell, output, folder, drop_weights, environment=None, should_stop=lambda: False):
     """Train a cell in a process started in `folder`. Returns FINISHED, or what is in the way."""
     run = output / cell.name
-    with open(lock_path(cell, output), "w") as lock:  # stays: another sweep may have opened it
+    # it stays, since another sweep may have opened it; nothing is written: it may be a hard link
+    with open(lock_path(cell, output), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -372,8 +386,9 @@ def run_papermill(cell, output, folder, lock, environment, should_stop):
     process ends, even if this one is killed, and never longer."""
     notebook = output / "notebooks" / f"{cell.name}.ipynb"
     log = output / "notebooks" / f"{cell.name}.log"
-    notebook.unlink(missing_ok=True)
-    with open(log, "wb") as file:
+    for path in (notebook, log):
+        path.unlink(missing_ok=True)
+    with open(log, "xb") as file:
         process = subprocess.Popen(
             command(cell, notebook),
             cwd=folder,
@@ -610,7 +625,8 @@ def sweep(args):
         raise ku.KitError(f"-o {output} is a file; it must be a folder, or not exist")
     notebooks = output / "notebooks"
     links = ku._link_problems(notebooks)
-    if links or notebooks.is_symlink():  # logs and locks would be written elsewhere
+    is_else = notebooks.exists() and not notebooks.is_dir()
+    if links or is_else or notebooks.is_symlink():  # logs and locks would be written elsewhere
         raise ku.KitError([f"{notebooks} must be a folder without links", *links])
     jobs = 1 if args.ray else count_jobs(args, gpus)
     cells = make_cells(args)
