@@ -15,7 +15,6 @@ training rows a fold, on which infer.ipynb proves its predictions: keep it priva
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
