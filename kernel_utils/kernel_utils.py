@@ -1899,6 +1899,8 @@ class RunFolder:
         if record["classes"] and len(targets) == 1:
             kinds["target"] = str  # labels such as 01 stay as they are
         with _wrap_read_errors(self.oof):
+            if self.oof.stat().st_size > 1000 * len(kinds) * (record["rows"] + 1):
+                raise ValueError(f"far larger than predictions of {record['rows']} rows")
             dtype = kinds | {"group": str}
             oof = pd.read_csv(self.oof, dtype=dtype, keep_default_na=False)
         missing = [name for name in kinds if name not in oof]
@@ -2809,18 +2811,20 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", *_SENTENCEPIEC
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")  # no code, no pickle
 
 
-def _load_tokenizer(folder):
-    """The tokenizer of a folder; KitError where its vocabulary is missing or cannot be read."""
+def _load_tokenizer(folder, source=None):
+    """The tokenizer of a folder; KitError, with what it is a copy of, where its vocabulary is
+    missing or cannot be read."""
+    source = source or folder
     # transformers 5 would make a tokenizer of [UNK] alone where the vocabulary is missing
     if not any(any(Path(folder).glob(name)) for name in _VOCABULARY_FILES):
         names = _comma_join(_VOCABULARY_FILES)
-        raise KitError(f"{folder} has no vocabulary; expected one of {names}")
+        raise KitError(f"{source} has no vocabulary; expected one of {names}")
     for path in Path(folder).glob("*"):
         if path.suffix in _TOKENIZER_SUFFIXES and path.stat().st_size > _MAX_JSON_BYTES:
-            raise KitError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes")
+            raise KitError(f"{source}: {path.name} has more than {_MAX_JSON_BYTES} bytes")
     if not (Path(folder) / "tokenizer.json").is_file():
         _check_sentencepiece(folder)
-    with _wrap_read_errors(f"the tokenizer of {folder}"):
+    with _wrap_read_errors(f"the tokenizer of {source}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -8000,9 +8004,12 @@ class _RunFinder:
             expected = f"must be or hold one run folder ({self.file})"
             raise ConfigError(f"{where} {expected}: {_comma_join(runs)}")
         run = runs[0]
-        differences = self.differences(run)
-        if differences:
-            raise ConfigError([f"{where}: {run} cannot go on as this run", *differences])
+        problems = self.differences(run)
+        for path in () if problems else run.rglob("*"):
+            if path.suffix != ".safetensors" and path.stat().st_size > _MAX_JSON_BYTES:
+                problems.append(f"{path}: expected at most {_MAX_JSON_BYTES} bytes")
+        if problems:
+            raise ConfigError([f"{where}: {run} cannot go on as this run", *problems])
         print(f"copying {run} to {folder}")
         with _SealedFolder(folder).in_temporary() as temporary:
             for path in run.rglob("*"):
@@ -8954,7 +8961,7 @@ class _Run(NamedTuple):
             with _wrap_read_errors(f"the tokenizer of {self.name}"):
                 for name, path in self.tokenizer.items():
                     shutil.copyfile(path, Path(folder) / name)
-            tokenizer = _load_tokenizer(folder)
+            tokenizer = _load_tokenizer(folder, path.parent)
         n_outputs, weights = len(self.record["outputs"]), next(iter(self.weights.values()))
         model = TextModel.build_empty(self.cfg, self.config, n_outputs, tokenizer, weights)
         return tokenizer, model.to(_pick_device())

@@ -591,7 +591,15 @@ def test_all_problems_come_in_one_message(one, refused, tmp_path):
     message = refused(
         one, "-o", tmp_path / "dist", *names, "--kernels", tmp_path / "k", "--report", tmp_path / "no.ipynb"
     )
-    for part in ("id", "title", "license", "golden.json", "not finite", "--competition", "no.ipynb is not a notebook"):
+    for part in (
+        "id",
+        "title",
+        "license",
+        "golden.json",
+        "not finite",
+        "--competition",
+        "no.ipynb: expected an executed notebook",
+    ):
         assert part in message, part
     assert not (tmp_path / "dist").exists()
 

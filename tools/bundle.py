@@ -359,7 +359,11 @@ def check(folder):
     manifest = ku._read_bundle_manifest(folder)
     problems = kaggle_metadata.folder_problems(folder)
     metadata = folder / ku._DATASET_METADATA
-    if metadata.is_file() and metadata.read_bytes() != ku._sorted_json(manifest["dataset"]):
+    if (
+        not problems
+        and metadata.is_file()
+        and metadata.read_bytes() != ku._sorted_json(manifest["dataset"])
+    ):
         problems.append(f"{metadata}: not as it was packed; pack again to change it")
     problems += ku._SealedFolder(folder).integrity_problems(manifest["files"])
     if problems:

@@ -103,7 +103,7 @@ def validated_rows(folder, run, ids):
     From the sealed folder of every fold, which has the weights too; oof.csv must say the same.
     `ids` are those of the rows that the run read.
     """
-    oof = ku._Table.read(folder / "oof.csv", ["id", "fold"]).frame
+    oof = ku.RunFolder(folder).read_oof(run.record)
     folds, problems = {}, []
     for fold, weights in run.weights.items():
         sealed = weights.parent
@@ -116,7 +116,7 @@ def validated_rows(folder, run, ids):
             folds[fold] = frozenset(ids[state["rows"]])
         if state["fold"] != fold:
             problems.append(f"{sealed}: the model of fold {state['fold']}, not of fold {fold}")
-        elif folds[fold] != set(oof["id"][oof["fold"] == str(fold)]):
+        elif folds[fold] != set(oof["id"][oof["fold"] == fold]):
             other = f"fold {fold} has other rows than the model validated on"
             problems.append(f"{folder / 'oof.csv'}: {other}")
     if problems:
