@@ -8006,7 +8006,7 @@ class _RunFinder:
         run = runs[0]
         problems = self.differences(run)
         for path in () if problems else run.rglob("*"):
-            if path.suffix != ".safetensors" and path.stat().st_size > _MAX_JSON_BYTES:
+            if path.suffix != ".safetensors" and path.lstat().st_size > _MAX_JSON_BYTES:
                 problems.append(f"{path}: expected at most {_MAX_JSON_BYTES} bytes")
         if problems:
             raise ConfigError([f"{where}: {run} cannot go on as this run", *problems])
@@ -8015,7 +8015,7 @@ class _RunFinder:
             for path in run.rglob("*"):
                 place = path.relative_to(run)
                 is_hidden = any(part.startswith(".") for part in place.parts)
-                if path.is_file() and not is_hidden:
+                if path.is_file() and not path.is_symlink() and not is_hidden:
                     (temporary / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, temporary / place)  # may be read-only: not its mode
             os.replace(temporary, folder)
@@ -8857,10 +8857,10 @@ def _run_problems(record, golden, config, tokenizer, weights):
     except ConfigError as error:
         return problems + [f"record.json: {problem}" for problem in error.problems]
     n_outputs, oof = len(record["outputs"]), record["oof"]
-    error = _schema_error(oof, {"target_sd?": [float, n_outputs]})
-    error = error or _cuts_error(oof, n_outputs, _CUT_SCORES)
-    if record["outputs"] != cfg.output_names(record["classes"]):
-        error = error or "outputs: not those of its task and targets"
+    error = "outputs: not those of its task and targets"
+    if record["outputs"] == cfg.output_names(record["classes"]):
+        error = _schema_error(oof, {"target_sd?": [float, n_outputs]})
+        error = error or _cuts_error(oof, n_outputs, _CUT_SCORES)
     problems += [f"record.json: {error}"] if error else []
     folds = {fold["fold"] for fold in record["folds"]}
     if set(weights) != folds:
