@@ -3757,7 +3757,7 @@ def _set_dropout(config, rate):
 
 
 # transformers makes lists of them while it reads a config
-_MAX_COUNTS = {"layer": 1000, "label": 100_000}
+_MAX_COUNTS = {"layers?$": 1000, "labels$": 100_000}  # names of settings -> most
 
 
 def _check_layers(path):
@@ -3765,8 +3765,8 @@ def _check_layers(path):
     parts = [_read_json(path)]
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]
-        for word, limit in _MAX_COUNTS.items():
-            counts = {name: str(part[name]) for name in part if word in name}
+        for names, limit in _MAX_COUNTS.items():
+            counts = {name: str(part[name]) for name in part if re.search(names, name)}
             for name, number in counts.items():
                 if number.isdecimal() and float(number) > limit:
                     problem = f"expected at most {limit} of {name}"
