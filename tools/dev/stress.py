@@ -780,13 +780,14 @@ def kill_papermill(case):
 
 
 def is_true(record, folder):
-    """Whether a run that did not end is called stopped, and has all that its record says."""
-    saved = []
-    for fold, step in re.findall(
-        r"fold (\d+) is (?:finished|saved up to step (\d+))", record["stopped"]
-    ):
-        saved.append(folder / (f"checkpoints/fold{fold}-step{step}" if step else f"fold{fold}"))
-    return record["status"] == "stopped" and all(map(is_good, saved))
+    """Whether a run that did not end is called stopped, and has all that its record says; a fold
+    that was finished since then has no checkpoints any more."""
+    folds = re.findall(r"fold (\d+) is (finished|saved)(?: up to step (\d+))?", record["stopped"])
+    saved = [
+        is_good(folder / f"fold{fold}") or is_good(folder / f"checkpoints/fold{fold}-step{step}")
+        for fold, _, step in folds
+    ]
+    return record["status"] == "stopped" and all(saved)
 
 
 def interrupt_papermill(case):
@@ -807,6 +808,9 @@ def interrupt_papermill(case):
     os.killpg(process.pid, signal.SIGINT)
     psutil.wait_procs(processes, PATIENCE)
     record = run.read_record()
+    if record["status"] == "complete":  # it ended as the signal came
+        case.counts.clear()
+        return
     case.notes.append(
         f"{moment:.1f} s after its start: {record['status']}, {record.get('stopped')}"
     )
