@@ -241,8 +241,8 @@ def _settings_text(settings, names):
 def _choose_baseline(by_name, varied, baseline):
     """The name of the configuration in {name: records} that `baseline` such as `head=cls` names.
 
-    Of several the one with most of its `varied` settings at their defaults; ConfigError where
-    that is not one.
+    Of several the one with most of its `varied` settings at their defaults. Where that is not one,
+    the first is taken aloud if `baseline` is empty; else ConfigError.
     """
     default = _default_settings()
     wanted = set()
@@ -259,6 +259,10 @@ def _choose_baseline(by_name, varied, baseline):
             n_changed[name] = sum(own.get(setting) != default.get(setting) for setting in varied)
     names = [name for name, count in n_changed.items() if count == min(n_changed.values())]
     if len(names) == 1:
+        return names[0]
+    if names and not baseline:
+        others = f"the first of {len(names)} that are as close to the defaults"
+        print(f"baseline {names[0]}, {others}: the setting baseline names another")
         return names[0]
     problem = "several configurations fit"
     if not names:

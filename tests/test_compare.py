@@ -592,12 +592,19 @@ def test_a_folder_without_finished_runs_is_refused(tmp_path):
         ("cls", "no configuration has cls="),
         ("seed=0", "no configuration has seed=0"),
         ("head=cls llrd=0.5", "no configuration has llrd=0.5"),
-        ("", "several configurations fit; set it to what is one of: head=cls; head=max"),
+        ("llrd=1", "several configurations fit; set it to what is one of: head=cls; head=max"),
     ],
 )
 def test_a_baseline_that_is_not_one_configuration_is_refused(tmp_path, baseline, expected):
     with pytest.raises(ku.ConfigError, match=expected):
         align(grid(tmp_path, {"cls": 0.1, "max": 0.1}), baseline)
+
+
+def test_of_configurations_as_close_to_the_defaults_the_first_is_the_baseline_and_that_is_said(tmp_path, capsys):
+    study = align(grid(tmp_path, {"max": 0.1, "cls": 0.1}))
+    assert study.configurations[0].name in ("head=cls", "head=max")
+    said = f"baseline {study.configurations[0].name}, the first of 2 that are as close to the defaults"
+    assert said in capsys.readouterr().out
 
 
 def test_the_baseline_is_the_configuration_that_leaves_most_at_the_defaults(tmp_path):
